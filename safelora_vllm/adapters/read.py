@@ -1,0 +1,151 @@
+"""Bounded reading of a PEFT adapter folder: regular files only, each read once into memory.
+
+What is judged and what is published come from the same bytes, so a file that is swapped afterwards
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safelora_vllm.errors import AdapterRefused, Reason, UsageError, refuse
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_UNSAFE_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds of what is read and accepted. Sizes in bytes."""
+
+    config_bytes: int = 1024 * 1024
+    weights_bytes: int = 2 * 1024**3
+    header_bytes: int = 8 * 1024 * 1024
+    max_rank: int = 512
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor's line in the safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RawAdapter:
+    """An adapter's bytes. ``digest`` names this content: equal bytes, equal digest."""
+
+    config: dict[str, Any]
+    header: dict[str, TensorHeader]
+    weights: bytes = field(repr=False)
+    digest: str
+
+
+def read_adapter(folder: str | Path, limits: Limits) -> RawAdapter:
+    """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of a PEFT folder.
+
+    Raises:
+        UsageError: there is no such folder.
+        AdapterRefused: a file is missing, too large, not regular, not readable, or malformed.
+    """
+    folder = Path(folder)
+    if "\0" in str(folder) or not folder.is_dir():
+        raise UsageError(f"there is no adapter folder {folder}; give a folder that PEFT saved")
+    config_text = _read_file(folder, CONFIG, limits.config_bytes)
+    weights = _read_file(folder, WEIGHTS, limits.weights_bytes)
+    sides = hashlib.sha256(config_text).digest() + hashlib.sha256(weights).digest()
+    return RawAdapter(
+        config=_parse_config(config_text),
+        header=_parse_header(weights, limits.header_bytes),
+        weights=weights,
+        digest=hashlib.sha256(sides).hexdigest(),
+    )
+
+
+def _read_file(folder: Path, name: str, limit: int) -> bytes:
+    """The bytes of one regular file. Never follows a link and never waits on a pipe or device."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(folder / name, flags)
+    except FileNotFoundError:
+        if name == WEIGHTS and (found := [n for n in _UNSAFE_WEIGHTS if (folder / n).exists()]):
+            raise refuse("unsafe_format", f"{found[0]} is a pickle; save the adapter as {WEIGHTS}") from None
+        raise refuse("missing_file", f"the adapter has no {name}") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise refuse("not_regular_file", f"{name} is a link or a socket; copy the file") from error
+        raise refuse("unreadable_file", f"{name} cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise refuse("not_regular_file", f"{name} is not a regular file")
+        try:
+            data = file.read(limit + 1) if status.st_size <= limit else None
+        except OSError as error:
+            raise refuse("unreadable_file", f"{name} cannot be read: {error.strerror}") from error
+    if data is None or len(data) > limit:
+        raise refuse("too_large", f"{name} is larger than the {limit:,} bytes that are allowed")
+    return data
+
+
+def _parse_config(text: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_reject_constant)
+    except (ValueError, RecursionError) as error:
+        raise refuse("config_malformed", f"{CONFIG} is not plain JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise refuse("config_malformed", f"{CONFIG} is not a JSON object")
+    return config
+
+
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _parse_header(weights: bytes, limit: int) -> dict[str, TensorHeader]:
+    """Names, dtypes and shapes from the header (safetensors format: length, JSON, data).
+
+    The data itself is checked by the safetensors library when it is loaded.
+    """
+    try:
+        if len(weights) < 8:
+            raise ValueError("it ends before its header")
+        (length,) = struct.unpack("<Q", weights[:8])
+        if length > limit:
+            raise ValueError(f"its header of {length:,} bytes is over the {limit:,} allowed")
+        if length > len(weights) - 8:
+            raise ValueError("it ends inside its header")
+        header = json.loads(
+            weights[8 : 8 + length], object_pairs_hook=_no_repeats, parse_constant=_reject_constant
+        )
+        header.pop("__metadata__", None)
+        return {
+            name: TensorHeader(str(entry["dtype"]), _shape(entry["shape"])) for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterRefused(
+            [Reason("weights_malformed", f"{WEIGHTS} is not a whole safetensors file: {error}")]
+        ) from error
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(side) is int and side >= 0 for side in value):
+        raise ValueError(f"a shape is {value!r}")
+    return tuple(value)

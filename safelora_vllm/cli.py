@@ -1,0 +1,172 @@
+"""The ``safelora-vllm`` command. Exit codes: 0 done, 2 wrong usage or missing input, 3 refused."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from safelora_vllm import __version__
+from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
+from safelora_vllm.options import add_policy_options, policy_values
+
+REFUSED, USAGE = 3, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if args.command == "serve":
+            return _serve(args, rest)
+        return int(args.run(args))
+    except AdapterRefused as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return REFUSED
+    except SafeLoRAError as error:
+        print(f"safelora-vllm: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="safelora-vllm", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="build the projector cache of a model pair")
+    build.add_argument("--base", required=True, metavar="DIR_OR_HUB_ID", help="before alignment")
+    build.add_argument("--aligned", required=True, metavar="DIR_OR_HUB_ID", help="the served model")
+    build.add_argument("--out", required=True, metavar="DIR")
+    build.add_argument("--modules", nargs="+", default=[], help="e.g. q_proj v_proj; default: all linear")
+    build.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
+    build.add_argument("--form", default="auto", help="auto (default), dense or factored")
+    build.add_argument("--device", default="cpu", help="where to compute; default: cpu")
+    build.add_argument(
+        "--max-energy", type=float, default=0.95, help="largest --energy to serve; default: 0.95"
+    )
+    build.set_defaults(run=_build)
+
+    inspect = commands.add_parser("inspect", help="show what the gate would do with an adapter")
+    inspect.add_argument("adapter", help="a PEFT adapter folder")
+    inspect.add_argument("--json", action="store_true", help="print the report as JSON")
+    inspect.set_defaults(run=_inspect)
+
+    project = commands.add_parser("project", help="pass an adapter through the gate, offline")
+    project.add_argument("adapter", help="a PEFT adapter folder")
+    project.add_argument("--out", required=True, metavar="DIR", help="folder for the new adapter")
+    project.set_defaults(run=_project)
+
+    serve = commands.add_parser(
+        "serve",
+        help="start vLLM's OpenAI server, guarded; takes every vLLM option too",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", help="the aligned model: folder or hub id")
+    serve.add_argument("--adapter-store", metavar="DIR", help="where published adapters live")
+    serve.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
+    serve.add_argument(
+        "--trust-served-model",
+        action="store_true",
+        help="the served model is a converted copy of the cache's aligned model: do not compare them",
+    )
+    for command in (inspect, project, serve):
+        command.add_argument("--projectors", required=True, metavar="DIR", help="the projector cache")
+        add_policy_options(command)
+    for command in (inspect, project):
+        command.add_argument("--device", default="cpu", help="where to project; default: cpu")
+    return parser
+
+
+def _build(args: argparse.Namespace) -> int:
+    from safelora_vllm.projectors.build import BuildOptions, build
+
+    options = BuildOptions(tuple(args.modules), args.dtype, args.form, args.device, args.max_energy)
+    folder = build(args.base, args.aligned, args.out, options)
+    print(f"projector cache written to {folder}")
+    return 0
+
+
+def _gate_settings(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """GateSettings from the options; imports torch only now, so that --help is quick."""
+    import torch
+
+    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.policy import Policy
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    policy = Policy.from_mapping(policy_values(args))
+    return GateSettings(ProjectorCache(args.projectors), policy, torch.device(args.device))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from safelora_vllm.adapters.read import read_adapter
+    from safelora_vllm.gate import evaluate
+    from safelora_vllm.report import Report
+    from safelora_vllm.table import print_report
+
+    settings = _gate_settings(args)
+    name = Path(args.adapter).resolve().name
+    try:
+        report, _ = evaluate(read_adapter(args.adapter, settings.limits), name, settings)
+    except AdapterRefused as error:
+        report = Report.refused(name, "", settings.cache.id, settings.policy, error)
+    if args.json:
+        print(report.to_json())
+    else:
+        print_report(report)
+    return 0 if report.accepted else REFUSED
+
+
+def _project(args: argparse.Namespace) -> int:
+    from safelora_vllm.gate import admit
+    from safelora_vllm.store import Store
+
+    out = Path(args.out)
+    if out.exists():
+        raise UsageError(f"{out} exists; remove it or give another --out")
+    settings = _gate_settings(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".project-") as scratch:
+        admission = admit(args.adapter, Path(args.adapter).resolve().name, settings, Store(scratch))
+        if admission.folder is None:
+            raise AdapterRefused(admission.report.reasons)
+        shutil.move(admission.folder, out)
+    report = admission.report
+    print(f"{report.count('projected')} of {len(report.modules)} modules projected, written to {out}")
+    return 0
+
+
+def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
+    from safelora_vllm.integration.serve import serve
+    from safelora_vllm.integration.settings import ServerSettings
+    from safelora_vllm.policy import Policy
+
+    policy = policy_values(args)
+    Policy.from_mapping(policy)
+    if args.admin_api_key:
+        os.environ["SAFELORA_ADMIN_API_KEY"] = args.admin_api_key
+    given = {"store": str(Path(args.adapter_store).resolve())} if args.adapter_store else {}
+    settings = ServerSettings(
+        projectors=str(Path(args.projectors).resolve()),
+        policy=policy,
+        trust_served_model=args.trust_served_model,
+        **given,
+    )
+    serve(args.model, settings, vllm_options)
+    return 0
+
+
+def entry() -> None:
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

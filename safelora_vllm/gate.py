@@ -1,0 +1,211 @@
+"""The gate: adapter folder in, published folder and report out, or a refusal. One straight function.
+
+    read → vet → measure → cap → select → project → publish
+
+There is no other place where an adapter is judged. Nothing here knows vLLM or HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
+from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
+from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.methods import METHODS, ModuleDelta
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import ModuleReport, Report
+from safelora_vllm.store import Store
+
+logger = logging.getLogger("vllm.safelora.gate")
+_FORMAT = 1  # raise it when the same input would be published as other bytes
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """Everything that a gate's answer depends on, besides the adapter.
+
+    device: where projections run. dtype: of the published weights; vLLM's LoRA dtype, so that its
+    own cast changes nothing. base_model: name written into published configs.
+    """
+
+    cache: ProjectorCache
+    policy: Policy
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    limits: Limits = field(default_factory=Limits)
+    base_model: str = ""
+
+    def key(self, digest: str) -> str:
+        """The address of a published adapter: input, cache, policy and format, nothing else."""
+        parts = [_FORMAT, digest, self.cache.id, self.policy.id, str(self.dtype), self.base_model]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass
+class Stages:
+    """Seconds spent per stage of one run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Measure the block under the stage's name, also when it raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The gate's answer. ``key`` and ``folder`` are set for an accepted adapter.
+
+    cached: the same content was published before, so that nothing was computed.
+    """
+
+    report: Report
+    key: str | None
+    folder: Path | None
+    cached: bool
+    stages: Stages
+
+
+def admit(folder: str | Path, name: str, settings: GateSettings, store: Store) -> Admission:
+    """Judge one adapter and publish what may be served.
+
+    Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
+
+    Raises:
+        UsageError: there is no such folder.
+        GateUnavailable: the store cannot be written.
+        ProjectorCacheError: the projector cache is damaged.
+    """
+    stages = Stages()
+    try:
+        with stages.time("read"):
+            raw = read_adapter(folder, settings.limits)
+    except AdapterRefused as error:
+        report = Report.refused(name, "", settings.cache.id, settings.policy, error)
+        return _answer(Admission(report, None, None, False, stages))
+    key = settings.key(raw.digest)
+    with stages.time("lookup"):
+        known = store.find(key)
+    if known is not None:
+        return _answer(Admission(known.named(name), key, store.path(key), True, stages))
+    report, weights = evaluate(raw, name, settings, stages)
+    if weights is None:
+        return _answer(Admission(report, None, None, False, stages))
+    try:
+        with stages.time("publish"):
+            files = canonical_files(weights, settings.base_model, settings.dtype)
+            # The stored report has no name: the same content may be served under several.
+            published = store.publish(key, files, report.named(""))
+    except AdapterRefused as error:
+        report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
+        return _answer(Admission(report, None, None, False, stages))
+    return _answer(Admission(report, key, published, False, stages))
+
+
+def evaluate(
+    raw: RawAdapter, name: str, settings: GateSettings, stages: Stages | None = None
+) -> tuple[Report, Weights | None]:
+    """Vet, measure, decide and project. Returns the report and the weights to serve, if any.
+
+    In audit mode the weights are the canonical, unprojected ones, the module table says what
+    enforcing would have done, and ``reasons`` what it would have refused for.
+    """
+    stages, policy, cache = stages or Stages(), settings.policy, settings.cache
+    try:
+        with stages.time("vet"):
+            weights = vet(raw, cache.modules, settings.limits)
+    except AdapterRefused as error:
+        return Report.refused(name, raw.digest, cache.id, policy, error), None
+    with stages.time("project"), torch.inference_mode():
+        deltas = {
+            module: ModuleDelta(
+                a.to(settings.device),
+                b.to(settings.device),
+                cache.projector(module, settings.device),
+            )
+            for module, (a, b) in weights.items()
+        }
+        selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
+        reasons, served, modules = [], {}, []
+        for module, delta in deltas.items():
+            a, b = delta.a, delta.b
+            if module in selected:
+                a, b = METHODS[policy.method](delta, policy)
+            reasons += _check_norm(module, delta, policy)
+            reasons += _check_finite(module, a, b)
+            modules.append(_module_report(module, delta, a, b, module in selected))
+            served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
+    accepted = not reasons or not policy.enforcing
+    report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules)
+    return report, served if accepted else None
+
+
+def _check_norm(module: str, delta: ModuleDelta, policy: Policy) -> list[Reason]:
+    if delta.relative_norm <= policy.max_relative_norm:
+        return []
+    return [
+        Reason(
+            "relative_norm",
+            f"{module}: the adapter is {delta.relative_norm:.3g} times its weight, allowed are "
+            f"{policy.max_relative_norm:g} (max_relative_norm)",
+        )
+    ]
+
+
+def _check_finite(module: str, a: torch.Tensor, b: torch.Tensor) -> list[Reason]:
+    if torch.isfinite(a).all() and torch.isfinite(b).all():
+        return []
+    return [Reason("non_finite", f"{module}: projecting it gave values that are not finite")]
+
+
+def _module_report(
+    module: str, delta: ModuleDelta, a: torch.Tensor, b: torch.Tensor, selected: bool
+) -> ModuleReport:
+    entry = delta.projector.entry
+    return ModuleReport(
+        name=module,
+        rank=delta.b.shape[1],
+        similarity=delta.similarity,
+        null_similarity=entry.null_similarity,
+        retained=delta.retained(a, b),
+        relative_norm=delta.relative_norm,
+        decision="projected" if selected else "kept",
+    )
+
+
+def _answer(admission: Admission) -> Admission:
+    """One log line per decision."""
+    report = admission.report
+    if not report.accepted:
+        codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
+        logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].detail)
+    elif report.policy.enforcing:
+        logger.info(
+            "adapter %r accepted: %d of %d modules projected by %s%s",
+            report.adapter, report.count("projected"), len(report.modules), report.policy.method,
+            ", published before" if admission.cached else "",
+        )  # fmt: skip
+    else:
+        logger.warning(
+            "AUDIT MODE: adapter %r is served UNPROJECTED; enforcing would have projected %d of %d "
+            "modules%s",
+            report.adapter, report.count("projected"), len(report.modules),
+            " and refused it" if report.reasons else "",
+        )  # fmt: skip
+    return admission

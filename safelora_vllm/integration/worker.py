@@ -1,0 +1,207 @@
+"""The guard inside a vLLM worker: no weights reach the multi-LoRA pool but those the gate published.
+
+The first worker of a host to get the lock starts the gate process on its own device; the others
+(tensor or pipeline parallel ranks) only read what it publishes. Source of the guarded behaviour:
+``vllm/lora/worker_manager.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
+from safelora_vllm.integration import seams
+from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.report import Report
+from safelora_vllm.service.client import GateClient, GateProcess
+from safelora_vllm.service.config import GateConfig
+from safelora_vllm.store import Store
+
+logger = logging.getLogger("vllm.safelora.worker")
+SCHEME = "safelora://"
+_START_SECONDS = 900.0
+
+
+class GuardedLoRAManager(LRUCacheWorkerLoRAManager):
+    """vLLM's LoRA manager, whose only way to weights is the gate."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, device, *args, **kwargs)
+        self.guard = WorkerGuard(vllm_config, device)
+        self._in_step = False
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        """As in vLLM, but remembers that an error from here on would end the engine."""
+        self._in_step = True
+        try:
+            super().set_active_adapters(requests, mapping)
+        finally:
+            self._in_step = False
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        try:
+            folder = self.guard.resolve(lora_request)
+            published = msgspec.structs.replace(lora_request, lora_path=str(folder))
+            return seams.load_published(self, published)
+        except Exception as error:
+            if not (self._in_step and self.guard.accepted_before(lora_request)):
+                raise
+            logger.error(
+                "adapter %r was accepted before, but cannot be read again (%s); its running requests "
+                "go on with the aligned model alone", lora_request.lora_name, error,
+            )  # fmt: skip
+            self.guard.lost.add(lora_request.lora_path)
+            return seams.no_adapter(lora_request)
+
+
+class WorkerGuard:
+    """One worker's view of the gate: where it listens and what it has accepted.
+
+    lost: paths of accepted adapters whose published copy could not be read again.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
+            raise GuardError(
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: "
+                "safelora has its own"
+            )
+        self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+        self.lost: set[str] = set()
+        self._accepted: dict[tuple[str, int, str], str] = {}
+        self._store = Store(self._settings.store)
+        self._process: GateProcess | None = None
+        folder = _private_folder(vllm_config.instance_id)
+        self._client = GateClient(str(folder / "gate.sock"))
+        self._owner_lock = (folder / "owner.lock").open("w")
+        if _lock(self._owner_lock):
+            config = _gate_config(vllm_config, device, self._settings, self._client.socket_path)
+            logger.info("starting the gate on %s; it reads the projector cache", device)
+            self._process = GateProcess(config)
+        self.state = self._wait_for_gate()
+
+    def resolve(self, request: LoRARequest) -> Path:
+        """The published folder for a request: by its key, or by letting its folder pass the gate.
+
+        Raises:
+            AdapterRefused: the gate refuses the folder.
+            GateUnavailable: the published copy is missing or damaged, or the gate is down.
+        """
+        key = self._key(request)
+        if key is None:
+            answer = self._client.call("admit", path=request.lora_path, name=request.lora_name)
+            report = Report.from_dict(answer["report"])
+            if not report.accepted:
+                raise AdapterRefused(report.reasons)
+            key = answer["key"]
+        if self._store.find(key) is None:
+            raise GateUnavailable(
+                f"the published copy of {request.lora_name} is missing or damaged in the adapter "
+                "store; load the adapter again"
+            )
+        self._accepted[_identity(request)] = key
+        return self._store.path(key)
+
+    def accepted_before(self, request: LoRARequest) -> bool:
+        """Whether this very request object's adapter has been in the pool."""
+        return _identity(request) in self._accepted or request.lora_path.startswith(SCHEME)
+
+    def _key(self, request: LoRARequest) -> str | None:
+        if request.lora_path.startswith(SCHEME):
+            return published_key(request.lora_path)
+        return None if request.load_inplace else self._accepted.get(_identity(request))
+
+    def _wait_for_gate(self) -> dict[str, Any]:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                return dict(self._client.call("state", timeout=10.0))
+            except GateUnavailable as error:
+                if self._process is not None or time.monotonic() > deadline:
+                    raise GuardError(f"this worker has no gate: {error}") from error
+                time.sleep(0.1)
+
+    def attestation(self) -> dict[str, Any]:
+        """What the API side is told. Short: it runs between two engine steps."""
+        return {
+            "guarded": True,
+            "socket": self._client.socket_path,
+            "projectors": self.state["projectors"],
+            "policy": self.state["policy"],
+            "lost": sorted(self.lost),
+        }
+
+
+def attest(worker: Any) -> dict[str, Any]:
+    """RPC ``safelora_attest``, a method of every worker."""
+    manager = getattr(getattr(worker, "model_runner", None), "lora_manager", None)
+    if isinstance(manager, GuardedLoRAManager):
+        return manager.guard.attestation()
+    return {"guarded": False, "lora": manager is not None}
+
+
+def published_key(path: str) -> str:
+    """The key in ``safelora://KEY`` or ``safelora://KEY/GENERATION``."""
+    return path.removeprefix(SCHEME).partition("/")[0]
+
+
+def _identity(request: LoRARequest) -> tuple[str, int, str]:
+    return request.lora_name, request.lora_int_id, request.lora_path
+
+
+def _private_folder(instance: str) -> Path:
+    """A folder for the gate's socket that only this user can enter.
+
+    Raises:
+        GuardError: somebody else made a folder of that name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"safelora-{os.getuid()}-{instance}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
+        raise GuardError(f"{folder} is open to other users; remove it and start again")
+    return folder
+
+
+def _lock(file: Any) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _gate_config(
+    vllm_config: Any, device: torch.device, settings: ServerSettings, socket_path: str
+) -> GateConfig:
+    model, lora = vllm_config.model_config, vllm_config.lora_config
+    name = model.model
+    if model.revision and not Path(name).is_dir():
+        name = f"{name}@{model.revision}"
+    if vllm_config.load_config.load_format == "dummy" and not settings.trust_served_model:
+        raise GuardError("load_format is dummy: the served weights are not the aligned model's")
+    return GateConfig(
+        socket=socket_path,
+        projectors=settings.projectors,
+        store=settings.store,
+        model=str(name),
+        device=str(device),
+        dtype=str(lora.lora_dtype).removeprefix("torch."),
+        max_rank=lora.max_lora_rank,
+        max_adapter_bytes=settings.max_adapter_bytes,
+        policy=settings.policy,
+        trust_served_model=settings.trust_served_model,
+        projector_bytes=settings.projector_bytes,
+    )

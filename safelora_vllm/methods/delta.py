@@ -1,0 +1,53 @@
+"""One module's adapter weights next to its projector, and the figures that decide about it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor
+
+from safelora_vllm import lowrank
+from safelora_vllm.projectors.cache import Projector
+
+
+class ModuleDelta:
+    """ΔW = B A of one module, with the scale s already folded into B.
+
+    a: (r, d_in). b: (d_out, r). Both on the projector's device. Figures are computed once, when
+    first asked for, in float64 from the factors.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, projector: Projector) -> None:
+        self.a, self.b, self.projector = a, b, projector
+
+    @cached_property
+    def image(self) -> Tensor:
+        """Ĉ B (d_out, r), in the projector's dtype."""
+        return self.projector.apply(self.b)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """A Aᵀ (r, r), float64."""
+        return lowrank.gram(self.a)
+
+    @cached_property
+    def norm(self) -> float:
+        """‖BA‖_F."""
+        return lowrank.norm(self.b, self.gram)
+
+    @cached_property
+    def similarity(self) -> float | None:
+        """cos(ĈBA, BA) in the Frobenius inner product (paper, section 3.3); None for a zero delta."""
+        return lowrank.cosine(self.image, self.b, self.gram)
+
+    @property
+    def relative_norm(self) -> float:
+        """‖s·BA‖_F / ‖W_aligned‖_F."""
+        return self.norm / self.projector.entry.aligned_norm
+
+    def retained(self, a: Tensor, b: Tensor) -> float | None:
+        """‖B'A'‖_F / ‖BA‖_F for new weights; None for a zero delta."""
+        if self.norm == 0.0:
+            return None
+        gram = self.gram if a is self.a else lowrank.gram(a)
+        return lowrank.norm(b, gram) / self.norm

@@ -1,0 +1,58 @@
+"""Command-line options that several commands share, with the words that users script against."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from safelora_vllm.policy import METHOD_NAMES, MODES, SELECTIONS, Policy
+
+_DEFAULT = Policy()
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """--method, --select, --threshold, --number, --energy, --max-relative-norm, --mode."""
+    group = parser.add_argument_group("policy")
+    group.add_argument("--method", choices=METHOD_NAMES, help=f"default: {_DEFAULT.method}")
+    group.add_argument(
+        "--select",
+        choices=SELECTIONS,
+        help="modules to project; default: threshold for safe-lora, all for input-removal",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help=f"with --select threshold: project where similarity ≤ T; default: {_DEFAULT.threshold}",
+    )
+    group.add_argument(
+        "--number",
+        type=int,
+        metavar="K",
+        help=f"with --select number: project the K least similar modules; default: {_DEFAULT.number}",
+    )
+    group.add_argument(
+        "--energy",
+        type=float,
+        metavar="E",
+        help="with --method input-removal: share of the alignment's energy whose input directions "
+        f"are removed; default: {_DEFAULT.energy}",
+    )
+    group.add_argument(
+        "--max-relative-norm",
+        type=float,
+        metavar="X",
+        help=f"refuse adapters larger than X times a module's weight; default: {_DEFAULT.max_relative_norm}",
+    )
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        help="audit serves adapters UNPROJECTED and only reports; default: enforce",
+    )
+
+
+def policy_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The policy options that were given."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Policy)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,98 @@
+"""What the operator decides: which method, on which modules, how strong, and whether to enforce."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safelora_vllm.errors import PolicyError
+
+METHOD_NAMES = ("safe-lora", "input-removal")
+SELECTIONS = ("threshold", "number", "all")
+MODES = ("enforce", "audit")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules an adapter is judged by. Field names are those of the command-line options.
+
+    method: ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B) or ``input-removal`` (A' = A − (A R) Rᵀ).
+    select: ``threshold`` projects modules whose similarity is ≤ ``threshold``; ``number`` the
+        ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
+        (as in the paper), ``all`` for input-removal (which needs no similarity).
+    threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
+    number: the paper's K.
+    energy: input-removal's share of ‖V‖_F² whose input directions are taken away.
+    max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused. It is the
+        defence against an adapter that was multiplied up so that the projection is undone.
+    mode: ``enforce``, or ``audit``, which serves the adapter unprojected and only reports.
+    """
+
+    method: str = "safe-lora"
+    select: str = ""
+    threshold: float = 0.35
+    number: int = 10
+    energy: float = 0.9
+    max_relative_norm: float = 1.0
+    mode: str = "enforce"
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHOD_NAMES)
+        if not self.select:
+            default = "threshold" if self.method == "safe-lora" else "all"
+            object.__setattr__(self, "select", default)
+        _one_of("select", self.select, SELECTIONS)
+        _one_of("mode", self.mode, MODES)
+        _in_range("threshold", self.threshold, -1.0, 1.0)
+        _in_range("energy", self.energy, 0.0, 1.0)
+        _in_range("max_relative_norm", self.max_relative_norm, 0.0, math.inf)
+        if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 0:
+            raise PolicyError(f"number is {self.number!r}; give a whole number of modules, 0 or more")
+
+    @property
+    def enforcing(self) -> bool:
+        """Whether adapters are projected, not only reported on."""
+        return self.mode == "enforce"
+
+    @property
+    def id(self) -> str:
+        """A digest of all fields: it is part of a published adapter's address."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Policy:
+        """A policy from a configuration's mapping. Unknown keys are an error, not ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise PolicyError(f"unknown policy keys {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+    def selects(self, similarities: Mapping[str, float | None]) -> set[str]:
+        """Names of the modules to project (paper, eq. 2 and its released code's ``number``).
+
+        A module whose delta is zero has no similarity (``None``) and is never selected: there is
+        nothing to project. Equal similarities are ordered by name, so that the choice is stable.
+        """
+        known = {name: value for name, value in similarities.items() if value is not None}
+        if self.select == "all":
+            return set(known)
+        if self.select == "threshold":
+            return {name for name, value in known.items() if value <= self.threshold}
+        return set(sorted(known, key=lambda name: (known[name], name))[: self.number])
+
+
+def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise PolicyError(f"{field} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def _in_range(field: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise PolicyError(f"{field} is {value!r}; give a number from {low} to {high}")

@@ -1,0 +1,260 @@
+"""Building a projector cache from a base and an aligned checkpoint, one module at a time."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from safelora_vllm.errors import CheckpointError, UsageError
+from safelora_vllm.projectors.cache import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
+from safelora_vllm.projectors.checkpoint import Checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARD_BYTES = 256 * 1024 * 1024
+# A linear layer inside a numbered block. Not: embeddings, heads, norms, convolutions, routers and
+# experts (vLLM stacks those in other layouts), nor the towers of multimodal models.
+_IN_BLOCK = re.compile(r"\.\d+\.")
+_NOT_LINEAR = re.compile(
+    r"embed|norm|conv|lora_|router|experts|(^|\.)gate$|visual|vision|audio|multi_modal|lm_head"
+)
+# These families store linear weights transposed (d_in, d_out), which LoRA calls fan_in_fan_out.
+_TRANSPOSED_FAMILIES = {"gpt2", "gpt_bigcode", "openai-gpt"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    modules: names or last parts of names (``q_proj``); empty means all linear layers.
+    dtype: of Ĉ or V in the cache. form: ``auto`` takes dense where d_out ≤ d_in.
+    max_energy: share of ‖V‖_F² up to which input directions are kept for input-removal.
+    """
+
+    modules: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    form: str = "auto"
+    device: str = "cpu"
+    max_energy: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.form not in ("auto", "dense", "factored"):
+            raise UsageError(f"form is {self.form!r}; choose auto, dense or factored")
+        if not 0.0 < self.max_energy <= 1.0:
+            raise UsageError(f"max-energy is {self.max_energy}; give a share above 0 and at most 1")
+
+
+def build(
+    base: str | Path, aligned: str | Path, out: str | Path, options: BuildOptions | None = None
+) -> Path:
+    """Write the projector cache of a model pair to the folder ``out`` and return it.
+
+    The folder appears when it is whole; a build that is killed leaves only a hidden folder that the
+    next build removes. Memory holds one module and one shard, whatever the number of layers.
+
+    Raises:
+        CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
+        UsageError: ``out`` exists, or the disk is full.
+    """
+    options = options or BuildOptions()
+    out = Path(out)
+    if out.exists():
+        raise UsageError(f"{out} exists; remove it or give another --out")
+    pair = Checkpoint(base), Checkpoint(aligned)
+    names = select_modules(*pair, options.modules)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    _check_disk(out.parent, pair[1], names, options)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        _write(partial, pair, names, options)
+        partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UsageError(f"no room left on the disk of {out}; free some and repeat") from error
+        raise
+    return out
+
+
+def select_modules(base: Checkpoint, aligned: Checkpoint, wanted: Iterable[str]) -> list[str]:
+    """Names of the modules to build, checked to be in both checkpoints with one shape."""
+    families = base.config.get("model_type"), aligned.config.get("model_type")
+    if families[0] != families[1]:
+        raise CheckpointError(
+            f"the models are of different architectures: {base.folder} is {families[0]}, "
+            f"{aligned.folder} is {families[1]}. Give the base that the aligned model was made from"
+        )
+    if families[1] in _TRANSPOSED_FAMILIES:
+        raise CheckpointError(f"{families[1]} models store transposed weights: not supported")
+    linear = _linear_layers(aligned)
+    chosen = linear
+    if wanted := list(wanted):
+        by_part = {part: [n for n in linear if n == part or n.endswith("." + part)] for part in wanted}
+        if missing := [part for part, found in by_part.items() if not found]:
+            raise CheckpointError(
+                f"{aligned.folder} has no linear layers named {missing}; it has "
+                f"{sorted({name.rpartition('.')[2] for name in linear})}"
+            )
+        chosen = [name for name in linear if any(name in found for found in by_part.values())]
+    if not chosen:
+        raise CheckpointError(f"{aligned.folder} has no linear layers in numbered blocks")
+    for name in chosen:
+        weight = f"{name}.weight"
+        if weight not in base.tensors:
+            raise CheckpointError(f"{base.folder} has no {weight}, which {aligned.folder} has")
+        shapes = base.tensors[weight].shape, aligned.tensors[weight].shape
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f"{weight} is {shapes[0]} in the base and {shapes[1]} in the aligned model")
+    return chosen
+
+
+def _linear_layers(checkpoint: Checkpoint) -> list[str]:
+    return sorted(
+        (
+            name.removesuffix(".weight")
+            for name, info in checkpoint.tensors.items()
+            if name.endswith(".weight")
+            and len(info.shape) == 2
+            and _IN_BLOCK.search(name)
+            and not _NOT_LINEAR.search(name.removesuffix(".weight"))
+        ),
+        key=_natural_order,
+    )
+
+
+def _natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """Layer 10 after layer 9."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _write(
+    folder: Path, pair: tuple[Checkpoint, Checkpoint], names: list[str], options: BuildOptions
+) -> None:
+    base, aligned = pair
+    entries: list[dict[str, Any]] = []
+    shards: dict[str, dict[str, Any]] = {}
+    unchanged: list[str] = []
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        file = folder / f"projectors-{len(shards):05d}.safetensors"
+        save_file(pending, file)
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        held = sum(tensor.nbytes for tensor in pending.values())
+        shards[file.name] = {"sha256": digest, "tensor_bytes": held}
+        pending.clear()
+
+    for name in tqdm(names, desc="Projectors", unit="module"):
+        built = build_module(name, *pair, options)
+        if built is None:
+            unchanged.append(name)
+            continue
+        figures, tensors = built
+        if pending and sum(t.nbytes for t in (*pending.values(), *tensors.values())) > _SHARD_BYTES:
+            flush()
+        pending.update({f"{name}.{part}": tensor for part, tensor in tensors.items()})
+        shard = f"projectors-{len(shards):05d}.safetensors"
+        entries.append(asdict(ModuleEntry(name=name, shard=shard, **figures)))
+    if not entries:
+        raise CheckpointError(
+            f"{base.folder} and {aligned.folder} have identical weights (V = 0): there is no "
+            "alignment to project onto. Give the model before alignment as --base"
+        )
+    flush()
+    identities = {}
+    for side, model in (("base", base), ("aligned", aligned)):
+        tensors = tqdm(sorted(model.tensors), desc=f"Digest of the {side} model", unit="tensor")
+        identities[side] = {"fingerprint": model.fingerprint(), "sha256": model.digest(tensors)}
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        **identities,
+        "dtype": options.dtype,
+        "max_energy": options.max_energy,
+        "unchanged_modules": unchanged,
+        "shards": shards,
+        "modules": entries,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+
+
+def build_module(
+    name: str, base: Checkpoint, aligned: Checkpoint, options: BuildOptions
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Figures and tensors of one module, or None where alignment did not change it (V = 0).
+
+    The Gram matrix of V's smaller side gives everything: Ĉ where that side is the output, c₀, and
+    the singular values and vectors. All in float64 before the cast.
+    """
+    weights = [model.read(f"{name}.weight").to(options.device) for model in (base, aligned)]
+    before, after = (weight.to(torch.float64) for weight in weights)
+    delta = after - before
+    norm, aligned_norm = float(delta.norm()), float(after.norm())
+    if not (math.isfinite(norm) and math.isfinite(aligned_norm)):
+        raise CheckpointError(f"{name}.weight has NaN or infinite values; download the model again")
+    if norm == 0.0:
+        return None
+    d_out, d_in = delta.shape
+    wide = d_out <= d_in
+    small = delta @ delta.T if wide else delta.T @ delta
+    null_similarity = norm**2 / (float(small.norm()) * math.sqrt(d_out))
+    form = options.form if options.form != "auto" else ("dense" if wide else "factored")
+    dtype = DTYPES[options.dtype]
+    tensors = {}
+    if form == "dense":
+        tensors["projector"] = ((small if wide else delta @ delta.T) / norm).to(dtype)
+    else:
+        tensors["delta"] = delta.to(dtype)
+    tensors["input_basis"], tensors["input_energy"] = _input_basis(delta, small, wide, options.max_energy)
+    figures = {"shape": (d_out, d_in), "form": form, "norm": norm, "aligned_norm": aligned_norm}
+    figures["null_similarity"] = null_similarity
+    return figures, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
+
+
+def _input_basis(delta: Tensor, small: Tensor, wide: bool, max_energy: float) -> tuple[Tensor, Tensor]:
+    """R (d_in, k) and the energy shares (k,), from the eigenvectors of V's smaller Gram matrix."""
+    values, vectors = torch.linalg.eigh(small)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    shares = values.cumsum(0) / values.sum()
+    k = min(int((shares < max_energy - 1e-9).sum()) + 1, len(shares))
+    vectors = vectors[:, :k]
+    if wide:  # the eigenvectors are V's left singular vectors; Vᵀ takes them to the right ones
+        vectors = torch.linalg.qr(delta.T @ vectors).Q
+    return vectors.to(torch.float32), shares[:k]
+
+
+def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: BuildOptions) -> None:
+    element = DTYPES[options.dtype].itemsize
+    shapes = [aligned.tensors[f"{name}.weight"].shape for name in names]
+    sides = [(rows, rows if options.form == "dense" else min(rows, cols)) for rows, cols in shapes]
+    if options.form == "factored":
+        sides = [(rows, cols) for rows, cols in shapes]
+    needed = sum(rows * cols * element for rows, cols in sides)
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise UsageError(f"the cache needs about {needed:,} bytes, {parent} has {free:,} free")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete what killed builds of ``out`` left, but not what a running one is writing."""
+    for leftover in out.parent.glob(f".{out.name}.partial-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""The projector cache: a folder with ``manifest.json`` and safetensors shards.
+
+For every module the shards hold
+
+- ``NAME.projector``, Ĉ = V Vᵀ/‖V‖_F (d_out, d_out), form ``dense``; or ``NAME.delta``, V (d_out,
+  d_in), form ``factored``, where V (Vᵀ B)/‖V‖_F is the cheaper product;
+- ``NAME.input_basis``, R (d_in, k) float32, V's dominant right singular vectors as columns, and
+  ``NAME.input_energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
+
+The manifest holds the figures of `ModuleEntry`, the identities of both checkpoints, and each shard's
+sha256. The manifest's own sha256 is the cache's id: same id, same projections.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from safelora_vllm.errors import PolicyError, ProjectorCacheError
+
+FORMAT = "safelora-projectors"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One module's line in the manifest.
+
+    shape: (d_out, d_in) of the weight. form: ``dense`` or ``factored``. norm: ‖V‖_F. aligned_norm:
+    ‖W_aligned‖_F. null_similarity: c₀ = tr(Ĉ)/(‖Ĉ‖_F √d_out). shard: file with its tensors.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    form: str
+    norm: float
+    aligned_norm: float
+    null_similarity: float
+    shard: str
+
+
+class Projector:
+    """One module's operators on a device."""
+
+    def __init__(self, entry: ModuleEntry, cache: ProjectorCache, device: torch.device) -> None:
+        self.entry = entry
+        self._cache = cache
+        self._device = device
+
+    def apply(self, b: Tensor) -> Tensor:
+        """``Ĉ B`` for B (d_out, r), in the projector's dtype (paper, eq. 3 with its Ĉ)."""
+        if self.entry.form == "dense":
+            projector = self._tensor("projector")
+            return projector @ b.to(projector.dtype)
+        delta = self._tensor("delta")
+        return (delta @ (delta.T @ b.to(delta.dtype))) / self.entry.norm
+
+    def input_basis(self, energy: float) -> Tensor:
+        """R (d_in, k): the fewest right singular vectors of V that hold ``energy`` of ‖V‖_F²."""
+        shares = self._tensor("input_energy")
+        k = int((shares < energy - 1e-9).sum()) + 1 if energy > 0 else 0
+        if k > len(shares):
+            raise PolicyError(
+                f"energy {energy} is above the {float(shares[-1]):.3f} that the projector cache "
+                f"keeps for {self.entry.name}; build it again with --max-energy {energy} or more"
+            )
+        return self._tensor("input_basis")[:, :k]
+
+    def _tensor(self, part: str) -> Tensor:
+        return self._cache.tensor(f"{self.entry.name}.{part}", self.entry.shard, self._device)
+
+
+class ProjectorCache:
+    """An opened cache. ``modules`` maps module names to their entries.
+
+    Raises:
+        ProjectorCacheError: no cache there, another format version, or a manifest that is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        text = self._manifest_text()
+        self.id = hashlib.sha256(text).hexdigest()
+        try:
+            self.manifest: dict[str, Any] = json.loads(text)
+            if self.manifest["format"] != FORMAT or self.manifest["version"] != FORMAT_VERSION:
+                raise ProjectorCacheError(
+                    f"{folder} is {self.manifest['format']} version {self.manifest['version']}; "
+                    f"this release reads {FORMAT} version {FORMAT_VERSION}. Build it again"
+                )
+            self.modules = {
+                entry["name"]: ModuleEntry(**{**entry, "shape": tuple(entry["shape"])})
+                for entry in self.manifest["modules"]
+            }
+            self.aligned_fingerprint: str = self.manifest["aligned"]["fingerprint"]
+            self.unchanged: set[str] = set(self.manifest["unchanged_modules"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProjectorCacheError(
+                f"{self.folder / MANIFEST} is damaged ({error!r}); build the cache again"
+            ) from error
+        self._resident: dict[str, Tensor] = {}
+
+    def _manifest_text(self) -> bytes:
+        try:
+            return (self.folder / MANIFEST).read_bytes()
+        except OSError as error:
+            raise ProjectorCacheError(
+                f"no projector cache in {self.folder} ({error.strerror}); make one with "
+                "'safelora-vllm build --base BASE --aligned ALIGNED --out DIR'"
+            ) from error
+
+    def verify(self, progress: Iterable[str] | None = None) -> None:
+        """Compare every shard with the manifest's sha256.
+
+        Raises:
+            ProjectorCacheError: a shard is missing or its bytes changed.
+        """
+        for name in progress if progress is not None else sorted(self.manifest["shards"]):
+            try:
+                with (self.folder / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise self._damaged(name, str(error.strerror)) from error
+            if found != self.manifest["shards"][name]["sha256"]:
+                raise self._damaged(name, "its bytes are not those that the build wrote")
+
+    def check_model(self, fingerprint: str, model: str | Path) -> None:
+        """Refuse to serve a model that is not the aligned side of this cache.
+
+        Raises:
+            ProjectorCacheError: the fingerprints differ.
+        """
+        if fingerprint != self.aligned_fingerprint:
+            raise ProjectorCacheError(
+                f"the projector cache {self.folder} was made for another aligned model than {model} "
+                f"(fingerprint {self.aligned_fingerprint[:12]}, served {fingerprint[:12]}). Serve the "
+                "model given as --aligned, or build a cache for this one. If it is a quantised or "
+                "converted copy of that model, say so with --trust-served-model"
+            )
+
+    def load(self, device: str | torch.device, max_bytes: int | None = None) -> None:
+        """Keep tensors on ``device``, in the manifest's order, up to ``max_bytes`` of them.
+
+        What does not fit is read from the shards at each use.
+        """
+        used = 0
+        for entry in self.modules.values():
+            parts = ["projector" if entry.form == "dense" else "delta"]
+            for part in [*parts, "input_basis", "input_energy"]:
+                key = f"{entry.name}.{part}"
+                tensor = self._read(key, entry.shard).to(device)
+                if max_bytes is not None and used + tensor.nbytes > max_bytes:
+                    return
+                used += tensor.nbytes
+                self._resident[key] = tensor
+
+    def projector(self, name: str, device: str | torch.device = "cpu") -> Projector:
+        """The operators of one module. ``name`` must be in ``modules``."""
+        return Projector(self.modules[name], self, torch.device(device))
+
+    def tensor(self, key: str, shard: str, device: torch.device) -> Tensor:
+        """A tensor of the cache: the resident one, or one read now."""
+        resident = self._resident.get(key)
+        return resident if resident is not None else self._read(key, shard).to(device)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes held per device type, and under ``disk`` those that are read at each use."""
+        tiers: dict[str, int] = {}
+        for tensor in self._resident.values():
+            tiers[tensor.device.type] = tiers.get(tensor.device.type, 0) + tensor.nbytes
+        total = sum(shard["tensor_bytes"] for shard in self.manifest["shards"].values())
+        tiers["disk"] = total - sum(tiers.values())
+        return tiers
+
+    def _read(self, key: str, shard: str) -> Tensor:
+        try:
+            with safe_open(self.folder / shard, framework="pt") as file:
+                return file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(shard, str(error)) from error
+
+    def _damaged(self, shard: str, why: str) -> ProjectorCacheError:
+        return ProjectorCacheError(
+            f"shard {shard} of the projector cache {self.folder} cannot be used: {why}. "
+            "Restore it or build the cache again"
+        )

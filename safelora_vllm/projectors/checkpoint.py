@@ -1,0 +1,197 @@
+"""Reading a model's safetensors checkpoint one tensor at a time, without ever holding the model.
+
+Tensors are read with plain file reads, not memory maps: a map's pages count as the process's
+memory until the kernel takes them back, a buffer is gone when its tensor is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safelora_vllm.errors import CheckpointError
+
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+FLOAT_DTYPES |= {"BF16": torch.bfloat16}
+_MAX_HEADER = 100 * 1024 * 1024
+_SAMPLES, _SAMPLE_BYTES = 8, 256
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, dtype as safetensors names it, shape, first byte, length."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def locate_model(model: str | Path) -> Path:
+    """The folder of a model given as a folder or as a hub id (``org/name``, or ``org/name@rev``).
+
+    Raises:
+        CheckpointError: neither a folder nor a model that the hub or its local cache has.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    name, _, revision = str(model).partition("@")
+    if path.is_absolute() or name.count("/") > 1 or name.startswith("."):
+        raise CheckpointError(f"there is no folder {model}; give a model folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub client's errors have no common base class
+        raise CheckpointError(
+            f"{model} is no folder here, and the hub did not give it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); give a model folder or an id that can be downloaded"
+        ) from error
+
+
+class Checkpoint:
+    """A folder with ``model.safetensors`` or shards, and ``config.json``.
+
+    Raises:
+        CheckpointError: no safetensors files, a broken header, or a tensor in two shards.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        self.folder = locate_model(model)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in _weight_files(self.folder):
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{self.folder}: {name} stands in two files")
+                self.tensors[name] = info
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's ``config.json``; empty where there is none."""
+        path = self.folder / "config.json"
+        try:
+            return dict(json.loads(path.read_text())) if path.is_file() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
+
+    def raw(self, name: str) -> bytearray:
+        """A tensor's bytes."""
+        info = self.tensors[name]
+        buffer = bytearray(info.nbytes)
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            view, done = memoryview(buffer), 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{info.file} ends inside {name}; download it again")
+                done += count
+        return buffer
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype.
+
+        Raises:
+            CheckpointError: no such tensor, or a dtype that is not a plain float (a quantised
+                checkpoint: use the original one).
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        info = self.tensors[name]
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{name} in {self.folder} is {info.dtype}; expected one of {list(FLOAT_DTYPES)}. "
+                "Give the unquantised checkpoint"
+            )
+        flat = torch.frombuffer(self.raw(name), dtype=FLOAT_DTYPES[info.dtype])
+        return flat.reshape(info.shape)
+
+    def digest(self, progress: Iterable[str] | None = None) -> str:
+        """sha256 over every tensor's name, dtype, shape and bytes: the checkpoint's full identity.
+
+        ``progress`` may wrap ``sorted(self.tensors)`` in a progress bar.
+        """
+        total = hashlib.sha256()
+        for name in progress if progress is not None else sorted(self.tensors):
+            total.update(self._label(name))
+            total.update(hashlib.sha256(self.raw(name)).digest())
+        return total.hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 over every tensor's name, dtype, shape and a few sampled blocks of its bytes.
+
+        Cheap enough for each start of a server, and the same however the tensors are sharded. It
+        tells models apart; it does not prove that no byte was changed: `digest` does.
+        """
+        total = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            total.update(self._label(name))
+            with info.file.open("rb", buffering=0) as file:
+                last = max(info.nbytes - _SAMPLE_BYTES, 0)
+                for sample in range(_SAMPLES):
+                    file.seek(info.start + last * sample // (_SAMPLES - 1))
+                    total.update(file.read(min(_SAMPLE_BYTES, info.nbytes)))
+        return total.hexdigest()
+
+    def _label(self, name: str) -> bytes:
+        info = self.tensors[name]
+        return json.dumps([name, info.dtype, info.shape]).encode()
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / Path(name).name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder} has no {file.name}; expected model.safetensors, or shards with "
+                "model.safetensors.index.json. Other formats must be converted to safetensors"
+            )
+        yield file
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header.
+
+    Source: the safetensors format (8 bytes of little-endian length, a JSON header, the data).
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end <= size - 8 - length:
+                raise ValueError(f"{name} lies outside of the file")
+            shape = tuple(entry["shape"])
+            info = TensorInfo(file, entry["dtype"], shape, 8 + length + start, end - start)
+            dtype = FLOAT_DTYPES.get(info.dtype)
+            if dtype is not None and math.prod(shape) * dtype.itemsize != info.nbytes:
+                raise ValueError(f"{name} has {info.nbytes} bytes for shape {shape}")
+            tensors[name] = info
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error

@@ -1,0 +1,94 @@
+"""What was decided about an adapter, and why. One object for terminal, HTTP, metrics and store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.policy import Policy
+
+Decision = str  # "projected" or "kept"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module's figures. ``None`` stands where a zero delta leaves nothing to compare.
+
+    rank: columns of B. similarity: cos(ĈBA, BA). null_similarity: c₀, what a random B would score.
+    retained: ‖B'A'‖_F / ‖BA‖_F after the decision. relative_norm: ‖s·BA‖_F / ‖W_aligned‖_F before it.
+    decision: ``projected`` or ``kept`` (in audit mode: what enforcing would have done).
+    """
+
+    name: str
+    rank: int
+    similarity: float | None
+    null_similarity: float
+    retained: float | None
+    relative_norm: float
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Report:
+    """The gate's account of one adapter under one projector cache and one policy."""
+
+    adapter: str
+    digest: str
+    projectors: str
+    policy: Policy
+    accepted: bool
+    reasons: list[Reason]
+    modules: list[ModuleReport]
+
+    def named(self, adapter: str) -> Report:
+        """The same report under the name that the adapter is served by."""
+        return dataclasses.replace(self, adapter=adapter)
+
+    def count(self, decision: Decision) -> int:
+        """Number of modules with this decision."""
+        return sum(module.decision == decision for module in self.modules)
+
+    def values(self, field: str) -> list[float]:
+        """A column of the module table without its empty places."""
+        column = (getattr(module, field) for module in self.modules)
+        return [value for value in column if value is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The public JSON form: reason codes in ``reasons``, their sentences in ``details``."""
+        return {
+            "adapter": self.adapter,
+            "digest": self.digest,
+            "projectors": self.projectors,
+            "policy": dataclasses.asdict(self.policy),
+            "accepted": self.accepted,
+            "reasons": [reason.code for reason in self.reasons],
+            "details": [reason.detail for reason in self.reasons],
+            "modules": [dataclasses.asdict(module) for module in self.modules],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text, keys in a fixed order."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        return cls(
+            adapter=data["adapter"],
+            digest=data["digest"],
+            projectors=data["projectors"],
+            policy=Policy.from_mapping(data["policy"]),
+            accepted=data["accepted"],
+            reasons=[Reason(*pair) for pair in zip(data["reasons"], data["details"], strict=True)],
+            modules=[ModuleReport(**module) for module in data["modules"]],
+        )
+
+    @classmethod
+    def refused(
+        cls, adapter: str, digest: str, projectors: str, policy: Policy, error: AdapterRefused
+    ) -> Report:
+        """A report of an adapter that was refused before it could be measured."""
+        return cls(adapter, digest, projectors, policy, False, error.reasons, [])

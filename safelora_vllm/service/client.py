@@ -1,0 +1,126 @@
+"""Starting a gate process, keeping it alive, and calling it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from safelora_vllm import errors
+from safelora_vllm.errors import GateUnavailable, SafeLoRAError
+from safelora_vllm.service.config import GateConfig
+
+logger = logging.getLogger("vllm.safelora.gate")
+_RESTART_SECONDS = 1.0
+# Inherited settings that would make the child write into vLLM's metrics or load its plugins.
+_NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS")
+
+
+class GateClient:
+    """Calls to the gate that listens on a socket. Blocking; safe to use from several threads."""
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+
+    def call(self, operation: str, timeout: float = 120.0, **arguments: Any) -> Any:
+        """One operation of `safelora_vllm.service.server.GateService`.
+
+        Raises:
+            GateUnavailable: the gate is down or did not answer within ``timeout`` seconds.
+            SafeLoRAError: whatever the operation raised over there, as the same class.
+        """
+        request = json.dumps({"op": operation, **arguments}).encode() + b"\n"
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(timeout)
+                connection.connect(self.socket_path)
+                connection.sendall(request)
+                with connection.makefile("rb") as reader:
+                    line = reader.readline()
+        except OSError as error:
+            raise GateUnavailable(
+                f"the gate process does not answer ({error}); it is restarted, try again"
+            ) from error
+        if not line:
+            raise GateUnavailable("the gate process ended during the call; try again")
+        return _result(line)
+
+
+class GateProcess:
+    """Owns a gate process: starts it, and starts it again when it dies. For the worker of a host."""
+
+    def __init__(self, config: GateConfig) -> None:
+        self._config = config
+        self._closing = threading.Event()
+        self.state, self._process = self._start()
+        self._watcher = threading.Thread(target=self._watch, name="safelora-gate", daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        self._closing.set()
+        _end(self._process)
+        self._watcher.join()
+
+    def _start(self) -> tuple[dict[str, Any], subprocess.Popen[str]]:
+        """Start the process and wait until it is ready.
+
+        Raises:
+            SafeLoRAError: it cannot start, with its own words.
+        """
+        process = subprocess.Popen(
+            [sys.executable, "-m", "safelora_vllm.service.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED},
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(self._config.to_json() + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            code = process.wait()
+            raise GateUnavailable(f"the gate process ended at its start with code {code}")
+        try:
+            return _result(line), process
+        except SafeLoRAError:
+            _end(process)
+            raise
+
+    def _watch(self) -> None:
+        while not self._closing.is_set():
+            code = self._process.wait()
+            while not self._closing.wait(_RESTART_SECONDS):
+                logger.error("the gate process ended with code %s; starting it again", code)
+                try:
+                    self.state, self._process = self._start()
+                    break
+                except SafeLoRAError as error:
+                    logger.error("the gate process cannot start: %s", error)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+        process.wait(timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        process.kill()
+        process.wait()
+
+
+def _result(line: str | bytes) -> Any:
+    answer = json.loads(line)
+    if "error" in answer:
+        kind = getattr(errors, answer["type"], SafeLoRAError)
+        raise kind(answer["error"])
+    return answer["result"]

@@ -1,0 +1,148 @@
+"""The gate process: ``python -m safelora_vllm.service.server``, settings as one line on stdin.
+
+It answers one line of JSON on stdout when it is ready (or why it cannot be), then lines of JSON on
+a Unix socket, and ends when stdin closes, that is, when its worker is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socketserver
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from safelora_vllm.adapters.read import Limits
+from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.metrics import GateMetrics
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.service.config import GateConfig
+from safelora_vllm.store import Store
+
+logger = logging.getLogger("vllm.safelora.gate")
+_MAX_LINE = 64 * 1024
+
+
+class GateService:
+    """The operations that clients may call; each takes and returns plain JSON values."""
+
+    def __init__(self, config: GateConfig) -> None:
+        cache = ProjectorCache(config.projectors)
+        cache.verify()
+        if not config.trust_served_model:
+            cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
+        cache.load(config.device, config.projector_bytes)
+        self._settings = GateSettings(
+            cache=cache,
+            policy=Policy.from_mapping(config.policy),
+            device=torch.device(config.device),
+            dtype=getattr(torch, config.dtype),
+            limits=Limits(weights_bytes=config.max_adapter_bytes, max_rank=config.max_rank),
+            base_model=Path(config.model).name,
+        )
+        _check_energy(self._settings)
+        self._store = Store(config.store)
+        self._store.clean()
+        self._metrics = GateMetrics(CollectorRegistry())
+        self._metrics.describe(cache, self._settings.policy.enforcing)
+        self._one_at_a_time = threading.Lock()
+
+    def admit(self, path: str, name: str) -> dict[str, Any]:
+        """Run the gate on one adapter folder."""
+        try:
+            with self._one_at_a_time:
+                admission = admit(path, name, self._settings, self._store)
+        except SafeLoRAError as error:
+            self._metrics.record_error(type(error).__name__)
+            raise
+        self._metrics.record(admission)
+        return {"report": admission.report.to_dict(), "key": admission.key}
+
+    def report(self, key: str) -> dict[str, Any] | None:
+        """The report of a published key, None where no undamaged copy exists."""
+        report = self._store.find(key)
+        return report.to_dict() if report else None
+
+    def metrics(self) -> str:
+        """Exposition text of this gate's counters."""
+        return self._metrics.expose()
+
+    def state(self) -> dict[str, Any]:
+        """Identity of the projector cache and of the policy that this gate applies."""
+        settings = self._settings
+        return {"projectors": settings.cache.id, "policy": settings.policy.id, "pid": os.getpid()}
+
+
+OPERATIONS = ("admit", "report", "metrics", "state")
+
+
+def _check_energy(settings: GateSettings) -> None:
+    """Find out now, not at the first adapter, whether the cache can serve the policy's energy."""
+    if settings.policy.method == "input-removal":
+        for name in settings.cache.modules:
+            settings.cache.projector(name, settings.device).input_basis(settings.policy.energy)
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    """Answers each line of one connection: {"op", …} → {"result"} or {"error", "type"}."""
+
+    service: GateService
+
+    def handle(self) -> None:
+        while line := self.rfile.readline(_MAX_LINE):
+            self.wfile.write(json.dumps(self._answer(line)).encode() + b"\n")
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            operation = request.pop("op")
+            if operation not in OPERATIONS:
+                raise SafeLoRAError(f"no operation {operation!r}")
+            return {"result": getattr(self.service, operation)(**request)}
+        except SafeLoRAError as error:
+            return {"error": str(error), "type": type(error).__name__}
+        except Exception as error:  # one request must not end the gate for all others
+            logger.exception("the gate failed on a request")
+            return {"error": f"{type(error).__name__}: {error}", "type": "GateUnavailable"}
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+def main() -> int:
+    """Entry point of the process. Exit code 0 when stdin closes, 1 when it cannot start."""
+    logging.basicConfig(format="%(levelname)s [safelora gate] %(message)s", level=logging.INFO)
+    config = GateConfig.from_json(sys.stdin.readline())
+    os.nice(config.niceness)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # not the few cores of the worker's thread
+    try:
+        service = GateService(config)
+    except (SafeLoRAError, OSError, RuntimeError) as error:
+        kind = type(error).__name__ if isinstance(error, SafeLoRAError) else "ProjectorCacheError"
+        print(json.dumps({"error": str(error), "type": kind}), flush=True)
+        return 1
+    socket_path = Path(config.socket)
+    socket_path.unlink(missing_ok=True)
+    handler = type("Handler", (_Handler,), {"service": service})
+    with _Server(str(socket_path), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(json.dumps({"result": service.state()}), flush=True)
+        sys.stdin.read()  # returns when the worker closes it or is gone
+        server.shutdown()
+    return 0
+
+
+__all__ = ["GateService", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""A report as a table on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safelora_vllm.report import Report
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the module table, then the verdict and every reason."""
+    console = console or Console()
+    policy = report.policy
+    if report.modules:
+        table = Table(title=f"{report.adapter}: {policy.method}, select {policy.select}, {policy.mode}")
+        table.add_column("module", overflow="fold")
+        for column in ("rank", "similarity", "c₀", "retained", "relative norm"):
+            table.add_column(column, justify="right")
+        table.add_column("decision")
+        for module in report.modules:
+            table.add_row(
+                module.name,
+                str(module.rank),
+                _figure(module.similarity),
+                _figure(module.null_similarity),
+                _figure(module.retained),
+                _figure(module.relative_norm),
+                Text(module.decision, style="yellow" if module.decision == "projected" else ""),
+            )
+        console.print(table)
+    verdict = "accepted" if report.accepted else "refused"
+    projected = f"{report.count('projected')} of {len(report.modules)} modules projected"
+    console.print(Text(f"{report.adapter}: {verdict}" + (f", {projected}" if report.modules else "")))
+    for reason in report.reasons:
+        console.print(Text(f"  [{reason.code}] {reason.detail}"))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
