@@ -9,10 +9,14 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safelora_vllm import __version__
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
 from safelora_vllm.options import add_policy_options, policy_values
+
+if TYPE_CHECKING:
+    from safelora_vllm.gate import GateSettings
 
 REFUSED, USAGE = 3, 2
 
@@ -93,7 +97,7 @@ def _build(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gate_settings(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _gate_settings(args: argparse.Namespace) -> GateSettings:
     """GateSettings from the options; imports torch only now, so that --help is quick."""
     import torch
 
@@ -147,17 +151,18 @@ def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
     from safelora_vllm.integration.serve import serve
     from safelora_vllm.integration.settings import ServerSettings
     from safelora_vllm.policy import Policy
+    from safelora_vllm.store import default_root
 
     policy = policy_values(args)
     Policy.from_mapping(policy)
     if args.admin_api_key:
         os.environ["SAFELORA_ADMIN_API_KEY"] = args.admin_api_key
-    given = {"store": str(Path(args.adapter_store).resolve())} if args.adapter_store else {}
+    store = Path(args.adapter_store) if args.adapter_store else default_root()
     settings = ServerSettings(
         projectors=str(Path(args.projectors).resolve()),
         policy=policy,
+        store=str(store.resolve()),
         trust_served_model=args.trust_served_model,
-        **given,
     )
     serve(args.model, settings, vllm_options)
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,8 +149,9 @@ def evaluate(
             if module in selected:
                 a, b = METHODS[policy.method](delta, policy)
             reasons += _check_norm(module, delta, policy)
-            reasons += _check_finite(module, a, b)
-            modules.append(_module_report(module, delta, a, b, module in selected))
+            retained = delta.retained(a, b)
+            reasons += _check_finite(module, delta.norm, retained)
+            modules.append(_module_report(module, delta, retained, module in selected))
             served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules)
@@ -168,22 +170,21 @@ def _check_norm(module: str, delta: ModuleDelta, policy: Policy) -> list[Reason]
     ]
 
 
-def _check_finite(module: str, a: torch.Tensor, b: torch.Tensor) -> list[Reason]:
-    if torch.isfinite(a).all() and torch.isfinite(b).all():
+def _check_finite(module: str, norm: float, retained: float | None) -> list[Reason]:
+    """A NaN or an infinity anywhere in the factors shows in the float64 norm of their product."""
+    if math.isfinite(norm) and math.isfinite(retained or 0.0):
         return []
-    return [Reason("non_finite", f"{module}: projecting it gave values that are not finite")]
+    return [Reason("non_finite", f"{module}: scaling or projecting it gave values that are not finite")]
 
 
-def _module_report(
-    module: str, delta: ModuleDelta, a: torch.Tensor, b: torch.Tensor, selected: bool
-) -> ModuleReport:
+def _module_report(module: str, delta: ModuleDelta, retained: float | None, selected: bool) -> ModuleReport:
     entry = delta.projector.entry
     return ModuleReport(
         name=module,
         rank=delta.b.shape[1],
         similarity=delta.similarity,
         null_similarity=entry.null_similarity,
-        retained=delta.retained(a, b),
+        retained=retained,
         relative_norm=delta.relative_norm,
         decision="projected" if selected else "kept",
     )

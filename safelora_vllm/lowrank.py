@@ -22,17 +22,25 @@ def gram(a: Tensor) -> Tensor:
     return wide @ wide.T
 
 
-def inner(x: Tensor, y: Tensor, g: Tensor) -> float:
-    """``⟨X A, Y A⟩_F`` for X, Y (d_out, r) and ``g = gram(A)``."""
-    return float(((x.to(torch.float64).T @ y.to(torch.float64)) * g.T).sum())
+def products(x: Tensor, y: Tensor, g: Tensor) -> tuple[float, float, float]:
+    """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²`` for X, Y (d_out, r) and ``g = gram(A)``.
+
+    One product of the stacked factors gives all three.
+    """
+    rank = x.shape[1]
+    stacked = torch.cat([x.to(torch.float64), y.to(torch.float64)], dim=1)
+    blocks = (stacked.T @ stacked).view(2, rank, 2, rank).transpose(1, 2)
+    (xx, xy), (_, yy) = (blocks * g).sum(dim=(2, 3)).tolist()
+    return max(xx, 0.0), xy, max(yy, 0.0)
 
 
 def norm(x: Tensor, g: Tensor) -> float:
     """``‖X A‖_F`` for X (d_out, r) and ``g = gram(A)``."""
-    return math.sqrt(max(inner(x, x, g), 0.0))
+    wide = x.to(torch.float64)
+    return math.sqrt(max(float(((wide.T @ wide) * g).sum()), 0.0))
 
 
-def cosine(x: Tensor, y: Tensor, g: Tensor) -> float | None:
-    """Cosine of ``X A`` and ``Y A``; ``None`` where one of them is zero, so that there is no angle."""
-    scale = norm(x, g) * norm(y, g)
-    return max(-1.0, min(1.0, inner(x, y, g) / scale)) if scale > 0.0 else None
+def cosine(xx: float, xy: float, yy: float) -> float | None:
+    """The cosine from `products`; ``None`` where one side is zero, so that there is no angle."""
+    scale = math.sqrt(xx) * math.sqrt(yy)
+    return max(-1.0, min(1.0, xy / scale)) if scale > 0.0 else None

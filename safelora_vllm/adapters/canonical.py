@@ -55,16 +55,12 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
         tensors = load(raw.weights)
     except (SafetensorError, ValueError) as error:
         raise refuse("weights_malformed", f"{WEIGHTS} cannot be loaded: {error}") from error
+    if reasons := _check_values(tensors):
+        raise AdapterRefused(_unique(reasons))
     weights: Weights = {}
     for module, sides in sorted(pairs.items()):
-        a, b = (tensors[sides[side]] for side in "AB")
-        reasons += _check_values(module, a) + _check_values(module, b)
-        b = b.to(torch.float32) * config.scale(module)
-        if not torch.isfinite(b).all():
-            reasons.append(Reason("non_finite", f"{module}: B times its scale is not finite"))
-        weights[module] = a.to(torch.float32), b
-    if reasons:
-        raise AdapterRefused(_unique(reasons))
+        a, b = (tensors[sides[side]].to(torch.float32) for side in "AB")
+        weights[module] = a, b * config.scale(module)
     return weights
 
 
@@ -120,15 +116,26 @@ def _check_shapes(
     return []
 
 
-def _check_values(module: str, tensor: Tensor) -> list[Reason]:
-    if not torch.isfinite(tensor).all():
-        return [Reason("non_finite", f"{module} has NaN or infinite values")]
+def _check_values(tensors: Mapping[str, Tensor]) -> list[Reason]:
+    """Look for NaN, infinities and subnormals: at first in all values at once, then by name."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in tensors.values():
+        by_dtype[tensor.dtype].append(tensor.flatten())
+    if all(_flaw(torch.cat(group)) is None for group in by_dtype.values()):
+        return []
+    flaws = {name: _flaw(tensor) for name, tensor in tensors.items()}
+    return [Reason(flaw, f"{name} has {flaw} values") for name, flaw in flaws.items() if flaw]
+
+
+def _flaw(values: Tensor) -> str | None:
+    sizes = values.abs()
+    if not torch.isfinite(sizes).all():
+        return "non_finite"
     # Subnormal numbers slow processors down and carry nothing. float16's are ordinary small values.
-    if tensor.dtype != torch.float16:
-        tiny = tensor.abs() < torch.finfo(tensor.dtype).tiny
-        if bool((tiny & (tensor != 0)).any()):
-            return [Reason("subnormal", f"{module} has values below {torch.finfo(tensor.dtype).tiny}")]
-    return []
+    tiny = torch.finfo(values.dtype).tiny
+    if values.dtype != torch.float16 and bool(((sizes < tiny) & (sizes > 0)).any()):
+        return "subnormal"
+    return None
 
 
 def _unique(reasons: list[Reason]) -> list[Reason]:

@@ -84,8 +84,8 @@ def install() -> None:
     from safelora_vllm.integration.worker import GuardedLoRAManager, attest
 
     _original_load = worker_manager.WorkerLoRAManager._load_adapter
-    worker_manager.WorkerLoRAManager._load_adapter = _refuse_unguarded  # type: ignore[method-assign]
-    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = GuardedLoRAManager  # type: ignore[misc]
+    worker_manager.WorkerLoRAManager._load_adapter = _refuse_unguarded
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = GuardedLoRAManager
     setattr(WorkerBase, ATTEST, attest)
 
 

@@ -35,7 +35,7 @@ SCHEME = "safelora://"
 _START_SECONDS = 900.0
 
 
-class GuardedLoRAManager(LRUCacheWorkerLoRAManager):
+class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is not type-checked
     """vLLM's LoRA manager, whose only way to weights is the gate."""
 
     def __init__(self, vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 from torch import Tensor
@@ -31,14 +32,18 @@ class ModuleDelta:
         return lowrank.gram(self.a)
 
     @cached_property
+    def _products(self) -> tuple[float, float, float]:
+        return lowrank.products(self.image, self.b, self.gram)
+
+    @property
     def norm(self) -> float:
         """‖BA‖_F."""
-        return lowrank.norm(self.b, self.gram)
+        return math.sqrt(self._products[2])
 
-    @cached_property
+    @property
     def similarity(self) -> float | None:
         """cos(ĈBA, BA) in the Frobenius inner product (paper, section 3.3); None for a zero delta."""
-        return lowrank.cosine(self.image, self.b, self.gram)
+        return lowrank.cosine(*self._products)
 
     @property
     def relative_norm(self) -> float:
@@ -49,5 +54,8 @@ class ModuleDelta:
         """‖B'A'‖_F / ‖BA‖_F for new weights; None for a zero delta."""
         if self.norm == 0.0:
             return None
-        gram = self.gram if a is self.a else lowrank.gram(a)
-        return lowrank.norm(b, gram) / self.norm
+        if a is self.a and b is self.b:
+            return 1.0
+        if a is self.a and b is self.image:
+            return math.sqrt(self._products[0]) / self.norm
+        return lowrank.norm(b, self.gram if a is self.a else lowrank.gram(a)) / self.norm

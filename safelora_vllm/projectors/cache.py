@@ -184,7 +184,8 @@ class ProjectorCache:
     def _read(self, key: str, shard: str) -> Tensor:
         try:
             with safe_open(self.folder / shard, framework="pt") as file:
-                return file.get_tensor(key)
+                tensor: Tensor = file.get_tensor(key)
+                return tensor
         except (OSError, SafetensorError) as error:
             raise self._damaged(shard, str(error)) from error
 
