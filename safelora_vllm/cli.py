@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command != "serve":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into `head`
     try:
         if args.command == "serve":
             return _serve(args, rest)

@@ -2,6 +2,7 @@
 
     SafeLoRAError
     ├── UsageError            wrong option, or an input that is not there (exit code 2)
+    │   ├── AdapterNotFound       no folder where the adapter should be
     │   ├── PolicyError       a policy that contradicts itself or its projector cache
     │   └── CheckpointError   a model folder that cannot be read or does not fit its pair
     ├── ProjectorCacheError   a cache that is missing, damaged or made for another model
@@ -23,6 +24,10 @@ class SafeLoRAError(Exception):
 
 class UsageError(SafeLoRAError):
     """A wrong option, or an input that does not exist."""
+
+
+class AdapterNotFound(UsageError):
+    """There is no adapter folder at the given path."""
 
 
 class PolicyError(UsageError):

@@ -89,7 +89,7 @@ def admit(folder: str | Path, name: str, settings: GateSettings, store: Store) -
     Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
 
     Raises:
-        UsageError: there is no such folder.
+        AdapterNotFound: there is no such folder.
         GateUnavailable: the store cannot be written.
         ProjectorCacheError: the projector cache is damaged.
     """

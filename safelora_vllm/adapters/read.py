@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.errors import AdapterRefused, Reason, UsageError, refuse
+from safelora_vllm.errors import AdapterNotFound, AdapterRefused, Reason, refuse
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -55,12 +55,12 @@ def read_adapter(folder: str | Path, limits: Limits) -> RawAdapter:
     """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of a PEFT folder.
 
     Raises:
-        UsageError: there is no such folder.
+        AdapterNotFound: there is no such folder.
         AdapterRefused: a file is missing, too large, not regular, not readable, or malformed.
     """
     folder = Path(folder)
     if "\0" in str(folder) or not folder.is_dir():
-        raise UsageError(f"there is no adapter folder {folder}; give a folder that PEFT saved")
+        raise AdapterNotFound(f"there is no adapter folder {folder}; give a folder that PEFT saved")
     config_text = _read_file(folder, CONFIG, limits.config_bytes)
     weights = _read_file(folder, WEIGHTS, limits.weights_bytes)
     sides = hashlib.sha256(config_text).digest() + hashlib.sha256(weights).digest()

@@ -12,7 +12,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, SafeLoRAError, UsageError
+from safelora_vllm.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    GateUnavailable,
+    SafeLoRAError,
+    UsageError,
+)
 from safelora_vllm.integration.serving import AlreadyLoaded, Serving, UnknownAdapter
 
 
@@ -42,6 +48,7 @@ class Unauthorized(SafeLoRAError):
 _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     Unauthorized: (401, "AuthenticationError"),
     UnknownAdapter: (404, "NotFoundError"),
+    AdapterNotFound: (404, "NotFoundError"),
     AlreadyLoaded: (409, "ConflictError"),
     AdapterRefused: (422, "AdapterRefusedError"),
     UsageError: (400, "InvalidUserInput"),

@@ -5,6 +5,7 @@
 | manager | ``lora_model_runner_mixin.LRUCacheWorkerLoRAManager`` | every runner builds its LoRA manager from this name | vLLM lets plugins choose the manager |
 | load | ``WorkerLoRAManager._load_adapter`` | every real load passes here; unguarded managers refuse | the same |
 | step | ``WorkerLoRAManager.set_active_adapters`` | tells a load in the step loop, where an error ends the engine, from one by request | vLLM fails the request instead |
+| zeros | ``LoRAModelManager.create_dummy_lora`` | what a running request gets whose adapter cannot be re-read | the same |
 | attest | a method on ``WorkerBase`` | the API side asks each worker whether it is guarded | vLLM has a plugin RPC |
 | all engines | ``engine_core.call_utility_all_async`` | ``collective_rpc`` gives the first data-parallel engine's answer only | it gives all |
 | in flight | ``output_processor.request_states`` | weights are freed when their last request ended | ``remove_lora`` waits itself |
@@ -101,9 +102,11 @@ def load_published(manager: Any, request: LoRARequest) -> LoRAModel:
     return _original_load(manager, request)
 
 
-def no_adapter(request: LoRARequest) -> LoRAModel:
-    """A LoRA model without weights: requests that use it get the aligned model."""
-    return LoRAModel(request.lora_int_id, 1, {})
+def no_adapter(manager: Any, request: LoRARequest) -> LoRAModel:
+    """An adapter of zeros, as vLLM makes it to warm up: its requests get the aligned model."""
+    inner = manager._adapter_manager
+    rank = inner.get_dummy_lora_warmup_rank(1) if hasattr(inner, "get_dummy_lora_warmup_rank") else 1
+    return inner.create_dummy_lora(request.lora_int_id, rank, manager.embedding_modules)
 
 
 async def ask_all_workers(engine_client: Any) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
                 "go on with the aligned model alone", lora_request.lora_name, error,
             )  # fmt: skip
             self.guard.lost.add(lora_request.lora_path)
-            return seams.no_adapter(lora_request)
+            return seams.no_adapter(self, lora_request)
 
 
 class WorkerGuard:

@@ -181,8 +181,8 @@ def _write(
     flush()
     identities = {}
     for side, model in (("base", base), ("aligned", aligned)):
-        tensors = tqdm(sorted(model.tensors), desc=f"Digest of the {side} model", unit="tensor")
-        identities[side] = {"fingerprint": model.fingerprint(), "sha256": model.digest(tensors)}
+        weights = tqdm(sorted(model.tensors), desc=f"Digest of the {side} model", unit="tensor")
+        identities[side] = {"fingerprint": model.fingerprint(), "sha256": model.digest(weights)}
     manifest = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

@@ -6,6 +6,7 @@ a Unix socket, and ends when stdin closes, that is, when its worker is gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -125,6 +126,7 @@ def main() -> int:
     config = GateConfig.from_json(sys.stdin.readline())
     os.nice(config.niceness)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # not the few cores of the worker's thread
+    torch.set_num_threads(1)  # small products: a second thread would wait for a core that serves
     try:
         service = GateService(config)
     except (SafeLoRAError, OSError, RuntimeError) as error:
@@ -139,6 +141,11 @@ def main() -> int:
         print(json.dumps({"result": service.state()}), flush=True)
         sys.stdin.read()  # returns when the worker closes it or is gone
         server.shutdown()
+    # The worker may have been killed, so its private folder is this process's to remove.
+    for leftover in (socket_path, socket_path.with_name("owner.lock")):
+        leftover.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        socket_path.parent.rmdir()
     return 0
 
 

@@ -1,0 +1,57 @@
+# make demo   set everything up and show the whole path on a real model
+# make test   run all tests
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup models demo serve test test-fast lint bench clean
+
+EXTRA ?= cpu
+BIN := .venv/bin
+BASE := .cache/models/base
+ALIGNED := .cache/models/aligned
+PROJECTORS := .cache/projectors
+export HF_HUB_OFFLINE ?= 1
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+help:
+	@echo "make setup | demo | serve | test | test-fast | lint | bench | clean   (see README.md)"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml .ci/setup
+	EXTRA=$(EXTRA) .ci/setup .venv
+	touch $@
+
+$(ALIGNED)/config.json: examples/models.py examples/adapters/alignment/adapter_model.safetensors | .venv/.ready
+	rm -rf .cache/models
+	$(BIN)/python examples/models.py --out .cache/models
+
+$(PROJECTORS)/manifest.json: $(ALIGNED)/config.json
+	rm -rf $(PROJECTORS)
+	$(BIN)/safelora-vllm build --base $(BASE) --aligned $(ALIGNED) --out $(PROJECTORS)
+
+models: .venv/.ready $(PROJECTORS)/manifest.json
+
+demo: models
+	$(BIN)/python examples/demo.py
+
+serve: models
+	$(BIN)/python examples/demo.py --serve
+
+test: models
+	$(BIN)/python -m pytest -q tests
+
+test-fast: .venv/.ready
+	$(BIN)/python -m pytest -q tests -m "not server"
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: models
+	$(BIN)/python benchmarks/projection.py
+	$(BIN)/python benchmarks/hot_load.py
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache

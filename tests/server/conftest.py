@@ -1,0 +1,141 @@
+"""One guarded server for the whole test run, with a real model, and adapters for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save_file
+from server import ADMIN_KEY, Server, guarded, running
+
+from safelora_vllm.projectors.cache import ProjectorCache
+
+CACHE = Path(__file__).parents[2] / ".cache"
+INFERENCE_KEY = "an-inference-key"
+Q_V = ("q_proj", "v_proj")
+ALL = (*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder is slow and needs vLLM."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.server)
+
+
+@pytest.fixture(scope="session")
+def aligned() -> Path:
+    folder = CACHE / "models" / "aligned"
+    assert folder.is_dir(), "no demo models: run 'make models' first"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def projectors() -> Path:
+    folder = CACHE / "projectors"
+    assert folder.is_dir(), "no projector cache: run 'make models' first"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, projectors: Path) -> dict[str, Path]:
+    """Random adapters large enough to change what the model says."""
+    root = tmp_path_factory.mktemp("adapters")
+    made = {"qv": (Q_V, 8), "all": (ALL, 16), "static": (Q_V, 4), "other": (Q_V, 8)}
+    made |= {f"extra{i}": (Q_V, 8) for i in range(3)}
+    for seed, (name, (parts, rank)) in enumerate(made.items()):
+        write_adapter(root / name, ProjectorCache(projectors), parts, rank, seed)
+    return {name: root / name for name in made}
+
+
+def write_adapter(
+    folder: Path, cache: ProjectorCache, parts: tuple[str, ...], rank: int, seed: int, size: float = 0.3
+) -> None:
+    """A PEFT adapter with deltas of ``size`` times the norm of each module's weight."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, entry in cache.modules.items():
+        if name.rpartition(".")[2] in parts:
+            a = torch.randn(rank, entry.shape[1], generator=generator)
+            b = torch.randn(entry.shape[0], rank, generator=generator)
+            b *= size * entry.aligned_norm / (b @ a).norm() / 2  # the config's alpha/r is 2
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(parts)}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def server(
+    aligned: Path,
+    projectors: Path,
+    adapters: dict[str, Path],
+    store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """Guarded, with an inference key, one adapter from the start, and a pool that overflows soon."""
+    command = guarded(
+        aligned, projectors, store,
+        "--select=all", f"--api-key={INFERENCE_KEY}", f"--lora-modules=static={adapters['static']}",
+        "--max-loras=2", "--max-cpu-loras=2", "--max-lora-rank=16",
+    )  # fmt: skip
+    with running(command, tmp_path_factory.mktemp("log") / "server.log") as started:
+        yield started
+
+
+@pytest.fixture
+def user(server: Server) -> Iterator[httpx.Client]:
+    """A tenant with the inference key."""
+    with client(server, INFERENCE_KEY) as made:
+        yield made
+
+
+@pytest.fixture
+def admin(server: Server) -> Iterator[httpx.Client]:
+    """The operator; adapters loaded in a test are unloaded after it."""
+    with client(server, ADMIN_KEY) as made:
+        yield made
+        for adapter in made.get("/v1/adapters").json()["data"]:
+            if adapter["adapter"] != "static":
+                made.post("/v1/unload_lora_adapter", json={"lora_name": adapter["adapter"]})
+
+
+def client(server: Server, key: str) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=server.url, headers=headers, timeout=120)
+
+
+def load(admin: httpx.Client, name: str, folder: Path, **more: object) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": str(folder), **more}
+    return admin.post("/v1/load_lora_adapter", json=body)
+
+
+def say(http: httpx.Client, model: str, prompt: str = "The capital of France is") -> str:
+    """A greedy completion; raises if the server answers an error."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    answer = http.post("/v1/completions", json=body)
+    answer.raise_for_status()
+    return str(answer.json()["choices"][0]["text"])
+
+
+def metric_samples(http: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All samples of /metrics, read by prometheus_client's own parser."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }

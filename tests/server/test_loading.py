@@ -1,0 +1,90 @@
+"""Loading and unloading over HTTP while the server runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+from server import Server
+
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests.server.conftest import client, load, metric_samples, say
+from tests.server.hostile import HOSTILE
+
+
+def test_load_serve_unload(admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]) -> None:
+    assert load(admin, "tenant", adapters["qv"]).status_code == 200
+    cards = {card["id"]: card for card in user.get("/v1/models").json()["data"]}
+    assert cards["tenant"]["root"].startswith("safelora://")
+    assert str(adapters["qv"]) not in user.get("/v1/models").text
+    assert say(user, "tenant")
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "tenant"}).status_code == 200
+    gone = user.post("/v1/completions", json={"model": "tenant", "prompt": "x"})
+    assert gone.status_code == 404
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "tenant"}).status_code == 404
+
+
+def test_report(admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]) -> None:
+    load(admin, "tenant", adapters["all"])
+    report = user.get("/v1/adapters/tenant").json()
+    assert report["adapter"] == "tenant" and report["accepted"] and report["reasons"] == []
+    assert {module["decision"] for module in report["modules"]} == {"projected"}
+    assert len(report["modules"]) == 210
+    listed = {entry["adapter"] for entry in user.get("/v1/adapters").json()["data"]}
+    assert listed == {"static", "tenant"}
+    assert user.get("/v1/adapters/nobody").status_code == 404
+
+
+def test_a_name_is_loaded_once(admin: httpx.Client, adapters: dict[str, Path]) -> None:
+    assert load(admin, "tenant", adapters["qv"]).status_code == 200
+    again = load(admin, "tenant", adapters["other"])
+    assert again.status_code == 409
+    assert again.json()["error"]["type"] == "ConflictError"
+    before = admin.get("/v1/adapters/tenant").json()["digest"]
+    assert load(admin, "tenant", adapters["other"], load_inplace=True).status_code == 200
+    assert admin.get("/v1/adapters/tenant").json()["digest"] != before
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 200, "new\nline", "aligned", "-x", "ü"])
+def test_bad_names(admin: httpx.Client, adapters: dict[str, Path], name: str) -> None:
+    answer = load(admin, name, adapters["qv"])
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000
+
+
+def test_missing_folder_is_not_found(admin: httpx.Client) -> None:
+    answer = load(admin, "tenant", Path("/no/such/folder"))
+    assert answer.status_code == 404
+    assert "/no/such/folder" in answer.json()["error"]["message"]
+
+
+def test_mutating_routes_need_the_admin_key(server: Server, adapters: dict[str, Path]) -> None:
+    for key in ("an-inference-key", "wrong"):
+        with client(server, key) as http:
+            assert load(http, "tenant", adapters["qv"]).status_code == 401
+            assert http.post("/v1/unload_lora_adapter", json={"lora_name": "static"}).status_code == 401
+    with httpx.Client(base_url=server.url) as http:
+        assert load(http, "tenant", adapters["qv"]).status_code == 401
+        assert http.post("/adapters", json={"name": "x", "src": "/tmp"}).status_code == 404
+
+
+def test_refusals_leave_the_server_as_it_was(
+    admin: httpx.Client, user: httpx.Client, projectors: Path, tmp_path: Path
+) -> None:
+    before = say(user, "static")
+    for name, (spoil, code) in HOSTILE.items():
+        folder = tmp_path / name
+        spoil(folder, ProjectorCache(projectors))
+        answer = load(admin, name, folder)
+        assert answer.status_code == 422, (name, answer.text)
+        assert code in answer.json()["error"]["reasons"], (name, answer.text)
+        assert len(answer.json()["error"]["details"]) >= 1
+        assert name not in user.get("/v1/models").text
+    assert say(user, "static") == before
+    refused = {
+        dict(labels)["reason"]
+        for (name, labels), value in metric_samples(user).items()
+        if name == "safelora_loads_total" and dict(labels)["result"] == "refused" and value
+    }
+    assert {code for _, code in HOSTILE.values()} <= refused

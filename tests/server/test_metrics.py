@@ -1,0 +1,42 @@
+"""/metrics of the live server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+
+from tests.server.conftest import load, metric_samples, say
+
+
+def test_metrics_follow_the_adapters(
+    admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
+) -> None:
+    load(admin, "tenant", adapters["qv"])
+    say(user, "tenant")
+    samples = metric_samples(user)
+    report = user.get("/v1/adapters/tenant").json()
+
+    def value(name: str, **labels: str) -> float:
+        return samples[name, frozenset(labels.items())]
+
+    assert value("safelora_adapter_modules", adapter="tenant", decision="projected") == 60
+    similarities = [module["similarity"] for module in report["modules"]]
+    assert value("safelora_adapter_similarity", adapter="tenant", stat="min") == min(similarities)
+    retained = [module["retained"] for module in report["modules"]]
+    assert value("safelora_adapter_retained_norm", adapter="tenant", stat="min") == min(retained)
+    assert 0.29 < value("safelora_adapter_relative_norm", adapter="tenant") < 0.31
+    info = {"digest": report["digest"], "method": "safe-lora", "mode": "enforce"}
+    assert value("safelora_adapter_info", adapter="tenant", **info) == 1
+    assert value("safelora_workers", state="guarded") == 1
+    assert value("safelora_projector_bytes", tier="cpu") > 1e6
+    assert value("safelora_enforcing") == 1
+    assert any(name.startswith("vllm:") for name, _ in samples), "vLLM's own metrics are missing"
+
+    misses = value("safelora_gate_cache_total", outcome="miss")
+    admin.post("/v1/unload_lora_adapter", json={"lora_name": "tenant"})
+    load(admin, "again", adapters["qv"])
+    samples = metric_samples(user)
+    assert not any(("adapter", "tenant") in labels for _, labels in samples)
+    assert value("safelora_gate_cache_total", outcome="hit") >= 1
+    assert value("safelora_gate_cache_total", outcome="miss") == misses
