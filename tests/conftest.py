@@ -1,0 +1,69 @@
+"""What the fast tests share: one tiny model pair and its projector caches, built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.projectors.cache import ProjectorCache
+    from safelora_vllm.store import Store
+    from tests.tiny import Pair
+
+# No deadline: the machine is shared. Derandomised: the same run everywhere, no example database.
+settings.register_profile("fast", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("fast")
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A base and an aligned checkpoint; read only."""
+    from tests.tiny import write_pair
+
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def build_cache(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(dtype, form) → the pair's projector cache folder, each built once; read only."""
+    from safelora_vllm.projectors.build import BuildOptions, build
+
+    root = tmp_path_factory.mktemp("caches")
+
+    def folder(dtype: str, form: str) -> Path:
+        out = root / f"{dtype}-{form}"
+        if not out.exists():
+            build(pair.base, pair.aligned, out, BuildOptions(dtype=dtype, form=form))
+        return out
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
+    """The float32 cache in the automatic form."""
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    return ProjectorCache(build_cache("float32", "auto"))
+
+
+@pytest.fixture
+def gate(cache: ProjectorCache) -> GateSettings:
+    """Settings of a gate with the default policy."""
+    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.policy import Policy
+
+    return GateSettings(cache, Policy())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store of published adapters."""
+    from safelora_vllm.store import Store
+
+    return Store(tmp_path / "store")

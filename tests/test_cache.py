@@ -1,0 +1,156 @@
+"""The cache format and its reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safelora_vllm.errors import PolicyError, ProjectorCacheError
+from safelora_vllm.gate import GateSettings, evaluate
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
+from tests.tiny import Draft, Pair, module_shapes
+
+_MANIFEST_KEYS = [
+    "format", "version", "base", "aligned", "dtype", "max_energy", "unchanged_modules", "shards", "modules",
+]  # fmt: skip
+_ENTRY_KEYS = ["name", "shape", "form", "norm", "aligned_norm", "null_similarity", "shard"]
+
+
+@pytest.fixture
+def folder(build_cache: Callable[[str, str], Path], tmp_path: Path) -> Path:
+    """A copy of the float32 cache that a test may damage."""
+    return Path(shutil.copytree(build_cache("float32", "auto"), tmp_path / "cache"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest in place."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_manifest_has_these_keys_and_no_others(folder: Path, pair: Pair) -> None:
+    text = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(text)
+    assert list(manifest) == _MANIFEST_KEYS
+    assert (manifest["format"], manifest["version"]) == ("safelora-projectors", 1)
+    assert (manifest["dtype"], manifest["max_energy"]) == ("float32", 0.95)
+    assert all(list(entry) == _ENTRY_KEYS for entry in manifest["modules"])
+    assert {e["name"]: tuple(e["shape"]) for e in manifest["modules"]} == module_shapes()
+    for side, model in (("base", pair.base), ("aligned", pair.aligned)):
+        identity = Checkpoint(model)
+        assert manifest[side] == {"fingerprint": identity.fingerprint(), "sha256": identity.digest()}
+    for name, shard in manifest["shards"].items():
+        assert shard["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert ProjectorCache(folder).id == hashlib.sha256(text).hexdigest()
+    assert {file.name for file in folder.iterdir()} == {"manifest.json", *manifest["shards"]}
+
+
+def test_verify_accepts_what_the_build_wrote_and_finds_a_flipped_byte(folder: Path) -> None:
+    ProjectorCache(folder).verify()
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ProjectorCacheError, match=rf"{shard.name} .* its bytes are not those"):
+        ProjectorCache(folder).verify()
+
+
+def test_a_missing_shard_is_found_by_verify_and_at_its_use(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    shard.unlink()
+    cache = ProjectorCache(folder)
+    with pytest.raises(ProjectorCacheError, match="No such file"):
+        cache.verify()
+    name = next(iter(cache.modules))
+    with pytest.raises(ProjectorCacheError, match="Restore it or build the cache again"):
+        cache.projector(name).apply(torch.zeros(cache.modules[name].shape[0], 1))
+
+
+@pytest.mark.parametrize("name", ["version", "format"])
+def test_another_format_or_version_is_refused(name: str, folder: Path) -> None:
+    rewrite(folder, lambda manifest: manifest.update({name: 2}))
+    with pytest.raises(ProjectorCacheError, match="this release reads safelora-projectors version 1"):
+        ProjectorCache(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "\\xff", '{"format": "x"}'])
+def test_a_damaged_manifest_is_refused(text: str, folder: Path) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ProjectorCacheError, match=r"manifest\.json is damaged"):
+        ProjectorCache(folder)
+
+
+@pytest.mark.parametrize("name", sorted({*_MANIFEST_KEYS} - {"base", "dtype", "max_energy"}))
+def test_a_manifest_without_a_key_that_is_used_is_refused(name: str, folder: Path) -> None:
+    rewrite(folder, lambda manifest: manifest.pop(name))
+    with pytest.raises(ProjectorCacheError, match="is damaged"):
+        ProjectorCache(folder)
+
+
+@pytest.mark.parametrize("name", _ENTRY_KEYS)
+def test_a_module_entry_without_a_key_is_refused(name: str, folder: Path) -> None:
+    rewrite(folder, lambda manifest: manifest["modules"][0].pop(name))
+    with pytest.raises(ProjectorCacheError, match="is damaged"):
+        ProjectorCache(folder)
+
+
+def test_no_cache_there_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ProjectorCacheError, match=r"no projector cache in .*safelora-vllm build"):
+        ProjectorCache(tmp_path / "none")
+
+
+def test_only_the_aligned_model_may_be_served(cache: ProjectorCache, pair: Pair) -> None:
+    cache.check_model(Checkpoint(pair.aligned).fingerprint(), pair.aligned)
+    with pytest.raises(ProjectorCacheError, match=r"another aligned model .* --trust-served-model"):
+        cache.check_model(Checkpoint(pair.base).fingerprint(), pair.base)
+
+
+def test_energy_up_to_what_was_kept(cache: ProjectorCache) -> None:
+    for name in cache.modules:
+        kept = cache.projector(name).input_basis(0.95)
+        assert 0 < cache.projector(name).input_basis(0.5).shape[1] < kept.shape[1]
+        # Orthonormal columns, in float32.
+        assert torch.allclose(kept.T @ kept, torch.eye(kept.shape[1]), atol=1e-5)
+        with pytest.raises(PolicyError, match="build it again with --max-energy 0.999 or more"):
+            cache.projector(name).input_basis(0.999)
+
+
+def test_a_bounded_load_leaves_the_rest_on_disk_and_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safelora_vllm.adapters.read import Limits, read_adapter
+
+    raw = read_adapter(Draft().write(tmp_path / "adapter"), Limits())
+    total = sum(s["tensor_bytes"] for s in ProjectorCache(folder).manifest["shards"].values())
+    reports, reads = [], []
+    for bound in (None, total // 2, 0):
+        cache = ProjectorCache(folder)
+        assert cache.resident_bytes() == {"disk": total}
+        cache.load("cpu", bound)
+        tiers = cache.resident_bytes()
+        held = tiers.get("cpu", 0)
+        assert held + tiers["disk"] == total
+        assert held == total if bound is None else held <= bound
+        count = 0
+        inner = cache._read
+
+        def read(key: str, shard: str, inner: Callable[[str, str], torch.Tensor] = inner) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            return inner(key, shard)
+
+        monkeypatch.setattr(cache, "_read", read)
+        reports.append(evaluate(raw, "a", GateSettings(cache, Policy()))[0])
+        reads.append(count)
+    assert reports[0] == reports[1] == reports[2]
+    assert reads[0] == 0 < reads[1] < reads[2]

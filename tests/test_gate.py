@@ -1,0 +1,215 @@
+"""The gate as a whole: addresses, modes, and what happens when the store is in trouble."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.gate import Admission, GateSettings, admit
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.store import Store
+from tests import reference
+from tests.tiny import Draft, Pair, key, lora, module_shapes
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A sound adapter's folder."""
+    return Draft().write(tmp_path / "adapter")
+
+
+def published(admission: Admission) -> Path:
+    """The folder of an accepted adapter."""
+    assert admission.report.accepted and admission.folder is not None
+    return admission.folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """A folder's files."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def only_published(store: Store) -> list[str]:
+    """What lies in the store, temporary folders included."""
+    return sorted(path.name for path in (store.root / "published").glob("*"))
+
+
+def test_an_accepted_adapter_is_published_with_its_report(
+    adapter: Path, gate: GateSettings, store: Store, pair: Pair
+) -> None:
+    admission = admit(adapter, "tenant", gate, store)
+    folder = published(admission)
+    assert sorted(content(folder)) == sorted(FILES) and only_published(store) == [admission.key]
+    assert not admission.cached and set(admission.stages.seconds) == {
+        "read", "lookup", "vet", "project", "publish",
+    }  # fmt: skip
+    tensors = lora()
+    modules = {module.name: module for module in admission.report.modules}
+    decisions = set()
+    for name in module_shapes():
+        a, b = tensors[key(name, "A")], 2.0 * tensors[key(name, "B")]
+        v, original = pair.v(name), b.double() @ a.double()
+        found = modules[name]
+        # Tolerances: those of float32 projectors, see test_methods.py.
+        exact = reference.similarity(v, a, b)
+        assert found.similarity == pytest.approx(exact, abs=1e-6) and abs(exact - 0.35) > 1e-6
+        assert found.decision == ("projected" if exact <= 0.35 else "kept")
+        kept = 1.0 if found.decision == "kept" else reference.ratio(reference.projected(v, a, b), original)
+        assert found.retained == pytest.approx(kept, rel=2e-6)
+        assert found.relative_norm == pytest.approx(reference.ratio(original, pair.w(name)), rel=1e-9)
+        assert found.null_similarity == pytest.approx(reference.null_similarity(v)) and found.rank == 4
+        decisions.add(found.decision)
+    assert decisions == {"projected", "kept"}
+
+
+def test_the_same_bytes_have_one_key_whatever_their_name_and_the_work_is_done_once(
+    adapter: Path, gate: GateSettings, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = admit(adapter, "one", gate, store)
+    monkeypatch.setattr("safelora_vllm.gate.vet", lambda *_: pytest.fail("judged again"))
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    second = admit(copy, "two", gate, store)
+    assert second.cached and (second.key, second.folder) == (first.key, first.folder)
+    assert second.report == first.report.named("two")
+    assert b"one" not in (published(first) / "report.json").read_bytes()  # names are not content
+
+
+def test_another_policy_dtype_cache_or_model_has_another_key(
+    adapter: Path, gate: GateSettings, build_cache: Callable[[str, str], Path], store: Store
+) -> None:
+    others = [
+        gate,
+        dataclasses.replace(gate, policy=Policy(threshold=0.36)),
+        dataclasses.replace(gate, policy=Policy(mode="audit")),
+        dataclasses.replace(gate, dtype=torch.bfloat16),
+        dataclasses.replace(gate, cache=ProjectorCache(build_cache("bfloat16", "dense"))),
+        dataclasses.replace(gate, base_model="another"),
+    ]
+    answers = [admit(adapter, "tenant", settings, store) for settings in others]
+    assert len({answer.key for answer in answers}) == len(others)
+    assert not any(answer.cached for answer in answers)
+
+
+@pytest.mark.parametrize("what", ["config", "weights"])
+def test_other_bytes_have_another_key(what: str, adapter: Path, gate: GateSettings, store: Store) -> None:
+    first = admit(adapter, "tenant", gate, store)
+    draft = Draft()
+    if what == "config":
+        draft.config["lora_alpha"] = 7
+    else:
+        draft.tensors = lora(seed=8)
+    shutil.rmtree(adapter)
+    second = admit(draft.write(adapter), "tenant", gate, store)
+    assert second.key != first.key and not second.cached
+    assert published(first).is_dir()  # what was published never changes
+
+
+def test_audit_serves_the_adapter_unprojected_and_says_so(
+    adapter: Path, gate: GateSettings, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    enforced = admit(adapter, "tenant", gate, store)
+    audit = dataclasses.replace(gate, policy=Policy(mode="audit"))
+    with caplog.at_level(logging.INFO, "vllm.safelora"):
+        admission = admit(adapter, "tenant", audit, store)
+    assert admission.report.modules == enforced.report.modules  # what enforcing would have done
+    tensors, raw = load_file(published(admission) / "adapter_model.safetensors"), lora()
+    for name, tensor in raw.items():
+        assert torch.equal(tensors[name], tensor if ".lora_A." in name else 2.0 * tensor)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "UNPROJECTED" in record.getMessage()
+
+
+def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
+    gate: GateSettings, store: Store, tmp_path: Path
+) -> None:
+    audit = dataclasses.replace(gate, policy=Policy(mode="audit"))
+    loud = Draft()
+    loud.config["lora_alpha"] = 10_000
+    report = admit(loud.write(tmp_path / "loud"), "loud", audit, store).report
+    assert report.accepted and {reason.code for reason in report.reasons} == {"relative_norm"}
+    dora = Draft()
+    dora.config["use_dora"] = True
+    assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted
+
+
+def test_one_log_line_per_decision(
+    adapter: Path, gate: GateSettings, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "vllm.safelora"):
+        admit(adapter, "good\nname", gate, store)
+        (tmp_path / "empty").mkdir()
+        admit(tmp_path / "empty", "bad", gate, store)
+    good, bad = (record.getMessage() for record in caplog.records)
+    assert "accepted" in good and "\n" not in good
+    assert "refused: missing_file" in bad
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone"])
+def test_a_damaged_copy_is_made_again(
+    name: str, damage: str, adapter: Path, gate: GateSettings, store: Store
+) -> None:
+    folder = published(admit(adapter, "tenant", gate, store))
+    sound = content(folder)
+    data = bytearray(sound[name])
+    data[len(data) // 2] ^= 1
+    (folder / name).unlink()
+    if damage != "gone":
+        (folder / name).write_bytes({"flipped": bytes(data), "cut": sound[name][:-9], "empty": b""}[damage])
+    admission = admit(adapter, "tenant", gate, store)
+    assert content(published(admission)) == sound and only_published(store) == [admission.key]
+    assert not admission.cached
+
+
+def test_a_file_in_the_place_of_a_published_folder(adapter: Path, gate: GateSettings, store: Store) -> None:
+    folder = published(admit(adapter, "tenant", gate, store))
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(GateUnavailable):
+        admit(adapter, "tenant", gate, store)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("call", ["Path.mkdir", "tempfile.mkdtemp", "Path.write_bytes", "Path.rename"])
+def test_a_store_that_cannot_be_written(
+    call: str, number: int, adapter: Path, gate: GateSettings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"safelora_vllm.store.{call}", failing)
+        with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+            admit(adapter, "tenant", gate, store)
+    assert only_published(store) == []
+    assert not admit(adapter, "tenant", gate, store).cached  # and it works when there is room again
+
+
+def test_a_key_cannot_leave_the_store(store: Store) -> None:
+    for bad in ("", "../x", "a" * 63, "A" * 64, "g" * 64, "a" * 64 + "/"):
+        with pytest.raises(ValueError, match="no key"):
+            store.path(bad)
+
+
+def test_reports_on_disk_are_plain_json(
+    adapter: Path, cache: ProjectorCache, store: Store, tmp_path: Path
+) -> None:
+    zero = Draft(tensors={name: torch.zeros_like(tensor) for name, tensor in lora().items()})
+    for index, folder in enumerate((adapter, zero.write(tmp_path / "zero"))):
+        for policy in (Policy(), Policy(mode="audit"), Policy(method="input-removal")):
+            out = published(admit(folder, str(index), GateSettings(cache, policy), store))
+            json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))

@@ -1,0 +1,95 @@
+"""What an operator can and cannot ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safelora_vllm.errors import PolicyError
+from safelora_vllm.policy import Policy
+
+_SIMILARITIES = st.dictionaries(
+    st.text("abc.", min_size=1, max_size=4), st.none() | st.floats(-1, 1), min_size=1, max_size=20
+)
+
+
+def test_the_defaults_are_the_papers_and_a_cap() -> None:
+    assert dataclasses.asdict(Policy()) == {
+        "method": "safe-lora",
+        "select": "threshold",
+        "threshold": 0.35,
+        "number": 10,
+        "energy": 0.9,
+        "max_relative_norm": 1.0,
+        "mode": "enforce",
+    }
+    assert Policy(method="input-removal").select == "all"
+    assert Policy(method="input-removal", select="threshold").select == "threshold"
+    assert Policy().enforcing and not Policy(mode="audit").enforcing
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "none"}, {"method": ""}, {"method": None}, {"method": ["safe-lora"]},
+        {"select": "some"}, {"select": True}, {"mode": "off"}, {"mode": ""},
+        {"threshold": 1.01}, {"threshold": -1.01}, {"threshold": math.nan}, {"threshold": "0.3"},
+        {"threshold": True}, {"threshold": None}, {"threshold": [0.3]},
+        {"energy": 1.1}, {"energy": -0.1}, {"energy": math.nan},
+        {"max_relative_norm": -1}, {"max_relative_norm": math.nan}, {"max_relative_norm": math.inf},
+        {"number": -1}, {"number": 1.0}, {"number": True}, {"number": "3"}, {"number": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_out_of_range_or_of_another_type_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match=next(iter(values))):
+        Policy.from_mapping(values)
+
+
+def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match=r"\['treshold'\]; known are .*'threshold'"):
+        Policy.from_mapping({"treshold": 0.3})
+
+
+def test_the_id_depends_on_every_field() -> None:
+    others = [
+        Policy(method="input-removal", select="threshold"), Policy(select="all"), Policy(threshold=0.4),
+        Policy(number=11), Policy(energy=0.8), Policy(max_relative_norm=2.0), Policy(mode="audit"),
+    ]  # fmt: skip
+    assert len({policy.id for policy in (Policy(), *others)}) == 1 + len(dataclasses.fields(Policy))
+    assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id
+
+
+def test_equal_policies_have_one_id() -> None:
+    assert Policy(threshold=1, max_relative_norm=2) == Policy(threshold=1.0, max_relative_norm=2.0)
+    assert Policy(threshold=1, max_relative_norm=2).id == Policy(threshold=1.0, max_relative_norm=2.0).id
+
+
+@given(_SIMILARITIES, st.floats(-1, 1))
+def test_threshold_takes_what_is_not_above_it(similarities: dict[str, float | None], tau: float) -> None:
+    chosen = Policy(threshold=tau).selects(similarities)
+    assert chosen == {n for n in similarities if similarities[n] is not None and similarities[n] <= tau}
+
+
+@given(_SIMILARITIES, st.integers(0, 25))
+def test_number_takes_the_least_similar(similarities: dict[str, float | None], number: int) -> None:
+    chosen = Policy(select="number", number=number).selects(similarities)
+    known = {n: s for n, s in similarities.items() if s is not None}
+    assert chosen <= set(known) and len(chosen) == min(number, len(known))
+    rest = [s for n, s in known.items() if n not in chosen]
+    assert not chosen or not rest or max(known[n] for n in chosen) <= min(rest)
+
+
+def test_equal_similarities_are_taken_in_the_order_of_names() -> None:
+    policy = Policy(select="number", number=2)
+    assert policy.selects({"c": 0.5, "a": 0.5, "b": 0.5}) == {"a", "b"}
+    assert policy.selects({"b": 0.5, "a": 0.5, "c": 0.5}) == {"a", "b"}
+
+
+def test_the_paper_projects_at_equality() -> None:
+    assert Policy(threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}

@@ -1,0 +1,173 @@
+"""Refusals by what the config says, and the configs that must pass."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from safelora_vllm.adapters.config import parse_config
+from safelora_vllm.gate import GateSettings
+from safelora_vllm.store import Store
+from tests.refusing import Case, Spoil, codes, config, judge, table
+from tests.tiny import Draft, lora_config
+
+
+def without(name: str) -> Spoil:
+    """Leave a key out."""
+    return lambda draft: draft.config.pop(name)
+
+
+def each(name: str, code: str, values: list[Any]) -> list[Case]:
+    """One case per value of a key."""
+    return [(f"{name}={value!r:.30}", code, config(**{name: value})) for value in values]
+
+
+_HUGE = 10**400
+CONFIGS: list[Case] = [
+    ("no-peft-type", "peft_type", without("peft_type")),
+    ("no-r", "config_type", without("r")),
+    ("no-alpha", "config_type", without("lora_alpha")),
+    *each("peft_type", "peft_type", ["IA3", "ADALORA", "lora", "", None, 1, ["LORA"], {}]),
+    *each("r", "config_type", [True, 0, -1, "4", 4.0, None, [4], {}]),
+    ("r=3", "rank_mismatch", config(r=3)),
+    ("r=10**400", "rank_mismatch", config(r=_HUGE)),
+    *each("lora_alpha", "config_type", [True, 0, -8, 0.0, "8", "NaN", None, [8], {}, _HUGE, -_HUGE]),
+    *each("use_rslora", "config_type", ["true", 1, 0, [], {"a": 1}]),
+    *each("use_dora", "dora", [True, 1, "yes"]),
+    *each("lora_bias", "bias", [True, "true"]),
+    *each("bias", "bias", ["all", "lora_only", True, "", [], {}]),
+    *each("modules_to_save", "modules_to_save", [["lm_head"], "lm_head", {"a": 1}]),
+    *each("layer_replication", "layer_replication", [[[0, 2], [1, 2]], True]),
+    *each("alora_invocation_tokens", "alora", [[1, 2], True]),
+    *each("trainable_token_indices", "trainable_tokens", [[1], {"embed_tokens": [1]}]),
+    *each("target_parameters", "target_parameters", [["mlp.experts.gate_up_proj"]]),
+    *each("fan_in_fan_out", "fan_in_fan_out", [True, 1]),
+    *each("use_qalora", "qalora", [True]),
+    *each("use_bdlora", "bdlora", [True, {"a": 1}]),
+    *each("loftq_config", "init", [{"loftq_bits": 4}]),
+    *each(
+        "init_lora_weights",
+        "init",
+        ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "PISSA", "", "x", 1, 0.5, [], ["gaussian"], {}],
+    ),
+    *each("arrow_config", "unknown_config", [{"a": 1}]),
+    *each("megatron_config", "unknown_config", [{"a": 1}]),
+    *each("velora_config", "unknown_config", [{"a": 1}]),
+    ("key-of-tomorrow", "unknown_config", config(use_next_thing=True)),
+    ("key-with-newline", "unknown_config", config(**{"a\nb\x1b[31m\ud800": 1})),
+    ("key-very-long", "unknown_config", config(**{"k" * 100_000: 1})),
+    *each("target_modules", "config_type", [[1], {"q_proj": 1}, 3, True, [["q_proj"]]]),
+    *each("rank_pattern", "config_type", [[], ["q_proj"], "q_proj", 3, False, {"q_proj": "8"}]),
+    *each("rank_pattern", "config_type", [{"q_proj": True}, {"q_proj": 0}, {"q_proj": 4.0}]),
+    *each("rank_pattern", "rank_mismatch", [{"q_proj": 8}, {"layers.0.self_attn.q_proj": 1}]),
+    *each("alpha_pattern", "config_type", [[1], "q_proj", {"q_proj": "8"}, {"q_proj": [8]}]),
+    *each("alpha_pattern", "config_type", [{"q_proj": True}, {"q_proj": -8}, {"q_proj": _HUGE}]),
+    *[
+        (f"{name}-{pattern!r:.20}", "pattern", config(**{name: {pattern: 4}}))
+        for name in ("rank_pattern", "alpha_pattern")
+        for pattern in (
+            ".*", ".*q_proj", "(q|v)_proj", "q_proj|v_proj", "[qv]_proj", "q_proj\\b", "(a+)+$", "", "^", "$",
+            "q proj", "q_proj\n", "x" * 600, "модуль",
+        )
+    ],
+]  # fmt: skip
+
+
+@table(CONFIGS)
+def test_what_the_config_says(
+    code: str, spoil: Spoil, tmp_path: Path, gate: GateSettings, store: Store
+) -> None:
+    draft = Draft()
+    spoil(draft)
+    assert codes(judge(draft.write(tmp_path / "adapter"), gate, store)) == {code}
+
+
+def test_a_rank_pattern_with_an_endless_number(tmp_path: Path, gate: GateSettings, store: Store) -> None:
+    draft = Draft(config=lora_config(rank_pattern={"q_proj": _HUGE}))
+    found = codes(judge(draft.write(tmp_path / "a"), gate, store))
+    assert found in ({"rank_mismatch"}, {"config_type"})
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_patterns_are_never_run_as_regular_expressions(
+    name: str, tmp_path: Path, gate: GateSettings, store: Store
+) -> None:
+    # Against a module name of 30 characters each of these takes a backtracking matcher 2**30 steps.
+    patterns = {"(" * depth + "[a-z_.0-9]+" + ")+" * depth + "!": 4 for depth in range(2, 40)}
+    folder = Draft(config=lora_config(**{name: patterns})).write(tmp_path / "a")
+    start = time.perf_counter()
+    assert codes(judge(folder, gate, store)) == {"pattern"}
+    assert time.perf_counter() - start < 5.0  # milliseconds; centuries if it were run
+
+
+def test_many_plain_patterns_are_matched_quickly(tmp_path: Path, gate: GateSettings, store: Store) -> None:
+    patterns = {f"{'a.' * 20}{i}": 4 for i in range(10_000)}
+    folder = Draft(config=lora_config(rank_pattern=patterns)).write(tmp_path / "a")
+    start = time.perf_counter()
+    assert judge(folder, gate, store).report.accepted
+    assert time.perf_counter() - start < 5.0
+
+
+_NAMES = st.text("ab1_.-", min_size=1, max_size=8)
+
+
+@given(st.dictionaries(st.tuples(st.booleans(), _NAMES, st.booleans()), st.integers(1, 99), max_size=4), _NAMES)
+def test_plain_patterns_mean_what_they_mean_to_peft(
+    drawn: dict[tuple[bool, str, bool], int], module: str
+) -> None:
+    patterns = {"^" * start + name + "$" * end: value for (start, name, end), value in drawn.items()}
+    meaning, reasons = parse_config(lora_config(rank_pattern=patterns, alpha_pattern=patterns))
+    assert meaning is not None and not reasons
+    found = get_pattern_key(list(patterns), module)
+    assert meaning.rank(module) == patterns.get(found, 4)
+    assert meaning.scale(module) * meaning.rank(module) == pytest.approx(patterns.get(found, 8))
+
+
+def test_every_default_of_the_installed_peft_is_accepted(
+    tmp_path: Path, gate: GateSettings, store: Store
+) -> None:
+    plain = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    saved = json.loads(json.dumps(plain.to_dict(), default=list))
+    assert len(saved) > 30
+    assert judge(Draft(config=saved).write(tmp_path / "a"), gate, store).report.accepted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": None}, {"target_modules": "all-linear"}, {"target_modules": ["lm_head"]},
+        {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"init_lora_weights": None},
+        {"lora_alpha": 7.5}, {"lora_dropout": 0.1}, {"inference_mode": True}, {"revision": "main"},
+        {"base_model_name_or_path": "../../etc/passwd"}, {"layers_to_transform": [0]}, {"bias": None},
+        {"use_rslora": None}, {"rank_pattern": None, "alpha_pattern": None}, {"some_future_flag": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_changes_nothing_is_accepted_and_not_passed_on(
+    changes: dict[str, Any], tmp_path: Path, gate: GateSettings, store: Store
+) -> None:
+    admission = judge(Draft(config=lora_config(**changes)).write(tmp_path / "a"), gate, store)
+    assert admission.report.accepted and admission.folder is not None
+    assert list(json.loads((admission.folder / "adapter_config.json").read_text())) == [
+        "peft_type", "r", "lora_alpha", "target_modules", "bias", "task_type", "base_model_name_or_path",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(LoraConfig(r=4).to_dict()))
+def test_no_value_of_a_known_key_breaks_the_parser(name: str) -> None:
+    odd: list[Any] = [None, True, 0, -1, 2.5, "", "x", [], [1], [[]], {}, {"a": 1}, {"a": {}}, _HUGE]
+    parse: Callable[[dict[str, Any]], Any] = parse_config
+    for value in odd:
+        meaning, reasons = parse(lora_config(**{name: value}))
+        assert (meaning is None) == bool(reasons)
+        if meaning is not None:
+            meaning.rank("a"), meaning.scale("a")

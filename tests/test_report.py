@@ -1,0 +1,95 @@
+"""The report's public JSON, its way there and back, and the table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from safelora_vllm.errors import AdapterRefused, Reason, refuse
+from safelora_vllm.policy import Policy
+from safelora_vllm.report import ModuleReport, Report
+from safelora_vllm.table import print_report
+
+MODULES = [
+    ModuleReport("a.q_proj", 8, 0.25, 0.7, 0.01, 0.02, "projected"),
+    ModuleReport("a.v_proj", 8, None, 0.6, None, 0.0, "kept"),
+]
+REPORT = Report("tenant", "d" * 64, "c" * 64, Policy(), True, [], MODULES)
+
+
+def test_golden_json() -> None:
+    assert json.loads(REPORT.to_json()) == {
+        "adapter": "tenant",
+        "digest": "d" * 64,
+        "projectors": "c" * 64,
+        "policy": {
+            "method": "safe-lora", "select": "threshold", "threshold": 0.35, "number": 10, "energy": 0.9,
+            "max_relative_norm": 1.0, "mode": "enforce",
+        },
+        "accepted": True,
+        "reasons": [],
+        "details": [],
+        "modules": [
+            {
+                "name": "a.q_proj", "rank": 8, "similarity": 0.25, "null_similarity": 0.7, "retained": 0.01,
+                "relative_norm": 0.02, "decision": "projected",
+            },
+            {
+                "name": "a.v_proj", "rank": 8, "similarity": None, "null_similarity": 0.6, "retained": None,
+                "relative_norm": 0.0, "decision": "kept",
+            },
+        ],
+    }  # fmt: skip
+
+
+def test_there_and_back() -> None:
+    refused = Report.refused("x", "d", "c", Policy(mode="audit"), AdapterRefused([Reason("a", "b")] * 2))
+    for report in (REPORT, refused):
+        assert Report.from_dict(json.loads(report.to_json())) == report
+    assert not refused.accepted and refused.to_dict()["reasons"] == ["a", "a"]
+
+
+def test_columns_and_counts() -> None:
+    assert (REPORT.count("projected"), REPORT.count("kept")) == (1, 1)
+    assert REPORT.values("similarity") == [0.25] and REPORT.values("relative_norm") == [0.02, 0.0]
+    assert REPORT.named("other").adapter == "other" and REPORT.adapter == "tenant"
+
+
+def test_nan_never_becomes_json() -> None:
+    bad = ModuleReport("a", 1, math.nan, 0.5, 1.0, 1.0, "kept")
+    with pytest.raises(ValueError, match="JSON"):
+        Report("x", "d", "c", Policy(), True, [], [bad]).to_json()
+
+
+def test_a_refusal_lists_each_code_once_in_order_and_needs_one() -> None:
+    error = AdapterRefused([Reason("b", "1"), Reason("a", "2"), Reason("b", "3")])
+    assert error.codes == ["b", "a"] and str(error) == "[b] 1; [a] 2; [b] 3"
+    assert refuse("a", "2").reasons == [Reason("a", "2")]
+    with pytest.raises(ValueError, match="at least one"):
+        AdapterRefused([])
+
+
+def printed(report: Report) -> str:
+    """The table's text."""
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        print_report(report, console)
+    return capture.get()
+
+
+def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
+    text = printed(REPORT)
+    (row,) = (line for line in text.splitlines() if "a.q_proj" in line)
+    assert all(cell in row for cell in ("8", "0.2500", "0.7000", "0.0100", "0.0200", "projected"))
+    (row,) = (line for line in text.splitlines() if "a.v_proj" in line)
+    assert row.count("–") == 2 and "kept" in row
+    assert "tenant: accepted, 1 of 2 modules projected" in text
+
+
+def test_markup_in_a_tenants_strings_is_shown_not_interpreted() -> None:
+    report = Report.refused("[bold]x[/bold]", "", "c", Policy(), refuse("code", "[red]detail[/red]"))
+    text = printed(report)
+    assert "[bold]x[/bold]: refused" in text and "[code] [red]detail[/red]" in text
