@@ -41,9 +41,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=_CACHE / "models" / "base")
     parser.add_argument("--aligned", type=Path, default=_CACHE / "models" / "aligned")
     parser.add_argument("--projectors", type=Path, default=_CACHE / "projectors", help="built if missing")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round, few adapters: a smoke test, no result"
-    )
+    parser.add_argument("--quick", action="store_true", help="few adapters: a smoke test, no result")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each server (default 3)")
     parser.add_argument("--storms", type=int, default=3, help="dozens per kind and round (default 3)")
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the JSON")
@@ -153,7 +151,7 @@ def summarise(results: dict[str, list[dict[str, Times]]]) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {}
     for kind, title in KINDS.items():
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
         for name, (key, share) in measures.items():
             per_round = {
                 server: [quantile(found[kind][key], share) for found in results[server]] for server in SERVERS
@@ -165,8 +163,8 @@ def summarise(results: dict[str, list[dict[str, Times]]]) -> dict[str, Any]:
                 "samples": {server: sum(len(r[kind][key]) for r in results[server]) for server in SERVERS},
                 "guarded_over_unguarded": middle["guarded"] / middle["unguarded"],
             }
-        for share in ("p50", "p99"):
-            busy, calm = rows[f"token gap {share}, storm"], rows[f"token gap {share}, quiet"]
+        for point in ("p50", "p99"):
+            busy, calm = (rows[f"token gap {point}, {when}"] for when in ("storm", "quiet"))
             busy["storm_over_quiet"] = {s: busy["seconds"][s] / calm["seconds"][s] for s in SERVERS}
         figures[kind] = {"title": title, "measures": rows}
     gate = results["guarded"]
@@ -184,11 +182,11 @@ def show(figures: dict[str, Any], rounds: int) -> None:
         )
         table.add_column("measure")
         headings = (
-            "unguarded ms",
-            "guarded ms",
-            "guarded / unguarded",
-            "× quiet, unguarded",
-            "× quiet, guarded",
+            "unguarded\nms",
+            "guarded\nms",
+            "guarded /\nunguarded",
+            "× quiet,\nunguarded",
+            "× quiet,\nguarded",
         )
         for heading in headings:
             table.add_column(heading, justify="right")

@@ -20,10 +20,8 @@ def write_adapters(folder: Path, projectors: Path, count: int) -> dict[str, list
     """``count`` adapters of each kind, and one more to warm up with, each a PEFT folder."""
     torch.manual_seed(0)
     cache = ProjectorCache(projectors)
-    return {
-        kind: [_write(folder / f"{kind}-{index}", cache, kind) for index in range(count + 1)]
-        for kind in KINDS
-    }
+    names = {kind: [f"{kind}-{index}" for index in range(count + 1)] for kind in KINDS}
+    return {kind: [_write(folder / name, cache, kind) for name in names[kind]] for kind in KINDS}
 
 
 def _write(folder: Path, cache: ProjectorCache, kind: str) -> Path:

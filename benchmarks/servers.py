@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class Server:
         """Forget an adapter."""
         return self._post("unload", {"lora_name": name})
 
-    def tokens(self, prompt: str, count: int) -> Iterator[float]:
+    def tokens(self, prompt: str, count: int) -> Generator[float, None, None]:
         """The moment at which each token of a completion by the model without an adapter arrives.
 
         Closing the iterator ends the request.
@@ -65,11 +65,11 @@ class Server:
         return seconds
 
     def _request(
-        self, path: str, body: dict[str, object]
+        self, path: str, body: Mapping[str, object]
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        connection.request("POST", path, json.dumps(body), headers)
+        connection.request("POST", path, json.dumps(dict(body)), headers)
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{path} answered {answer.status}: {answer.read().decode():.500}")

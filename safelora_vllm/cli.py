@@ -17,6 +17,8 @@ from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
 from safelora_vllm.options import add_policy_options, policy_values
 
 if TYPE_CHECKING:
+    import torch
+
     from safelora_vllm.gate import GateSettings
 
 REFUSED, USAGE = 3, 2
@@ -28,8 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.command != "serve":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into `head`
     try:
         if args.command == "serve":
             return _serve(args, rest)
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    build = commands.add_parser("build", help="build the projector cache of a model pair")
+    build = commands.add_parser("build", allow_abbrev=False, help="build the projector cache of a model pair")
     build.add_argument("--base", required=True, metavar="DIR_OR_HUB_ID", help="before alignment")
     build.add_argument("--aligned", required=True, metavar="DIR_OR_HUB_ID", help="the served model")
     build.add_argument("--out", required=True, metavar="DIR")
@@ -60,12 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.set_defaults(run=_build)
 
-    inspect = commands.add_parser("inspect", help="show what the gate would do with an adapter")
+    inspect = commands.add_parser(
+        "inspect", allow_abbrev=False, help="show what the gate would do with an adapter"
+    )
     inspect.add_argument("adapter", help="a PEFT adapter folder")
     inspect.add_argument("--json", action="store_true", help="print the report as JSON")
     inspect.set_defaults(run=_inspect)
 
-    project = commands.add_parser("project", help="pass an adapter through the gate, offline")
+    project = commands.add_parser(
+        "project", allow_abbrev=False, help="pass an adapter through the gate, offline"
+    )
     project.add_argument("adapter", help="a PEFT adapter folder")
     project.add_argument("--out", required=True, metavar="DIR", help="folder for the new adapter")
     project.set_defaults(run=_project)
@@ -94,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 def _build(args: argparse.Namespace) -> int:
     from safelora_vllm.projectors.build import BuildOptions, build
 
-    options = BuildOptions(tuple(args.modules), args.dtype, args.form, args.device, args.max_energy)
+    options = BuildOptions(
+        tuple(args.modules), args.dtype, args.form, str(_device(args.device)), args.max_energy
+    )
     folder = build(args.base, args.aligned, args.out, options)
     print(f"projector cache written to {folder}")
     return 0
@@ -102,14 +108,22 @@ def _build(args: argparse.Namespace) -> int:
 
 def _gate_settings(args: argparse.Namespace) -> GateSettings:
     """GateSettings from the options; imports torch only now, so that --help is quick."""
-    import torch
-
     from safelora_vllm.gate import GateSettings
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
 
     policy = Policy.from_mapping(policy_values(args))
-    return GateSettings(ProjectorCache(args.projectors), policy, torch.device(args.device))
+    return GateSettings(ProjectorCache(args.projectors), policy, _device(args.device))
+
+
+def _device(name: str) -> torch.device:
+    """A device that torch can use here."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"torch cannot use the device {name!r} here; try cpu, or cuda") from error
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -173,6 +187,8 @@ def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
 
 def entry() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    if "serve" not in sys.argv[1:2]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into `head`
     sys.exit(main())
 
 

@@ -143,16 +143,18 @@ def evaluate(
             for module, (a, b) in weights.items()
         }
         selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
-        reasons, served, modules = [], {}, []
+        reasons, broken, served, modules = [], [], {}, []
         for module, delta in deltas.items():
             a, b = delta.a, delta.b
             if module in selected:
                 a, b = METHODS[policy.method](delta, policy)
             reasons += _check_norm(module, delta, policy)
             retained = delta.retained(a, b)
-            reasons += _check_finite(module, delta.norm, retained)
+            broken += _check_finite(module, delta.norm, retained)
             modules.append(_module_report(module, delta, retained, module in selected))
             served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
+    if broken:  # not in audit mode either: there is nothing that could be measured or served
+        return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules)
     return report, served if accepted else None

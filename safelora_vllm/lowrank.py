@@ -41,6 +41,22 @@ def norm(x: Tensor, g: Tensor) -> float:
 
 
 def cosine(xx: float, xy: float, yy: float) -> float | None:
-    """The cosine from `products`; ``None`` where one side is zero, so that there is no angle."""
+    """The cosine from `products`, 0 where X is zero; ``None`` where Y is: it has no direction."""
+    if yy == 0.0:
+        return None
     scale = math.sqrt(xx) * math.sqrt(yy)
-    return max(-1.0, min(1.0, xy / scale)) if scale > 0.0 else None
+    if not (math.isfinite(xy) and math.isfinite(scale)):
+        return math.nan
+    return max(-1.0, min(1.0, xy / scale)) if scale > 0.0 else 0.0
+
+
+def unit(x: Tensor) -> tuple[Tensor, float]:
+    """x/s and s, a power of two near the largest value of x: exact, and safe in any float dtype.
+
+    B·2ᵏ with A·2⁻ᵏ is the same adapter. Without this, products of tiny factors would vanish.
+    """
+    largest = float(x.abs().max())
+    if not (0.0 < largest < math.inf):
+        return x, 1.0
+    scale = 2.0 ** (math.frexp(largest)[1] - 1)
+    return x / scale, scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,11 @@ from safelora_vllm.errors import PolicyError
 METHOD_NAMES = ("safe-lora", "input-removal")
 SELECTIONS = ("threshold", "number", "all")
 MODES = ("enforce", "audit")
+_RANGES = (
+    ("threshold", -1.0, 1.0),
+    ("energy", 0.0, 1.0),
+    ("max_relative_norm", 0.0, sys.float_info.max),
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Policy:
     select: str = ""
     threshold: float = 0.35
     number: int = 10
-    energy: float = 0.9
+    energy: float = 0.8
     max_relative_norm: float = 1.0
     mode: str = "enforce"
 
@@ -48,9 +53,9 @@ class Policy:
             object.__setattr__(self, "select", default)
         _one_of("select", self.select, SELECTIONS)
         _one_of("mode", self.mode, MODES)
-        _in_range("threshold", self.threshold, -1.0, 1.0)
-        _in_range("energy", self.energy, 0.0, 1.0)
-        _in_range("max_relative_norm", self.max_relative_norm, 0.0, math.inf)
+        for field, low, high in _RANGES:
+            _in_range(field, getattr(self, field), low, high)
+            object.__setattr__(self, field, float(getattr(self, field)))  # 1 and 1.0 are one policy
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 0:
             raise PolicyError(f"number is {self.number!r}; give a whole number of modules, 0 or more")
 
@@ -95,4 +100,4 @@ def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
 def _in_range(field: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
-        raise PolicyError(f"{field} is {value!r}; give a number from {low} to {high}")
+        raise PolicyError(f"{field} is {value!r}; give a number from {low:g} to {high:g}")

@@ -2,12 +2,13 @@
 
 A folder appears whole or not at all: it is written under a temporary name and renamed. Two
 processes that publish one key write the same bytes, so it does not matter whose rename comes first.
-Nothing is synced to disk on the way: ``report.json`` names the sha256 of the weights, and a copy
+Nothing is synced to disk on the way: ``report.json`` names both files' sha256, and a copy
 that a crash damaged is found by `Store.find` and made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,12 +18,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from safelora_vllm.adapters.read import WEIGHTS
-from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.errors import GateUnavailable, SafeLoRAError
 from safelora_vllm.report import Report
 
 REPORT = "report.json"
 _STALE_SECONDS = 3600.0
+_ATTEMPTS = 5
 
 
 def default_root() -> Path:
@@ -49,10 +51,14 @@ class Store:
         folder = self.path(key)
         try:
             saved = json.loads((folder / REPORT).read_bytes())
-            with (folder / WEIGHTS).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return Report.from_dict(saved["report"]) if digest == saved["weights_sha256"] else None
-        except (OSError, ValueError, KeyError, TypeError):
+            for name in (CONFIG, WEIGHTS):
+                with (folder / name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"][name]:
+                        return None
+            if _digest_of(saved["report"]) != saved["report_sha256"]:
+                return None
+            return Report.from_dict(saved["report"])
+        except (OSError, ValueError, KeyError, TypeError, SafeLoRAError):
             return None
 
     def publish(self, key: str, files: Mapping[str, bytes], report: Report) -> Path:
@@ -62,10 +68,9 @@ class Store:
             GateUnavailable: the disk is full or not writable; nothing was published.
         """
         folder = self.path(key)
-        saved = {
-            "weights_sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(),
-            "report": report.to_dict(),
-        }
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        saved: dict[str, object] = {"sha256": digests, "report": report.to_dict()}
+        saved["report_sha256"] = _digest_of(saved["report"])
         contents = {**files, REPORT: json.dumps(saved, indent=1).encode()}
         temporary: str | None = None
         try:
@@ -91,14 +96,21 @@ class Store:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _put(self, new: Path, folder: Path, key: str) -> None:
-        try:
-            new.rename(folder)
-        except OSError:
-            if self.find(key) is not None:
-                return  # another process published the same bytes first
-            if not folder.is_dir():
-                raise
-            damaged = Path(tempfile.mkdtemp(prefix=".new-", dir=self._published))
-            folder.rename(damaged / "damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-            new.rename(folder)
+        """Rename ``new`` to ``folder``, moving a damaged copy away. Others may be at it too."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                new.rename(folder)
+                return
+            except OSError:
+                if self.find(key) is not None:
+                    return  # another process published the same bytes first
+                if attempt == _ATTEMPTS - 1 or (folder.exists() and not folder.is_dir()):
+                    raise
+            away = Path(tempfile.mkdtemp(prefix=".new-", dir=self._published))
+            with contextlib.suppress(OSError):
+                folder.rename(away / "damaged")
+            shutil.rmtree(away, ignore_errors=True)
+
+
+def _digest_of(report: object) -> str:
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()

@@ -121,7 +121,7 @@ def test_energy_up_to_what_was_kept(cache: ProjectorCache) -> None:
         assert 0 < cache.projector(name).input_basis(0.5).shape[1] < kept.shape[1]
         # Orthonormal columns, in float32.
         assert torch.allclose(kept.T @ kept, torch.eye(kept.shape[1]), atol=1e-5)
-        with pytest.raises(PolicyError, match="build it again with --max-energy 0.999 or more"):
+        with pytest.raises(PolicyError, match=r"build it again with --max-energy 0\.999 or more"):
             cache.projector(name).input_basis(0.999)
 
 

@@ -59,7 +59,7 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
         read_header(file)
 
 
@@ -86,7 +86,7 @@ def test_no_weights_and_missing_shards(pair: Pair, tmp_path: Path) -> None:
         Checkpoint(tmp_path / "empty")
     sharded = write_checkpoint(tmp_path / "sharded", pair.before, shards=3)
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has no model-00002-of-00003.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no model-00002-of-00003\.safetensors"):
         Checkpoint(sharded)
 
 

@@ -166,7 +166,7 @@ def test_a_damaged_copy_is_made_again(
     folder = published(admit(adapter, "tenant", gate, store))
     sound = content(folder)
     data = bytearray(sound[name])
-    data[len(data) // 2] ^= 1
+    data[data.rindex(b"0.") + 2 if name == "report.json" else len(data) // 2] ^= 1  # a figure's digit
     (folder / name).unlink()
     if damage != "gone":
         (folder / name).write_bytes({"flipped": bytes(data), "cut": sound[name][:-9], "empty": b""}[damage])
@@ -177,10 +177,10 @@ def test_a_damaged_copy_is_made_again(
 
 def test_a_file_in_the_place_of_a_published_folder(adapter: Path, gate: GateSettings, store: Store) -> None:
     folder = published(admit(adapter, "tenant", gate, store))
+    sound = content(folder)
     shutil.rmtree(folder)
     folder.touch()
-    with pytest.raises(GateUnavailable):
-        admit(adapter, "tenant", gate, store)
+    assert content(published(admit(adapter, "tenant", gate, store))) == sound
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])

@@ -14,9 +14,7 @@ from tests import reference
 _FLOAT64 = 1e-11
 
 
-@given(
-    d_out=st.integers(1, 96), d_in=st.integers(1, 96), rank=st.integers(1, 12), seed=st.integers(0, 2**32)
-)
+@given(d_out=st.integers(1, 96), d_in=st.integers(1, 96), rank=st.integers(1, 12), seed=st.integers(0, 2**32))
 def test_products_norm_and_cosine_equal_the_dense_ones(d_out: int, d_in: int, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, d_out, rank, generator=generator)
@@ -45,9 +43,10 @@ def test_float32_sums_would_be_wrong_where_float64_is_right() -> None:
 
 
 def test_a_zero_side_has_no_angle() -> None:
-    zero, a = torch.zeros(4, 2), torch.randn(2, 3)
-    assert lowrank.cosine(*lowrank.products(zero, torch.randn(4, 2), lowrank.gram(a))) is None
-    assert lowrank.norm(zero, lowrank.gram(a)) == 0.0
+    zero, some, g = torch.zeros(4, 2), torch.randn(4, 2), lowrank.gram(torch.randn(2, 3))
+    assert lowrank.cosine(*lowrank.products(some, zero, g)) is None, "there is nothing to project"
+    assert lowrank.cosine(*lowrank.products(zero, some, g)) == 0.0, "all of it is to be projected"
+    assert lowrank.norm(zero, g) == 0.0
 
 
 @given(st.floats(1e-12, 1e12))

@@ -20,12 +20,12 @@ Samples = dict[tuple[str, tuple[str, ...]], float]
 
 
 def parsed(text: str) -> Samples:
-    """(metric, label values) → value, by prometheus_client's own parser; a repeat is an error."""
+    """(metric, label values by name) → value, by prometheus_client's own parser; a repeat is an error."""
     samples: Samples = {}
     for family in text_string_to_metric_families(text):
         assert family.name.startswith("safelora_") and family.documentation
         for sample in family.samples:
-            where = sample.name, tuple(sample.labels.values())
+            where = sample.name, tuple(value for _, value in sorted(sample.labels.items()))
             assert where not in samples
             samples[where] = sample.value
     return samples
@@ -112,7 +112,7 @@ def test_a_gate_counts_its_answers() -> None:
     assert value("stage_seconds_sum", stage="read") == pytest.approx(0.006)
     assert value("stage_seconds_bucket", stage="project", le="0.1") == 0
     assert value("stage_seconds_bucket", stage="project", le="0.3") == 1
-    assert parsed(metrics.expose())["safelora_loads_total", ("accepted", "")] == 2
+    assert parsed(metrics.expose())["safelora_loads_total", ("", "accepted")] == 2
 
 
 def test_a_gate_describes_its_projectors(cache: ProjectorCache) -> None:

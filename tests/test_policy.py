@@ -24,7 +24,7 @@ def test_the_defaults_are_the_papers_and_a_cap() -> None:
         "select": "threshold",
         "threshold": 0.35,
         "number": 10,
-        "energy": 0.9,
+        "energy": 0.8,
         "max_relative_norm": 1.0,
         "mode": "enforce",
     }
@@ -59,7 +59,7 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
 def test_the_id_depends_on_every_field() -> None:
     others = [
         Policy(method="input-removal", select="threshold"), Policy(select="all"), Policy(threshold=0.4),
-        Policy(number=11), Policy(energy=0.8), Policy(max_relative_norm=2.0), Policy(mode="audit"),
+        Policy(number=11), Policy(energy=0.7), Policy(max_relative_norm=2.0), Policy(mode="audit"),
     ]  # fmt: skip
     assert len({policy.id for policy in (Policy(), *others)}) == 1 + len(dataclasses.fields(Policy))
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id

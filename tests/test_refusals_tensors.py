@@ -183,7 +183,9 @@ def test_rslora_scales_what_would_else_pass(tmp_path: Path, cache: ProjectorCach
     assert max(report.values("relative_norm")) == pytest.approx(2 * largest, rel=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{"lora_alpha": 1e40}, {"lora_alpha": 1e300}, {"alpha_pattern": {"q_proj": 1e308}}])
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 1e40}, {"lora_alpha": 1e300}, {"alpha_pattern": {"q_proj": 1e308}}]
+)
 @pytest.mark.parametrize("mode", ["enforce", "audit"])
 def test_a_scale_beyond_float32(
     changes: dict[str, object], mode: str, tmp_path: Path, cache: ProjectorCache, store: Store
@@ -194,7 +196,9 @@ def test_a_scale_beyond_float32(
     assert not admission.report.accepted and "non_finite" in codes(admission)
 
 
-def test_values_that_the_served_dtype_cannot_hold(tmp_path: Path, cache: ProjectorCache, store: Store) -> None:
+def test_values_that_the_served_dtype_cannot_hold(
+    tmp_path: Path, cache: ProjectorCache, store: Store
+) -> None:
     draft = Draft()
     draft.tensors[_A] *= 1e-7
     draft.tensors[_B] *= 1e7  # up to 2e6 with the scale; float16 ends at 65504

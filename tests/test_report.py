@@ -26,7 +26,7 @@ def test_golden_json() -> None:
         "digest": "d" * 64,
         "projectors": "c" * 64,
         "policy": {
-            "method": "safe-lora", "select": "threshold", "threshold": 0.35, "number": 10, "energy": 0.9,
+            "method": "safe-lora", "select": "threshold", "threshold": 0.35, "number": 10, "energy": 0.8,
             "max_relative_norm": 1.0, "mode": "enforce",
         },
         "accepted": True,

@@ -79,7 +79,7 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
     if config.get("bias", "none") not in ("none", None):
         wrong("bias", f"bias is {config['bias']!r:.80}; train with bias='none'")
     init = config.get("init_lora_weights", True)
-    if not (init is None or isinstance(init, bool) or init in _PLAIN_INITS):
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in _PLAIN_INITS)):
         wrong(
             "init",
             f"init_lora_weights is {init!r:.80}, which changes the base weights; convert the adapter "
@@ -122,10 +122,16 @@ def _check_patterns(key: str, patterns: Any, valid: Any) -> list[Reason]:
 
 
 def _match(patterns: dict[str, Any], module: str, default: float) -> float:
-    """The first pattern that is the module's name or a suffix of it at a dot, as PEFT has it."""
+    """The first pattern that is the module's name or a suffix of it at a dot, as PEFT has it.
+
+    PEFT compiles ``(.*\\.)?(PATTERN)$``. Of that language only names are read here, in which a dot
+    stands for any character.
+    """
     for pattern, value in patterns.items():
         name = _bare(pattern)
-        if module == name or (not pattern.startswith("^") and module.endswith("." + name)):
+        head, tail = module[: -len(name)], module[-len(name) :]
+        fits = len(tail) == len(name) and all(p in (c, ".") for p, c in zip(name, tail, strict=True))
+        if fits and (not head or (head.endswith(".") and not pattern.startswith("^"))):
             return float(value)
     return default
 
@@ -135,7 +141,7 @@ def _bare(pattern: str) -> str:
 
 
 def _rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _number(value: Any) -> bool:

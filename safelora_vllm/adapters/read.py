@@ -59,8 +59,14 @@ def read_adapter(folder: str | Path, limits: Limits) -> RawAdapter:
         AdapterRefused: a file is missing, too large, not regular, not readable, or malformed.
     """
     folder = Path(folder)
-    if "\0" in str(folder) or not folder.is_dir():
-        raise AdapterNotFound(f"there is no adapter folder {folder}; give a folder that PEFT saved")
+    try:
+        exists = folder.is_dir()
+    except (OSError, ValueError):  # a name too long for the file system, or with a zero byte
+        exists = False
+    if not exists:
+        raise AdapterNotFound(
+            f"there is no adapter folder {str(folder)!r:.300}; give a folder that PEFT saved"
+        )
     config_text = _read_file(folder, CONFIG, limits.config_bytes)
     weights = _read_file(folder, WEIGHTS, limits.weights_bytes)
     sides = hashlib.sha256(config_text).digest() + hashlib.sha256(weights).digest()
@@ -85,10 +91,11 @@ def _read_file(folder: Path, name: str, limit: int) -> bytes:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise refuse("not_regular_file", f"{name} is a link or a socket; copy the file") from error
         raise refuse("unreadable_file", f"{name} cannot be opened: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise refuse("not_regular_file", f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise refuse("not_regular_file", f"{name} is not a regular file")
         try:
             data = file.read(limit + 1) if status.st_size <= limit else None
         except OSError as error:

@@ -13,9 +13,9 @@ def register() -> None:
     Raises:
         GuardError: this vLLM has other seams than those this release was written for.
     """
-    from safelora_vllm.integration import seams
+    from safelora_vllm.integration import seams, worker
 
-    seams.install()
+    seams.install(worker.GuardedLoRAManager, worker.attest)
 
 
 def endpoint() -> Any:

@@ -75,18 +75,16 @@ def check_seams() -> None:
         raise GuardError("another plugin has replaced vLLM's LoRA manager; not guarded")
 
 
-def install() -> None:
-    """Put the guard into this process; the second call does nothing."""
+def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
+    """Put the guarded manager into this process; the second call does nothing."""
     global _original_load
     if _original_load is not None:
         return
     check_version(vllm.__version__)
     check_seams()
-    from safelora_vllm.integration.worker import GuardedLoRAManager, attest
-
     _original_load = worker_manager.WorkerLoRAManager._load_adapter
     worker_manager.WorkerLoRAManager._load_adapter = _refuse_unguarded
-    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = GuardedLoRAManager
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = manager
     setattr(WorkerBase, ATTEST, attest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from safelora_vllm import lowrank
@@ -23,8 +24,9 @@ class ModuleDelta:
 
     @cached_property
     def image(self) -> Tensor:
-        """Ĉ B (d_out, r), in the projector's dtype."""
-        return self.projector.apply(self.b)
+        """Ĉ B (d_out, r), float32; the product itself is in the projector's dtype."""
+        b, scale = lowrank.unit(self.b)
+        return self.projector.apply(b).to(torch.float32) * scale
 
     @cached_property
     def gram(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from safelora_vllm import lowrank
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.policy import Policy
 
@@ -15,5 +16,5 @@ from safelora_vllm.policy import Policy
 def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
     """New (A, B): A' (r, d_in) without its component in R, B (d_out, r) as it was."""
     basis = delta.projector.input_basis(policy.energy)
-    a = delta.a.to(basis.dtype)
-    return a - (a @ basis) @ basis.T, delta.b
+    a, scale = lowrank.unit(delta.a.to(basis.dtype))
+    return (a - (a @ basis) @ basis.T) * scale, delta.b

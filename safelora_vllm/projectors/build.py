@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,14 +81,15 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
     _check_disk(out.parent, pair[1], names, options)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=f"{_partial_prefix(out)}{os.getpid()}-", dir=out.parent))
+    partial.chmod(0o755)
     try:
         _write(partial, pair, names, options)
         partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        # safetensors reports a full disk in words only.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise UsageError(f"no room left on the disk of {out}; free some and repeat") from error
         raise
     return out
@@ -104,6 +106,8 @@ def select_modules(base: Checkpoint, aligned: Checkpoint, wanted: Iterable[str])
     if families[1] in _TRANSPOSED_FAMILIES:
         raise CheckpointError(f"{families[1]} models store transposed weights: not supported")
     linear = _linear_layers(aligned)
+    if lacking := [name for name in _linear_layers(base) if name not in set(linear)]:
+        raise CheckpointError(f"{aligned.folder} has no {lacking[0]}.weight, which {base.folder} has")
     chosen = linear
     if wanted := list(wanted):
         by_part = {part: [n for n in linear if n == part or n.endswith("." + part)] for part in wanted}
@@ -252,9 +256,16 @@ def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: Bu
         raise UsageError(f"the cache needs about {needed:,} bytes, {parent} has {free:,} free")
 
 
+def _partial_prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
 def _remove_leftovers(out: Path) -> None:
     """Delete what killed builds of ``out`` left, but not what a running one is writing."""
-    for leftover in out.parent.glob(f".{out.name}.partial-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+    prefix = _partial_prefix(out)
+    for leftover in out.parent.iterdir():
+        if not leftover.name.startswith(prefix):
+            continue
+        pid = leftover.name.removeprefix(prefix).partition("-")[0]
+        if not (pid.isdigit() and pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -103,7 +103,8 @@ class ProjectorCache:
             }
             self.aligned_fingerprint: str = self.manifest["aligned"]["fingerprint"]
             self.unchanged: set[str] = set(self.manifest["unchanged_modules"])
-        except (KeyError, TypeError, ValueError) as error:
+            self._shard_bytes = sum(int(s["tensor_bytes"]) for s in self.manifest["shards"].values())
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ProjectorCacheError(
                 f"{self.folder / MANIFEST} is damaged ({error!r}); build the cache again"
             ) from error
@@ -177,8 +178,7 @@ class ProjectorCache:
         tiers: dict[str, int] = {}
         for tensor in self._resident.values():
             tiers[tensor.device.type] = tiers.get(tensor.device.type, 0) + tensor.nbytes
-        total = sum(shard["tensor_bytes"] for shard in self.manifest["shards"].values())
-        tiers["disk"] = total - sum(tiers.values())
+        tiers["disk"] = self._shard_bytes - sum(tiers.values())
         return tiers
 
     def _read(self, key: str, shard: str) -> Tensor:

@@ -7,6 +7,7 @@ memory until the kernel takes them back, a buffer is gone when its tensor is.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import struct
@@ -154,8 +155,11 @@ class Checkpoint:
 def _weight_files(folder: Path) -> Iterator[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [folder / Path(name).name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
     else:
         files = [folder / "model.safetensors"]
     for file in files:
@@ -192,6 +196,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if dtype is not None and math.prod(shape) * dtype.itemsize != info.nbytes:
                 raise ValueError(f"{name} has {info.nbytes} bytes for shape {shape}")
             tensors[name] = info
+        spans = sorted((info.start, info.start + info.nbytes) for info in tensors.values())
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+            raise ValueError("two tensors overlap")
         return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error

@@ -88,7 +88,8 @@ class GateProcess:
         except OSError:
             line = ""
         if not line:
-            code = process.wait()
+            _end(process)
+            code = process.returncode
             raise GateUnavailable(f"the gate process ended at its start with code {code}")
         try:
             return _result(line), process
@@ -99,6 +100,7 @@ class GateProcess:
     def _watch(self) -> None:
         while not self._closing.is_set():
             code = self._process.wait()
+            _end(self._process)
             while not self._closing.wait(_RESTART_SECONDS):
                 logger.error("the gate process ended with code %s; starting it again", code)
                 try:
@@ -116,6 +118,8 @@ def _end(process: subprocess.Popen[str]) -> None:
     except (OSError, subprocess.TimeoutExpired):
         process.kill()
         process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def _result(line: str | bytes) -> Any:

@@ -118,6 +118,7 @@ class _Handler(socketserver.StreamRequestHandler):
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    request_queue_size = 128  # a full queue refuses a Unix socket's client at once
 
 
 def main() -> int:

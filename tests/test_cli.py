@@ -1,0 +1,184 @@
+"""The command: exit codes, what is printed where, and what lies on disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from safelora_vllm import __version__
+from safelora_vllm.cli import main
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests.tiny import Draft, Pair, module_shapes
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(cache: ProjectorCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command on an adapter: exit code, standard output, standard error."""
+
+    def call(command: str, *options: str, adapter: str = "good", projectors: Path = cache.folder) -> Any:
+        where = [command, str(tmp_path / adapter), "--projectors", str(projectors)]
+        try:
+            code = main([*where, *options])
+        except SystemExit as error:  # argparse ends the process itself
+            assert isinstance(error.code, int)
+            code = error.code
+        return code, *capsys.readouterr()
+
+    Draft().write(tmp_path / "good")
+    bad = Draft()
+    bad.config.update(use_dora=True, bias="all")
+    bad.write(tmp_path / "bad")
+    return call
+
+
+def test_inspect_prints_a_table_and_the_verdict(run: Run) -> None:
+    code, out, _ = run("inspect")
+    assert code == 0 and "good: accepted" in out and "projected" in out and "kept" in out
+    code, out, _ = run("inspect", adapter="bad")
+    assert code == 3 and "bad: refused" in out and "[dora]" in out and "[bias]" in out
+
+
+def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: ProjectorCache) -> None:
+    code, out, _ = run("inspect", "--json", "--select", "number", "--number", "3")
+    report = json.loads(out)
+    assert code == 0
+    promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "modules"]
+    assert [name for name in report if name != "details"] == promised  # details: the reasons' sentences
+    assert (report["adapter"], report["projectors"]) == ("good", cache.id)
+    assert report["accepted"] is True and report["reasons"] == report["details"] == []
+    assert report["policy"]["select"] == "number" and report["policy"]["number"] == 3
+    assert len(report["digest"]) == 64
+    assert [module["name"] for module in report["modules"]] == sorted(module_shapes())
+    for module in report["modules"]:
+        assert list(module) == [
+            "name", "rank", "similarity", "null_similarity", "retained", "relative_norm", "decision",
+        ]  # fmt: skip
+    decisions = [module["decision"] for module in report["modules"]]
+    assert decisions.count("projected") == 3 and set(decisions) == {"projected", "kept"}
+
+
+def test_inspect_json_of_a_refused_adapter(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("inspect", "--json", adapter="bad")
+    report = json.loads(out)
+    assert code == 3 and report["accepted"] is False and report["modules"] == []
+    assert sorted(report["reasons"]) == ["bias", "dora"] and len(report["details"]) == 2
+    (tmp_path / "empty").mkdir()
+    code, out, _ = run("inspect", "--json", adapter="empty")
+    assert code == 3 and json.loads(out)["reasons"] == ["missing_file"]
+
+
+def test_a_function_call_leaves_the_signals_of_its_caller_alone(run: Run) -> None:
+    handler = signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts
+    try:
+        run("inspect")
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGPIPE, handler)
+
+
+def test_inspect_writes_nothing(run: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    run("inspect")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_project_writes_a_peft_adapter_with_its_report(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    code, text, _ = run("project", "--out", str(out), "--select", "all")
+    assert code == 0 and f"14 of 14 modules projected, written to {out}" in text
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "report.json",
+    }  # fmt: skip
+    assert len(load_file(out / "adapter_model.safetensors")) == 28
+    assert list(out.parent.iterdir()) == [out]  # nothing temporary is left
+
+
+def test_project_of_a_refused_adapter_writes_nothing(run: Run, tmp_path: Path) -> None:
+    code, text, error = run("project", "--out", str(tmp_path / "out"), adapter="bad")
+    assert code == 3 and text == "" and "refused: " in error and "[dora]" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"good", "bad"}
+
+
+def test_project_does_not_touch_an_existing_folder(run: Run, tmp_path: Path) -> None:
+    code, _, error = run("project", "--out", str(tmp_path / "bad"))
+    assert code == 2 and "exists; remove it or give another --out" in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "none"), ("--select", "some"), ("--mode", "off"), ("--threshold", "x"),
+        ("--threshold", "2"), ("--threshold", "nan"), ("--number", "-1"), ("--number", "1.5"),
+        ("--energy", "1.5"), ("--max-relative-norm", "-1"), ("--max-relative-norm", "inf"),
+        ("--method", "input-removal", "--energy", "0.99"), ("--unknown",), ("--thresh", "0.3"),
+        ("--device", "nonsense"), ("--device", "cuda:99"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["table", "json"])
+def test_wrong_usage_is_2_with_a_sentence(
+    options: tuple[str, ...], json_option: tuple[str, ...], run: Run
+) -> None:
+    code, out, error = run("inspect", *options, *json_option)
+    assert code == 2 and out == "" and error.strip() and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["inspect", "project"])
+def test_input_that_is_not_there_is_2(command: str, run: Run, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path / "out")) if command == "project" else ()
+    code, _, error = run(command, *out, adapter="none")
+    assert code == 2 and "there is no adapter folder" in error
+    code, _, error = run(command, *out, projectors=tmp_path / "none")
+    assert code == 2 and "no projector cache in" in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nothing"], ["inspect"], ["build", "--base", "x"], ["project", "a", "--projectors", "b"]],
+    ids=" ".join,
+)
+def test_a_command_with_something_missing_is_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: safelora-vllm" in capsys.readouterr().err
+
+
+def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--out", str(tmp_path / "out")]
+    aligned = ["--aligned", str(pair.aligned)]
+    assert main(["build", "--base", str(tmp_path / "none"), *aligned, *options]) == 2
+    assert main(["build", "--base", str(pair.aligned), *aligned, *options]) == 2
+    assert main(["build", "--base", str(pair.base), *aligned, *options, "--dtype", "int8"]) == 2
+    errors = capsys.readouterr().err
+    assert "give a model folder or a hub id" in errors and "V = 0" in errors and "dtype is 'int8'" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, expected in (("--version", __version__), ("--help", "build,inspect,project,serve")):
+        with pytest.raises(SystemExit) as ended:
+            main([option])
+        text = capsys.readouterr().out
+        assert ended.value.code == 0 and all(word in text for word in expected.split(","))
+
+
+def test_help_names_every_policy_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "project", "serve"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        for option in (
+            "--method", "--select", "--threshold", "--number", "--energy", "--max-relative-norm", "--mode",
+            "--projectors",
+        ):  # fmt: skip
+            assert option in text

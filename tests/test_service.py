@@ -1,0 +1,237 @@
+"""The gate as a process: answers over its socket, its restart, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from safelora_vllm.errors import GateUnavailable, PolicyError, ProjectorCacheError, SafeLoRAError, UsageError
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import Report
+from safelora_vllm.service.client import GateClient, GateProcess
+from safelora_vllm.service.config import GateConfig
+from safelora_vllm.store import Store
+from tests.tiny import Draft, Pair, lora_config
+
+
+@pytest.fixture(scope="module")
+def config(cache: ProjectorCache, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> GateConfig:
+    """Settings of a gate on the pair; niceness 0, so that the tests do not wait."""
+    folder = tmp_path_factory.mktemp("gate")
+    return GateConfig(
+        socket=str(folder / "gate.sock"),
+        projectors=str(cache.folder),
+        store=str(folder / "store"),
+        model=str(pair.aligned),
+        niceness=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def process(config: GateConfig) -> Iterator[GateProcess]:
+    """A running gate, shared by the tests of this file."""
+    process = GateProcess(config)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def client(process: GateProcess, config: GateConfig) -> GateClient:
+    """Calls to the running gate."""
+    assert process.state
+    return GateClient(config.socket)
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The condition's first true value; fails when it has none in time."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        select.select([], [], [], 0.02)  # gives way to the process that is waited for
+    return value
+
+
+def ended(pid: int, seconds: float = 30.0) -> bool:
+    """Wait for the end of a process that need not be a child."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Metric with its labels → value."""
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_state_names_cache_policy_and_process(
+    client: GateClient, process: GateProcess, cache: ProjectorCache
+) -> None:
+    state = client.call("state")
+    assert state == process.state
+    assert (state["projectors"], state["policy"]) == (cache.id, Policy().id)
+    assert state["pid"] != os.getpid()
+
+
+def test_admit_report_and_metrics(client: GateClient, config: GateConfig, tmp_path: Path) -> None:
+    before = samples(client.call("metrics"))
+    folder = str(Draft().write(tmp_path / "adapter"))
+    answer = client.call("admit", path=folder, name="tenant")
+    report = Report.from_dict(answer["report"])
+    assert report.accepted and report.adapter == "tenant"
+    assert Store(config.store).find(answer["key"]) == report.named("")
+    assert client.call("report", key=answer["key"])["digest"] == report.digest
+    assert client.call("report", key="0" * 64) is None
+    assert client.call("admit", path=folder, name="other")["key"] == answer["key"]
+    after = samples(client.call("metrics"))
+    accepted = "safelora_loads_total[('reason', ''), ('result', 'accepted')]"
+    assert after[accepted] - before.get(accepted, 0) == 2
+    hits = "safelora_gate_cache_total[('outcome', 'hit')]"
+    assert after[hits] - before.get(hits, 0) == 1
+    assert after["safelora_projector_bytes[('tier', 'cpu')]"] > 0
+    assert after["safelora_enforcing[]"] == 1
+
+
+def test_a_refusal_is_an_answer_not_an_error(client: GateClient, tmp_path: Path) -> None:
+    folder = Draft(config=lora_config(use_dora=True)).write(tmp_path / "adapter")
+    answer = client.call("admit", path=str(folder), name="tenant")
+    assert answer["key"] is None and answer["report"]["reasons"] == ["dora"]
+    refused = "safelora_loads_total[('reason', 'dora'), ('result', 'refused')]"
+    assert samples(client.call("metrics"))[refused] == 1
+
+
+def test_errors_come_back_as_their_own_class(client: GateClient, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no adapter folder"):
+        client.call("admit", path=str(tmp_path / "none"), name="tenant")
+    with pytest.raises(SafeLoRAError, match="no operation 'exec'"):
+        client.call("exec")
+    with pytest.raises(SafeLoRAError, match="no operation '__init__'"):
+        client.call("__init__")
+    with pytest.raises(GateUnavailable, match="unexpected keyword argument 'nothing'"):
+        client.call("state", nothing=1)
+    assert client.call("state")
+
+
+def test_hostile_lines_do_not_end_it(client: GateClient, config: GateConfig) -> None:
+    for line in (b"\n", b"null\n", b"[]\n", b"\xff\xfe\n", b"{" * 70_000 + b"\n", b'{"op": ["admit"]}\n'):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(config.socket)
+            connection.settimeout(30)
+            connection.sendall(line)
+            assert "error" in json.loads(connection.makefile("rb").readline())
+    assert client.call("state")
+
+
+def test_a_scale_beyond_numbers_is_refused_with_valid_json(client: GateClient, tmp_path: Path) -> None:
+    folder = Draft(config=lora_config(lora_alpha=1e300)).write(tmp_path / "adapter")
+    report = client.call("admit", path=str(folder), name="tenant")["report"]
+    assert not report["accepted"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_many_clients_at_once(client: GateClient, tmp_path: Path) -> None:
+    folders = []
+    for index in range(8):
+        folders.append(Draft(config=lora_config(lora_alpha=1 + index % 4)).write(tmp_path / str(index)))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda path: client.call("admit", path=str(path), name=path.name), folders))
+    assert all(answer["report"]["accepted"] for answer in answers)
+    assert len({answer["key"] for answer in answers}) == 4
+
+
+def test_it_starts_again_after_a_kill(client: GateClient, process: GateProcess, tmp_path: Path) -> None:
+    folder = str(Draft().write(tmp_path / "adapter"))
+    key = client.call("admit", path=folder, name="tenant")["key"]
+    killed = process.state["pid"]
+    os.kill(killed, signal.SIGKILL)
+    assert ended(killed)
+    with pytest.raises(GateUnavailable):
+        client.call("state")
+    state = until(lambda: process.state if process.state["pid"] != killed else None)
+    assert client.call("state") == state
+    assert client.call("admit", path=folder, name="tenant")["key"] == key
+
+
+def test_no_gate_there(tmp_path: Path) -> None:
+    with pytest.raises(GateUnavailable, match="does not answer"):
+        GateClient(str(tmp_path / "none.sock")).call("state")
+
+
+def test_a_gate_that_does_not_answer_in_time(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        with pytest.raises(GateUnavailable, match="does not answer"):
+            GateClient(str(tmp_path / "s")).call("state", timeout=0.05)
+
+
+def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pair, tmp_path: Path) -> None:
+    """In this process: `GateService` is what the real one starts with."""
+    from dataclasses import replace
+
+    from safelora_vllm.service.server import GateService
+
+    wrong: list[tuple[dict[str, Any], type[SafeLoRAError], str]] = [
+        ({"projectors": str(tmp_path)}, ProjectorCacheError, "no projector cache in"),
+        ({"model": str(pair.base)}, ProjectorCacheError, "another aligned model"),
+        ({"policy": {"method": "input-removal", "energy": 0.99}}, PolicyError, "energy 0.99 is above"),
+        ({"policy": {"unknown": 1}}, PolicyError, "unknown policy keys"),
+    ]
+    for changes, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            GateService(replace(config, **changes))
+    GateService(replace(config, model=str(pair.base), trust_served_model=True))
+
+
+def test_a_bad_cache_is_told_by_the_process(config: GateConfig, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ProjectorCacheError, match="no projector cache in"):
+        GateProcess(replace(config, projectors=str(tmp_path), socket=str(tmp_path / "gate.sock")))
+    assert not (tmp_path / "gate.sock").exists()
+
+
+# Starts a gate, says its number, and is killed.
+_PARENT = """
+import os, signal, sys
+from safelora_vllm.service.client import GateProcess
+from safelora_vllm.service.config import GateConfig
+process = GateProcess(GateConfig.from_json(sys.argv[1]))
+print(process.state["pid"], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_it_ends_when_its_parent_dies(config: GateConfig, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    text = replace(config, socket=str(tmp_path / "gate.sock")).to_json()
+    # No pipe for errors: the gate inherits it, and reading it to its end would wait for the gate.
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, text], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        gate = int(parent.stdout.readline())
+        assert parent.wait(60) == -signal.SIGKILL
+    assert ended(gate)
