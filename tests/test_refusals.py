@@ -135,7 +135,7 @@ FILES: list[tuple[str, str, Damage]] = [
     ("header-nan", "weights_malformed", raw(safetensors_bytes(b'{"__metadata__": NaN}'))),
     ("header-no-dtype", "weights_malformed", raw(safetensors_bytes({_A: {"shape": [1]}}))),
     ("header-text-shape", "weights_malformed", raw(safetensors_bytes({_A: {"dtype": "F32", "shape": "4"}}))),
-    ("header-true-shape", "weights_malformed", raw(safetensors_bytes({"a": {"dtype": "F32", "shape": [True]}}))),
+    ("header-true-shape", "weights_malformed", raw(safetensors_bytes({_A: {"dtype": 0, "shape": [True]}}))),
     ("header-overlap", "weights_malformed", raw(safetensors_bytes(
         {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 1536]}
          for name, shape in ((_A, [4, 96]), (_B, [96, 4]))},
