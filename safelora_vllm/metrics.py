@@ -46,6 +46,8 @@ class GateMetrics:
             ["outcome"],
             registry=registry,
         )
+        for outcome in ("hit", "miss"):
+            self._cache.labels(outcome)  # there from the start, so that rates can be computed
         self._bytes = Gauge(
             "safelora_projector_bytes", "Bytes of projectors per tier", ["tier"], registry=registry
         )

@@ -92,8 +92,9 @@ class Store:
     def clean(self) -> None:
         """Remove what killed processes left behind. Younger leftovers may belong to a live one."""
         for leftover in self._published.glob(".new-*"):
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # its own process finished meanwhile
+                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def _put(self, new: Path, folder: Path, key: str) -> None:
         """Rename ``new`` to ``folder``, moving a damaged copy away. Others may be at it too."""

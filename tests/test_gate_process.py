@@ -105,6 +105,13 @@ def test_a_killed_gate_leaves_no_half_folder(call: str, cache: ProjectorCache, t
     assert list((store.root / "published").iterdir()) == [admission.folder]
 
 
+def test_leftovers_that_go_away_while_they_are_looked_at(store: Store) -> None:
+    published = store.root / "published"
+    published.mkdir(parents=True)
+    (published / ".new-gone").symlink_to("nowhere")  # listed, but nothing to ask for its age
+    store.clean()
+
+
 def test_another_process_publishes_while_a_damaged_copy_is_being_replaced(
     cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
