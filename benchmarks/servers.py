@@ -132,7 +132,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the server's own session: it has engine and gate processes."""
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, number)
         try:
