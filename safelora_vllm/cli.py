@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_vllm import __version__
+from safelora_vllm.commands import audit, store
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
-from safelora_vllm.options import add_policy_options, policy_values
+from safelora_vllm.options import add_policy_options, policy_values, size
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +83,25 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", help="the aligned model: folder or hub id")
     serve.add_argument("--adapter-store", metavar="DIR", help="where published adapters live")
     serve.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
+    serve.add_argument("--keys", metavar="FILE", help="TOML file with admin and tenant keys")
+    serve.add_argument(
+        "--adapter-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that loads by path may read",
+    )
+    serve.add_argument("--max-adapter-bytes", type=size, metavar="N", help="largest file; default: 2GiB")
+    serve.add_argument("--store-bytes", type=size, metavar="N", help="budget of the published copies")
+    serve.add_argument("--concurrent-uploads", type=int, metavar="N", help="per API server; default: 8")
+    serve.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
     serve.add_argument(
         "--trust-served-model",
         action="store_true",
         help="the served model is a converted copy of the cache's aligned model: do not compare them",
     )
+    store.add_parser(commands)
+    audit.add_parser(commands)
     for command in (inspect, project, serve):
         command.add_argument("--projectors", required=True, metavar="DIR", help="the projector cache")
         add_policy_options(command)
@@ -147,7 +162,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _project(args: argparse.Namespace) -> int:
     from safelora_vllm.gate import admit
-    from safelora_vllm.store import Store
+    from safelora_vllm.store import PublishedStore
 
     out = Path(args.out)
     if out.exists():
@@ -155,7 +170,7 @@ def _project(args: argparse.Namespace) -> int:
     settings = _gate_settings(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".project-") as scratch:
-        admission = admit(args.adapter, Path(args.adapter).resolve().name, settings, Store(scratch))
+        admission = admit(args.adapter, Path(args.adapter).resolve().name, settings, PublishedStore(scratch))
         if admission.folder is None:
             raise AdapterRefused(admission.report.reasons)
         shutil.move(admission.folder, out)
@@ -174,12 +189,21 @@ def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
     Policy.from_mapping(policy)
     if args.admin_api_key:
         os.environ["SAFELORA_ADMIN_API_KEY"] = args.admin_api_key
-    store = Path(args.adapter_store) if args.adapter_store else default_root()
+    root = Path(args.adapter_store) if args.adapter_store else default_root()
+    given = {
+        name: value
+        for name in ("max_adapter_bytes", "store_bytes", "concurrent_uploads")
+        if (value := getattr(args, name)) is not None
+    }
     settings = ServerSettings(
         projectors=str(Path(args.projectors).resolve()),
         policy=policy,
-        store=str(store.resolve()),
+        store=str(root.resolve()),
         trust_served_model=args.trust_served_model,
+        keys=str(Path(args.keys).resolve()) if args.keys else None,
+        adapter_roots=[str(Path(root).resolve()) for root in args.adapter_root],
+        allow_hub=args.allow_hub,
+        **given,
     )
     serve(args.model, settings, vllm_options)
     return 0

@@ -4,9 +4,12 @@
     ├── UsageError            wrong option, or an input that is not there (exit code 2)
     │   ├── AdapterNotFound       no folder where the adapter should be
     │   ├── PolicyError       a policy that contradicts itself or its projector cache
-    │   └── CheckpointError   a model folder that cannot be read or does not fit its pair
+    │   ├── CheckpointError   a model folder that cannot be read or does not fit its pair
+    │   └── KeysError         a keys file that cannot be read or used
     ├── ProjectorCacheError   a cache that is missing, damaged or made for another model
     ├── AdapterRefused        the gate's answer to an adapter (exit code 3)
+    ├── QuotaExceeded         the tenant has reached one of its limits
+    ├── StoreDamaged          a record in the adapter store that cannot be read
     ├── GateUnavailable       the gate process does not answer; try again later
     └── GuardError            vLLM is not guarded: seam changed, worker unattached, no settings
 
@@ -38,8 +41,20 @@ class CheckpointError(UsageError):
     """A model folder that cannot be read, or two models that are not a pair."""
 
 
+class KeysError(UsageError):
+    """A keys file that cannot be read, that others can read, or with a wrong entry."""
+
+
 class ProjectorCacheError(SafeLoRAError):
     """A projector cache that is missing, damaged, or made for another model."""
+
+
+class QuotaExceeded(SafeLoRAError):
+    """An adapter would take its tenant over one of its limits. Nothing was loaded."""
+
+
+class StoreDamaged(SafeLoRAError):
+    """A record in the adapter store that is damaged, or that something else put there."""
 
 
 class GateUnavailable(SafeLoRAError):

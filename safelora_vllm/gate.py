@@ -7,15 +7,17 @@ There is no other place where an adapter is judged. Nothing here knows vLLM or H
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,7 @@ from safelora_vllm.methods import METHODS, ModuleDelta
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore, RawStore
 
 logger = logging.getLogger("vllm.safelora.gate")
 _FORMAT = 1  # raise it when the same input would be published as other bytes
@@ -47,10 +49,19 @@ class GateSettings:
     limits: Limits = field(default_factory=Limits)
     base_model: str = ""
 
-    def key(self, digest: str) -> str:
-        """The address of a published adapter: input, cache, policy and format, nothing else."""
-        parts = [_FORMAT, digest, self.cache.id, self.policy.id, str(self.dtype), self.base_model]
+    @property
+    def rules(self) -> str:
+        """A digest of everything but the adapter: the same rules publish the same bytes."""
+        parts = [_FORMAT, self.cache.id, self.policy.id, str(self.dtype), self.base_model]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def key(self, digest: str) -> str:
+        """The address of a published adapter: its content and the rules, nothing else."""
+        return hashlib.sha256(f"{self.rules}\n{digest}".encode()).hexdigest()
+
+    def under(self, values: Mapping[str, Any]) -> GateSettings:
+        """The same settings with some of the policy's fields replaced."""
+        return dataclasses.replace(self, policy=self.policy.with_values(values)) if values else self
 
 
 @dataclass
@@ -73,7 +84,7 @@ class Stages:
 class Admission:
     """The gate's answer. ``key`` and ``folder`` are set for an accepted adapter.
 
-    cached: the same content was published before, so that nothing was computed.
+    cached: the same content was published before, so that nothing was computed. nbytes: of the upload.
     """
 
     report: Report
@@ -81,10 +92,19 @@ class Admission:
     folder: Path | None
     cached: bool
     stages: Stages
+    nbytes: int = 0
 
 
-def admit(folder: str | Path, name: str, settings: GateSettings, store: Store) -> Admission:
-    """Judge one adapter and publish what may be served.
+def admit(
+    folder: str | Path,
+    name: str,
+    settings: GateSettings,
+    store: PublishedStore,
+    raw_store: RawStore | None = None,
+) -> Admission:
+    """Judge one adapter, folder or archive, and publish what may be served.
+
+    What was accepted is also put into ``raw_store``, if there is one.
 
     Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
 
@@ -100,11 +120,13 @@ def admit(folder: str | Path, name: str, settings: GateSettings, store: Store) -
     except AdapterRefused as error:
         report = Report.refused(name, "", settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))
-    key = settings.key(raw.digest)
+    key, nbytes = settings.key(raw.digest), sum(map(len, raw.files.values()))
     with stages.time("lookup"):
         known = store.find(key)
     if known is not None:
-        return _answer(Admission(known.named(name), key, store.path(key), True, stages))
+        store.touch(key)
+        _keep(raw, raw_store, stages)
+        return _answer(Admission(known.named(name), key, store.path(key), True, stages, nbytes))
     report, weights = evaluate(raw, name, settings, stages)
     if weights is None:
         return _answer(Admission(report, None, None, False, stages))
@@ -116,7 +138,8 @@ def admit(folder: str | Path, name: str, settings: GateSettings, store: Store) -
     except AdapterRefused as error:
         report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))
-    return _answer(Admission(report, key, published, False, stages))
+    _keep(raw, raw_store, stages)
+    return _answer(Admission(report, key, published, False, stages, nbytes))
 
 
 def evaluate(
@@ -158,6 +181,12 @@ def evaluate(
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules)
     return report, served if accepted else None
+
+
+def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
+    if store is not None:
+        with stages.time("keep"):
+            store.keep(raw.digest, raw.files)
 
 
 def _check_norm(module: str, delta: ModuleDelta, policy: Policy) -> list[Reason]:

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from safelora_vllm.gate import Admission
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
+from safelora_vllm.store import Version
 
 MAX_ADAPTER_SERIES = 500
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -82,10 +83,14 @@ class GateMetrics:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A served adapter's report and the seconds from its request to its being served."""
+    """A served adapter's report and the seconds from its request to its being served.
+
+    version: what the store has of it; None for an adapter that is not in the store.
+    """
 
     report: Report
     load_seconds: float
+    version: Version | None = None
 
 
 class AdapterCollector(Collector):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from typing import Any
 
 from safelora_vllm.policy import METHOD_NAMES, MODES, SELECTIONS, Policy
 
 _DEFAULT = Policy()
+UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -56,3 +61,11 @@ def policy_values(args: argparse.Namespace) -> dict[str, Any]:
     """The policy options that were given."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Policy)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def size(text: str) -> int:
+    """Bytes from ``500MB``, ``10GB``, ``1.5GiB`` or a plain number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?I?B)?", text.strip().upper(), re.ASCII)
+    if not found or (found[2] or "") not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give bytes, or e.g. 500MB, 10GB, 1.5GiB")
+    return int(float(found[1]) * UNITS[found[2] or ""])

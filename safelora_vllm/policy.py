@@ -78,6 +78,36 @@ class Policy:
             raise PolicyError(f"unknown policy keys {unknown}; known are {sorted(known)}")
         return cls(**values)
 
+    def with_values(self, values: Mapping[str, Any]) -> Policy:
+        """This policy with some fields replaced.
+
+        Raises:
+            PolicyError: unknown fields, or values out of range.
+        """
+        base = dataclasses.asdict(self)
+        if values.get("method", self.method) != self.method and "select" not in values:
+            base["select"] = ""  # each method has its own default
+        return Policy.from_mapping({**base, **values})
+
+    def at_least_as_strict(self, other: Policy) -> bool:
+        """Whether this policy serves no adapter more freely than ``other`` does.
+
+        Different methods change different sides of an adapter and cannot be compared: False.
+        """
+        if not other.enforcing:
+            return True
+        if not self.enforcing or self.max_relative_norm > other.max_relative_norm:
+            return False
+        if self.method != other.method or (self.method == "input-removal" and self.energy < other.energy):
+            return False
+        if self.select == "all":
+            return True
+        if self.select != other.select:
+            return False
+        if self.select == "threshold":
+            return self.threshold >= other.threshold
+        return self.number >= other.number
+
     def selects(self, similarities: Mapping[str, float | None]) -> set[str]:
         """Names of the modules to project (paper, eq. 2 and its released code's ``number``).
 

@@ -12,7 +12,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from safelora_vllm.gate import GateSettings
     from safelora_vllm.projectors.cache import ProjectorCache
-    from safelora_vllm.store import Store
+    from safelora_vllm.store import PublishedStore
     from tests.tiny import Pair
 
 # No deadline: the machine is shared. Derandomised: the same run everywhere, no example database.
@@ -62,8 +62,8 @@ def gate(cache: ProjectorCache) -> GateSettings:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> PublishedStore:
     """An empty store of published adapters."""
-    from safelora_vllm.store import Store
+    from safelora_vllm.store import PublishedStore
 
-    return Store(tmp_path / "store")
+    return PublishedStore(tmp_path / "store")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safelora_vllm.gate import Admission, GateSettings, admit
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.tiny import Draft
 
 Spoil = Callable[[Draft], object]
@@ -28,7 +28,7 @@ def config(**changes: object) -> Spoil:
     return lambda draft: draft.config.update(changes)
 
 
-def judge(folder: Path, gate: GateSettings, store: Store) -> Admission:
+def judge(folder: Path, gate: GateSettings, store: PublishedStore) -> Admission:
     """The gate's answer; a refused adapter must leave nothing behind and have a valid report."""
     admission = admit(folder, "tenant", gate, store)
     report = admission.report

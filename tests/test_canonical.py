@@ -18,7 +18,7 @@ from safelora_vllm.cli import main
 from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests import reference
 from tests.tiny import LLAMA, Q0, Draft, Pair, key, module_shapes
 
@@ -131,7 +131,7 @@ def test_projected_it_answers_like_the_merged_formula(
     assert (found - logits(model(pair))).abs().max() > 100 * _MERGED
 
 
-def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: Store) -> None:
+def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: PublishedStore) -> None:
     settings = GateSettings(cache, Policy(threshold=-1.0), base_model="tiny-chat")
     folder = admit(Draft().write(tmp_path / "a"), "tenant", settings, store).folder
     assert folder is not None
@@ -153,7 +153,7 @@ def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: S
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_published_dtype_is_that_of_the_server(
-    dtype: torch.dtype, cache: ProjectorCache, tmp_path: Path, store: Store
+    dtype: torch.dtype, cache: ProjectorCache, tmp_path: Path, store: PublishedStore
 ) -> None:
     settings = GateSettings(cache, Policy(select="all"), dtype=dtype)
     folder = admit(Draft().write(tmp_path / "a"), "tenant", settings, store).folder
@@ -162,7 +162,7 @@ def test_the_published_dtype_is_that_of_the_server(
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
 
 
-def test_ranks_are_padded_with_zeros(cache: ProjectorCache, tmp_path: Path, store: Store) -> None:
+def test_ranks_are_padded_with_zeros(cache: ProjectorCache, tmp_path: Path, store: PublishedStore) -> None:
     draft = Draft()
     draft.config["rank_pattern"] = {"layers.0.self_attn.q_proj": 6}
     draft.tensors[key(Q0, "A")] = torch.randn(6, 96)
@@ -182,7 +182,7 @@ def test_the_same_input_gives_the_same_bytes(cache: ProjectorCache, tmp_path: Pa
     settings = GateSettings(cache, Policy(select="all"))
     digests = set()
     for attempt in range(2):
-        published = admit(folder, f"name-{attempt}", settings, Store(tmp_path / str(attempt))).folder
+        published = admit(folder, f"name-{attempt}", settings, PublishedStore(tmp_path / str(attempt))).folder
         assert published is not None
         digests.add(
             tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(published.iterdir()))

@@ -19,7 +19,7 @@ from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests import reference
 from tests.tiny import Draft, Pair, key, lora, module_shapes
 
@@ -43,13 +43,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def only_published(store: Store) -> list[str]:
+def only_published(store: PublishedStore) -> list[str]:
     """What lies in the store, temporary folders included."""
     return sorted(path.name for path in (store.root / "published").glob("*"))
 
 
 def test_an_accepted_adapter_is_published_with_its_report(
-    adapter: Path, gate: GateSettings, store: Store, pair: Pair
+    adapter: Path, gate: GateSettings, store: PublishedStore, pair: Pair
 ) -> None:
     admission = admit(adapter, "tenant", gate, store)
     folder = published(admission)
@@ -77,7 +77,7 @@ def test_an_accepted_adapter_is_published_with_its_report(
 
 
 def test_the_same_bytes_have_one_key_whatever_their_name_and_the_work_is_done_once(
-    adapter: Path, gate: GateSettings, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, gate: GateSettings, store: PublishedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = admit(adapter, "one", gate, store)
     monkeypatch.setattr("safelora_vllm.gate.vet", lambda *_: pytest.fail("judged again"))
@@ -89,7 +89,7 @@ def test_the_same_bytes_have_one_key_whatever_their_name_and_the_work_is_done_on
 
 
 def test_another_policy_dtype_cache_or_model_has_another_key(
-    adapter: Path, gate: GateSettings, build_cache: Callable[[str, str], Path], store: Store
+    adapter: Path, gate: GateSettings, build_cache: Callable[[str, str], Path], store: PublishedStore
 ) -> None:
     others = [
         gate,
@@ -105,7 +105,9 @@ def test_another_policy_dtype_cache_or_model_has_another_key(
 
 
 @pytest.mark.parametrize("what", ["config", "weights"])
-def test_other_bytes_have_another_key(what: str, adapter: Path, gate: GateSettings, store: Store) -> None:
+def test_other_bytes_have_another_key(
+    what: str, adapter: Path, gate: GateSettings, store: PublishedStore
+) -> None:
     first = admit(adapter, "tenant", gate, store)
     draft = Draft()
     if what == "config":
@@ -119,7 +121,7 @@ def test_other_bytes_have_another_key(what: str, adapter: Path, gate: GateSettin
 
 
 def test_audit_serves_the_adapter_unprojected_and_says_so(
-    adapter: Path, gate: GateSettings, store: Store, caplog: pytest.LogCaptureFixture
+    adapter: Path, gate: GateSettings, store: PublishedStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     enforced = admit(adapter, "tenant", gate, store)
     audit = dataclasses.replace(gate, policy=Policy(mode="audit"))
@@ -134,7 +136,7 @@ def test_audit_serves_the_adapter_unprojected_and_says_so(
 
 
 def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
-    gate: GateSettings, store: Store, tmp_path: Path
+    gate: GateSettings, store: PublishedStore, tmp_path: Path
 ) -> None:
     audit = dataclasses.replace(gate, policy=Policy(mode="audit"))
     loud = Draft()
@@ -147,7 +149,7 @@ def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
 
 
 def test_one_log_line_per_decision(
-    adapter: Path, gate: GateSettings, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    adapter: Path, gate: GateSettings, store: PublishedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "vllm.safelora"):
         admit(adapter, "good\nname", gate, store)
@@ -161,7 +163,7 @@ def test_one_log_line_per_decision(
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone"])
 def test_a_damaged_copy_is_made_again(
-    name: str, damage: str, adapter: Path, gate: GateSettings, store: Store
+    name: str, damage: str, adapter: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     folder = published(admit(adapter, "tenant", gate, store))
     sound = content(folder)
@@ -175,7 +177,9 @@ def test_a_damaged_copy_is_made_again(
     assert not admission.cached
 
 
-def test_a_file_in_the_place_of_a_published_folder(adapter: Path, gate: GateSettings, store: Store) -> None:
+def test_a_file_in_the_place_of_a_published_folder(
+    adapter: Path, gate: GateSettings, store: PublishedStore
+) -> None:
     folder = published(admit(adapter, "tenant", gate, store))
     shutil.rmtree(folder)
     folder.touch()
@@ -185,29 +189,34 @@ def test_a_file_in_the_place_of_a_published_folder(adapter: Path, gate: GateSett
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
-@pytest.mark.parametrize("call", ["Path.mkdir", "tempfile.mkdtemp", "Path.write_bytes", "Path.rename"])
+@pytest.mark.parametrize("call", ["Path.mkdir", "tempfile.mkdtemp", "os.write", "Path.rename"])
 def test_a_store_that_cannot_be_written(
-    call: str, number: int, adapter: Path, gate: GateSettings, store: Store, monkeypatch: pytest.MonkeyPatch
+    call: str,
+    number: int,
+    adapter: Path,
+    gate: GateSettings,
+    store: PublishedStore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def failing(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"safelora_vllm.store.{call}", failing)
+        patch.setattr(f"safelora_vllm.store.files.{call}", failing)
         with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
             admit(adapter, "tenant", gate, store)
     assert only_published(store) == []
     assert not admit(adapter, "tenant", gate, store).cached  # and it works when there is room again
 
 
-def test_a_key_cannot_leave_the_store(store: Store) -> None:
+def test_a_key_cannot_leave_the_store(store: PublishedStore) -> None:
     for bad in ("", "../x", "a" * 63, "A" * 64, "g" * 64, "a" * 64 + "/"):
         with pytest.raises(ValueError, match="no key"):
             store.path(bad)
 
 
 def test_reports_on_disk_are_plain_json(
-    adapter: Path, cache: ProjectorCache, store: Store, tmp_path: Path
+    adapter: Path, cache: ProjectorCache, store: PublishedStore, tmp_path: Path
 ) -> None:
     zero = Draft(tensors={name: torch.zeros_like(tensor) for name, tensor in lora().items()})
     for index, folder in enumerate((adapter, zero.write(tmp_path / "zero"))):

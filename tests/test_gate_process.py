@@ -16,7 +16,7 @@ import pytest
 from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.tiny import Draft
 
 _PROCESSES = 6
@@ -32,7 +32,7 @@ def admit_at_once(cache: Path, root: Path, start: Barrier, answers: Any) -> None
     for turn in range(_ROUNDS):
         start.wait(60)
         try:
-            admission = admit(root / f"adapter{turn}", "tenant", settings, Store(root / "store"))
+            admission = admit(root / f"adapter{turn}", "tenant", settings, PublishedStore(root / "store"))
             answers.put((turn, admission.key, admission.report.accepted))
         except Exception as error:  # the test shows it
             answers.put((turn, None, repr(error)))
@@ -40,24 +40,28 @@ def admit_at_once(cache: Path, root: Path, start: Barrier, answers: Any) -> None
 
 def die_at(call: str, cache: Path, root: Path) -> None:
     """In a process of its own: admit an adapter, killed inside a call of the store."""
-    from safelora_vllm import store as module
-
+    owner: Any = Path if call == "rename" else os
     written: list[object] = []
-    inner = getattr(Path, call)
+    inner = getattr(owner, call)
 
-    def killing(path: Path, *arguments: Any) -> object:
-        written.append(path)
+    def killing(target: object, *arguments: Any) -> object:
+        written.append(target)
         if len(written) == 2 or call == "rename":
             os.kill(os.getpid(), signal.SIGKILL)
-        return inner(path, *arguments)
+        return inner(target, *arguments)
 
-    setattr(module.Path, call, killing)
-    admit(root / "adapter", "tenant", GateSettings(ProjectorCache(cache), Policy()), Store(root / "store"))
+    setattr(owner, call, killing)
+    admit(
+        root / "adapter",
+        "tenant",
+        GateSettings(ProjectorCache(cache), Policy()),
+        PublishedStore(root / "store"),
+    )
 
 
 def test_many_processes_admit_the_same_adapter(cache: ProjectorCache, tmp_path: Path) -> None:
     """Fresh ones in the even rounds, with a damaged copy already there in the odd ones."""
-    settings, store = GateSettings(cache, Policy()), Store(tmp_path / "store")
+    settings, store = GateSettings(cache, Policy()), PublishedStore(tmp_path / "store")
     keys = {}
     for turn in range(_ROUNDS):
         draft = Draft()
@@ -84,14 +88,14 @@ def test_many_processes_admit_the_same_adapter(cache: ProjectorCache, tmp_path: 
     assert all(store.find(str(key)) is not None for key in keys.values())
 
 
-@pytest.mark.parametrize("call", ["write_bytes", "rename"])
+@pytest.mark.parametrize("call", ["write", "rename"])
 def test_a_killed_gate_leaves_no_half_folder(call: str, cache: ProjectorCache, tmp_path: Path) -> None:
     Draft().write(tmp_path / "adapter")
     process = _CONTEXT.Process(target=die_at, args=(call, cache.folder, tmp_path))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    store = Store(tmp_path / "store")
+    store = PublishedStore(tmp_path / "store")
     (leftover,) = (store.root / "published").iterdir()
     assert leftover.name.startswith(".new-")
 
@@ -100,12 +104,13 @@ def test_a_killed_gate_leaves_no_half_folder(call: str, cache: ProjectorCache, t
     store.clean()
     assert leftover.exists()  # young: it may belong to a live process
     old = time.time() - 7200
-    os.utime(leftover, (old, old))
+    for path in (leftover, *leftover.iterdir()):
+        os.utime(path, (old, old))
     store.clean()
     assert list((store.root / "published").iterdir()) == [admission.folder]
 
 
-def test_leftovers_that_go_away_while_they_are_looked_at(store: Store) -> None:
+def test_leftovers_that_go_away_while_they_are_looked_at(store: PublishedStore) -> None:
     published = store.root / "published"
     published.mkdir(parents=True)
     (published / ".new-gone").symlink_to("nowhere")  # listed, but nothing to ask for its age
@@ -115,7 +120,7 @@ def test_leftovers_that_go_away_while_they_are_looked_at(store: Store) -> None:
 def test_another_process_publishes_while_a_damaged_copy_is_being_replaced(
     cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, store = GateSettings(cache, Policy()), Store(tmp_path / "store")
+    settings, store = GateSettings(cache, Policy()), PublishedStore(tmp_path / "store")
     folder = admit(Draft().write(tmp_path / "adapter"), "tenant", settings, store).folder
     assert folder is not None
     sound = tmp_path / "sound"

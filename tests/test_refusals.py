@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from safelora_vllm.errors import UsageError
 from safelora_vllm.gate import GateSettings, admit
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.refusing import codes, judge
 from tests.tiny import Q0, Draft, key, lora, safetensors_bytes
 
@@ -146,7 +146,9 @@ FILES: list[tuple[str, str, Damage]] = [
 ]  # fmt: skip
 
 
-def test_the_adapter_that_all_tables_spoil_is_sound(tmp_path: Path, gate: GateSettings, store: Store) -> None:
+def test_the_adapter_that_all_tables_spoil_is_sound(
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
     assert judge(Draft().write(tmp_path / "a"), gate, store).report.accepted
 
 
@@ -154,7 +156,7 @@ def test_the_adapter_that_all_tables_spoil_is_sound(tmp_path: Path, gate: GateSe
     ("code", "damage"), [pytest.param(code, damage, id=name) for name, code, damage in FILES]
 )
 def test_what_lies_in_the_folder(
-    code: str, damage: Damage, tmp_path: Path, gate: GateSettings, store: Store
+    code: str, damage: Damage, tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     folder = Draft().write(tmp_path / "adapter")
     damage(folder)
@@ -162,7 +164,7 @@ def test_what_lies_in_the_folder(
 
 
 def test_a_pickle_beside_the_safetensors_is_not_touched(
-    tmp_path: Path, gate: GateSettings, store: Store
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     folder = Draft().write(tmp_path / "adapter")
     (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
@@ -173,18 +175,20 @@ def test_a_pickle_beside_the_safetensors_is_not_touched(
 
 
 @pytest.mark.parametrize("path", ["none", "adapter/adapter_config.json", "a\0b", "x" * 10_000, "", "~"])
-def test_a_folder_that_is_not_there(path: str, tmp_path: Path, gate: GateSettings, store: Store) -> None:
+def test_a_folder_that_is_not_there(
+    path: str, tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
     Draft().write(tmp_path / "adapter")
     with pytest.raises(UsageError, match="there is no adapter folder"):
         admit(f"{tmp_path}/{path}" if path else f"{tmp_path}/adapter/none/", "tenant", gate, store)
 
 
 def test_a_file_swapped_after_reading_changes_nothing(
-    tmp_path: Path, gate: GateSettings, store: Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, gate: GateSettings, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safelora_vllm import gate as module
 
-    expected = judge(Draft().write(tmp_path / "plain"), gate, Store(tmp_path / "other"))
+    expected = judge(Draft().write(tmp_path / "plain"), gate, PublishedStore(tmp_path / "other"))
     folder = Draft().write(tmp_path / "adapter")
 
     def swapping(*arguments: object) -> object:
@@ -201,7 +205,7 @@ def test_a_file_swapped_after_reading_changes_nothing(
 
 
 def test_all_problems_of_config_and_header_are_reported_at_once(
-    tmp_path: Path, gate: GateSettings, store: Store
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     draft = Draft()
     draft.config.update(use_dora=True, bias="all", r=True, modules_to_save=["lm_head"], peft_type="IA3")
@@ -212,7 +216,7 @@ def test_all_problems_of_config_and_header_are_reported_at_once(
 
 
 def test_all_bad_tensors_are_named_but_a_flood_is_cut(
-    tmp_path: Path, gate: GateSettings, store: Store
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     draft = Draft()
     for side, value in (("A", float("nan")), ("B", float("inf"))):

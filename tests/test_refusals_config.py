@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from safelora_vllm.adapters.config import parse_config
 from safelora_vllm.gate import GateSettings
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.refusing import Case, Spoil, codes, config, judge, table
 from tests.tiny import Draft, lora_config
 
@@ -83,7 +83,7 @@ CONFIGS: list[Case] = [
 
 @table(CONFIGS)
 def test_what_the_config_says(
-    code: str, spoil: Spoil, tmp_path: Path, gate: GateSettings, store: Store
+    code: str, spoil: Spoil, tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     draft = Draft()
     spoil(draft)
@@ -91,7 +91,9 @@ def test_what_the_config_says(
 
 
 @pytest.mark.parametrize("changes", [{"r": _HUGE}, {"rank_pattern": {"q_proj": _HUGE}}], ids=["r", "pattern"])
-def test_an_endless_rank(changes: dict[str, Any], tmp_path: Path, gate: GateSettings, store: Store) -> None:
+def test_an_endless_rank(
+    changes: dict[str, Any], tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
     draft = Draft(config=lora_config(**changes))
     found = codes(judge(draft.write(tmp_path / "a"), gate, store))
     assert found in ({"rank_mismatch"}, {"config_type"})
@@ -99,7 +101,7 @@ def test_an_endless_rank(changes: dict[str, Any], tmp_path: Path, gate: GateSett
 
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
 def test_patterns_are_never_run_as_regular_expressions(
-    name: str, tmp_path: Path, gate: GateSettings, store: Store
+    name: str, tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     # Against a module name of 30 characters each of these takes a backtracking matcher 2**30 steps.
     patterns = {"(" * depth + "[a-z_.0-9]+" + ")+" * depth + "!": 4 for depth in range(2, 40)}
@@ -109,7 +111,9 @@ def test_patterns_are_never_run_as_regular_expressions(
     assert time.perf_counter() - start < 5.0  # milliseconds; centuries if it were run
 
 
-def test_many_plain_patterns_are_matched_quickly(tmp_path: Path, gate: GateSettings, store: Store) -> None:
+def test_many_plain_patterns_are_matched_quickly(
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
     patterns = {f"{'a.' * 20}{i}": 4 for i in range(10_000)}
     folder = Draft(config=lora_config(rank_pattern=patterns)).write(tmp_path / "a")
     start = time.perf_counter()
@@ -135,7 +139,7 @@ def test_plain_patterns_mean_what_they_mean_to_peft(
 
 
 def test_every_default_of_the_installed_peft_is_accepted(
-    tmp_path: Path, gate: GateSettings, store: Store
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     plain = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     saved = json.loads(json.dumps(plain.to_dict(), default=list))
@@ -155,7 +159,7 @@ def test_every_default_of_the_installed_peft_is_accepted(
     ids=str,
 )  # fmt: skip
 def test_what_changes_nothing_is_accepted_and_not_passed_on(
-    changes: dict[str, Any], tmp_path: Path, gate: GateSettings, store: Store
+    changes: dict[str, Any], tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     admission = judge(Draft(config=lora_config(**changes)).write(tmp_path / "a"), gate, store)
     assert admission.report.accepted and admission.folder is not None

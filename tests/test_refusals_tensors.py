@@ -12,7 +12,7 @@ from torch import Tensor
 from safelora_vllm.gate import GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.refusing import Case, Spoil, codes, config, judge, table
 from tests.tiny import K0, Q0, UP0, Draft, key
 
@@ -163,14 +163,16 @@ TENSORS: list[Case] = [
 
 @table(TENSORS)
 def test_what_the_tensors_are(
-    code: str, spoil: Spoil, tmp_path: Path, gate: GateSettings, store: Store
+    code: str, spoil: Spoil, tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     draft = Draft()
     spoil(draft)
     assert codes(judge(draft.write(tmp_path / "adapter"), gate, store)) == {code}
 
 
-def test_rslora_scales_what_would_else_pass(tmp_path: Path, cache: ProjectorCache, store: Store) -> None:
+def test_rslora_scales_what_would_else_pass(
+    tmp_path: Path, cache: ProjectorCache, store: PublishedStore
+) -> None:
     draft = Draft()
     report = judge(draft.write(tmp_path / "a"), GateSettings(cache, Policy()), store).report
     largest = max(report.values("relative_norm"))
@@ -178,7 +180,7 @@ def test_rslora_scales_what_would_else_pass(tmp_path: Path, cache: ProjectorCach
     settings = GateSettings(cache, Policy(max_relative_norm=1.5 * largest))
     assert judge(tmp_path / "a", settings, store).report.accepted
     draft.config["use_rslora"] = True
-    report = judge(draft.write(tmp_path / "b"), settings, Store(tmp_path / "empty")).report
+    report = judge(draft.write(tmp_path / "b"), settings, PublishedStore(tmp_path / "empty")).report
     assert {reason.code for reason in report.reasons} == {"relative_norm"}
     assert max(report.values("relative_norm")) == pytest.approx(2 * largest, rel=1e-12)
 
@@ -188,7 +190,7 @@ def test_rslora_scales_what_would_else_pass(tmp_path: Path, cache: ProjectorCach
 )
 @pytest.mark.parametrize("mode", ["enforce", "audit"])
 def test_a_scale_beyond_float32(
-    changes: dict[str, object], mode: str, tmp_path: Path, cache: ProjectorCache, store: Store
+    changes: dict[str, object], mode: str, tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
     draft.config.update(changes)
@@ -197,28 +199,28 @@ def test_a_scale_beyond_float32(
 
 
 def test_values_that_the_served_dtype_cannot_hold(
-    tmp_path: Path, cache: ProjectorCache, store: Store
+    tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
     draft.tensors[_A] *= 1e-7
     draft.tensors[_B] *= 1e7  # up to 2e6 with the scale; float16 ends at 65504
     folder = draft.write(tmp_path / "a")
     policy = Policy(threshold=-1.0)
-    fine = judge(folder, GateSettings(cache, policy), Store(tmp_path / "other"))
+    fine = judge(folder, GateSettings(cache, policy), PublishedStore(tmp_path / "other"))
     assert fine.report.accepted
     assert codes(judge(folder, GateSettings(cache, policy, dtype=torch.float16), store)) == {"non_finite"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_dtypes_that_are_served(
-    dtype: torch.dtype, tmp_path: Path, gate: GateSettings, store: Store
+    dtype: torch.dtype, tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     draft = Draft()
     draft.tensors = {name: tensor.to(dtype) for name, tensor in draft.tensors.items()}
     assert judge(draft.write(tmp_path / "a"), gate, store).report.accepted
 
 
-def test_small_float16_values_are_ordinary(tmp_path: Path, gate: GateSettings, store: Store) -> None:
+def test_small_float16_values_are_ordinary(tmp_path: Path, gate: GateSettings, store: PublishedStore) -> None:
     draft = Draft()
     value(_A, 1e-6, torch.float16)(draft)
     value(_B, -6e-8, torch.float16)(draft)
@@ -227,7 +229,7 @@ def test_small_float16_values_are_ordinary(tmp_path: Path, gate: GateSettings, s
 
 
 def test_zeros_are_not_subnormal_and_a_zero_delta_is_kept(
-    tmp_path: Path, gate: GateSettings, store: Store
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
 ) -> None:
     draft = Draft()
     draft.change(_B, torch.zeros(96, 4))

@@ -17,7 +17,7 @@ from safelora_vllm import lowrank
 from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.refusing import judge
 from tests.tiny import Draft
 
@@ -39,7 +39,7 @@ def rescaled(power: int) -> Draft:
 
 def answer(power: int, settings: GateSettings, folder: Path) -> Admission:
     """The gate's answer; a refusal has a valid report and publishes nothing."""
-    return judge(rescaled(power).write(folder / "adapter"), settings, Store(folder / "store"))
+    return judge(rescaled(power).write(folder / "adapter"), settings, PublishedStore(folder / "store"))
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -64,7 +64,7 @@ def test_a_rescaled_adapter_is_refused_or_treated_like_the_original(
 
 @pytest.mark.parametrize("power", [-20, 20])
 def test_a_moderate_imbalance_is_served(
-    power: int, build_cache: Callable[[str, str], Path], tmp_path: Path, store: Store
+    power: int, build_cache: Callable[[str, str], Path], tmp_path: Path, store: PublishedStore
 ) -> None:
     settings = GateSettings(ProjectorCache(build_cache("bfloat16", "dense")), Policy(select="all"))
     folder = rescaled(power).write(tmp_path / "adapter")

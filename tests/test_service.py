@@ -24,7 +24,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
 from safelora_vllm.service.config import GateConfig
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 from tests.tiny import Draft, Pair, lora_config
 
 
@@ -101,7 +101,7 @@ def test_admit_report_and_metrics(client: GateClient, config: GateConfig, tmp_pa
     answer = client.call("admit", path=folder, name="tenant")
     report = Report.from_dict(answer["report"])
     assert report.accepted and report.adapter == "tenant"
-    assert Store(config.store).find(answer["key"]) == report.named("")
+    assert PublishedStore(config.store).find(answer["key"]) == report.named("")
     assert client.call("report", key=answer["key"])["digest"] == report.digest
     assert client.call("report", key="0" * 64) is None
     assert client.call("admit", path=folder, name="other")["key"] == answer["key"]

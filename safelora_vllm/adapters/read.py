@@ -1,4 +1,4 @@
-"""Bounded reading of a PEFT adapter folder: regular files only, each read once into memory.
+"""Bounded reading of a PEFT adapter, a folder or one archive: regular files only, each read once.
 
 What is judged and what is published come from the same bytes, so a file that is swapped afterwards
 changes nothing.
@@ -12,15 +12,18 @@ import json
 import os
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safelora_vllm.adapters.archive import read_archive
 from safelora_vllm.errors import AdapterNotFound, AdapterRefused, Reason, refuse
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _UNSAFE_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_BESIDE_BYTES = 64 * 1024**2  # what an archive may hold besides both files: tokenizer, README
 
 
 @dataclass(frozen=True)
@@ -47,46 +50,98 @@ class RawAdapter:
 
     config: dict[str, Any]
     header: dict[str, TensorHeader]
+    config_bytes: bytes = field(repr=False)
     weights: bytes = field(repr=False)
     digest: str
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Both files as they were read, under PEFT's names."""
+        return {CONFIG: self.config_bytes, WEIGHTS: self.weights}
 
-def read_adapter(folder: str | Path, limits: Limits) -> RawAdapter:
+
+def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
     """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of a PEFT folder.
 
+    The folder may also come as one .tar, .tar.gz or .zip, known by its first bytes.
+
     Raises:
-        AdapterNotFound: there is no such folder.
-        AdapterRefused: a file is missing, too large, not regular, not readable, or malformed.
+        AdapterNotFound: there is nothing at the path, or one of the two files alone.
+        AdapterRefused: a file or the archive is missing, too large, not regular, not readable, or
+            malformed; or the archive is ambiguous or unsafe.
     """
-    folder = Path(folder)
+    path = Path(path)
     try:
-        exists = folder.is_dir()
+        folder = path.is_dir()
+        there = folder or (path.exists() and path.name not in (CONFIG, WEIGHTS))
     except (OSError, ValueError):  # a name too long for the file system, or with a zero byte
-        exists = False
-    if not exists:
-        raise AdapterNotFound(
-            f"there is no adapter folder {str(folder)!r:.300}; give a folder that PEFT saved"
-        )
-    config_text = _read_file(folder, CONFIG, limits.config_bytes)
-    weights = _read_file(folder, WEIGHTS, limits.weights_bytes)
-    sides = hashlib.sha256(config_text).digest() + hashlib.sha256(weights).digest()
+        folder = there = False
+    if not there:
+        raise _not_found(path)
+    files = _read_folder(path, limits) if folder else _read_archive(path, limits)
+    config_bytes, weights = files[CONFIG], files[WEIGHTS]
+    sides = hashlib.sha256(config_bytes).digest() + hashlib.sha256(weights).digest()
     return RawAdapter(
-        config=_parse_config(config_text),
+        config=_parse_config(config_bytes),
         header=_parse_header(weights, limits.header_bytes),
+        config_bytes=config_bytes,
         weights=weights,
         digest=hashlib.sha256(sides).hexdigest(),
     )
 
 
-def _read_file(folder: Path, name: str, limit: int) -> bytes:
-    """The bytes of one regular file. Never follows a link and never waits on a pipe or device."""
+def _not_found(path: Path) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"there is no adapter folder {str(path)!r:.300}; give a folder that PEFT saved, "
+        "or a .tar or .zip of one"
+    )
+
+
+def _read_folder(folder: Path, limits: Limits) -> dict[str, bytes]:
+    files = {}
+    for name, limit in _wanted(limits).items():
+        try:
+            files[name] = _read_file(folder / name, name, limit)
+        except FileNotFoundError:
+            reason = _missing(name, lambda other: (folder / other).exists())
+            raise AdapterRefused([reason]) from None
+    return files
+
+
+def _read_archive(path: Path, limits: Limits) -> dict[str, bytes]:
+    allowed = limits.config_bytes + limits.weights_bytes + _BESIDE_BYTES
+    try:
+        data = _read_file(path, "the archive", allowed)
+    except FileNotFoundError:
+        raise _not_found(path) from None
+    files, others = read_archive(data, _wanted(limits), allowed)
+    if missing := [_missing(name, others.__contains__) for name in _wanted(limits) if name not in files]:
+        raise AdapterRefused(missing)
+    return files
+
+
+def _wanted(limits: Limits) -> dict[str, int]:
+    return {CONFIG: limits.config_bytes, WEIGHTS: limits.weights_bytes}
+
+
+def _missing(name: str, exists: Callable[[str], bool]) -> Reason:
+    if name == WEIGHTS and (found := [other for other in _UNSAFE_WEIGHTS if exists(other)]):
+        return Reason("unsafe_format", f"{found[0]} is a pickle; save the adapter as {WEIGHTS}")
+    return Reason("missing_file", f"the adapter has no {name}")
+
+
+def _read_file(path: Path, name: str, limit: int) -> bytes:
+    """The bytes of one regular file. Never follows a link and never waits on a pipe or device.
+
+    Raises:
+        FileNotFoundError: there is none.
+        AdapterRefused: it is not regular, cannot be read, or is larger than the limit.
+    """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(folder / name, flags)
+        descriptor = os.open(path, flags)
     except FileNotFoundError:
-        if name == WEIGHTS and (found := [n for n in _UNSAFE_WEIGHTS if (folder / n).exists()]):
-            raise refuse("unsafe_format", f"{found[0]} is a pickle; save the adapter as {WEIGHTS}") from None
-        raise refuse("missing_file", f"the adapter has no {name}") from None
+        raise
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise refuse("not_regular_file", f"{name} is a link or a socket; copy the file") from error
@@ -97,7 +152,7 @@ def _read_file(folder: Path, name: str, limit: int) -> bytes:
         raise refuse("not_regular_file", f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
         try:
-            data = file.read(limit + 1) if status.st_size <= limit else None
+            data = file.read(status.st_size + 1) if status.st_size <= limit else None
         except OSError as error:
             raise refuse("unreadable_file", f"{name} cannot be read: {error.strerror}") from error
     if data is None or len(data) > limit:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from safelora_vllm.access import KeyRing
+from safelora_vllm.audit import AuditLog
 from safelora_vllm.errors import GuardError, SafeLoRAError
-from safelora_vllm.integration.routes import build_router, error_response
+from safelora_vllm.integration.callers import Access
+from safelora_vllm.integration.errors_http import error_response
+from safelora_vllm.integration.management import Manager
+from safelora_vllm.integration.routes import router
 from safelora_vllm.integration.serving import Serving
+from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings
+from safelora_vllm.integration.uploads import Slots
 
-ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
+NO_LORA = ServerSettings(projectors="")
+_MIDDLEWARE = "safelora_vllm.integration.callers.CallerMiddleware"
 
 
 class SafeLoRAEndpoint:
@@ -24,19 +34,22 @@ class SafeLoRAEndpoint:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; where vLLM asks for an inference key, let the admin key pass there too."""
+        """Add the routes, and the middleware that tells callers apart."""
         args = app.state.args
-        key = os.environ.get(ADMIN_KEY) or ""
-        if not key:
-            key = secrets.token_urlsafe(24)
-            print(
-                f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n",
-                flush=True,
-            )
-        inference_keys = [k for k in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if k]
-        if inference_keys:
-            args.api_key = [*inference_keys, key]
-        app.include_router(build_router(key))
+        lora = getattr(args, "enable_lora", False)
+        settings = ServerSettings.from_additional_config(args.additional_config) if lora else NO_LORA
+        inference = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        keys = KeyRing.open(
+            Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference
+        )
+        access = Access(keys, secrets.token_urlsafe(32))
+        if inference:
+            args.api_key = [*inference, access.inner_key]
+        # vLLM adds these outside of its own key check, in the order of the list.
+        args.middleware = [*(args.middleware or []), _MIDDLEWARE]
+        app.state.safelora_access = access
+        app.state.safelora_slots = Slots(settings.concurrent_uploads)
+        app.include_router(router)
 
         @app.exception_handler(SafeLoRAError)
         async def answer(_: Request, error: SafeLoRAError) -> JSONResponse:
@@ -50,8 +63,29 @@ class SafeLoRAEndpoint:
         """
         if engine_client is None or not getattr(args, "enable_lora", False):
             return
-        if (getattr(args, "api_server_count", None) or 1) > 1:
-            raise GuardError(
-                "several API servers do not share their adapters yet; start with --api-server-count 1"
-            )
-        state.safelora = await Serving.start(engine_client, state.openai_serving_models)
+        settings = ServerSettings.from_additional_config(args.additional_config)
+        models = state.openai_serving_models
+        state.safelora = serving = await Serving.start(engine_client, models)
+        state.safelora_manager = Manager(
+            serving,
+            await asyncio.to_thread(AuditLog, serving.names.root / "audit"),
+            models.is_base_model,
+            tuple(Path(root).resolve() for root in settings.adapter_roots),
+            settings.max_adapter_bytes,
+            settings.allow_hub,
+        )
+
+
+def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:
+    """The key from the environment, or, where no keys file is given, one made now and printed.
+
+    Raises:
+        GuardError: several API servers would each make their own.
+    """
+    if (key := os.environ.get(ADMIN_KEY)) or settings.keys:
+        return key or None
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise GuardError(f"several API servers need one admin key: set {ADMIN_KEY}")
+    key = secrets.token_urlsafe(24)
+    print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
+    return key

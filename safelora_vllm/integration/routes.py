@@ -1,131 +1,201 @@
-"""Our HTTP routes. Bodies are vLLM's, errors have OpenAI's form with the reasons added."""
+"""Our HTTP routes. Bodies are vLLM's where vLLM has the route, errors have OpenAI's form."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
+from pydantic import ValidationError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from safelora_vllm.errors import (
-    AdapterNotFound,
-    AdapterRefused,
-    GateUnavailable,
-    SafeLoRAError,
-    UsageError,
+from safelora_vllm.access import Principal
+from safelora_vllm.errors import UsageError
+from safelora_vllm.integration.callers import caller
+from safelora_vllm.integration.errors_http import NotServing, Unauthorized, documented
+from safelora_vllm.integration.management import Forbidden, Manager
+from safelora_vllm.integration.schemas import (
+    UPLOAD_BODY,
+    AdapterList,
+    AdapterReport,
+    LoadRequest,
+    PolicyChange,
+    Removed,
+    Rollback,
+    UnloadRequest,
+    UploadByPath,
+    VersionList,
+    report_of,
+    version_info,
 )
-from safelora_vllm.integration.serving import AlreadyLoaded, Serving, UnknownAdapter
+from safelora_vllm.integration.uploads import TooLarge, download, incoming, receive
+from safelora_vllm.metrics import ServedAdapter
+
+_MAX_JSON = 64 * 1024
+_CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
 
 
-class LoadRequest(BaseModel):
-    """vLLM's body of ``POST /v1/load_lora_adapter``."""
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
-
-
-class UnloadRequest(BaseModel):
-    """vLLM's body of ``POST /v1/unload_lora_adapter``."""
-
-    lora_name: str
-    lora_int_id: int | None = None
+def require_caller() -> Principal:
+    """The caller, for routes that only look."""
+    principal = caller()
+    assert principal is not None, "the caller middleware is not installed"
+    return principal
 
 
-class NotServing(SafeLoRAError):
-    """This server was started without LoRA."""
+def require_manager() -> Principal:
+    """An admin or a tenant.
+
+    Raises:
+        Unauthorized: neither.
+    """
+    principal = require_caller()
+    if principal.kind not in ("admin", "tenant"):
+        raise Unauthorized("this needs an admin or a tenant key as 'Authorization: Bearer …'")
+    return principal
 
 
-class Unauthorized(SafeLoRAError):
-    """The admin key is missing or wrong."""
+def require_admin() -> Principal:
+    """An admin.
+
+    Raises:
+        Unauthorized: no key that manages anything. Forbidden: a tenant's.
+    """
+    principal = require_manager()
+    if principal.kind != "admin":
+        raise Forbidden("this needs an admin key; tenants use /v1/adapters")
+    return principal
 
 
-_STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
-    Unauthorized: (401, "AuthenticationError"),
-    UnknownAdapter: (404, "NotFoundError"),
-    AdapterNotFound: (404, "NotFoundError"),
-    AlreadyLoaded: (409, "ConflictError"),
-    AdapterRefused: (422, "AdapterRefusedError"),
-    UsageError: (400, "InvalidUserInput"),
-    GateUnavailable: (503, "ServiceUnavailableError"),
-    NotServing: (503, "ServiceUnavailableError"),
-}
-
-
-def error_response(error: SafeLoRAError) -> JSONResponse:
-    """An OpenAI-style error. A refusal also lists its codes and sentences."""
-    status, kind = next(
-        (answer for cls, answer in _STATUS.items() if isinstance(error, cls)),
-        (500, "InternalServerError"),
-    )
-    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": status}
-    if isinstance(error, AdapterRefused):
-        body["reasons"] = error.codes
-        body["details"] = [reason.detail for reason in error.reasons]
-    return JSONResponse({"error": body}, status_code=status)
-
-
-def build_router(admin_key: str) -> APIRouter:
-    """The routes; those that change anything ask for ``admin_key`` as a bearer token."""
-    router = APIRouter(tags=["safelora"])
-
-    def require_admin(authorization: str = Header(default="")) -> None:
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), admin_key.encode()):
-            raise Unauthorized("loading and unloading need the admin key as 'Authorization: Bearer …'")
-
-    admin = [Depends(require_admin)]
-
-    @router.post("/v1/load_lora_adapter", dependencies=admin)
-    async def load_lora_adapter(body: LoadRequest, request: Request) -> Response:
-        """Vet and project an adapter folder on the server, and serve it."""
-        await serving(request).load(body.lora_name, body.lora_path, replace=body.load_inplace)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
-
-    @router.post("/v1/unload_lora_adapter", dependencies=admin)
-    async def unload_lora_adapter(body: UnloadRequest, request: Request) -> Response:
-        """Stop serving an adapter and free its weights."""
-        await serving(request).unload(body.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-    @router.get("/v1/adapters")
-    async def list_adapters(request: Request) -> dict[str, Any]:
-        """Reports of all served adapters."""
-        served = serving(request).served.values()
-        return {"object": "list", "data": [adapter.report.to_dict() for adapter in served]}
-
-    @router.get("/v1/adapters/{name}")
-    async def get_adapter(name: str, request: Request) -> dict[str, Any]:
-        """The report of one served adapter."""
-        adapter = serving(request).served.get(name)
-        if adapter is None:
-            raise UnknownAdapter(f"no adapter {name!r:.200} is loaded")
-        return adapter.report.to_dict()
-
-    @router.get("/metrics", include_in_schema=False)
-    async def metrics(request: Request) -> Response:
-        """vLLM's metrics and ours."""
-        text = generate_latest(get_prometheus_registry()).decode()
-        current = getattr(request.app.state, "safelora", None)
-        if current is not None:
-            text += await asyncio.to_thread(current.metrics)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-    return router
-
-
-def serving(request: Request) -> Serving:
-    """The serving state of this process.
+def manager(request: Request) -> Manager:
+    """The management of this process.
 
     Raises:
         NotServing: the server runs without LoRA.
     """
-    current: Serving | None = getattr(request.app.state, "safelora", None)
+    current: Manager | None = getattr(request.app.state, "safelora_manager", None)
     if current is None:
         raise NotServing("this server was started without LoRA; start it with --enable-lora")
     return current
+
+
+Looks = Annotated[Principal, Depends(require_caller)]
+Manages = Annotated[Principal, Depends(require_manager)]
+Admin = Annotated[Principal, Depends(require_admin)]
+Managed = Annotated[Manager, Depends(manager)]
+router = APIRouter(tags=["safelora"])
+
+
+@router.post("/v1/load_lora_adapter", responses=_CHANGES, response_class=PlainTextResponse)
+async def load_lora_adapter(body: LoadRequest, who: Admin, managed: Managed) -> str:
+    """Vet and project an adapter folder on the server, keep it, and serve it. vLLM's own call."""
+    path = managed.check_root(body.lora_path)
+    await managed.add(who, body.lora_name, path, replace=body.load_inplace, action="load")
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", responses=_CHANGES, response_class=PlainTextResponse)
+async def unload_lora_adapter(body: UnloadRequest, who: Admin, managed: Managed) -> str:
+    """Stop serving an adapter and free its weights. vLLM's own call."""
+    await managed.remove(who, body.lora_name, action="unload")
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+@router.post(
+    "/v1/adapters",
+    status_code=201,
+    response_model=AdapterReport,
+    responses={**_CHANGES, **documented(408, 413, 429)},
+    openapi_extra={"requestBody": UPLOAD_BODY},
+)
+async def upload_adapter(who: Manages, managed: Managed, request: Request, replace: bool = False) -> Any:
+    """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
+    the old weights, later ones use the new."""
+    with request.app.state.safelora_slots.take():
+        if request.headers.get("content-type", "").startswith("application/json"):
+            return await _add_by_path(who, managed, request, replace)
+        async with incoming(managed.serving.names.root) as folder:
+            received = await receive(request, folder, managed.max_adapter_bytes)
+            if "name" not in received.fields:
+                raise UsageError("the body has no field 'name'")
+            source = folder
+            if hub_id := received.fields.get("hub_id"):
+                if not managed.hub or received.parts:
+                    raise Forbidden("adapters come from the hub only with --allow-hub, and without files")
+                revision = received.fields.get("revision")
+                await asyncio.to_thread(download, hub_id, revision, folder, managed.max_adapter_bytes)
+            else:
+                source = received.adapter
+            return report_of(await managed.add(who, received.fields["name"], source, replace=replace))
+
+
+async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Any:
+    text = bytearray()
+    async for chunk in request.stream():
+        text += chunk
+        if len(text) > _MAX_JSON:
+            raise TooLarge(f"a JSON body has at most {_MAX_JSON:,} bytes")
+    try:
+        body = UploadByPath.model_validate_json(bytes(text))
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
+    if who.kind != "admin" or not managed.roots:
+        raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
+    source = managed.check_root(body.path)
+    return report_of(await managed.add(who, body.name, source, replace=replace))
+
+
+@router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))
+async def list_adapters(who: Looks, managed: Managed) -> Any:
+    """Reports of all adapters that the caller may use."""
+    served: list[ServedAdapter] = list(managed.serving.served.values())
+    return {"data": [report_of(adapter) for adapter in served if who.may_use(adapter.report.adapter)]}
+
+
+@router.get(
+    "/v1/adapters/{name:path}/versions", response_model=VersionList, responses=documented(401, 404, 503)
+)
+async def list_versions(name: str, who: Looks, managed: Managed) -> Any:
+    """What has been served under a name."""
+    record = await managed.versions(who, name)
+    versions = [version_info(version) for version in record.versions]
+    return {"name": name, "current": record.current, "versions": versions}
+
+
+@router.post("/v1/adapters/{name:path}/rollback", response_model=AdapterReport, responses=_CHANGES)
+async def roll_back(name: str, body: Rollback, who: Manages, managed: Managed) -> Any:
+    """Serve an earlier version's content again, as a new version."""
+    return report_of(await managed.roll_back(who, name, body.version))
+
+
+@router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=_CHANGES)
+async def set_policy(name: str, body: PolicyChange, who: Admin, managed: Managed) -> Any:
+    """Judge an adapter by other rules than the server's, from what was uploaded."""
+    return report_of(await managed.set_policy(who, name, body.policy, body.override, body.reason))
+
+
+@router.get(
+    "/v1/adapters/{name:path}", response_model=AdapterReport, responses=documented(401, 404, 422, 503)
+)
+async def get_adapter(name: str, who: Looks, managed: Managed) -> Any:
+    """The report of one served adapter."""
+    return report_of(managed.find(who, name))
+
+
+@router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)
+async def delete_adapter(name: str, who: Manages, managed: Managed) -> Any:
+    """Stop serving an adapter, on every server, and forget its versions. Running requests end on it."""
+    await managed.remove(who, name)
+    return {"id": name}
+
+
+@router.get("/metrics", include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    """vLLM's metrics and ours."""
+    text = generate_latest(get_prometheus_registry()).decode()
+    current = getattr(request.app.state, "safelora", None)
+    if current is not None:
+        text += await asyncio.to_thread(current.metrics)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

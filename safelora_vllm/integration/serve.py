@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
+from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import UsageError
-from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 
@@ -27,11 +30,16 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
 
     Raises:
         UsageError: vLLM is not installed, or its options are not what it takes.
-        ProjectorCacheError: no cache, or one for another model.
+        ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
     """
     cache = ProjectorCache(settings.projectors)
     if not settings.trust_served_model:
         cache.check_model(Checkpoint(model).fingerprint(), model)
+    if settings.keys:
+        KeyRing.open(Path(settings.keys), None, [])
+    elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
+        os.environ[ADMIN_KEY] = key = secrets.token_urlsafe(24)
+        print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
     os.environ["VLLM_PLUGINS"] = allowed_plugins()
     try:
         from vllm.entrypoints.cli.serve import ServeSubcommand

@@ -1,114 +1,149 @@
-"""Loading and unloading while serving: keeps vLLM's serving map in step with what the gate accepted.
+"""Keeps vLLM's serving map in step with the adapter store and with what the workers say.
 
-An adapter is in ``OpenAIServingModels.lora_requests`` under the path ``safelora://KEY``: the key is a
-digest of content, projectors and policy, so that prefix-cache blocks of other weights can never be
-reused, a server without the plugin cannot load it, and ``/v1/models`` shows no folder to anyone.
+The store's names are what shall be served; this brings it about in one API server process, whoever
+changed them: this process, another API server, another host, or an operator's command. An adapter stands
+in ``OpenAIServingModels.lora_requests`` under the path ``safelora://KEY``: the key is a digest of content,
+projectors and policy, so that prefix-cache blocks of other weights can never be reused, a server without
+the plugin cannot load it, and ``/v1/models`` shows no folder to anyone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
-import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm.lora.request import LoRARequest
+from watchfiles import awatch
 
-from safelora_vllm.errors import AdapterRefused, GuardError, SafeLoRAError, UsageError, refuse
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, refuse
 from safelora_vllm.integration import seams
-from safelora_vllm.integration.worker import SCHEME
+from safelora_vllm.integration.serving_map import ServingMap
+from safelora_vllm.integration.worker import SCHEME, published_key
 from safelora_vllm.metrics import AdapterCollector, ServedAdapter
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from safelora_vllm.store.files import make_folder
 
 logger = logging.getLogger("vllm.safelora.serving")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FIRST_ID = 2**40  # far above vLLM's own counter, which starts at 1
 _HEARTBEAT_SECONDS = 2.0
 _DRAIN_POLL_SECONDS = 0.2
-
-
-class UnknownAdapter(SafeLoRAError):
-    """No adapter is served under this name."""
-
-
-class AlreadyLoaded(SafeLoRAError):
-    """Another adapter is served under this name."""
+_SETTLED_NS = 50_000_000  # a folder's time stamp is as coarse as the kernel's clock tick
 
 
 @dataclass
 class Serving:
     """The adapters of one API server process.
 
-    engine_client and models are vLLM's ``EngineClient`` and ``OpenAIServingModels``.
+    engine_client: vLLM's ``EngineClient``. map: its serving map. state: the gate's `state` answer.
+    served: name → report and figures of what is served now. static: name → folder of ``--lora-modules``.
     """
 
     engine_client: Any
-    models: Any
+    map: ServingMap
     gate: GateClient
+    state: dict[str, Any]
     workers: dict[str, int]
+    names: NameStore
+    published: PublishedStore
     served: dict[str, ServedAdapter] = field(default_factory=dict)
-    _generation: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    _locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    static: dict[str, Path] = field(default_factory=dict)
+    _shown: dict[str, Version] = field(default_factory=dict)
+    _lost: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _stamp: int = -1
+    _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
     async def start(cls, engine_client: Any, models: Any) -> Serving:
-        """Ask every worker whether it is guarded, then move adapters given at start to our paths.
+        """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
         """
         answers = await ask_workers(engine_client)
-        serving = cls(engine_client, models, GateClient(answers[0]["socket"]), _states(answers))
-        for request in list(models.lora_requests.values()):
+        gate = GateClient(answers[0]["socket"])
+        state = await asyncio.to_thread(gate.call, "state")
+        root = Path(state["store"])
+        serving = cls(
+            engine_client, ServingMap(), gate, state, _states(answers), NameStore(root), PublishedStore(root)
+        )
+        given, models.lora_requests = models.lora_requests, serving.map
+        for request in given.values():
             await serving._adopt_static(request)
+        await asyncio.to_thread(make_folder, serving.names.folder)
+        await serving.sync()
         serving._spawn(serving._heartbeat())
+        serving._spawn(serving._watch())
         return serving
 
-    async def load(self, name: str, path: str, replace: bool = False) -> Report:
-        """Let a folder pass the gate and serve it under ``name``.
+    async def refresh(self) -> None:
+        """`sync` if the store's names have changed: one look at their folder's time stamp.
+
+        While the store cannot be read, what is known of it stays in force.
+        """
+        try:
+            stamp = self.names.stamp()
+            if stamp != self._stamp or time.time_ns() - stamp < _SETTLED_NS:
+                await self.sync()
+        except (SafeLoRAError, OSError) as error:
+            logger.error("the adapter store cannot be read: %s", error)
+
+    async def sync(self) -> None:
+        """Serve what the store's names say, and nothing else."""
+        async with self._syncing:
+            stamp = self.names.stamp()
+            changed, records = await asyncio.to_thread(self._read_changes)
+            for name in [name for name in self._shown if name not in records]:
+                self._hide(name)
+                del self._shown[name]
+            for record, report in changed:
+                self._shown[record.name] = record.live
+                if report is not None:
+                    self._show(record.name, record.live.key, report, record.live)
+                else:
+                    self._hide(record.name)
+                    self.map.unavailable[record.name] = GateUnavailable(
+                        f"{record.name} is being prepared; try again in a moment"
+                    )
+                    self._spawn(self._prepare(record.name))
+            self._stamp = stamp
+
+    async def preload(self, name: str, key: str) -> None:
+        """Put published weights into the workers' pools before anybody asks for them.
 
         Raises:
-            UsageError: no such folder, or a name that cannot be used.
-            AlreadyLoaded: the name is served and ``replace`` is false.
-            AdapterRefused: the gate refuses, with all its reasons.
-            GateUnavailable: the gate or its store is out of order.
+            AdapterRefused: vLLM cannot load it, with its own words.
         """
-        if not NAME.fullmatch(name) or self.models.is_base_model(name):
-            raise UsageError(
-                f"{name!r:.200} cannot be an adapter's name: use up to 128 letters, digits, '.', '_' "
-                "or '-', and not the name of the base model"
-            )
-        async with self._locks[name]:
-            start = time.perf_counter()
-            if name in self.models.lora_requests and not replace:
-                raise AlreadyLoaded(f"{name} is already loaded; unload it first or set load_inplace")
-            answer = await asyncio.to_thread(self.gate.call, "admit", path=path, name=name)
-            report = Report.from_dict(answer["report"])
-            if not report.accepted:
-                raise AdapterRefused(report.reasons)
-            await self._serve(name, answer["key"])
-            self.served[name] = ServedAdapter(report, time.perf_counter() - start)
-            return report
+        try:
+            await self.engine_client.add_lora(self.request(name, key))
+        except Exception as error:  # the engine sends back whatever class the worker raised
+            raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
 
-    async def unload(self, name: str) -> None:
-        """Stop serving a name; its weights leave the workers when its last request has ended.
+    async def unload(self, name: str, key: str) -> None:
+        """Take back a `preload` whose name did not come to be served."""
+        await self._release(self.request(name, key))
 
-        Raises:
-            UnknownAdapter: the name is not served.
+    def request(self, name: str, key: str) -> LoRARequest:
+        """What vLLM is given: the same in every API server, since all of it is digests.
+
+        A copy that was lost is served under another path than before: its old prefix-cache blocks may
+        have been made without it.
         """
-        async with self._locks[name]:
-            request = self.models.lora_requests.pop(name, None)
-            self.served.pop(name, None)
-            if request is None:
-                raise UnknownAdapter(f"no adapter {name!r:.200} is loaded")
-            await self._release(request)
+        path = f"{SCHEME}{key}"
+        if losses := len(self._lost[key]):
+            path += f"/{losses}"
+        return LoRARequest(name, adapter_id(name, path), path)
 
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""
@@ -120,77 +155,135 @@ class Serving:
             counters = ""
         return counters + collector.expose()
 
-    async def _serve(self, name: str, key: str) -> None:
-        """Put published weights into the workers' pools, then into the serving map."""
-        path = f"{SCHEME}{key}"
-        if generation := self._generation[key]:
-            path += f"/{generation}"  # its old prefix-cache blocks were made without the adapter
-        request = LoRARequest(name, adapter_id(name, path), path)
-        previous = self.models.lora_requests.get(name)
-        if previous is not None and previous.lora_path == path:
-            return
-        try:
-            await self.engine_client.add_lora(request)
-        except Exception as error:  # the engine sends back whatever class the worker raised
-            raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
-        self.models.lora_requests[name] = request
-        if previous is not None:
-            await self._release(previous)
+    def _read_changes(self) -> tuple[list[tuple[AdapterRecord, Report | None]], dict[str, AdapterRecord]]:
+        """Records that are not yet shown as they are, each with its report if it is published."""
+        records = self.names.all()
+        for name in [name for name in records if name in self.static]:
+            del records[name]  # the server's own command line goes first
+        return [
+            (record, self._published_report(record.live))
+            for name, record in records.items()
+            if self._shown.get(name) != record.live
+        ], records
+
+    def _published_report(self, version: Version) -> Report | None:
+        if version.rules != self.state["rules"]:  # judged under other projectors or another policy
+            return None
+        return self.published.report(version.key)
+
+    def _show(self, name: str, key: str, report: Report, version: Version | None) -> None:
+        request, previous = self.request(name, key), dict.get(self.map, name)
+        self.map[name] = request
+        self.map.unavailable.pop(name, None)
+        self.served[name] = ServedAdapter(report.named(name), 0.0, version)
+        if previous is not None and previous.lora_path != request.lora_path:
+            self._spawn(self._release(previous))
+
+    def _hide(self, name: str) -> None:
+        self.map.unavailable.pop(name, None)
+        self.served.pop(name, None)
+        if (request := dict.pop(self.map, name, None)) is not None:
+            self._spawn(self._release(request))
+
+    async def _prepare(self, name: str) -> None:
+        """Let the gate find or make the published copy of a name again, then serve it."""
+        async with self._preparing:
+            version = self._shown.get(name)
+            if name not in self.map.unavailable or (version is None and name not in self.static):
+                return
+            try:
+                if version is not None:
+                    answer = await asyncio.to_thread(
+                        self.gate.call, "ensure", digest=version.digest, name=name, policy=version.policy
+                    )
+                else:
+                    answer = await asyncio.to_thread(
+                        self.gate.call, "admit", path=str(self.static[name]), name=name, keep=False
+                    )
+                report = Report.from_dict(answer["report"])
+                if not report.accepted:
+                    raise AdapterRefused(report.reasons)
+            except SafeLoRAError as error:
+                logger.error("adapter %r cannot be served now: %s", name, error)
+                if self._shown.get(name) == version:
+                    self.map.unavailable[name] = error
+                return
+            if self._shown.get(name) == version:  # nobody changed or removed it meanwhile
+                self._show(name, answer["key"], report, version)
 
     async def _adopt_static(self, request: LoRARequest) -> None:
         """Serve an adapter of ``--lora-modules`` from its published copy instead of its folder.
 
         Its weights already passed the gate in the worker, so this finds them published.
         """
-        name, path = request.lora_name, request.lora_path
-        if not Path(path).is_dir():
-            raise GuardError(f"--lora-modules {name}: {path} is no folder")
-        del self.models.lora_requests[name]
-        await self.load(name, path)
+        name, path = request.lora_name, Path(request.lora_path)
+        if not path.exists():
+            raise GuardError(f"--lora-modules {name}: there is no {path}")
+        self.static[name] = path
+        self.map.unavailable[name] = GateUnavailable(f"{name} is being prepared")
+        await self._prepare(name)
+        if name in self.map.unavailable:
+            raise self.map.unavailable[name]
+        await self.preload(name, published_key(dict.__getitem__(self.map, name).lora_path))
         await self.engine_client.remove_lora(request.lora_int_id)
 
     async def _release(self, request: LoRARequest) -> None:
-        """Free the workers' copies now, or in the background once running requests have ended."""
-        if not seams.in_flight(self.engine_client, request):
-            await self.engine_client.remove_lora(request.lora_int_id)
-        else:
-            self._spawn(self._drain(request))
+        """Free the workers' copy once this process's last request with it has ended.
 
-    async def _drain(self, request: LoRARequest) -> None:
+        Requests of other API servers may still run: their next step reads the published copy again.
+        """
         while seams.in_flight(self.engine_client, request):
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        if self.models.lora_requests.get(request.lora_name) != request:
-            await self.engine_client.remove_lora(request.lora_int_id)
+        if dict.get(self.map, request.lora_name) != request:
+            with contextlib.suppress(Exception):  # a dead engine has nothing to free
+                await self.engine_client.remove_lora(request.lora_int_id)
+
+    async def _watch(self) -> None:
+        """React to changes of the store's names that other processes make."""
+        try:
+            async for _ in awatch(self.names.folder, recursive=False, debounce=100, step=20):
+                await self.sync()
+        except Exception as error:  # e.g. no inotify watches left: the heartbeat still looks
+            logger.warning("the adapter store is not watched, but looked at every 2 s: %s", error)
 
     async def _heartbeat(self) -> None:
-        """Notice workers that lost their guard, and adapters whose published copy is gone."""
+        """Notice workers that lost their guard, published copies that are gone, and missed changes."""
         while True:
             await asyncio.sleep(_HEARTBEAT_SECONDS)
             try:
                 answers = await ask_workers(self.engine_client)
+                self.workers = _states(answers)
+                self._withdraw({path for answer in answers for path in answer["lost"]})
+                await self.refresh()
             except GuardError as error:
-                logger.error("adapters are withdrawn: %s", error)
                 self.workers = {"guarded": 0, "unguarded": 1}
-                await self._withdraw(list(self.models.lora_requests))
-                continue
+                self._withdraw({request.lora_path for request in self.map.everything().values()}, error)
             except Exception as error:  # a dead engine says so to its own clients
-                logger.warning("the workers do not answer: %s", error)
-                continue
-            self.workers = _states(answers)
-            lost = {path for answer in answers for path in answer["lost"]}
-            await self._withdraw(
-                [r.lora_name for r in self.models.lora_requests.values() if r.lora_path in lost]
-            )
+                logger.warning("heartbeat: %s", error)
+            if not self._preparing.locked():
+                for name, problem in self.map.unavailable.items():
+                    if isinstance(problem, GateUnavailable):
+                        self._spawn(self._prepare(name))
 
-    async def _withdraw(self, names: list[str]) -> None:
-        for name in names:
-            request = self.models.lora_requests[name]
-            logger.error("adapter %r is no longer served: load it again", name)
-            self._generation[request.lora_path.removeprefix(SCHEME).partition("/")[0]] += 1
-            await self.unload(name)
+    def _withdraw(self, lost: set[str], error: SafeLoRAError | None = None) -> None:
+        """Stop serving adapters under these paths until their copies are whole again."""
+        for path in lost:
+            self._lost[published_key(path)].add(path)
+        for name, request in self.map.everything().items():
+            if request.lora_path in lost:
+                logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name)
+                self._hide(name)
+                self.map.unavailable[name] = error or GateUnavailable(
+                    f"the published copy of {name} was damaged; it is being made again"
+                )
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def timed(self, name: str, seconds: float) -> ServedAdapter:
+        """Note how long it took from the request to being served."""
+        self.served[name] = replace(self.served[name], load_seconds=seconds)
+        return self.served[name]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

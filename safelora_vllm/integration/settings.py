@@ -12,6 +12,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.store import default_root
 
 SECTION = "safelora"
+ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class ServerSettings:
     of `safelora_vllm.policy.Policy`. trust_served_model: do not compare the served model with the
     cache's aligned side, for quantised copies of it. projector_bytes: bound on projectors kept on
     the worker's device; the rest is read from disk at each use. max_adapter_bytes: largest upload.
+    store_bytes: budget of the published copies in the store. keys: the keys file. adapter_roots: folders
+    that loads by path may read; none means every folder for ``load_lora_adapter`` and none for uploads.
+    concurrent_uploads: per API server. allow_hub: whether uploads may name a hub repository.
     """
 
     projectors: str
@@ -30,6 +34,11 @@ class ServerSettings:
     trust_served_model: bool = False
     projector_bytes: int | None = None
     max_adapter_bytes: int = 2 * 1024**3
+    store_bytes: int | None = None
+    keys: str | None = None
+    adapter_roots: list[str] = field(default_factory=list)
+    concurrent_uploads: int = 8
+    allow_hub: bool = False
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:

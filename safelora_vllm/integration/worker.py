@@ -28,7 +28,7 @@ from safelora_vllm.integration.settings import ServerSettings
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
 from safelora_vllm.service.config import GateConfig
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
 SCHEME = "safelora://"
@@ -82,7 +82,7 @@ class WorkerGuard:
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()
         self._accepted: dict[tuple[str, int, str], str] = {}
-        self._store = Store(self._settings.store)
+        self._store = PublishedStore(self._settings.store)
         self._process: GateProcess | None = None
         folder = _private_folder(vllm_config.instance_id)
         self._client = GateClient(str(folder / "gate.sock"))
@@ -102,7 +102,7 @@ class WorkerGuard:
         """
         key = self._key(request)
         if key is None:
-            answer = self._client.call("admit", path=request.lora_path, name=request.lora_name)
+            answer = self._client.call("admit", path=request.lora_path, name=request.lora_name, keep=False)
             report = Report.from_dict(answer["report"])
             if not report.accepted:
                 raise AdapterRefused(report.reasons)
@@ -204,4 +204,5 @@ def _gate_config(
         policy=settings.policy,
         trust_served_model=settings.trust_served_model,
         projector_bytes=settings.projector_bytes,
+        store_bytes=settings.store_bytes,
     )

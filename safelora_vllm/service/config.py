@@ -13,7 +13,8 @@ class GateConfig:
     """Start settings of a gate process; JSON on its standard input.
 
     socket: path it listens on. model: the served model, compared with the cache's aligned side
-    unless ``trust_served_model``. projector_bytes: bound on the bytes kept on ``device``.
+    unless ``trust_served_model``. projector_bytes: bound on the bytes kept on ``device``. store_bytes:
+    budget of the published copies.
     niceness: added to the process's scheduling niceness, so that traffic goes first.
     """
 
@@ -28,6 +29,7 @@ class GateConfig:
     policy: dict[str, Any] = field(default_factory=dict)
     trust_served_model: bool = False
     projector_bytes: int | None = None
+    store_bytes: int | None = None
     niceness: int = 10
 
     def to_json(self) -> str:

@@ -7,6 +7,7 @@ a Unix socket, and ends when stdin closes, that is, when its worker is gone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -20,14 +21,15 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.errors import GateUnavailable, SafeLoRAError
 from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.service.config import GateConfig
-from safelora_vllm.store import Store
+from safelora_vllm.store import PublishedStore, RawStore
+from safelora_vllm.store.housekeeping import clean, collect
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 64 * 1024
@@ -51,27 +53,53 @@ class GateService:
             base_model=Path(config.model).name,
         )
         _check_energy(self._settings)
-        self._store = Store(config.store)
-        self._store.clean()
+        self._published, self._raw = PublishedStore(config.store), RawStore(config.store)
+        self._store_bytes = config.store_bytes
+        clean(config.store)
         self._metrics = GateMetrics(CollectorRegistry())
         self._metrics.describe(cache, self._settings.policy.enforcing)
         self._one_at_a_time = threading.Lock()
 
-    def admit(self, path: str, name: str) -> dict[str, Any]:
-        """Run the gate on one adapter folder."""
+    def admit(
+        self, path: str, name: str, policy: dict[str, Any] | None = None, keep: bool = True
+    ) -> dict[str, Any]:
+        """Run the gate on one adapter folder or archive.
+
+        policy: fields that differ from the server's. keep: store the content too, so that it can be
+        judged again without its uploader.
+        """
+        settings = self._settings.under(policy or {})
         try:
             with self._one_at_a_time:
-                admission = admit(path, name, self._settings, self._store)
+                admission = admit(path, name, settings, self._published, self._raw if keep else None)
         except SafeLoRAError as error:
             self._metrics.record_error(type(error).__name__)
             raise
         self._metrics.record(admission)
-        return {"report": admission.report.to_dict(), "key": admission.key}
+        if self._store_bytes is not None and not admission.cached:
+            collect(self._published.root, self._store_bytes)
+        return {
+            "report": admission.report.to_dict(),
+            "key": admission.key,
+            "bytes": admission.nbytes,
+            "rules": self._settings.rules,
+        }
 
-    def report(self, key: str) -> dict[str, Any] | None:
-        """The report of a published key, None where no undamaged copy exists."""
-        report = self._store.find(key)
-        return report.to_dict() if report else None
+    def ensure(self, digest: str, name: str, policy: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The published copy of stored content under a policy, made again where it is missing."""
+        settings = self._settings.under(policy or {})
+        if not self._raw.has(digest):
+            raise GateUnavailable(f"the store has no content {digest}; upload {name} again")
+        key = settings.key(digest)
+        if (report := self._published.find(key)) is None:
+            return self.admit(str(self._raw.path(digest)), name, policy)
+        self._published.touch(key)
+        return {
+            "report": report.named(name).to_dict(),
+            "key": key,
+            "bytes": self._raw.nbytes(digest),
+            "rules": self._settings.rules,
+        }
 
     def metrics(self) -> str:
         """Exposition text of this gate's counters."""
@@ -80,10 +108,17 @@ class GateService:
     def state(self) -> dict[str, Any]:
         """Identity of the projector cache and of the policy that this gate applies."""
         settings = self._settings
-        return {"projectors": settings.cache.id, "policy": settings.policy.id, "pid": os.getpid()}
+        return {
+            "projectors": settings.cache.id,
+            "policy": settings.policy.id,
+            "policy_values": dataclasses.asdict(settings.policy),
+            "rules": settings.rules,
+            "store": str(self._published.root),
+            "pid": os.getpid(),
+        }
 
 
-OPERATIONS = ("admit", "report", "metrics", "state")
+OPERATIONS = ("admit", "ensure", "metrics", "state")
 
 
 def _check_energy(settings: GateSettings) -> None:

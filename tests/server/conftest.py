@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 from server import ADMIN_KEY, Server, guarded, running
 
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
 
 CACHE = Path(__file__).parents[2] / ".cache"
 INFERENCE_KEY = "an-inference-key"
+TENANT_KEYS = {"acme": "acme-secret-for-this-test", "globex": "globex-secret-for-this-test"}
 Q_V = ("q_proj", "v_proj")
 ALL = (*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -76,6 +78,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
+def write_keys(path: Path) -> Path:
+    """A keys file with one admin and the tenants of `TENANT_KEYS`; acme has a small quota."""
+    path.write_text(
+        '[admin]\nops = "ops-secret-for-this-test"\n[tenants.acme]\nmax_adapters = 3\nmax_rank = 8\n'
+        + "".join(f'[tenants.{name}.keys]\nci = "{key}"\n' for name, key in TENANT_KEYS.items())
+    )
+    path.chmod(0o600)
+    return path
+
+
 @pytest.fixture(scope="session")
 def server(
     aligned: Path,
@@ -84,10 +96,12 @@ def server(
     store: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """Guarded, with an inference key, one adapter from the start, and a pool that overflows soon."""
+    """Guarded, with an inference key, tenants, one adapter from the start, and a pool that overflows soon."""
+    base = tmp_path_factory.getbasetemp()
     command = guarded(
         aligned, projectors, store,
         "--select=all", f"--api-key={INFERENCE_KEY}", f"--lora-modules=static={adapters['static']}",
+        f"--keys={write_keys(base / 'keys.toml')}", f"--adapter-root={base}", "--max-adapter-bytes=40MB",
         "--max-loras=2", "--max-cpu-loras=2", "--max-lora-rank=16",
     )  # fmt: skip
     with running(command, tmp_path_factory.mktemp("log") / "server.log") as started:
@@ -108,7 +122,7 @@ def admin(server: Server) -> Iterator[httpx.Client]:
         yield made
         for adapter in made.get("/v1/adapters").json()["data"]:
             if adapter["adapter"] != "static":
-                made.post("/v1/unload_lora_adapter", json={"lora_name": adapter["adapter"]})
+                made.delete(f"/v1/adapters/{adapter['adapter']}")
 
 
 def client(server: Server, key: str) -> httpx.Client:
@@ -116,9 +130,16 @@ def client(server: Server, key: str) -> httpx.Client:
     return httpx.Client(base_url=server.url, headers=headers, timeout=120)
 
 
-def load(admin: httpx.Client, name: str, folder: Path, **more: object) -> httpx.Response:
+def load(admin: httpx.Client, name: str, folder: Path | str, **more: object) -> httpx.Response:
     body = {"lora_name": name, "lora_path": str(folder), **more}
     return admin.post("/v1/load_lora_adapter", json=body)
+
+
+def upload(http: httpx.Client, name: str, folder: Path, replace: bool = False) -> httpx.Response:
+    """Both files of a folder as a multipart body."""
+    files = {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+    query = {"replace": "true"} if replace else {}
+    return http.post("/v1/adapters", params=query, data={"name": name}, files=files)
 
 
 def say(http: httpx.Client, model: str, prompt: str = "The capital of France is") -> str:

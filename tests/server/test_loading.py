@@ -46,17 +46,30 @@ def test_a_name_is_loaded_once(admin: httpx.Client, adapters: dict[str, Path]) -
     assert admin.get("/v1/adapters/tenant").json()["digest"] != before
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 200, "new\nline", "aligned", "-x", "ü"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "a/policy", "..", "x" * 200, "new\nline", "aligned", "-x", "ü"]
+)
 def test_bad_names(admin: httpx.Client, adapters: dict[str, Path], name: str) -> None:
     answer = load(admin, name, adapters["qv"])
     assert answer.status_code == 400
     assert len(answer.text) < 1000
 
 
-def test_missing_folder_is_not_found(admin: httpx.Client) -> None:
-    answer = load(admin, "tenant", Path("/no/such/folder"))
+def test_missing_folder_is_not_found(admin: httpx.Client, adapters: dict[str, Path]) -> None:
+    missing = adapters["qv"].with_name("no-such-folder")
+    answer = load(admin, "tenant", missing)
     assert answer.status_code == 404
-    assert "/no/such/folder" in answer.json()["error"]["message"]
+    assert str(missing) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/etc", "{root}/../../etc", "safelora://" + "0" * 64, "org/name"])
+def test_folders_outside_of_the_roots_are_forbidden(
+    admin: httpx.Client, adapters: dict[str, Path], path: str
+) -> None:
+    path = path.replace("{root}", str(adapters["qv"].parent))
+    assert load(admin, "tenant", path).status_code == 403
+    answer = admin.post("/v1/adapters", json={"name": "tenant", "path": path})
+    assert answer.status_code == 403
 
 
 def test_mutating_routes_need_the_admin_key(server: Server, adapters: dict[str, Path]) -> None:

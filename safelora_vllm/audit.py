@@ -1,0 +1,157 @@
+"""Who did what to which adapter, and when: JSON lines in ``audit.jsonl`` under one folder.
+
+A file that is full becomes ``audit-<UTC time>.jsonl``; nothing is ever deleted. Several processes may
+write at once. A record is in the file when `AuditLog.record` returns, but is not synced to disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safelora_vllm.errors import GateUnavailable, UsageError
+
+logger = logging.getLogger("vllm.safelora.audit")
+_ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
+_TIME = "%Y%m%dT%H%M%S.%fZ"
+_AGO = re.compile(r"([0-9]+)([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+class AuditLog:
+    """The log in ``folder``, which appears with the first record. max_bytes: of one file."""
+
+    def __init__(self, folder: Path, max_bytes: int = 64 * 1024 * 1024) -> None:
+        self.folder = folder
+        self._file = folder / "audit.jsonl"
+        self._max_bytes = max_bytes
+
+    def record(self, actor: str, action: str, adapter: str, **details: Any) -> None:
+        """Append one record; ``details`` are JSON values.
+
+        Raises:
+            GateUnavailable: the disk is full or not writable; the record is not in the log.
+            TypeError, ValueError: a detail that JSON does not have; the caller's mistake.
+        """
+        record = {"time": "", "actor": actor, "action": action, "adapter": adapter, **details}
+        try:
+            with self._locked():
+                now = datetime.now(UTC)  # under the lock, so that lines stand in the order of their times
+                record["time"] = now.isoformat(timespec="microseconds")
+                self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
+        except OSError as error:
+            raise GateUnavailable(
+                f"the audit log {self.folder} cannot be written ({error.strerror}); free space or mend "
+                "its permissions, then repeat the call"
+            ) from error
+
+    def read(self, since: datetime | None = None, until: datetime | None = None) -> Iterator[dict[str, Any]]:
+        """Records with since ≤ time < until, oldest first. Both are aware of their time zone.
+
+        What a crash left of a line is passed over; at the end one warning says how often.
+        """
+        damaged = 0
+        for line in self._lines(since):
+            try:
+                record = json.loads(line)
+                time = datetime.fromisoformat(record["time"])
+                wanted = (since is None or since <= time) and (until is None or time < until)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+                continue
+            if wanted:
+                yield record
+        if damaged:
+            logger.warning("audit log %s: passed over %d damaged lines", self.folder, damaged)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Make the folder if need be, and keep all other writers out."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough if a child was forked meanwhile
+        finally:
+            os.close(lock)
+
+    def _append(self, line: bytes, now: datetime) -> None:
+        """One write at the end of the file, or of a new one when this is full."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        if size and size + len(line) > self._max_bytes:
+            self._file.rename(self._name_for_rotated(now))
+        file = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                line = b"\n" + line  # its writer was killed midway
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
+
+    def _name_for_rotated(self, now: datetime) -> Path:
+        """A name that sorts behind all others, even if the clock was set back."""
+        for _, last in self._rotated()[-1:]:
+            now = max(now, last + timedelta(microseconds=1))
+        return self.folder / f"audit-{now.strftime(_TIME)}.jsonl"
+
+    def _rotated(self) -> list[tuple[Path, datetime]]:
+        """Full files with the time when they were closed, oldest first."""
+        if not self.folder.exists():
+            return []
+        found = [
+            (path, match[1]) for path in self.folder.iterdir() if (match := _ROTATED.fullmatch(path.name))
+        ]
+        return [(path, datetime.strptime(t, _TIME).replace(tzinfo=UTC)) for path, t in sorted(found)]
+
+    def _lines(self, since: datetime | None) -> Iterator[bytes]:
+        """The lines of all files that were not closed before ``since``."""
+        while True:
+            rotated = self._rotated()
+            with self._open_current() as current:
+                if rotated != self._rotated():
+                    continue  # a file that was rotated in between would be in neither
+                for path, closed in rotated:
+                    if since is None or since <= closed:
+                        with path.open("rb") as stream:
+                            yield from stream
+                yield from current
+                return
+
+    def _open_current(self) -> BinaryIO:
+        try:
+            return self._file.open("rb")
+        except FileNotFoundError:
+            return io.BytesIO()
+
+
+def parse_since(text: str) -> datetime:
+    """A time from "90s", "15m", "2h" or "7d" (ago), or an ISO date or time (UTC if it does not say).
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        if ago := _AGO.fullmatch(text):
+            return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
+        time = datetime.fromisoformat(text)
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{text!r:.60} is no time; give 90s, 15m, 2h or 7d for so long ago, or a date or time like "
+            "2026-01-31 or 2026-01-31T12:00:00Z"
+        ) from None

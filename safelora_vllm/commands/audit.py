@@ -1,0 +1,90 @@
+"""``safelora-vllm audit``: what the audit log of an adapter store says, as a table or as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safelora_vllm.audit import AuditLog, parse_since
+from safelora_vllm.errors import UsageError
+
+FOLDER = "audit"  # in the adapter store
+_FILTERS = ("adapter", "actor", "action")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``safelora-vllm``."""
+    parser = commands.add_parser("audit", allow_abbrev=False, help="show who did what to which adapter")
+    parser.add_argument("--adapter-store", metavar="DIR", help="the server's; default: its default")
+    parser.add_argument("--since", metavar="TIME", help="e.g. 90s, 15m, 2h, 7d (ago) or 2026-01-31")
+    parser.add_argument("--until", metavar="TIME", help="as --since; records of that moment are left out")
+    parser.add_argument("--adapter", metavar="NAME")
+    parser.add_argument("--actor", metavar="ID", help="a key's name, e.g. admin/alice or acme/ci")
+    parser.add_argument("--action", help="e.g. load")
+    parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the records that are asked for. Exit code 0, also when there are none."""
+    since, until = (parse_since(text) if text is not None else None for text in (args.since, args.until))
+    folder = _folder(args.adapter_store)
+    filters = {name: value for name in _FILTERS if (value := getattr(args, name)) is not None}
+    try:
+        if not folder.is_dir():
+            raise UsageError(
+                f"there is no audit log {folder}; give the server's --adapter-store. The log begins when "
+                "the first adapter is loaded"
+            )
+        records = AuditLog(folder).read(since, until)
+        wanted = (r for r in records if all(r.get(name) == value for name, value in filters.items()))
+        shown = _print_json(wanted) if args.json else _print_table(wanted)
+    except PermissionError as error:
+        raise UsageError(f"{error.filename} cannot be read; run this as the server's user") from error
+    if not shown:
+        print(f"no such record in {folder}", file=sys.stderr)
+    return 0
+
+
+def _folder(store: str | None) -> Path:
+    from safelora_vllm.store import default_root  # imports torch
+
+    return (Path(store) if store else default_root()) / FOLDER
+
+
+def _print_json(records: Iterable[dict[str, Any]]) -> int:
+    shown = 0
+    for record in records:
+        print(json.dumps(record))
+        shown += 1
+    return shown
+
+
+def _print_table(records: Iterable[dict[str, Any]]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = ("time", "actor", "action", "adapter", "decision", "reasons")
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for record in records:
+        table.add_row(*(Text(_cell(record.get(column, ""))) for column in columns))
+    if table.row_count:
+        Console().print(table)
+    return table.row_count
+
+
+def _cell(value: Any) -> str:
+    """A value as text that cannot steer the terminal: names come from whoever called."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if text.isprintable() else repr(text)

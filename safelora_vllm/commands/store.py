@@ -1,0 +1,157 @@
+"""``safelora-vllm store``: what the adapter store holds, and keeping it small and sound."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safelora_vllm.errors import UsageError
+from safelora_vllm.options import UNITS, size
+
+if TYPE_CHECKING:
+    from safelora_vllm.store import AdapterRecord
+    from safelora_vllm.store.housekeeping import Collected
+
+PROBLEMS = 1
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``store`` with its own commands: ls, gc, verify, rm."""
+    store = commands.add_parser("store", allow_abbrev=False, help="list, shrink or check the adapter store")
+    actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    ls = actions.add_parser("ls", allow_abbrev=False, help="list the names and what they serve")
+    ls.add_argument("--json", action="store_true", help="print all records, old versions too, as JSON")
+    ls.set_defaults(run=_ls)
+
+    gc = actions.add_parser(
+        "gc",
+        allow_abbrev=False,
+        help="remove what killed processes left behind, and what the options name",
+    )
+    gc.add_argument(
+        "--max-bytes",
+        type=size,
+        metavar="N",
+        help="remove published copies, least recently used first, down to N, e.g. 10GB or 500MB; only "
+        "those that no name serves and that can be made again",
+    )
+    gc.add_argument(
+        "--unreferenced", action="store_true", help="remove uploads that no version of a name refers to"
+    )
+    gc.set_defaults(run=_gc)
+
+    verify = actions.add_parser(
+        "verify", allow_abbrev=False, help="read the whole store; exit code 1 where something is wrong"
+    )
+    verify.set_defaults(run=_verify)
+
+    rm = actions.add_parser("rm", allow_abbrev=False, help="remove a name with all its versions")
+    rm.add_argument("name", help="its upload stays until 'gc --unreferenced'")
+    rm.set_defaults(run=_rm)
+
+    for action in (ls, gc, verify, rm):
+        action.add_argument("--adapter-store", metavar="DIR", help="default: that of 'serve'")
+
+
+def _root(args: argparse.Namespace) -> Path:
+    """The store's folder, which exists."""
+    from safelora_vllm.store import default_root
+
+    root = Path(args.adapter_store) if args.adapter_store else default_root()
+    if not root.is_dir():
+        raise UsageError(f"there is no adapter store {root}; give the --adapter-store that the server has")
+    return root
+
+
+def _ls(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from safelora_vllm.store import NameStore
+
+    records = sorted(NameStore(_root(args)).all().items())
+    if args.json:
+        print(json.dumps([dataclasses.asdict(record) for _, record in records], indent=1))
+    else:
+        _print_table([record for _, record in records])
+    return 0
+
+
+def _print_table(records: list[AdapterRecord]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column in ("name", "version", "digest", "size", "rank", "created", "by", "policy"):
+        right = column in ("version", "size", "rank")
+        table.add_column(column, overflow="fold", justify="right" if right else "left")
+    for record in records:
+        live = record.live
+        policy = [f"{field}={value}" for field, value in live.policy.items()]
+        cells = (
+            record.name,
+            str(live.version),
+            live.digest[:12],
+            _in_words(live.bytes),
+            str(live.rank),
+            f"{datetime.fromtimestamp(live.created):%Y-%m-%d %H:%M}",
+            live.by,
+            " ".join(["OVERRIDE"] * live.override + policy),
+        )
+        table.add_row(*(Text(cell if cell.isprintable() else ascii(cell)) for cell in cells))
+    Console().print(table)
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from safelora_vllm.store import housekeeping
+
+    root = _root(args)
+    housekeeping.clean(root)
+    if args.unreferenced:
+        _print_collected(housekeeping.collect_unreferenced(root), "uploads")
+    if args.max_bytes is not None:
+        _print_collected(housekeeping.collect(root, args.max_bytes), "published copies")
+    return 0
+
+
+def _print_collected(collected: Collected, what: str) -> None:
+    print(
+        f"{what}: removed {len(collected.removed)} folders of {_in_words(collected.freed)}, "
+        f"{_in_words(collected.left)} are left"
+    )
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from safelora_vllm.store.housekeeping import verify
+
+    problems = verify(_root(args), lambda checks: tqdm(checks, desc="Adapter store", unit="folder"))
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "the adapter store is sound")
+    return PROBLEMS if problems else 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    from safelora_vllm.store import NameStore
+
+    names = NameStore(_root(args))
+    record = names.get(args.name)
+    if record is None:
+        raise UsageError(f"there is no adapter {args.name!r} in {names.root}; 'store ls' lists them")
+    names.update(args.name, lambda _: None)
+    print(f"{args.name} with {len(record.versions)} versions removed; 'gc --unreferenced' frees its space")
+    return 0
+
+
+def _in_words(nbytes: int) -> str:
+    """A size as people write it, e.g. 12.3 MB."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if nbytes >= UNITS[unit]:
+            return f"{nbytes / UNITS[unit]:.1f} {unit}"
+    return f"{nbytes} B"

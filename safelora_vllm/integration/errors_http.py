@@ -1,0 +1,66 @@
+"""From this package's exceptions to HTTP answers in OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from safelora_vllm.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    GateUnavailable,
+    GuardError,
+    QuotaExceeded,
+    SafeLoRAError,
+    UsageError,
+)
+from safelora_vllm.integration.management import AlreadyLoaded, Forbidden, UnknownAdapter
+from safelora_vllm.integration.schemas import ErrorBody
+from safelora_vllm.integration.uploads import TooLarge, TooManyUploads, UploadTimeout
+
+
+class NotServing(SafeLoRAError):
+    """This server was started without LoRA."""
+
+
+class Unauthorized(SafeLoRAError):
+    """The key is missing, wrong, or one that manages nothing."""
+
+
+_STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
+    Unauthorized: (401, "AuthenticationError"),
+    Forbidden: (403, "PermissionDeniedError"),
+    QuotaExceeded: (403, "QuotaExceededError"),
+    UnknownAdapter: (404, "NotFoundError"),
+    AdapterNotFound: (404, "NotFoundError"),
+    UploadTimeout: (408, "RequestTimeoutError"),
+    AlreadyLoaded: (409, "ConflictError"),
+    TooLarge: (413, "RequestTooLargeError"),
+    AdapterRefused: (422, "AdapterRefusedError"),
+    TooManyUploads: (429, "RateLimitError"),
+    UsageError: (400, "InvalidUserInput"),
+    GateUnavailable: (503, "ServiceUnavailableError"),
+    GuardError: (503, "ServiceUnavailableError"),
+    NotServing: (503, "ServiceUnavailableError"),
+}
+_RETRY_SECONDS = {429: "1", 503: "2"}
+
+
+def error_response(error: SafeLoRAError) -> JSONResponse:
+    """An OpenAI-style error. A refusal also lists its codes and sentences."""
+    status, kind = next(
+        (answer for cls, answer in _STATUS.items() if isinstance(error, cls)),
+        (500, "InternalServerError"),
+    )
+    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": status}
+    if isinstance(error, AdapterRefused):
+        body["reasons"] = error.codes
+        body["details"] = [reason.detail for reason in error.reasons]
+    headers = {"Retry-After": _RETRY_SECONDS[status]} if status in _RETRY_SECONDS else None
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's ``responses``: these errors have `ErrorBody`."""
+    return {status: {"model": ErrorBody} for status in statuses}

@@ -1,0 +1,306 @@
+"""Uploading, replacing, rolling back, re-judging and removing adapters, each one straight function.
+
+Order of every change: the gate publishes, the workers load, the store's name is changed (the moment from
+which it counts, on all servers), this process serves it, the audit log has it. What fails before the name
+is changed leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safelora_vllm.access import Principal, check_name
+from safelora_vllm.audit import AuditLog
+from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
+from safelora_vllm.integration.serving import Serving
+from safelora_vllm.metrics import ServedAdapter
+from safelora_vllm.policy import Policy
+from safelora_vllm.report import Report
+from safelora_vllm.store import AdapterRecord, Version
+
+logger = logging.getLogger("vllm.safelora.management")
+Change = Callable[[AdapterRecord | None], AdapterRecord | None]
+
+
+class UnknownAdapter(SafeLoRAError):
+    """No adapter is known under this name."""
+
+
+class AlreadyLoaded(SafeLoRAError):
+    """Another adapter is served under this name."""
+
+
+class Forbidden(SafeLoRAError):
+    """The key is known, but may not do this."""
+
+
+@dataclass
+class Manager:
+    """All changes that callers make, in one API server process.
+
+    roots: folders that loads by path may read; none means every folder. max_adapter_bytes: largest file
+    that is received. hub: whether uploads may name a hub repository.
+    """
+
+    serving: Serving
+    audit: AuditLog
+    is_base_model: Callable[[str], bool]
+    roots: tuple[Path, ...] = ()
+    max_adapter_bytes: int = 2 * 1024**3
+    hub: bool = False
+    _locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+
+    async def add(
+        self, who: Principal, name: str, source: Path, *, replace: bool = False, action: str = "upload"
+    ) -> ServedAdapter:
+        """Let a folder or archive pass the gate and serve it under ``name``, as a new version.
+
+        Raises:
+            UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name.
+            AlreadyLoaded: the name is taken and ``replace`` is false. QuotaExceeded: the tenant's.
+            AdapterRefused: the gate refuses, with all its reasons.
+            GateUnavailable: the gate or the store is out of order.
+        """
+        self._check(who, name)
+        async with self._locks[name]:
+            start = time.perf_counter()
+            previous = await self._record(name)
+            if previous is not None and not replace:
+                raise _taken(name)
+            policy = _sticky_policy(previous)
+            answer = await self._judge(who, name, action, "admit", path=str(source), policy=policy)
+            version = _version(answer, who, policy)
+
+            def change(record: AdapterRecord | None) -> AdapterRecord:
+                if record is not None and not replace:
+                    raise _taken(name)
+                return (record or AdapterRecord(name, 0, ())).with_version(version)
+
+            return await self._commit(who, name, action, answer, change, start)
+
+    async def roll_back(self, who: Principal, name: str, number: int) -> ServedAdapter:
+        """Serve an earlier version's content again, as a new version.
+
+        Raises:
+            UnknownAdapter, Forbidden, UsageError: no such version. AdapterRefused: the policy is
+            stricter than it was.
+        """
+        record = await self._known(who, name)
+        async with self._locks[name]:
+            start = time.perf_counter()
+            earlier = record.version(number)
+            # A stricter policy set since then stays; one that was loosened for that content comes back.
+            policy = _sticky_policy(record) or earlier.policy
+            answer = await self._judge(who, name, "rollback", "ensure", digest=earlier.digest, policy=policy)
+            override = earlier.override and policy == earlier.policy
+            version = _version(answer, who, policy, override, f"rollback to version {number}")
+            return await self._commit(who, name, "rollback", answer, _append(name, version), start)
+
+    async def set_policy(
+        self, who: Principal, name: str, values: dict[str, Any], override: bool, reason: str
+    ) -> ServedAdapter:
+        """Judge an adapter by other rules than the server's. Empty ``values``: by the server's again.
+
+        Raises:
+            Forbidden: not an admin. UnknownAdapter. PolicyError: contradictory values.
+            UsageError: less strict than the server's without ``override`` and a reason.
+            AdapterRefused: refused under the new policy; the old one stays.
+        """
+        if who.kind != "admin":
+            raise Forbidden("only an admin key may change an adapter's policy")
+        record = await self._known(who, name)
+        async with self._locks[name]:
+            start = time.perf_counter()
+            default = Policy.from_mapping(self.serving.state["policy_values"])
+            loosened = not default.with_values(values).at_least_as_strict(default)
+            if loosened and not (override and reason.strip()):
+                raise UsageError(
+                    'this policy is less strict than the server\'s; give "override": true and a "reason", '
+                    "which the report and the audit log keep"
+                )
+            digest = record.live.digest
+            answer = await self._judge(who, name, "policy", "ensure", digest=digest, policy=values)
+            version = _version(answer, who, values, loosened, reason)
+            return await self._commit(who, name, "policy", answer, _append(name, version), start)
+
+    async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
+        """Stop serving a name on every server; its weights are freed when its last request has ended.
+
+        Raises:
+            UnknownAdapter, Forbidden.
+        """
+        if name in self.serving.static and who.kind == "admin":
+            raise UsageError(f"{name} comes from --lora-modules; start the server without it")
+        await self._known(who, name)
+        async with self._locks[name]:
+            await asyncio.to_thread(self.serving.names.update, name, lambda _: None)
+            await self.serving.sync()
+            await self._log(who, action, name, decision="removed")
+
+    def find(self, who: Principal, name: str) -> ServedAdapter:
+        """A served adapter that the caller may see.
+
+        Raises:
+            UnknownAdapter. GateUnavailable or AdapterRefused: it cannot be served at the moment.
+        """
+        if not who.may_use(name):
+            raise _unknown(name)
+        if problem := self.serving.map.unavailable.get(name):
+            raise problem
+        if name not in self.serving.served:
+            raise _unknown(name)
+        return self.serving.served[name]
+
+    async def versions(self, who: Principal, name: str) -> AdapterRecord:
+        """All versions that the store keeps of a name that the caller may see."""
+        record = await self._record(name) if who.may_use(name) else None
+        if record is None:
+            raise _unknown(name)
+        return record
+
+    def check_root(self, path: str) -> Path:
+        """The path of a load by path.
+
+        Raises:
+            Forbidden: it lies outside of the folders that the operator allows.
+        """
+        resolved = Path(path).resolve()
+        if self.roots and not any(resolved.is_relative_to(root) for root in self.roots):
+            raise Forbidden(f"{path!r:.300} is outside of the server's --adapter-root folders")
+        return resolved
+
+    def _check(self, who: Principal, name: str) -> None:
+        check_name(name)
+        if not who.may_manage(name):
+            raise Forbidden(f"this key may not change {name!r:.200}; tenants change TENANT/NAME only")
+        if self.is_base_model(name):
+            raise UsageError(f"{name!r:.200} is the base model's name; choose another")
+        if name in self.serving.static:
+            raise AlreadyLoaded(f"{name} comes from --lora-modules; choose another name")
+
+    async def _record(self, name: str) -> AdapterRecord | None:
+        return await asyncio.to_thread(self.serving.names.get, name)
+
+    async def _known(self, who: Principal, name: str) -> AdapterRecord:
+        record = await self._record(name) if who.may_use(name) else None
+        if record is None:
+            raise _unknown(name)
+        if not who.may_manage(name):
+            raise Forbidden(f"this key may use {name}, but not change it")
+        return record
+
+    async def _judge(
+        self, who: Principal, name: str, action: str, operation: str, **arguments: Any
+    ) -> dict[str, Any]:
+        """The gate's answer; a refusal goes to the audit log and to the caller."""
+        call = self.serving.gate.call
+        answer: dict[str, Any] = await asyncio.to_thread(call, operation, name=name, **arguments)
+        report = Report.from_dict(answer["report"])
+        if not report.accepted:
+            await self._log(who, action, name, **_told(report, "refused"))
+            raise AdapterRefused(report.reasons)
+        return answer
+
+    async def _commit(
+        self,
+        who: Principal,
+        name: str,
+        action: str,
+        answer: dict[str, Any],
+        change: Change,
+        start: float,
+    ) -> ServedAdapter:
+        await self.serving.preload(name, answer["key"])
+        try:
+            record = await asyncio.to_thread(self._update, who, name, change)
+        except SafeLoRAError:
+            await self.serving.unload(name, answer["key"])
+            raise
+        await self.serving.sync()
+        report = Report.from_dict(answer["report"])
+        live = record.live
+        await self._log(
+            who, action, name, version=live.version, override=live.override, reason=live.reason,
+            **_told(report, "accepted"),
+        )  # fmt: skip
+        return self.serving.timed(name, time.perf_counter() - start)
+
+    def _update(self, who: Principal, name: str, change: Change) -> AdapterRecord:
+        names = self.serving.names
+
+        def within_quota(record: AdapterRecord | None) -> AdapterRecord | None:
+            """Runs under the store's lock, so that two servers cannot exceed a quota together."""
+            new = change(record)
+            if who.tenant is not None and new is not None:
+                own = {n: r for n, r in names.all().items() if n.startswith(f"{who.tenant}/")} | {name: new}
+                sizes = {v.digest: v.bytes for r in own.values() for v in r.versions}
+                who.quota.check(len(own), sum(sizes.values()), new.live.rank)
+            return new
+
+        record = names.update(name, within_quota)
+        assert record is not None
+        return record
+
+    async def _log(self, who: Principal, action: str, name: str, **details: Any) -> None:
+        try:
+            await asyncio.to_thread(self.audit.record, who.key_id, action, name, **details)
+        except SafeLoRAError as error:  # the change itself is made: say so loudly, do not undo it
+            logger.error("%s of %r by %s is not in the audit log: %s", action, name, who.key_id, error)
+
+
+def _sticky_policy(record: AdapterRecord | None) -> dict[str, Any]:
+    """What an admin tightened stays in force for new content; what was loosened was for the old one."""
+    return {} if record is None or record.live.override else record.live.policy
+
+
+def _version(
+    answer: dict[str, Any], who: Principal, policy: dict[str, Any], override: bool = False, reason: str = ""
+) -> Version:
+    modules = answer["report"]["modules"]
+    return Version(
+        version=0,
+        digest=answer["report"]["digest"],
+        bytes=answer["bytes"],
+        rank=max((module["rank"] for module in modules), default=0),
+        created=time.time(),
+        by=who.key_id,
+        policy=policy,
+        override=override,
+        reason=reason,
+        key=answer["key"],
+        rules=answer["rules"],
+    )
+
+
+def _append(name: str, version: Version) -> Change:
+    def change(record: AdapterRecord | None) -> AdapterRecord:
+        if record is None:  # removed on another server meanwhile
+            raise _unknown(name)
+        return record.with_version(version)
+
+    return change
+
+
+def _told(report: Report, decision: str) -> dict[str, Any]:
+    return {
+        "decision": decision,
+        "digest": report.digest,
+        "projectors": report.projectors,
+        "policy": report.to_dict()["policy"],
+        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+    }
+
+
+def _unknown(name: str) -> UnknownAdapter:
+    return UnknownAdapter(f"there is no adapter {name!r:.200}")
+
+
+def _taken(name: str) -> AlreadyLoaded:
+    return AlreadyLoaded(f"{name} is already loaded; replace it (?replace=true, load_inplace) or remove it")

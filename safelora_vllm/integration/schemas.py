@@ -1,0 +1,181 @@
+"""Bodies of our routes, as they stand in ``/openapi.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.integration.uploads import ARCHIVE
+from safelora_vllm.metrics import ServedAdapter
+from safelora_vllm.store import Version
+
+_NAME = Field(description="NAME, or TENANT/NAME for a tenant's adapter", max_length=300)
+
+
+class LoadRequest(BaseModel):
+    """vLLM's body of ``POST /v1/load_lora_adapter``."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(BaseModel):
+    """vLLM's body of ``POST /v1/unload_lora_adapter``."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class UploadByPath(BaseModel):
+    """An adapter that lies on the server's machine, inside an ``--adapter-root`` folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = _NAME
+    path: str = Field(description="folder that PEFT saved, or a .tar, .tar.gz or .zip of it")
+
+
+class Rollback(BaseModel):
+    """Which version's content to serve again."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int = Field(ge=1, le=2**53)
+
+
+class PolicyChange(BaseModel):
+    """Rules for one adapter, instead of the server's. An empty ``policy`` goes back to the server's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    policy: dict[str, Any] = Field(description="fields of the server's policy that differ for this adapter")
+    override: bool = Field(False, description="allow rules that are less strict than the server's")
+    reason: str = Field("", max_length=1000, description="why; needed with override")
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error object; a refusal has its codes and sentences besides."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+    reasons: list[str] | None = Field(None, description="machine-readable codes, every cause at once")
+    details: list[str] | None = Field(None, description="one sentence per cause")
+
+
+class ErrorBody(BaseModel):
+    """Every error of these routes."""
+
+    error: ErrorDetail
+
+
+class ModuleFigures(BaseModel):
+    """One module of an adapter; see the metrics for what the figures mean."""
+
+    name: str
+    rank: int
+    similarity: float | None
+    null_similarity: float
+    retained: float | None
+    relative_norm: float
+    decision: str
+
+
+class AdapterReport(BaseModel):
+    """What the gate decided about the version that is served."""
+
+    adapter: str
+    digest: str
+    projectors: str
+    policy: dict[str, Any]
+    accepted: bool
+    reasons: list[str]
+    details: list[str]
+    modules: list[ModuleFigures]
+    version: int | None = Field(description="null for an adapter of --lora-modules")
+    override: bool = Field(description="served by less strict rules than the server's")
+    reason: str = Field(description="why, as the admin said")
+
+
+class AdapterList(BaseModel):
+    """All adapters that the caller may use."""
+
+    object: str = "list"
+    data: list[AdapterReport]
+
+
+class VersionInfo(BaseModel):
+    """One upload or change of rules."""
+
+    version: int
+    digest: str
+    bytes: int
+    rank: int
+    created: float = Field(description="seconds since 1970, UTC")
+    by: str = Field(description="id of the key")
+    policy: dict[str, Any]
+    override: bool
+    reason: str
+
+
+class VersionList(BaseModel):
+    """The newest versions of a name; ``current`` is served."""
+
+    name: str
+    current: int
+    versions: list[VersionInfo]
+
+
+class Removed(BaseModel):
+    """Answer to a removal, as OpenAI's API has it for its objects."""
+
+    id: str
+    object: str = "adapter"
+    deleted: bool = True
+
+
+def report_of(served: ServedAdapter) -> dict[str, Any]:
+    """The body of `AdapterReport`."""
+    live = served.version
+    return {
+        **served.report.to_dict(),
+        "version": live.version if live else None,
+        "override": live.override if live else False,
+        "reason": live.reason if live else "",
+    }
+
+
+def version_info(version: Version) -> dict[str, Any]:
+    """The body of `VersionInfo`."""
+    return {name: getattr(version, name) for name in VersionInfo.model_fields}
+
+
+UPLOAD_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name"],
+                "description": f"{CONFIG} and {WEIGHTS}, or one {ARCHIVE}, or a hub_id",
+                "properties": {
+                    "name": {"type": "string", "maxLength": 300},
+                    CONFIG: {"type": "string", "format": "binary"},
+                    WEIGHTS: {"type": "string", "format": "binary"},
+                    ARCHIVE: {
+                        "type": "string",
+                        "format": "binary",
+                        "description": ".tar, .tar.gz or .zip of the folder that PEFT saved",
+                    },
+                    "hub_id": {"type": "string", "description": "where the operator allows it"},
+                    "revision": {"type": "string"},
+                },
+            }
+        },
+        "application/json": {"schema": UploadByPath.model_json_schema()},
+    },
+}

@@ -1,0 +1,252 @@
+"""Receiving adapters: a multipart body streamed to the store's ``incoming/``, or a download from the hub.
+
+Nothing is judged here. What arrives is bounded, and handed to the gate as a folder or an archive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.errors import GateUnavailable, SafeLoRAError, UsageError
+
+ARCHIVE = "archive"
+_FIELDS = {"name": 300, "hub_id": 300, "revision": 200}  # longest values, bytes
+_CONFIG_BYTES = 1024 * 1024
+_OVERHEAD_BYTES = 1024 * 1024  # part headers and small fields
+_IDLE_SECONDS = 60.0
+_BLOCK = 1024 * 1024
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+class TooLarge(SafeLoRAError):
+    """The body is larger than the server takes."""
+
+
+class TooManyUploads(SafeLoRAError):
+    """As many uploads as the server takes are under way."""
+
+
+class UploadTimeout(SafeLoRAError):
+    """The client sent nothing for a while."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a multipart body held. folder: the incoming folder; parts: the files in it."""
+
+    fields: dict[str, str]
+    folder: Path
+    parts: frozenset[str]
+
+    @property
+    def adapter(self) -> Path:
+        """What the gate is to read: the folder, or the archive in it.
+
+        Raises:
+            UsageError: neither both files nor one archive.
+        """
+        if self.parts == {ARCHIVE}:
+            return self.folder / ARCHIVE
+        if self.parts == {CONFIG, WEIGHTS}:
+            return self.folder
+        raise UsageError(
+            f"the body has the files {sorted(self.parts)}; send {CONFIG} and {WEIGHTS}, or one {ARCHIVE} "
+            "(.tar, .tar.gz or .zip of the folder that PEFT saved)"
+        )
+
+
+class Slots:
+    """How many uploads may be under way at once."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold one until the block ends.
+
+        Raises:
+            TooManyUploads: none is free; the client is to try again.
+        """
+        if self._free <= 0:
+            raise TooManyUploads("too many uploads are under way; try again in a second")
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+
+@asynccontextmanager
+async def incoming(root: Path) -> AsyncIterator[Path]:
+    """A new folder under ``root``/incoming, gone when the block ends."""
+    try:
+        parent = root / "incoming"
+        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise GateUnavailable(f"the adapter store cannot be written ({error.strerror}); try later") from error
+    try:
+        yield folder
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+async def receive(request: Request, folder: Path, max_bytes: int) -> Received:
+    """Stream a multipart body into ``folder``. Memory holds one block of 1 MiB, whatever arrives.
+
+    Raises:
+        UsageError: not multipart, cut short, a part twice or one that has no place here.
+        TooLarge: more than ``max_bytes`` in one file. UploadTimeout: 60 s without a byte.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise UsageError("the body is not multipart/form-data with a boundary")
+    form = _Form(folder, max_bytes)
+    total, waiting = 0, bytearray()
+    try:
+        parser = MultipartParser(options[b"boundary"], form.callbacks())
+        stream = request.stream()
+        while chunk := await _next(stream):
+            total += len(chunk)
+            if total > max_bytes + _CONFIG_BYTES + _OVERHEAD_BYTES:
+                raise TooLarge(f"the body is larger than the {max_bytes:,} bytes that are taken")
+            waiting += chunk
+            if len(waiting) >= _BLOCK:
+                await asyncio.to_thread(parser.write, bytes(waiting))
+                waiting.clear()
+        await asyncio.to_thread(parser.write, bytes(waiting))
+        await asyncio.to_thread(parser.finalize)
+    except (ClientDisconnect, UnicodeDecodeError, ValueError) as error:  # MultipartParseError is a ValueError
+        raise UsageError(f"the multipart body cannot be read: {error or 'the client went away'}") from error
+    except OSError as error:
+        raise GateUnavailable(f"the adapter store cannot be written ({error.strerror}); try later") from error
+    finally:
+        form.close()
+    if not form.ended:
+        raise UsageError("the multipart body ends before its closing boundary; send it again")
+    return Received(form.fields(), folder, frozenset(form.files))
+
+
+async def _next(stream: AsyncIterator[bytes]) -> bytes:
+    """The stream's next bytes, empty at its end."""
+    try:
+        async with asyncio.timeout(_IDLE_SECONDS):
+            async for chunk in stream:
+                if chunk:
+                    return chunk
+    except TimeoutError as error:
+        raise UploadTimeout(f"nothing arrived for {_IDLE_SECONDS:.0f} seconds; send it again") from error
+    return b""
+
+
+class _Form:
+    """What the parser's callbacks (python-multipart) build up: small fields in memory, files on disk."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._limits = {**_FIELDS, CONFIG: _CONFIG_BYTES, WEIGHTS: max_bytes, ARCHIVE: max_bytes}
+        self._values: dict[str, bytearray] = {}
+        self._header, self._value = bytearray(), bytearray()
+        self._part = ""
+        self._written = 0
+        self._file: BinaryIO | None = None
+        self.files: set[str] = set()
+        self.ended = False
+
+    def callbacks(self) -> dict[str, object]:
+        """For `python_multipart.multipart.MultipartParser`."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._extend(self._header, data[start:end]),
+            "on_header_value": lambda data, start, end: self._extend(self._value, data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._start,
+            "on_part_data": lambda data, start, end: self._data(data[start:end]),
+            "on_part_end": self.close,
+            "on_end": lambda: setattr(self, "ended", True),
+        }
+
+    def fields(self) -> dict[str, str]:
+        """The small fields as text."""
+        return {name: value.decode() for name, value in self._values.items()}
+
+    def close(self) -> None:
+        """End the file being written, if any."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        self._part, self._written = "", 0
+
+    def _extend(self, text: bytearray, data: bytes) -> None:
+        if len(text) + len(data) > _OVERHEAD_BYTES // 16:
+            raise ValueError("a part's header is too long")
+        text += data
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(bytes(self._value))
+            self._part = options.get(b"name", b"").decode()
+        self._header.clear()
+        self._value.clear()
+
+    def _start(self) -> None:
+        name = self._part
+        if name not in self._limits:
+            raise ValueError(f"there is no field {name!r:.100}; known are {sorted(self._limits)}")
+        if name in self._values or name in self.files:
+            raise ValueError(f"{name} stands there twice")
+        if name in _FIELDS:
+            self._values[name] = bytearray()
+        else:
+            self.files.add(name)
+            self._file = (self._folder / name).open("xb")
+
+    def _data(self, data: bytes) -> None:
+        self._written += len(data)
+        limit = self._limits[self._part]
+        if self._written > limit:
+            raise TooLarge(f"{self._part} is larger than the {limit:,} bytes that are taken")
+        if self._file is not None:
+            self._file.write(data)
+        else:
+            self._values[self._part] += data
+
+
+def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int) -> Path:
+    """Both files of a hub repository, into ``folder``. Blocking.
+
+    Raises:
+        UsageError: no such id, revision or file, or the hub cannot be reached.
+        TooLarge: the hub says that a file is over its limit; nothing is downloaded.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    if not _HUB_ID.fullmatch(hub_id):
+        raise UsageError(f"{hub_id!r:.200} is no hub id; give ORGANISATION/NAME")
+    try:
+        for name, limit in ((CONFIG, _CONFIG_BYTES), (WEIGHTS, max_bytes)):
+            size = get_hf_file_metadata(hf_hub_url(hub_id, name, revision=revision)).size or 0
+            if size > limit:
+                raise TooLarge(f"{name} of {hub_id} has {size:,} bytes; {limit:,} are taken")
+            hf_hub_download(hub_id, name, revision=revision, local_dir=folder)
+    except TooLarge:
+        raise
+    except Exception as error:  # the hub client's errors have no common base class
+        first = str(error).partition("\n")[0]
+        raise UsageError(f"the hub did not give {hub_id} ({type(error).__name__}: {first:.300})") from error
+    return folder

@@ -1,0 +1,179 @@
+"""Which content is served under a name: ``names/<quoted name>.json``, one record a name.
+
+A change is one rename in that folder, on the disk before it is reported as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.store.files import locked, make_folder, replace_file, sync_folder, writing
+from safelora_vllm.store.records import SUFFIX, AdapterRecord, Version, file_of, from_json, to_json
+
+logger = logging.getLogger("vllm.safelora.store")
+REMEDY = "restore it from a backup, or delete it and upload the adapter again"
+# As long as a file is younger than this, a second write may leave it with the same mtime.
+_YOUNG_NS = 100_000_000
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class NameStore:
+    """Records under ``root``. Safe for several threads, and for several processes on one root.
+
+    folder: where they lie, for those who watch it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.folder = self.root / "names"
+        self._seen: dict[str, _Seen] = {}
+
+    def get(self, name: str) -> AdapterRecord | None:
+        """The record of a name, None where there is none.
+
+        Raises:
+            StoreDamaged: its file is damaged or not ours.
+            GateUnavailable: it cannot be read now.
+        """
+        try:
+            file = file_of(name)
+        except UsageError:
+            return None  # nothing was ever stored under it
+        found = self._read(file)
+        if found is not None and found.wrong:
+            raise StoreDamaged(f"{self.folder / file} is {found.wrong}; {REMEDY}")
+        return found.record if found else None
+
+    def all(self) -> dict[str, AdapterRecord]:
+        """All sound records by name. Damaged ones are logged, once each, and left out.
+
+        Cheap when nothing changed: only files that did are read.
+
+        Raises:
+            GateUnavailable: the folder cannot be read now.
+        """
+        self._scan()
+        return {seen.record.name: seen.record for seen in self._seen.values() if seen.record}
+
+    def damaged(self) -> dict[Path, str]:
+        """The files that `all` leaves out, with what is wrong with them."""
+        self._scan()
+        return {self.folder / file: seen.wrong for file, seen in self._seen.items() if seen.wrong}
+
+    def update(
+        self, name: str, change: Callable[[AdapterRecord | None], AdapterRecord | None]
+    ) -> AdapterRecord | None:
+        """Replace a record by ``change`` of it, or remove it where that is None. One at a time.
+
+        Raises:
+            UsageError: the name is empty or too long for a file.
+            StoreDamaged: the present record is damaged; it stays.
+            GateUnavailable: the disk is full or not writable. The old record stays, unless the disk
+                failed after the new one was in its place.
+        """
+        path = self.folder / file_of(name)
+        with contextlib.ExitStack() as lock:
+            with writing(self.root):
+                make_folder(self.folder)
+                lock.enter_context(locked(self.folder))
+            before = self.get(name)
+            after = change(before)
+            if after == before:
+                return after
+            text = to_json(after, path.name) if after else b""
+            with writing(self.root):
+                if after:
+                    replace_file(path, text)
+                else:
+                    path.unlink()
+                    sync_folder(self.folder)
+        return after
+
+    def stamp(self) -> int:
+        """The folder's st_mtime_ns, 0 where there is none: another number after every change.
+
+        On one machine, that is; network file systems keep it for seconds. And the kernel's clock for
+        files has steps of some milliseconds: two changes within one leave the same stamp, so scan
+        again as long as the stamp is younger than that.
+        """
+        try:
+            return self.folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _scan(self) -> None:
+        """Bring what was seen up to date."""
+        before, now, after = self._seen, time.time_ns(), {}
+        try:
+            with os.scandir(self.folder) as entries:
+                for entry in entries:
+                    if not entry.name.endswith(SUFFIX):
+                        continue
+                    seen = before.get(entry.name)
+                    if seen is None or not seen.still(entry, now):
+                        seen = self._read(entry.name)
+                    if seen is not None:
+                        after[entry.name] = seen
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
+        for file, seen in after.items():
+            if seen.wrong and not (file in before and before[file].signature == seen.signature):
+                logger.error("%s is %s; %s", self.folder / file, seen.wrong, REMEDY)
+        self._seen = after
+
+    def _read(self, file: str) -> _Seen | None:
+        """A record's file, None where there is none."""
+        path = self.folder / file
+        try:
+            with os.fdopen(os.open(path, _FLAGS), "rb") as stream:
+                signature = _signature(os.fstat(stream.fileno()))
+                text = stream.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in _TRANSIENT:  # no fault of this file, and no reason to stop serving it
+                raise _unreadable(path, error) from error
+            return _Seen((0, 0, 0), None, f"a file that cannot be read ({error.strerror})")
+        try:
+            return _Seen(signature, from_json(text, file), "")
+        except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
+            return _Seen(signature, None, f"no record of a name ({type(error).__name__}: {error})")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a file held when it had this mtime_ns, size and inode: a record, or what is wrong with it."""
+
+    signature: tuple[int, int, int]
+    record: AdapterRecord | None
+    wrong: str
+
+    def still(self, entry: os.DirEntry[str], now: int) -> bool:
+        """Whether the file is the same. A young one may have changed without showing it."""
+        try:
+            found = _signature(entry.stat(follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+        return found == self.signature and now - found[0] > _YOUNG_NS
+
+
+def _signature(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _unreadable(path: Path, error: OSError) -> GateUnavailable:
+    return GateUnavailable(f"{path} cannot be read now ({error.strerror}); try again")
+
+
+__all__ = ["AdapterRecord", "NameStore", "Version"]

@@ -1,0 +1,111 @@
+"""Content-addressed folders of published adapters: ``published/<key>/`` under one root.
+
+A folder appears whole or not at all: it is written under a temporary name and renamed. Two
+processes that publish one key write the same bytes, so it does not matter whose rename comes first.
+Nothing is synced to disk on the way: ``report.json`` names both files' sha256, and a copy
+that a crash damaged is found by `PublishedStore.find` and made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.report import Report
+from safelora_vllm.store.files import (
+    digests_in,
+    is_digest,
+    make_folder,
+    put_folder,
+    remove_leftovers,
+    temporary_folder,
+    write_file,
+    writing,
+)
+
+REPORT = "report.json"
+_NOT_OURS = (OSError, ValueError, KeyError, TypeError, SafeLoRAError)
+
+
+class PublishedStore:
+    """Published adapters under ``root``. Safe for several processes on one root."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._published = self.root / "published"
+
+    def path(self, key: str) -> Path:
+        """The folder of a key, whether it exists or not. A key is 64 hexadecimal digits."""
+        if not is_digest(key):
+            raise ValueError(f"{key!r} is no key of a published adapter")
+        return self._published / key
+
+    def find(self, key: str) -> Report | None:
+        """The report of a published adapter, or None where there is no undamaged copy."""
+        folder = self.path(key)
+        try:
+            saved = json.loads((folder / REPORT).read_bytes())
+            for name in (CONFIG, WEIGHTS):
+                with (folder / name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"][name]:
+                        return None
+            return _report_in(folder)
+        except _NOT_OURS:
+            return None
+
+    def report(self, key: str) -> Report | None:
+        """As `find`, but without reading the weights: whether they are sound is not known."""
+        try:
+            return _report_in(self.path(key))
+        except _NOT_OURS:
+            return None
+
+    def publish(self, key: str, files: Mapping[str, bytes], report: Report) -> Path:
+        """Put the canonical files and their report under ``key``. Replaces a damaged copy.
+
+        Raises:
+            GateUnavailable: the disk is full or not writable; nothing was published.
+        """
+        folder = self.path(key)
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        saved: dict[str, object] = {"sha256": digests, "report": report.to_dict()}
+        saved["report_sha256"] = _digest_of(saved["report"])
+        contents = {**files, REPORT: json.dumps(saved, indent=1).encode()}
+        with writing(self.root):
+            make_folder(self._published)
+            with temporary_folder(self._published) as new:
+                for name, data in contents.items():
+                    write_file(new / name, data, durable=False)
+                put_folder(new, folder, intact=lambda: self.find(key) is not None)
+        return folder
+
+    def touch(self, key: str) -> None:
+        """Mark a copy as used now: the least recently used ones are removed first."""
+        with contextlib.suppress(OSError):  # without the mark it is made again sooner, no more
+            os.utime(self.path(key) / REPORT)
+
+    def all(self) -> list[str]:
+        """The keys that have a folder, sound or not."""
+        return digests_in(self._published)
+
+    def clean(self) -> None:
+        """Remove what killed processes left behind. Younger leftovers may belong to a live one."""
+        remove_leftovers(self._published)
+
+
+def _report_in(folder: Path) -> Report:
+    """The report of a copy; one of `_NOT_OURS` where it is missing or damaged."""
+    saved = json.loads((folder / REPORT).read_bytes())
+    if _digest_of(saved["report"]) != saved["report_sha256"]:
+        raise ValueError("the report is damaged")
+    return Report.from_dict(saved["report"])
+
+
+def _digest_of(report: object) -> str:
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""What is stored about an adapter's name, and its form on disk.
+
+The policy, who made it and why stand in the version, so that going back to an older one brings all
+of that back too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, unquote
+
+from safelora_vllm.errors import UsageError
+from safelora_vllm.store.files import is_digest
+
+KEPT_VERSIONS = 10
+SUFFIX = ".json"
+_FORMAT = 1
+_LONGEST = 255  # bytes of a file name, in all of Linux's file systems
+_TYPES: dict[str, tuple[type, ...]] = {
+    "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
+    "by": (str,), "policy": (dict,), "override": (bool,), "reason": (str,), "key": (str,), "rules": (str,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of an adapter.
+
+    digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
+    since 1970. by: the tenant or operator. policy: fields that differ from the server's policy.
+    override: an operator made that policy less strict than the server's. reason: why it is as it is.
+    key: of the published copy. rules: digest of the server's rules under which that was published.
+    """
+
+    version: int
+    digest: str
+    bytes: int
+    rank: int
+    created: float
+    by: str
+    policy: dict[str, Any] = field(default_factory=dict)
+    override: bool = False
+    reason: str = ""
+    key: str = ""
+    rules: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """A name with its versions, oldest first. ``AdapterRecord(name)`` has none yet."""
+
+    name: str
+    current: int = 0
+    versions: tuple[Version, ...] = ()
+
+    @property
+    def live(self) -> Version:
+        """The version that is served."""
+        return self.version(self.current)
+
+    def version(self, number: int) -> Version:
+        """The version of this number.
+
+        Raises:
+            UsageError: there is none.
+        """
+        for version in self.versions:
+            if version.version == number:
+                return version
+        known = [version.version for version in self.versions]
+        raise UsageError(f"adapter {self.name!r} has no version {number!r:.100}; it has {known}")
+
+    def with_version(self, new: Version) -> AdapterRecord:
+        """With a new version, which gets the next number and is served. The newest ten stay."""
+        number = max((version.version for version in self.versions), default=0) + 1
+        new = dataclasses.replace(new, version=number)
+        return AdapterRecord(self.name, number, (*self.versions, new)[-KEPT_VERSIONS:])
+
+    def with_policy(
+        self, policy: dict[str, Any], *, created: float, by: str, override: bool = False, reason: str = ""
+    ) -> AdapterRecord:
+        """With a new version of the live one's content under another policy, not yet published."""
+        return self.with_version(
+            dataclasses.replace(
+                self.live, policy=policy, created=created, by=by, override=override, reason=reason,
+                key="", rules="",
+            )
+        )  # fmt: skip
+
+    def rolled_back(self, number: int) -> AdapterRecord:
+        """With another of its versions served.
+
+        Raises:
+            UsageError: there is no such version.
+        """
+        return dataclasses.replace(self, current=self.version(number).version)
+
+
+def file_of(name: str) -> str:
+    """The name of a record's file.
+
+    Raises:
+        UsageError: the adapter's name is empty, not Unicode text, or too long for a file.
+    """
+    try:
+        file = quote(name, safe="") + SUFFIX
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name!r:.100} is no adapter name: it is not Unicode text") from error
+    if not name or len(file) > _LONGEST:
+        raise UsageError(
+            f"{name!r:.100} is no adapter name: it takes {len(file)} bytes as a file name; give one "
+            f"of 1 to about {_LONGEST - len(SUFFIX)} letters and digits"
+        )
+    return file
+
+
+def to_json(record: AdapterRecord, file: str) -> bytes:
+    """The content of a record's file; ValueError, KeyError or TypeError where it could not be read."""
+    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(record)}, indent=1, allow_nan=False).encode()
+    from_json(text, file)
+    return text
+
+
+def from_json(text: bytes, file: str) -> AdapterRecord:
+    """The record in a file; ValueError, KeyError or TypeError where there is none of this name."""
+    data = json.loads(text, parse_constant=_no_number)
+    if data["format"] != _FORMAT:
+        raise ValueError(f"its format is {data['format']!r:.100}, this safelora reads {_FORMAT}")
+    versions = tuple(Version(**entry) for entry in data["versions"])
+    for version in versions:
+        for name, types in _TYPES.items():
+            if type(getattr(version, name)) not in types:
+                raise ValueError(f"{name} is {getattr(version, name)!r:.100}")
+        if not is_digest(version.digest):
+            raise ValueError(f"digest is {version.digest!r:.100}")
+    record = AdapterRecord(data["name"], data["current"], versions)
+    numbers = [version.version for version in versions]
+    if not numbers or numbers != sorted(set(numbers)):
+        raise ValueError(f"its versions are {numbers}")
+    if type(record.current) is not int or record.current not in numbers:
+        raise ValueError(f"its current version is {record.current!r:.100}, of {numbers}")
+    if record.name != unquote(file.removesuffix(SUFFIX), errors="strict") or file_of(record.name) != file:
+        raise ValueError(f"it is the record of {record.name!r:.100}")
+    return record
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

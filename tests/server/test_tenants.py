@@ -1,0 +1,163 @@
+"""Who may do what: every route, with every kind of key, on every kind of adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from server import Server
+
+from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, TENANT_KEYS, client, upload
+
+KEYS = {"admin": ADMIN_KEY, "acme": TENANT_KEYS["acme"], "globex": TENANT_KEYS["globex"]}
+KEYS |= {"inference": INFERENCE_KEY, "wrong": "no-key-of-anybody"}
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+WHO = list(KEYS)
+
+
+def uses(path: str, body: dict[str, object]) -> Callable[[httpx.Client, str], httpx.Response]:
+    return lambda http, name: http.post(path, json={"model": name, **body})
+
+
+def invokes(body: dict[str, object]) -> Callable[[httpx.Client, str], httpx.Response]:
+    """SageMaker's route takes the name from a header, and answers for the base model without one."""
+
+    def call(http: httpx.Client, name: str) -> httpx.Response:
+        return http.post("/invocations", json=body, headers={"X-Amzn-SageMaker-Adapter-Identifier": name})
+
+    return call
+
+
+# Every route that takes a model's name.
+USES = {
+    "completions": uses("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+    "chat": uses("/v1/chat/completions", CHAT),
+    "responses": uses("/v1/responses", {"input": "x", "max_output_tokens": 1}),
+    "messages": uses("/v1/messages", CHAT),
+    "count_tokens": uses("/v1/messages/count_tokens", {"messages": CHAT["messages"]}),
+    "invocations": invokes({"prompt": "x", "max_tokens": 1}),
+    "invocations chat": invokes(CHAT),
+    "tokenize": uses("/tokenize", {"prompt": "x"}),
+    "detokenize": uses("/detokenize", {"tokens": [1]}),
+    "generate": uses("/inference/v1/generate", {"token_ids": [1], "sampling_params": {"max_tokens": 1}}),
+    "render": uses("/v1/completions/render", {"prompt": "x", "max_tokens": 1}),
+    "render chat": uses("/v1/chat/completions/render", CHAT),
+}
+LOOKS = {
+    "report": lambda http, name: http.get(f"/v1/adapters/{name}"),
+    "versions": lambda http, name: http.get(f"/v1/adapters/{name}/versions"),
+}
+# (who, adapter) → status of using it. The tenants' own, the shared one, the base model, nobody's.
+NAMES = ("aligned", "shared", "acme/own", "globex/own", "acme/none")
+ALLOWED = {
+    "admin": {"aligned", "shared", "acme/own", "globex/own"},
+    "acme": {"aligned", "shared", "acme/own"},
+    "globex": {"aligned", "shared", "globex/own"},
+    "inference": {"aligned", "shared"},
+}
+
+
+@pytest.fixture
+def owned(admin: httpx.Client, adapters: dict[str, Path]) -> None:
+    for name in ("shared", "acme/own", "globex/own"):
+        assert upload(admin, name, adapters["qv"], replace=True).status_code == 201
+
+
+def test_every_route_obeys(server: Server, owned: None) -> None:
+    with client(server, ADMIN_KEY) as admin:
+        routes = admin.get("/openapi.json").json()["paths"]
+    wrong = []
+    for who, key in KEYS.items():
+        with client(server, key) as http:
+            for route, call in {**USES, **LOOKS}.items():
+                for name in NAMES:
+                    answer = call(http, name)
+                    path = answer.request.url.path
+                    if route in USES and path not in routes:
+                        continue  # this vLLM, or this model, does not have it
+                    if route in LOOKS and name == "aligned":
+                        continue  # no adapter
+                    guarded = path.startswith(("/v1", "/inference"))
+                    if who == "wrong":
+                        good = answer.status_code == 401 if guarded else name == "aligned"
+                        good = good or answer.status_code == 404
+                    elif name in ALLOWED[who]:
+                        good = answer.status_code == 200
+                    else:
+                        good = answer.status_code == 404
+                    if not good:
+                        wrong.append((who, route, name, answer.status_code, answer.text[:200]))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_models_shows_own_and_shared_only(server: Server, owned: None) -> None:
+    for who, allowed in ALLOWED.items():
+        with client(server, KEYS[who]) as http:
+            shown = {card["id"] for card in http.get("/v1/models").json()["data"]}
+            assert shown - {"static"} == allowed, who
+            listed = {report["adapter"] for report in http.get("/v1/adapters").json()["data"]}
+            assert listed - {"static"} == allowed - {"aligned"}, who
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_changes(server: Server, owned: None, adapters: dict[str, Path], who: str) -> None:
+    """Whoever may not change a name gets 401, 403 or 404, and nothing happens."""
+    expected = {
+        # (shared, acme/own, globex/own)
+        "admin": {"upload": (201, 201, 201), "rollback": (200, 200, 200), "policy": (200, 200, 200)},
+        "acme": {"upload": (403, 201, 403), "rollback": (403, 200, 404), "policy": (403, 403, 403)},
+        "globex": {"upload": (403, 403, 201), "rollback": (403, 404, 200), "policy": (403, 403, 403)},
+        "inference": {"upload": (401,) * 3, "rollback": (401,) * 3, "policy": (401,) * 3},
+        "wrong": {"upload": (401,) * 3, "rollback": (401,) * 3, "policy": (401,) * 3},
+    }[who]
+    deletes = {"admin": (200,) * 3, "acme": (403, 200, 404), "globex": (403, 404, 200)}
+    loads = {"admin": 200, "acme": 403, "globex": 403}
+    with client(server, KEYS[who]) as http:
+        for index, name in enumerate(("shared", "acme/own", "globex/own")):
+            got = {
+                "upload": upload(http, name, adapters["qv"], replace=True).status_code,
+                "rollback": http.post(f"/v1/adapters/{name}/rollback", json={"version": 1}).status_code,
+                "policy": http.put(f"/v1/adapters/{name}/policy", json={"policy": {}}).status_code,
+            }
+            assert got == {action: statuses[index] for action, statuses in expected.items()}, name
+            gone = http.delete(f"/v1/adapters/{name}").status_code
+            assert gone == deletes.get(who, (401,) * 3)[index], name
+        body = {"lora_name": "loaded", "lora_path": str(adapters["qv"])}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == loads.get(who, 401)
+        unloaded = http.post("/v1/unload_lora_adapter", json={"lora_name": "loaded"}).status_code
+        assert unloaded == loads.get(who, 401)
+
+
+def test_no_route_loads_or_removes_without_a_key(server: Server, owned: None) -> None:
+    """Every route that the server documents or hides, called with an inference key and with none."""
+    with client(server, ADMIN_KEY) as admin:
+        paths = admin.get("/openapi.json").json()["paths"]
+        before = admin.get("/v1/adapters").json()
+        hidden = ["/adapters", "/adapters/shared", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+        hidden += ["/load_lora_adapter", "/unload_lora_adapter", "/collective_rpc", "/server_info"]
+        bodies = [
+            {"lora_name": "x", "lora_path": "/tmp", "name": "x", "src": "/tmp", "path": "/tmp"},
+            {"lora_name": "shared", "name": "shared", "model": "none", "version": 1, "policy": {}},
+        ]
+        for key in (INFERENCE_KEY, ""):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+                for path in [*paths, *hidden]:
+                    for method in ("POST", "PUT", "DELETE", "PATCH"):
+                        for body in bodies:
+                            url = path.replace("{name}", "shared").replace("{response_id}", "x")
+                            http.request(method, url.replace("{adapter_name}", "shared"), json=body)
+        after = admin.get("/v1/adapters").json()
+    assert after == before
+    changing = {
+        path
+        for path, methods in paths.items()
+        if "adapter" in path and set(methods) & {"post", "put", "delete", "patch"}
+    }
+    assert changing == {
+        "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/adapters/{name}",
+        "/v1/adapters/{name}/rollback", "/v1/adapters/{name}/policy",
+    }, json.dumps(sorted(changing))  # fmt: skip

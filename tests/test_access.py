@@ -1,0 +1,352 @@
+"""Who a caller is, what he may do, and what becomes of a keys file that is edited."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safelora_vllm.access import STRANGER, KeyRing, Principal, Quota, check_name
+from safelora_vllm.errors import KeysError, QuotaExceeded, UsageError
+
+ALICE, BOB, CI, NIGHTLY, OTHER = (f"{who} has a long secret" for who in ("alice", "bob", "ci", "cron", "x"))
+ADMIN, INFERENCE = "the environment's admin key", "an inference key of vLLM"
+FILE = f"""
+[admin]
+alice = "{ALICE}"
+bob = "sha256:{hashlib.sha256(BOB.encode()).hexdigest().upper()}"
+[tenants.acme]
+max_adapters = 20
+max_bytes = 5_000_000_000
+max_rank = 32
+[tenants.acme.keys]
+ci = "{CI}"
+nightly = "{NIGHTLY}"
+[tenants."b.2".keys]
+ci = "{OTHER}"
+"""
+QUOTA = Quota(20, 5_000_000_000, 32)
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Replace the keys file as an operator should: a new file, renamed."""
+
+    def replace(text: str) -> Path:
+        new, file = tmp_path / "new", tmp_path / "keys.toml"
+        new.touch(0o600)
+        new.write_text(text)
+        return new.rename(file)
+
+    return replace
+
+
+def test_every_key_has_its_principal(write: Write) -> None:
+    ring = KeyRing.open(write(FILE), ADMIN, [INFERENCE, "", INFERENCE])
+    for token, expected in {
+        ADMIN: Principal("admin", "admin/environment"),
+        ALICE: Principal("admin", "admin/alice"),
+        BOB: Principal("admin", "admin/bob"),
+        CI: Principal("tenant", "acme/ci", "acme", QUOTA),
+        NIGHTLY: Principal("tenant", "acme/nightly", "acme", QUOTA),
+        OTHER: Principal("tenant", "b.2/ci", "b.2", Quota()),
+        INFERENCE: Principal("inference", "inference"),
+        "": STRANGER,
+        None: STRANGER,
+        "unknown": STRANGER,
+        ALICE + " ": STRANGER,
+        "sha256:" + hashlib.sha256(BOB.encode()).hexdigest(): STRANGER,
+        "\ud800 ключ": STRANGER,
+    }.items():
+        assert ring.identify(token) == expected, token
+
+
+@pytest.mark.parametrize("tenants", [True, False])
+def test_without_inference_keys_strangers_are_anonymous(tenants: bool, write: Write) -> None:
+    ring = KeyRing.open(write(FILE) if tenants else None, ADMIN, [])
+    stranger = Principal("anonymous", "anonymous", sees_all=not tenants)
+    for token in (None, "", "unknown"):
+        assert ring.identify(token) == stranger
+    assert ring.identify(ADMIN) == Principal("admin", "admin/environment")
+
+
+def test_without_tenants_inference_keys_see_every_adapter() -> None:
+    found = KeyRing.open(None, None, [INFERENCE]).identify(INFERENCE)
+    assert found.sees_all and found.may_use("acme/a") and not found.may_manage("a")
+
+
+@pytest.mark.parametrize(
+    ("principal", "usable", "manageable"),
+    [
+        (Principal("admin", "admin/alice"), ["a", "acme/a", "acme2/a"], ["a", "acme/a", "acme2/a"]),
+        (Principal("tenant", "acme/ci", "acme"), ["a", "acme/a"], ["acme/a"]),
+        (Principal("tenant", "a/ci", "a"), ["a"], []),
+        (Principal("inference", "inference"), ["a"], []),
+        (STRANGER, [], []),
+        (Principal("anonymous", "anonymous"), ["a"], []),
+        (Principal("inference", "inference", sees_all=True), ["a", "acme/a", "acme2/a"], []),
+        (Principal("anonymous", "anonymous", sees_all=True), ["a", "acme/a", "acme2/a"], []),
+    ],
+    ids=str,
+)
+def test_what_a_principal_may_do(principal: Principal, usable: list[str], manageable: list[str]) -> None:
+    names = ["a", "acme/a", "acme2/a"]
+    assert [name for name in names if principal.may_use(name)] == usable
+    assert [name for name in names if principal.may_manage(name)] == manageable
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "A0._-", "acme/a.b", "x" * 128, "versions", "policy/a"])
+def test_names_that_an_adapter_can_have(name: str) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "/", "a/", "/a", "a/b/c", "a//b", ".", "..", "a/..", "../a", ".a", "-a", "_a", "a b", "a\n",
+        "\na", "a\x00", "é", "٣", "a\\b", "a%2fb", "x" * 129, "a/versions", "a/rollback", "a/policy",
+        "\ud800", "/" * 100_000,
+    ],
+    ids=lambda name: repr(name)[:20],
+)  # fmt: skip
+def test_names_that_no_adapter_can_have(name: str) -> None:
+    with pytest.raises(UsageError) as error:
+        check_name(name)
+    assert repr(name)[:200] in str(error.value) and len(str(error.value)) < 400
+
+
+@given(st.text(max_size=6) | st.text("ab/.-\n", max_size=6))
+def test_a_name_that_passes_is_one_part_or_two(name: str) -> None:
+    """Independently of the regular expression: what a URL, a file system and a log line need."""
+    try:
+        check_name(name)
+    except UsageError:
+        return
+    for part in name.split("/"):
+        assert part.isascii() and part[0].isalnum() and part.replace(".", "").replace("-", "").isalnum()
+    assert name.count("/") <= 1
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ((20, 5_000_000_000, 32), []),
+        ((21, 0, 0), ["21 would be needed of max_adapters 20"]),
+        ((0, 5_000_000_001, 0), ["5000000001 would be needed of max_bytes 5000000000"]),
+        ((0, 0, 33), ["33 would be needed of max_rank 32"]),
+        ((21, 0, 64), ["21 would be needed of max_adapters 20", "64 would be needed of max_rank 32"]),
+    ],
+)
+def test_a_quota_names_each_limit_that_is_passed(figures: tuple[int, int, int], words: list[str]) -> None:
+    Quota().check(*figures)
+    if not words:
+        return QUOTA.check(*figures)
+    with pytest.raises(QuotaExceeded) as error:
+        QUOTA.check(*figures)
+    assert all(word in str(error.value) for word in words)
+    assert str(error.value).count("would be needed") == len(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[admin", "not TOML"),
+        (f'[admin]\na = {ALICE}\n', "not TOML"),
+        (f'[admin]\na = "{ALICE}"\na = "{BOB}"\n', "not TOML"),
+        (f'[user]\na = "{ALICE}"\n', "unknown entries ['user']; known are admin, tenants"),
+        (f'admin = "{ALICE}"\n', "admin is of type str"),
+        (f'[tenants]\nacme = "{ALICE}"\n', "tenants.acme is of type str"),
+        (f'[tenants.acme]\nkeys = ["{ALICE}"]\n', "tenants.acme.keys is of type list"),
+        (f'[tenants.acme]\nci = "{ALICE}"\n', "tenants.acme has unknown entries ['ci']"),
+        ('[tenants.acme]\nmax_rank = "8"\n', "tenants.acme.max_rank is '8'"),
+        ('[tenants.acme]\nmax_rank = true\n', "tenants.acme.max_rank is True"),
+        ('[tenants.acme]\nmax_bytes = 1e9\n', "tenants.acme.max_bytes is 1000000000.0"),
+        ('[tenants.acme]\nmax_adapters = -1\n', "tenants.acme.max_adapters is -1"),
+        (f'[tenants."a/b".keys]\nci = "{ALICE}"\n', "tenants has an entry called 'a/b'"),
+        (f'[tenants.a.keys]\n"c i" = "{ALICE}"\n', "tenants.a.keys has an entry called 'c i'"),
+        (f'[admin]\n"" = "{ALICE}"\n', "admin has an entry called ''"),
+        (f'[tenants.admin.keys]\nci = "{ALICE}"\n', "no tenant can be called admin"),
+        (f'[admin]\nenvironment = "{ALICE}"\n', "admin.environment means"),
+        ('[admin]\na = "fifteen letters"\n', "admin.a is no usable secret; expected is a string of at l"),
+        ('[admin]\na = " sixteen letters"\n', "admin.a is no usable secret"),
+        ('[admin]\na = "sixteen lettérs!"\n', "admin.a is no usable secret"),
+        ('[admin]\na = 1234567890123456\n', "admin.a is no usable secret"),
+        (f'[admin]\na = "sha256:{"0" * 63}"\n', "admin.a is no usable secret"),
+        (f'[admin]\na = "sha256:{"g" * 64}"\n', "admin.a is no usable secret"),
+        (f'[admin]\na = "{ALICE}"\nb = "{ALICE}"\n', "admin/a and admin/b have the same secret"),
+        (f'[admin]\na = "{ADMIN}"\n', "admin/environment and admin/a have the same secret"),
+        (f'[admin]\na = "{INFERENCE}"\n', "inference and admin/a have the same secret"),
+        (
+            f'[admin]\na = "{ALICE}"\n'
+            f'[tenants.b.keys]\nc = "sha256:{hashlib.sha256(ALICE.encode()).hexdigest()}"\n',
+            "admin/a and b/c have the same secret",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_by_name_and_entry_only(text: str, words: str, write: Write) -> None:
+    file = write(text)
+    with pytest.raises(KeysError) as error:
+        KeyRing.open(file, ADMIN, [INFERENCE])
+    message = str(error.value)
+    assert words in message and str(file) in message
+    secrets = (ALICE, BOB, ADMIN, INFERENCE, "fifteen letters", "sixteen", "1234567890", "0" * 20, "ggg")
+    assert not [secret for secret in secrets if secret in message]
+
+
+def test_one_secret_for_admin_and_inference_is_refused() -> None:
+    with pytest.raises(KeysError, match="inference and admin/environment have the same secret"):
+        KeyRing.open(None, ADMIN, [ADMIN])
+
+
+def test_bytes_that_are_not_text(write: Write) -> None:
+    file = write("")
+    file.write_bytes(b'[admin]\na = "\xff"\n')
+    with pytest.raises(KeysError, match="not TOML"):
+        KeyRing.open(file, None, [])
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_a_file_that_others_can_get_at_is_refused(mode: int, write: Write) -> None:
+    file = write(FILE)
+    file.chmod(mode)
+    with pytest.raises(KeysError, match=f"mode {mode:04o}.*chmod 600 {file}"):
+        KeyRing.open(file, None, [])
+
+
+def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
+    for file, cause in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(KeysError, match=rf"{file} cannot be read \({cause}.*mend its path"):
+            KeyRing.open(file, None, [])
+
+
+def test_two_keys_are_changed_one_after_the_other(write: Write) -> None:
+    """The way to a new key without a moment in which none is valid."""
+    first = Principal("tenant", "acme/a", "acme")
+    second = Principal("tenant", "acme/b", "acme")
+    ring = KeyRing.open(write(f'[tenants.acme.keys]\na = "{CI}"\n'), None, [INFERENCE])
+    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (first, STRANGER)
+    write(f'[tenants.acme.keys]\na = "{CI}"\nb = "{NIGHTLY}"\n')
+    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (first, second)
+    write(f'[tenants.acme.keys]\nb = "{NIGHTLY}"\n')
+    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (STRANGER, second)
+    write("")
+    assert ring.identify(NIGHTLY) == STRANGER
+    assert not ring.identify(INFERENCE).sees_all, "a file without tenants opens nothing"
+
+
+def test_a_file_gone_wrong_leaves_the_old_keys_in_force_and_is_logged_once(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vllm.safelora.access")
+    file = write(FILE)
+    ring = KeyRing.open(file, None, [INFERENCE])
+    alice = Principal("admin", "admin/alice")
+
+    def logged(times: int = 3) -> list[tuple[int, str]]:
+        caplog.clear()
+        assert [ring.identify(ALICE) for _ in range(times)] == [alice] * times
+        assert ring.identify(NIGHTLY[::-1]) == STRANGER
+        assert {record.name for record in caplog.records} <= {"vllm.safelora.access"}
+        return [(record.levelno, record.getMessage()) for record in caplog.records]
+
+    assert logged() == []
+    write(f'[admin]\nalice = "{ALICE}"\ndave = "short{NIGHTLY[::-1]}é"\n')
+    ((level, message),) = logged()
+    assert level == logging.ERROR and "admin.dave" in message and "keys read before stay" in message
+    file.unlink()
+    ((level, message),) = logged()
+    assert level == logging.ERROR and "No such file" in message
+    write(FILE)
+    ((level, message),) = logged()
+    assert level == logging.INFO and "6 keys in force" in message
+    file.chmod(0o644)  # the content is as before
+    ((level, message),) = logged()
+    assert level == logging.ERROR and "chmod 600" in message
+    file.chmod(0o600)
+    ((level, _),) = logged()
+    assert level == logging.INFO
+
+
+def test_a_file_that_could_not_be_read_is_read_at_the_next_call(
+    write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = KeyRing.open(write(FILE), None, [INFERENCE])
+    write(f'[admin]\nalice = "{NIGHTLY}"\n')
+
+    def no_descriptor(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", no_descriptor)
+        assert ring.identify(ALICE) == ring.identify(ALICE) == Principal("admin", "admin/alice")
+    assert len(caplog.records) == 1
+    assert ring.identify(ALICE) == STRANGER != ring.identify(NIGHTLY)
+
+
+def test_secrets_show_nowhere(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    ring = KeyRing.open(write(FILE), ADMIN, [INFERENCE])
+    shown = [repr(ring), repr(ring._known), str(vars(ring))]
+    for token in (ADMIN, ALICE, CI, INFERENCE, "a secret that nobody has"):
+        shown.append(repr(ring.identify(token)))
+    write(FILE + f'[tenants.c.keys]\nci = "{CI}"\n')
+    ring.identify("a secret that nobody has")
+    assert "acme/ci and c/ci have the same secret" in caplog.text
+    text = "\n".join([*shown, caplog.text])
+    for secret in (ADMIN, ALICE, BOB, CI, INFERENCE, "a secret that nobody has"):
+        assert secret not in text
+
+
+@pytest.mark.parametrize("token", [ADMIN, ALICE, OTHER, INFERENCE, "unknown"])
+def test_each_token_is_compared_with_all_keys(
+    token: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = KeyRing.open(write(FILE), ADMIN, [INFERENCE])
+    compared: list[tuple[bytes, bytes]] = []
+    real = hmac.compare_digest
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return real(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    ring.identify(token)
+    everyone = {
+        hashlib.sha256(s.encode()).digest() for s in (ADMIN, ALICE, BOB, CI, NIGHTLY, OTHER, INFERENCE)
+    }
+    assert {a for a, _ in compared} == everyone and len(compared) == 7
+    assert {b for _, b in compared} == {hashlib.sha256(token.encode()).digest()}
+
+
+def test_many_threads_while_the_file_is_replaced(write: Write) -> None:
+    ring = KeyRing.open(write(FILE), None, [INFERENCE])
+    stop, wrong = threading.Event(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            if (found := ring.identify(ALICE)) is None or found.key_id not in (
+                "admin/alice",
+                "admin/renamed",
+            ):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for turn in range(60):
+        write(FILE.replace("alice =", "renamed =") if turn % 2 == 0 else FILE)
+        os.sched_yield()
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+    assert ring.identify(ALICE) == Principal("admin", "admin/alice")

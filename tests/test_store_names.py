@@ -1,0 +1,421 @@
+"""Records of names: what is on disk, what a change does, and what others see of it meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import stat
+import string
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.store import AdapterRecord, NameStore, Version
+from safelora_vllm.store.records import file_of
+
+A, B = "a" * 64, "b" * 64
+_CONTEXT = multiprocessing.get_context("fork")  # quick, and safe: the children only handle files
+_PROCESSES, _UPDATES = 4, 100
+ODD = [
+    "a", "acme/summary-1.0", ".", "..", "../../etc/passwd", ".lock", ".new-x", ".json", "a.json", "a b",
+    "a%2Fb", "%", "é", "名前", "a\nb", "a\x00b", "~", "-", "CON", "A", "x" * 250, "🙂" * 20,
+]  # fmt: skip
+GOLDEN = """{
+ "format": 1,
+ "name": "acme/x",
+ "current": 1,
+ "versions": [
+  {
+   "version": 1,
+   "digest": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+   "bytes": 10,
+   "rank": 4,
+   "created": 2.5,
+   "by": "acme/ci",
+   "policy": {
+    "threshold": 0.5
+   },
+   "override": true,
+   "reason": "asked",
+   "key": "",
+   "rules": ""
+  }
+ ]
+}"""
+
+
+def version(digest: str = A, **changes: Any) -> Version:
+    """A version as an upload makes it; its number comes from the record."""
+    plain = Version(0, digest, bytes=10, rank=4, created=2.5, by="acme/ci")
+    return dataclasses.replace(plain, **changes)
+
+
+def put(names: NameStore, name: str, *digests: str) -> None:
+    """One version of ``name`` for each digest."""
+    for digest in digests:
+        names.update(name, lambda old, d=digest: (old or AdapterRecord(name)).with_version(version(d)))
+
+
+def settle(names: NameStore) -> None:
+    """Make all files old enough to be remembered."""
+    for file in names.folder.iterdir():
+        os.utime(file, (1000, 1000))
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> NameStore:
+    return NameStore(tmp_path / "deep" / "store")
+
+
+def test_versions_count_up_and_the_newest_ten_stay() -> None:
+    record = AdapterRecord("x")
+    for number in range(1, 15):
+        record = record.with_version(version(f"{number:064x}"))
+        assert record.current == record.live.version == number
+        assert record.live.digest == f"{number:064x}"
+    assert [v.version for v in record.versions] == list(range(5, 15))
+
+
+def test_going_back_and_on() -> None:
+    record = AdapterRecord("x").with_version(version(A, policy={"number": 3})).with_version(version(B))
+    back = record.rolled_back(1)
+    assert back.live == record.version(1) and back.live.policy == {"number": 3}
+    assert back.versions == record.versions and record.current == 2  # the old object is as it was
+    assert back.with_version(version(B)).current == 3
+    for unknown in (0, 3, -1):
+        with pytest.raises(UsageError, match=rf"'x' has no version {unknown}; it has \[1, 2\]"):
+            record.rolled_back(unknown)
+
+
+def test_another_policy_is_a_new_version_of_the_same_content() -> None:
+    record = AdapterRecord("x").with_version(version(A, key=B, rules=B))
+    new = record.with_policy({"mode": "audit"}, created=9.0, by="admin", override=True, reason="trial").live
+    assert new == version(
+        A, version=2, policy={"mode": "audit"}, created=9.0, by="admin", override=True, reason="trial"
+    )
+
+
+def test_golden_record(names: NameStore) -> None:
+    changes = {"policy": {"threshold": 0.5}, "override": True, "reason": "asked"}
+    record = AdapterRecord("acme/x").with_version(version(A, **changes))
+    assert names.update("acme/x", lambda _: record) == record
+    file = names.root / "names" / "acme%2Fx.json"
+    assert file.read_text() == GOLDEN
+    assert names.get("acme/x") == record and names.all() == {"acme/x": record}
+
+
+def test_modes(names: NameStore) -> None:
+    put(names, "x", A)
+    for path in (names.root.parent, names.root, names.folder, *names.folder.iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_nothing_is_there_and_nothing_is_made_by_looking(names: NameStore) -> None:
+    assert names.get("x") is None and names.all() == {} and names.damaged() == {} and names.stamp() == 0
+    assert not names.root.exists()
+    assert names.update("x", lambda _: None) is None and names.all() == {}
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_odd_names(name: str, names: NameStore) -> None:
+    put(names, name, A)
+    put(names, "other", B)
+    assert set(names.all()) == {name, "other"}
+    found = names.get(name)
+    assert found is not None and found.name == name
+    assert {path.parent for path in names.root.rglob("*.json")} == {names.folder}
+    names.update(name, lambda _: None)
+    assert names.get(name) is None and set(names.all()) == {"other"}
+    assert {path.name for path in names.folder.iterdir()} == {".lock", "other.json"}
+
+
+@pytest.mark.parametrize("name", ["", "x" * 251, "é" * 45, "\ud800"], ids=ascii)
+def test_names_that_cannot_be_files(name: str, names: NameStore) -> None:
+    assert names.get(name) is None
+    with pytest.raises(UsageError, match="is no adapter name"):
+        names.update(name, lambda _: AdapterRecord(name).with_version(version()))
+    assert not names.root.exists()
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_a_file_name_is_plain_and_says_the_name(name: str) -> None:
+    file = file_of(name)
+    assert unquote(file.removesuffix(".json")) == name
+    assert set(file) <= {*string.ascii_letters, *string.digits, *"_.-~%"}
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3, unique=True))
+def test_any_names_live_side_by_side(texts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        names = NameStore(folder)
+        for text in texts:
+            put(names, text, A)
+        assert set(names.all()) == set(texts) and names.damaged() == {}
+
+
+def test_a_change_that_fails_changes_nothing(names: NameStore) -> None:
+    put(names, "x", A)
+    before = names.get("x")
+
+    def failing(_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        names.update("x", failing)
+    # Records that could not be read again: no version, another name, no digest, no JSON.
+    for wrong in (
+        AdapterRecord("x"),
+        AdapterRecord("y").with_version(version()),
+        AdapterRecord("x").with_version(version("../x")),
+        AdapterRecord("x").with_version(version(created=float("nan"))),
+        AdapterRecord("x", 7, (version(version=1),)),
+    ):
+        with pytest.raises(ValueError):
+            names.update("x", lambda _, wrong=wrong: wrong)
+    assert names.get("x") == before
+    put(names, "x", B)  # and the lock is free
+
+
+def test_no_change_writes_nothing(names: NameStore) -> None:
+    put(names, "x", A)
+    stamp, status = names.stamp(), (names.folder / "x.json").stat()
+    time.sleep(0.02)  # more than a tick of the kernel's clock for files (at most 10 ms)
+    names.update("x", lambda old: old)
+    assert names.stamp() == stamp and (names.folder / "x.json").stat() == status
+
+
+def test_the_stamp_moves_with_every_change(names: NameStore) -> None:
+    stamps = []
+    for change in (A, B, None):
+        time.sleep(0.02)  # see above
+        if change:
+            put(names, "x", change)
+        else:
+            names.update("x", lambda _: None)
+        stamps.append(names.stamp())
+    assert stamps == sorted(set(stamps)) and stamps[0] > 0
+
+
+def count_up(root: Path) -> None:
+    """In a process of its own: many updates of one name."""
+    for _ in range(_UPDATES):
+        put(NameStore(root), "x", A)
+
+
+def test_no_update_is_lost_between_processes(names: NameStore) -> None:
+    processes = [_CONTEXT.Process(target=count_up, args=(names.root,)) for _ in range(_PROCESSES)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):  # readers see whole records throughout
+        assert names.damaged() == {}
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    record = names.get("x")
+    assert record is not None and record.current == _PROCESSES * _UPDATES
+    assert [v.version for v in record.versions] == list(range(391, 401))
+    assert {path.name for path in names.folder.iterdir()} == {".lock", "x.json"}
+
+
+def test_no_update_is_lost_between_threads(names: NameStore) -> None:
+    threads = [threading.Thread(target=put, args=(names, "x", *[A] * 25)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    record = names.get("x")
+    assert record is not None and record.current == 100
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_record(
+    call: str, number: int, names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(names, "x", A)
+    before = names.get("x")
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        for name in ("x", "new"):
+            with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+                put(names, name, B)
+    assert names.get("x") == before and names.get("new") is None
+    assert {path.name for path in names.folder.iterdir()} == {".lock", "x.json"}
+    put(names, "x", B)  # and it works when there is room again
+
+
+@pytest.mark.parametrize("failing_at", [0, 1])
+def test_a_disk_that_fails_after_the_rename(
+    failing_at: int, names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first fsync is the file's, the second its folder's, when the new record is in its place."""
+    put(names, "x", A)
+    calls: list[int] = []
+
+    def failing(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > failing_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(GateUnavailable):
+            put(names, "x", B)
+    record = names.get("x")
+    assert record is not None and record.live.digest == (A, B)[failing_at]
+
+
+def golden(**changes: Any) -> str:
+    """The golden record with other fields of the record or of its version."""
+    data = json.loads(GOLDEN)
+    for name, value in changes.items():
+        target = data if name in data or name == "more" else data["versions"][0]
+        target[name] = value
+    return json.dumps(data)
+
+
+DAMAGED = {
+    "empty": "", "cut": GOLDEN[:100], "binary": b"\xff\x00", "list": "[]", "number": "1", "null": "null",
+    "deep": "[" * 100_000, "no format": "{}", "newer": golden(format=2), "other name": golden(name="y"),
+    "name is a number": golden(name=1), "no versions": golden(versions=[]), "text": golden(versions="x"),
+    "versions are numbers": golden(versions=[1]), "current gone": golden(current=2),
+    "current true": golden(current=True), "version true": golden(version=True),
+    "version text": golden(version="1"), "digest short": golden(digest="a"), "digest": golden(digest=1),
+    "bytes": golden(bytes=1.5), "created": golden(created="now"), "nan": golden(created=float("nan")),
+    "by": golden(by=None), "policy": golden(policy=[]), "override": golden(override=1),
+    "unknown field": golden(later=1),
+    "versions twice": golden(versions=json.loads(GOLDEN)["versions"] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_record_does_not_hide_the_others(
+    what: str, names: NameStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(names, "good", A)
+    put(names, "acme/x", A)
+    file = names.folder / "acme%2Fx.json"
+    text = DAMAGED[what]
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with caplog.at_level(logging.ERROR, "vllm.safelora.store"):
+        for _ in range(3):
+            assert set(names.all()) == {"good"}
+    (entry,) = caplog.records  # once, not at every look
+    assert entry.levelname == "ERROR" and str(file) in entry.getMessage()
+    assert "restore it from a backup, or delete it" in entry.getMessage()
+    assert set(names.damaged()) == {file}
+    with pytest.raises(StoreDamaged, match="restore it from a backup, or delete it"):
+        names.get("acme/x")
+    with pytest.raises(StoreDamaged):
+        names.update("acme/x", lambda _: None)
+    assert file.exists()  # nobody but the operator decides about it
+    file.write_text(GOLDEN)
+    assert set(names.all()) == {"good", "acme/x"}
+
+
+def test_what_is_no_record_is_not_taken_for_one(names: NameStore, caplog: pytest.LogCaptureFixture) -> None:
+    put(names, "good", A)
+    for other in ("README", ".new-1", "good.json~", ".good.json.swp"):
+        (names.folder / other).write_text("something")
+    os.mkfifo(names.folder / "pipe.json")
+    (names.folder / "folder.json").mkdir()
+    (names.folder / "link.json").symlink_to("good.json")
+    (names.folder / "gone.json").symlink_to("nowhere")
+    (names.folder / "%zz.json").write_text(golden(name="%zz"))  # quoted by hand, in another way
+    (names.folder / "copy of good.json").write_text(golden(name="good"))
+    os.close(os.open(os.fsencode(names.folder) + b"/\xff.json", os.O_CREAT))
+    with caplog.at_level(logging.ERROR, "vllm.safelora.store"):
+        assert set(names.all()) == set(names.all()) == {"good"}
+    bad = {
+        "pipe.json",
+        "folder.json",
+        "link.json",
+        "gone.json",
+        "%zz.json",
+        "copy of good.json",
+        "\udcff.json",
+    }
+    assert {path.name for path in names.damaged()} == bad and len(caplog.records) == len(bad)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_do_not_unload_a_name(
+    number: int, names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(names, "x", A)
+
+    def failing(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        for look in (names.all, lambda: names.get("x")):
+            with pytest.raises(GateUnavailable, match="cannot be read now"):
+                look()
+    assert set(names.all()) == {"x"}
+
+
+def test_only_what_changed_is_read_again(names: NameStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        put(names, name, A)
+    settle(names)
+    names.all()
+    opened: list[str] = []
+    real = os.open
+
+    def counting(path: Any, *arguments: Any) -> int:
+        opened.append(Path(path).name)
+        return real(path, *arguments)
+
+    monkeypatch.setattr("safelora_vllm.store.names.os.open", counting)
+    assert set(names.all()) == set("abc") and opened == []
+    put(NameStore(names.root), "b", B)
+    (names.folder / "c.json").unlink()
+    opened.clear()
+    found = names.all()
+    assert opened == ["b.json"] and set(found) == {"a", "b"} and found["b"].live.digest == B
+
+
+def test_a_second_change_within_a_tick_is_seen(names: NameStore) -> None:
+    """Same size, same mtime, and an inode that was given away again: only its age tells."""
+    put(names, "x", A)
+    file = names.folder / "x.json"
+    names.all()
+    status = file.stat()
+    with file.open("r+") as stream:
+        text = stream.read().replace(A, B)
+        stream.seek(0)
+        stream.write(text)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert names.all()["x"].live.digest == B
+
+
+def test_a_thousand_names_are_looked_at_in_milliseconds(names: NameStore) -> None:
+    put(names, "acme/x", A)
+    for number in range(1000):
+        name = f"acme/adapter-{number}"
+        (names.folder / file_of(name)).write_text(golden(name=name))
+    settle(names)
+    assert len(names.all()) == 1001
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        names.all()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.03  # measured: 4 ms; the rest is for a slow and busy machine
