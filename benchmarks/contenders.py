@@ -46,7 +46,7 @@ def ours(cache: ProjectorCache, weights: Weights) -> dict[str, float | None]:
     for name, delta in deltas.items():
         a, b = METHODS[_POLICY.method](delta, _POLICY) if name in selected else (delta.a, delta.b)
         weights[name] = a, b
-        _ = delta.retained(a, b), delta.relative_norm
+        _ = delta.served(a, b).retained, delta.relative_norm
     return similarities
 
 

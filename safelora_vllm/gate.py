@@ -24,14 +24,17 @@ import torch
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.methods import METHODS, ModuleDelta
+from safelora_vllm.methods import METHODS, ModuleDelta, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import PublishedStore, RawStore
 
 logger = logging.getLogger("vllm.safelora.gate")
-_FORMAT = 1  # raise it when the same input would be published as other bytes
+_FORMAT = 2  # raise it when the same input would be published as other bytes
+# ‖BA‖² over Σ_k ‖b_k‖²‖a_k‖²: about 1 and more for trained adapters. Rounding to bfloat16 moves a delta by
+# 2⁻⁹ of the root of the latter, so at this bound by at most 2⁻⁹/√1e-3 = 6 % of its norm.
+_MIN_COHERENCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -162,25 +165,26 @@ def evaluate(
                 a.to(settings.device),
                 b.to(settings.device),
                 cache.projector(module, settings.device),
+                settings.dtype,
             )
             for module, (a, b) in weights.items()
         }
         selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
-        reasons, broken, served, modules = [], [], {}, []
+        reasons, broken, weights_served, modules = [], [], {}, []
         for module, delta in deltas.items():
             a, b = delta.a, delta.b
             if module in selected:
                 a, b = METHODS[policy.method](delta, policy)
-            reasons += _check_norm(module, delta, policy)
-            retained = delta.retained(a, b)
-            broken += _check_finite(module, delta.norm, retained)
-            modules.append(_module_report(module, delta, retained, module in selected))
-            served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
+            served = delta.served(a, b)
+            broken += _check_sound(module, delta, served)
+            reasons += _check_norm(module, delta, served, policy)
+            modules.append(_module_report(module, delta, served, module in selected))
+            weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
     if broken:  # not in audit mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules)
-    return report, served if accepted else None
+    return report, weights_served if accepted else None
 
 
 def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
@@ -189,33 +193,49 @@ def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
             store.keep(raw.digest, raw.files)
 
 
-def _check_norm(module: str, delta: ModuleDelta, policy: Policy) -> list[Reason]:
-    if delta.relative_norm <= policy.max_relative_norm:
+def _check_norm(module: str, delta: ModuleDelta, served: Served, policy: Policy) -> list[Reason]:
+    """The cap holds for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1."""
+    largest = max(1.0, served.retained or 0.0) * delta.relative_norm
+    if largest <= policy.max_relative_norm:
         return []
     return [
         Reason(
             "relative_norm",
-            f"{module}: the adapter is {delta.relative_norm:.3g} times its weight, allowed are "
+            f"{module}: the adapter is {largest:.3g} times its weight, allowed are "
             f"{policy.max_relative_norm:g} (max_relative_norm)",
         )
     ]
 
 
-def _check_finite(module: str, norm: float, retained: float | None) -> list[Reason]:
-    """A NaN or an infinity anywhere in the factors shows in the float64 norm of their product."""
-    if math.isfinite(norm) and math.isfinite(retained or 0.0):
-        return []
-    return [Reason("non_finite", f"{module}: scaling or projecting it gave values that are not finite")]
+def _check_sound(module: str, delta: ModuleDelta, served: Served) -> list[Reason]:
+    """Whether the figures mean what they say.
+
+    A NaN or an infinity anywhere in the factors shows in the float64 norm of their product. Ranks that
+    cancel show in the coherence: rounding would decide what is left of them, not the policy.
+    """
+    figures = (delta.norm, delta.similarity or 0.0, served.retained or 0.0)
+    if not all(math.isfinite(figure) for figure in figures):
+        return [Reason("non_finite", f"{module}: scaling or projecting it gave values that are not finite")]
+    if not min(delta.coherence, served.coherence) >= _MIN_COHERENCE:
+        return [
+            Reason(
+                "cancellation",
+                f"{module}: its ranks cancel each other to {min(delta.coherence, served.coherence):.1e} of "
+                f"their squared norm; {_MIN_COHERENCE:g} is the least that can be judged. Merge and "
+                "factorise it again (a singular value decomposition of B·A)",
+            )
+        ]
+    return []
 
 
-def _module_report(module: str, delta: ModuleDelta, retained: float | None, selected: bool) -> ModuleReport:
+def _module_report(module: str, delta: ModuleDelta, served: Served, selected: bool) -> ModuleReport:
     entry = delta.projector.entry
     return ModuleReport(
         name=module,
         rank=delta.b.shape[1],
         similarity=delta.similarity,
         null_similarity=entry.null_similarity,
-        retained=retained,
+        retained=served.retained,
         relative_norm=delta.relative_norm,
         decision="projected" if selected else "kept",
     )

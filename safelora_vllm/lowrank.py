@@ -11,6 +11,7 @@ float64: the usual float32 cosine over the dense matrices is off by up to 4e-3 a
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +23,38 @@ def gram(a: Tensor) -> Tensor:
     return wide @ wide.T
 
 
-def products(x: Tensor, y: Tensor, g: Tensor) -> tuple[float, float, float]:
-    """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²`` for X, Y (d_out, r) and ``g = gram(A)``.
+class Products(NamedTuple):
+    """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²``, and what X and Y would have if no two ranks met.
 
-    One product of the stacked factors gives all three.
+    A spread is ``Σ_k ‖x_k‖² ‖a_k‖²`` over the ranks k. It is zero only where every rank is zero, and much
+    larger than the norm only where ranks cancel each other.
     """
+
+    xx: float
+    xy: float
+    yy: float
+    x_spread: float
+    y_spread: float
+
+
+def products(x: Tensor, y: Tensor, g: Tensor) -> Products:
+    """The figures of X, Y (d_out, r) and ``g = gram(A)``. One product of the stacked factors gives all."""
     rank = x.shape[1]
     stacked = torch.cat([x.to(torch.float64), y.to(torch.float64)], dim=1)
     blocks = (stacked.T @ stacked).view(2, rank, 2, rank).transpose(1, 2)
-    (xx, xy), (_, yy) = (blocks * g).sum(dim=(2, 3)).tolist()
-    return max(xx, 0.0), xy, max(yy, 0.0)
+    terms = blocks * g
+    sums, spreads = terms.sum(dim=(2, 3)), terms.diagonal(dim1=2, dim2=3).sum(dim=2)
+    xx, xy, _, yy, x_spread, _, _, y_spread = torch.cat([sums.flatten(), spreads.flatten()]).tolist()
+    return Products(max(xx, 0.0), xy, max(yy, 0.0), x_spread, y_spread)
 
 
-def norm(x: Tensor, g: Tensor) -> float:
-    """``‖X A‖_F`` for X (d_out, r) and ``g = gram(A)``."""
-    wide = x.to(torch.float64)
-    return math.sqrt(max(float(((wide.T @ wide) * g).sum()), 0.0))
+def coherence(norm_squared: float, spread: float) -> float:
+    """``‖X A‖² / Σ_k ‖x_k‖² ‖a_k‖²``: about 1 for unrelated ranks, 0 where they cancel, 1 for nothing.
+
+    What cancels in one arithmetic does not in another: the rounding of the factors, and of activations
+    between them, is relative to the spread, not to the norm.
+    """
+    return norm_squared / spread if spread != 0.0 else 1.0
 
 
 def cosine(xx: float, xy: float, yy: float) -> float | None:

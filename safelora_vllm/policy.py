@@ -118,7 +118,7 @@ class Policy:
         if self.select == "all":
             return set(known)
         if self.select == "threshold":
-            return {name for name, value in known.items() if value <= self.threshold}
+            return {name for name, value in known.items() if not value > self.threshold}  # NaN too
         return set(sorted(known, key=lambda name: (known[name], name))[: self.number])
 
 

@@ -22,12 +22,13 @@ def test_products_norm_and_cosine_equal_the_dense_ones(d_out: int, d_in: int, ra
     gram = lowrank.gram(a)
     dense_x, dense_y = x.double() @ a.double(), y.double() @ a.double()
 
-    xx, xy, yy = lowrank.products(x, y, gram)
+    xx, xy, yy, x_spread, _ = lowrank.products(x, y, gram)
     assert xx == pytest.approx(float((dense_x**2).sum()), rel=_FLOAT64)
     assert yy == pytest.approx(float((dense_y**2).sum()), rel=_FLOAT64)
     # The inner product may cancel; its error is relative to the norms.
     assert xy == pytest.approx(float((dense_x * dense_y).sum()), abs=_FLOAT64 * (xx * yy) ** 0.5)
-    assert lowrank.norm(x, gram) == pytest.approx(float(dense_x.norm()), rel=_FLOAT64)
+    ranks = (x.double() ** 2).sum(0) @ (a.double() ** 2).sum(1)
+    assert x_spread == pytest.approx(float(ranks), rel=_FLOAT64)
     assert lowrank.cosine(xx, xy, yy) == pytest.approx(reference.cosine(dense_x, dense_y), abs=1e-9)
 
 
@@ -44,9 +45,9 @@ def test_float32_sums_would_be_wrong_where_float64_is_right() -> None:
 
 def test_a_zero_side_has_no_angle() -> None:
     zero, some, g = torch.zeros(4, 2), torch.randn(4, 2), lowrank.gram(torch.randn(2, 3))
-    assert lowrank.cosine(*lowrank.products(some, zero, g)) is None, "there is nothing to project"
-    assert lowrank.cosine(*lowrank.products(zero, some, g)) == 0.0, "all of it is to be projected"
-    assert lowrank.norm(zero, g) == 0.0
+    assert lowrank.cosine(*lowrank.products(some, zero, g)[:3]) is None, "there is nothing to project"
+    assert lowrank.cosine(*lowrank.products(zero, some, g)[:3]) == 0.0, "all of it is to be projected"
+    assert lowrank.products(zero, some, g).x_spread == 0.0
 
 
 @given(st.floats(1e-12, 1e12))

@@ -69,7 +69,7 @@ def test_safe_lora_multiplies_b_by_the_operator(
         expected = reference.projected(pair.v(name), delta.a, delta.b)
         assert reference.ratio(b.double() @ a.double() - expected, expected) < WEIGHTS[form[0]]
         original = delta.b.double() @ delta.a.double()
-        assert delta.retained(a, b) == pytest.approx(
+        assert delta.served(a, b).retained == pytest.approx(
             reference.ratio(expected, original), rel=WEIGHTS[form[0]]
         )
 
@@ -85,7 +85,7 @@ def test_input_removal_takes_the_dominant_inputs_from_a(
         expected = reference.removed(pair.v(name), delta.a, delta.b, energy)
         # The basis is float32 in every cache: 6e-8 per value, once in A R and once in (A R) Rᵀ.
         assert reference.ratio(b.double() @ a.double() - expected, original) < 2e-6
-        assert delta.retained(a, b) == pytest.approx(reference.ratio(expected, original), abs=2e-6)
+        assert delta.served(a, b).retained == pytest.approx(reference.ratio(expected, original), abs=2e-6)
         assert b is delta.b
 
 
@@ -137,7 +137,7 @@ def test_number_decisions_are_those_of_float64(
 def test_all_selects_every_module_but_those_without_a_delta(deltas: dict[str, ModuleDelta]) -> None:
     empty = next(iter(deltas))
     zero = ModuleDelta(deltas[empty].a, torch.zeros_like(deltas[empty].b), deltas[empty].projector)
-    assert zero.similarity is None and zero.retained(zero.a, zero.b) is None
+    assert zero.similarity is None and zero.served(zero.a, zero.b).retained is None
     similarities = {name: delta.similarity for name, delta in {**deltas, empty: zero}.items()}
     assert Policy(select="all").selects(similarities) == set(deltas) - {empty}
 
@@ -151,7 +151,7 @@ def test_similarity_does_not_depend_on_the_scale(deltas: dict[str, ModuleDelta])
 
 def test_unprojected_weights_retain_all(deltas: dict[str, ModuleDelta]) -> None:
     delta = next(iter(deltas.values()))
-    assert delta.retained(delta.a, delta.b) == 1.0
+    assert delta.served(delta.a, delta.b).retained == 1.0
 
 
 def test_every_method_of_the_policy_exists() -> None:

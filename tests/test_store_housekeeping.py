@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -358,8 +358,8 @@ def test_a_writer_killed_at_random_moments(root: Path) -> None:
         assert verify(root, stale_seconds=-1) == []
 
 
-def die_at(call: int, root: Path) -> None:
-    """In a process of its own: an upload to x, killed before its n-th change of the file system."""
+def die_at(call: int, action: Callable[..., object], *arguments: object) -> None:
+    """In a process of its own: an action, killed before its n-th change of the file system."""
     calls = itertools.count()
 
     def killing(owner: Any, name: str) -> None:
@@ -374,7 +374,7 @@ def die_at(call: int, root: Path) -> None:
 
     for name in ("open", "mkdir", "write", "fsync", "replace", "rename", "rmdir", "unlink", "utime"):
         killing(os, name)
-    put(root, 1, "x")
+    action(*arguments)
 
 
 @pytest.mark.parametrize("state", ["empty", "old version", "damaged"])
@@ -393,7 +393,7 @@ def test_a_writer_killed_before_every_single_step(state: str, root: Path, tmp_pa
     for call in itertools.count():
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(start, root)
-        process = _CONTEXT.Process(target=die_at, args=(call, root))
+        process = _CONTEXT.Process(target=die_at, args=(call, put, root, 1, "x"))
         process.start()
         process.join()
         record = NameStore(root).get("x")
@@ -410,3 +410,22 @@ def test_a_writer_killed_before_every_single_step(state: str, root: Path, tmp_pa
         put(root, 1, "x")  # and the next upload goes through
         temporary_only(root)
     assert call > 20 and seen == ({None, 1} if state == "empty" else {1, 2})
+
+
+def test_a_collector_killed_before_every_single_step(root: Path, tmp_path: Path) -> None:
+    """Content and copies are whole or gone."""
+    start = tmp_path / "start"
+    for number in range(2):
+        put(start, number)
+    for call in itertools.count():
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(start, root)
+        process = _CONTEXT.Process(target=die_at, args=(call, collect_unreferenced, root, 0))
+        process.start()
+        process.join()
+        temporary_only(root)
+        copies, raw = PublishedStore(root).all(), RawStore(root).all()
+        assert set(copies) <= set(map(key_of, raw))  # a copy goes before what it was made of
+        if process.exitcode == 0:
+            break
+    assert call > 10 and copies == raw == []

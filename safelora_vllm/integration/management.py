@@ -169,8 +169,10 @@ class Manager:
         """The path of a load by path.
 
         Raises:
-            Forbidden: it lies outside of the folders that the operator allows.
+            UsageError: no path. Forbidden: it lies outside of the folders that the operator allows.
         """
+        if len(path) > 4096 or "\0" in path:
+            raise UsageError("a path has at most 4,096 characters and no zero byte")
         resolved = Path(path).resolve()
         if self.roots and not any(resolved.is_relative_to(root) for root in self.roots):
             raise Forbidden(f"{path!r:.300} is outside of the server's --adapter-root folders")
@@ -206,7 +208,7 @@ class Manager:
         if not report.accepted:
             await self._log(who, action, name, **_told(report, "refused"))
             raise AdapterRefused(report.reasons)
-        return answer
+        return {**answer, "id": await self.serving.new_id()}
 
     async def _commit(
         self,
@@ -217,11 +219,11 @@ class Manager:
         change: Change,
         start: float,
     ) -> ServedAdapter:
-        await self.serving.preload(name, answer["key"])
+        await self.serving.preload(name, answer["key"], answer["id"])
         try:
             record = await asyncio.to_thread(self._update, who, name, change)
         except SafeLoRAError:
-            await self.serving.unload(name, answer["key"])
+            await self.serving.unload(name, answer["key"], answer["id"])
             raise
         await self.serving.sync()
         report = Report.from_dict(answer["report"])
@@ -276,6 +278,7 @@ def _version(
         reason=reason,
         key=answer["key"],
         rules=answer["rules"],
+        id=answer["id"],
     )
 
 

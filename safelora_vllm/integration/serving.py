@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 from collections import defaultdict
@@ -34,7 +33,10 @@ from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Versio
 from safelora_vllm.store.files import make_folder
 
 logger = logging.getLogger("vllm.safelora.serving")
-_FIRST_ID = 2**40  # far above vLLM's own counter, which starts at 1
+# Each version of an adapter has this many of vLLM's ids in a row: its copy may get lost and come back.
+_IDS_EACH = 16
+_STATIC_IDS = 2**19  # below the store's
+_RESERVED = 64  # versions whose ids a process takes from the store at once
 _HEARTBEAT_SECONDS = 2.0
 _DRAIN_POLL_SECONDS = 0.2
 _SETTLED_NS = 50_000_000  # a folder's time stamp is as coarse as the kernel's clock tick
@@ -59,6 +61,7 @@ class Serving:
     static: dict[str, Path] = field(default_factory=dict)
     _shown: dict[str, Version] = field(default_factory=dict)
     _lost: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _ids: list[int] = field(default_factory=list)
     _stamp: int = -1
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -119,31 +122,43 @@ class Serving:
                     self._spawn(self._prepare(record.name))
             self._stamp = stamp
 
-    async def preload(self, name: str, key: str) -> None:
+    async def new_id(self) -> int:
+        """The ids of a new version."""
+        if not self._ids:
+            first = await asyncio.to_thread(self.names.reserve_ids, _RESERVED * _IDS_EACH)
+            self._ids += range(first, first + _RESERVED * _IDS_EACH, _IDS_EACH)
+        return self._ids.pop(0)
+
+    async def preload(self, name: str, key: str, first_id: int) -> None:
         """Put published weights into the workers' pools before anybody asks for them.
 
         Raises:
             AdapterRefused: vLLM cannot load it, with its own words.
         """
         try:
-            await self.engine_client.add_lora(self.request(name, key))
+            await self.engine_client.add_lora(self.request(name, key, first_id))
         except Exception as error:  # the engine sends back whatever class the worker raised
             raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
 
-    async def unload(self, name: str, key: str) -> None:
+    async def unload(self, name: str, key: str, first_id: int) -> None:
         """Take back a `preload` whose name did not come to be served."""
-        await self._release(self.request(name, key))
+        await self._release(self.request(name, key, first_id))
 
-    def request(self, name: str, key: str) -> LoRARequest:
-        """What vLLM is given: the same in every API server, since all of it is digests.
+    def request(self, name: str, key: str, first_id: int) -> LoRARequest:
+        """What vLLM is given: the same in every API server.
 
-        A copy that was lost is served under another path than before: its old prefix-cache blocks may
-        have been made without it.
+        A copy that was lost is served under another path and id than before: the pool may hold zeros
+        under the old id, and prefix-cache blocks under the old path may have been made with them.
+
+        Raises:
+            GateUnavailable: it was lost too often.
         """
         path = f"{SCHEME}{key}"
         if losses := len(self._lost[key]):
             path += f"/{losses}"
-        return LoRARequest(name, adapter_id(name, path), path)
+        if losses >= _IDS_EACH:
+            raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
+        return LoRARequest(name, first_id + losses, path)
 
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""
@@ -172,11 +187,12 @@ class Serving:
         return self.published.report(version.key)
 
     def _show(self, name: str, key: str, report: Report, version: Version | None) -> None:
-        request, previous = self.request(name, key), dict.get(self.map, name)
+        first_id = version.id if version else _STATIC_IDS + _IDS_EACH * list(self.static).index(name)
+        request, previous = self.request(name, key, first_id), dict.get(self.map, name)
         self.map[name] = request
         self.map.unavailable.pop(name, None)
         self.served[name] = ServedAdapter(report.named(name), 0.0, version)
-        if previous is not None and previous.lora_path != request.lora_path:
+        if previous is not None and previous.lora_int_id != request.lora_int_id:
             self._spawn(self._release(previous))
 
     def _hide(self, name: str) -> None:
@@ -224,7 +240,7 @@ class Serving:
         await self._prepare(name)
         if name in self.map.unavailable:
             raise self.map.unavailable[name]
-        await self.preload(name, published_key(dict.__getitem__(self.map, name).lora_path))
+        await self.engine_client.add_lora(dict.__getitem__(self.map, name))
         await self.engine_client.remove_lora(request.lora_int_id)
 
     async def _release(self, request: LoRARequest) -> None:
@@ -234,7 +250,8 @@ class Serving:
         """
         while seams.in_flight(self.engine_client, request):
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        if dict.get(self.map, request.lora_name) != request:
+        current = dict.get(self.map, request.lora_name)  # LoRARequests of one name are all equal
+        if current is None or current.lora_int_id != request.lora_int_id:
             with contextlib.suppress(Exception):  # a dead engine has nothing to free
                 await self.engine_client.remove_lora(request.lora_int_id)
 
@@ -251,19 +268,24 @@ class Serving:
         while True:
             await asyncio.sleep(_HEARTBEAT_SECONDS)
             try:
-                answers = await ask_workers(self.engine_client)
-                self.workers = _states(answers)
-                self._withdraw({path for answer in answers for path in answer["lost"]})
-                await self.refresh()
-            except GuardError as error:
-                self.workers = {"guarded": 0, "unguarded": 1}
-                self._withdraw({request.lora_path for request in self.map.everything().values()}, error)
-            except Exception as error:  # a dead engine says so to its own clients
-                logger.warning("heartbeat: %s", error)
-            if not self._preparing.locked():
-                for name, problem in self.map.unavailable.items():
-                    if isinstance(problem, GateUnavailable):
-                        self._spawn(self._prepare(name))
+                await self._beat()
+            except Exception as error:  # whatever it is, the next beat may succeed
+                logger.warning("heartbeat: %s: %s", type(error).__name__, error)
+
+    async def _beat(self) -> None:
+        try:
+            answers = await ask_workers(self.engine_client)
+        except GuardError as error:
+            self.workers = {"guarded": 0, "unguarded": 1}
+            self._withdraw({request.lora_path for request in self.map.everything().values()}, error)
+            return
+        self.workers = _states(answers)
+        self._withdraw({path for answer in answers for path in answer["lost"]})
+        await self.refresh()
+        if not self._preparing.locked():
+            for name, problem in self.map.unavailable.items():
+                if isinstance(problem, GateUnavailable):
+                    self._spawn(self._prepare(name))
 
     def _withdraw(self, lost: set[str], error: SafeLoRAError | None = None) -> None:
         """Stop serving adapters under these paths until their copies are whole again."""
@@ -306,12 +328,6 @@ async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
     if len({(answer["projectors"], answer["policy"]) for answer in answers}) > 1:
         raise GuardError("the workers use different projector caches or policies")
     return answers
-
-
-def adapter_id(name: str, path: str) -> int:
-    """vLLM's integer id of an adapter: the same in every API server, since it is a digest."""
-    digest = hashlib.sha256(f"{name}\n{path}".encode()).digest()
-    return _FIRST_ID + int.from_bytes(digest[:7], "big") % 2**60
 
 
 def _states(answers: list[dict[str, Any]]) -> dict[str, int]:

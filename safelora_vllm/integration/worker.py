@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
+from vllm import envs
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -25,10 +25,11 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
 from safelora_vllm.integration import seams
 from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
 from safelora_vllm.service.config import GateConfig
-from safelora_vllm.store import PublishedStore
+from safelora_vllm.store import NameStore, PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
 SCHEME = "safelora://"
@@ -54,14 +55,15 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         try:
             folder = self.guard.resolve(lora_request)
-            published = msgspec.structs.replace(lora_request, lora_path=str(folder))
+            # A new request: whatever else the old one says must not change what is loaded.
+            published = LoRARequest(lora_request.lora_name, lora_request.lora_int_id, str(folder))
             return seams.load_published(self, published)
         except Exception as error:
-            if not (self._in_step and self.guard.accepted_before(lora_request)):
+            if not self._in_step:
                 raise
             logger.error(
-                "adapter %r was accepted before, but cannot be read again (%s); its running requests "
-                "go on with the aligned model alone", lora_request.lora_name, error,
+                "adapter %r cannot be loaded (%s); its requests are answered by the aligned model alone",
+                lora_request.lora_name, error,
             )  # fmt: skip
             self.guard.lost.add(lora_request.lora_path)
             return seams.no_adapter(self, lora_request)
@@ -74,7 +76,7 @@ class WorkerGuard:
     """
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"):
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
             raise GuardError(
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: "
                 "safelora has its own"
@@ -103,21 +105,30 @@ class WorkerGuard:
         key = self._key(request)
         if key is None:
             answer = self._client.call("admit", path=request.lora_path, name=request.lora_name, keep=False)
-            report = Report.from_dict(answer["report"])
-            if not report.accepted:
-                raise AdapterRefused(report.reasons)
+            judged = Report.from_dict(answer["report"])
+            if not judged.accepted:
+                raise AdapterRefused(judged.reasons)
             key = answer["key"]
-        if self._store.find(key) is None:
+        report = self._store.find(key)
+        if report is None:
             raise GateUnavailable(
                 f"the published copy of {request.lora_name} is missing or damaged in the adapter "
                 "store; load the adapter again"
             )
+        self._check_rules(key, report)
+        self._store.touch(key)
         self._accepted[_identity(request)] = key
         return self._store.path(key)
 
-    def accepted_before(self, request: LoRARequest) -> bool:
-        """Whether this very request object's adapter has been in the pool."""
-        return _identity(request) in self._accepted or request.lora_path.startswith(SCHEME)
+    def _check_rules(self, key: str, report: Report) -> None:
+        """A store may hold copies made for another server: under laxer rules, or unprojected."""
+        if not report.accepted or report.projectors != self.state["projectors"]:
+            raise GuardError(f"{SCHEME}{key} was made with other projectors than this server's")
+        if report.policy.at_least_as_strict(Policy.from_mapping(self.state["policy_values"])):
+            return
+        records = NameStore(self._settings.store).all().values()
+        if not any(v.key == key and v.override for record in records for v in record.versions):
+            raise GuardError(f"{SCHEME}{key} was made by less strict rules than this server's")
 
     def _key(self, request: LoRARequest) -> str | None:
         if request.lora_path.startswith(SCHEME):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from safelora_vllm.methods import input_removal, safe_lora
-from safelora_vllm.methods.delta import ModuleDelta
+from safelora_vllm.methods.delta import ModuleDelta, Served
 from safelora_vllm.policy import Policy
 
 Method = Callable[[ModuleDelta, Policy], tuple[Tensor, Tensor]]
@@ -21,4 +21,4 @@ METHODS: dict[str, Method] = {
     "input-removal": input_removal.project,
 }
 
-__all__ = ["METHODS", "Method", "ModuleDelta"]
+__all__ = ["METHODS", "Method", "ModuleDelta", "Served"]

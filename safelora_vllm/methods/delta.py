@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +13,39 @@ from safelora_vllm import lowrank
 from safelora_vllm.projectors.cache import Projector
 
 
+class Served(NamedTuple):
+    """Figures of the weights that would be served.
+
+    retained: ‖B'A'‖_F / ‖BA‖_F, None for a zero delta. coherence: of B' and A', see `lowrank.coherence`.
+    """
+
+    retained: float | None
+    coherence: float
+
+
 class ModuleDelta:
     """ΔW = B A of one module, with the scale s already folded into B.
 
-    a: (r, d_in). b: (d_out, r). Both on the projector's device. Figures are computed once, when
-    first asked for, in float64 from the factors.
+    a: (r, d_in). b: (d_out, r). Both on the projector's device. dtype: of the weights as they are served.
+    Everything is rounded to it before it is measured: what is judged is what is served. Figures are
+    computed once, when first asked for, in float64 from the factors.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, projector: Projector) -> None:
-        self.a, self.b, self.projector = a, b, projector
+    def __init__(
+        self, a: Tensor, b: Tensor, projector: Projector, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.projector, self.dtype = projector, dtype
+        self.a, self.b = self.rounded(a), self.rounded(b)
+
+    def rounded(self, factor: Tensor) -> Tensor:
+        """A factor as it is served, in float32."""
+        return factor.to(self.dtype).to(torch.float32)
 
     @cached_property
     def image(self) -> Tensor:
-        """Ĉ B (d_out, r), float32; the product itself is in the projector's dtype."""
+        """Ĉ B (d_out, r), as it would be served; the product itself is in the projector's dtype."""
         b, scale = lowrank.unit(self.b)
-        return self.projector.apply(b).to(torch.float32) * scale
+        return self.rounded(self.projector.apply(b).to(torch.float32) * scale)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -34,30 +53,41 @@ class ModuleDelta:
         return lowrank.gram(self.a)
 
     @cached_property
-    def _products(self) -> tuple[float, float, float]:
+    def _products(self) -> lowrank.Products:
         return lowrank.products(self.image, self.b, self.gram)
 
     @property
     def norm(self) -> float:
         """‖BA‖_F."""
-        return math.sqrt(self._products[2])
+        return math.sqrt(self._products.yy)
+
+    @property
+    def coherence(self) -> float:
+        """See `lowrank.coherence`, of B and A."""
+        return lowrank.coherence(self._products.yy, self._products.y_spread)
 
     @property
     def similarity(self) -> float | None:
-        """cos(ĈBA, BA) in the Frobenius inner product (paper, section 3.3); None for a zero delta."""
-        return lowrank.cosine(*self._products)
+        """cos(ĈBA, BA) in the Frobenius inner product (paper, section 3.3).
+
+        None where every rank has a zero side, and only there: such a delta changes nothing.
+        """
+        if self._products.y_spread == 0.0:
+            return None
+        return lowrank.cosine(*self._products[:3])
 
     @property
     def relative_norm(self) -> float:
         """‖s·BA‖_F / ‖W_aligned‖_F."""
         return self.norm / self.projector.entry.aligned_norm
 
-    def retained(self, a: Tensor, b: Tensor) -> float | None:
-        """‖B'A'‖_F / ‖BA‖_F for new weights; None for a zero delta."""
-        if self.norm == 0.0:
-            return None
+    def served(self, a: Tensor, b: Tensor) -> Served:
+        """Figures of new weights, already `rounded`."""
         if a is self.a and b is self.b:
-            return 1.0
+            return Served(1.0 if self.norm else None, self.coherence)
         if a is self.a and b is self.image:
-            return math.sqrt(self._products[0]) / self.norm
-        return lowrank.norm(b, self.gram if a is self.a else lowrank.gram(a)) / self.norm
+            squared, spread = self._products.xx, self._products.x_spread
+        else:
+            _, _, squared, _, spread = lowrank.products(b, b, lowrank.gram(a))
+        retained = math.sqrt(squared) / self.norm if self.norm else None
+        return Served(retained, lowrank.coherence(squared, spread))

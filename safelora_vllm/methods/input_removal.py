@@ -17,4 +17,4 @@ def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
     """New (A, B): A' (r, d_in) without its component in R, B (d_out, r) as it was."""
     basis = delta.projector.input_basis(policy.energy)
     a, scale = lowrank.unit(delta.a.to(basis.dtype))
-    return (a - (a @ basis) @ basis.T) * scale, delta.b
+    return delta.rounded((a - (a @ basis) @ basis.T) * scale), delta.b

@@ -23,6 +23,8 @@ REMEDY = "restore it from a backup, or delete it and upload the adapter again"
 # As long as a file is younger than this, a second write may leave it with the same mtime.
 _YOUNG_NS = 100_000_000
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# vLLM's ids of adapters are 32 bits in its second model runner, and its own counter starts at 1.
+FIRST_ID, LAST_ID = 2**20, 2**31 - 1
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -97,6 +99,27 @@ class NameStore:
                     path.unlink()
                     sync_folder(self.folder)
         return after
+
+    def reserve_ids(self, count: int) -> int:
+        """The first of ``count`` numbers that nobody on this store was given before or will be again.
+
+        Raises:
+            GateUnavailable: the disk is full or not writable, or the numbers are used up.
+        """
+        path = self.root / "ids"
+        with writing(self.root):
+            make_folder(self.root)
+            with locked(self.root):
+                try:
+                    first = int(path.read_text())
+                except FileNotFoundError:
+                    first = FIRST_ID
+                except ValueError as error:
+                    raise StoreDamaged(f"{path} holds no number; {REMEDY}") from error
+                if first + count > LAST_ID:
+                    raise GateUnavailable(f"{path}: all adapter ids are used up; start with a new store")
+                replace_file(path, str(first + count).encode())
+        return first
 
     def stamp(self) -> int:
         """The folder's st_mtime_ns, 0 where there is none: another number after every change.

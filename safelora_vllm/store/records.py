@@ -22,6 +22,7 @@ _LONGEST = 255  # bytes of a file name, in all of Linux's file systems
 _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
     "by": (str,), "policy": (dict,), "override": (bool,), "reason": (str,), "key": (str,), "rules": (str,),
+    "id": (int,),
 }  # fmt: skip
 
 
@@ -33,6 +34,7 @@ class Version:
     since 1970. by: the tenant or operator. policy: fields that differ from the server's policy.
     override: an operator made that policy less strict than the server's. reason: why it is as it is.
     key: of the published copy. rules: digest of the server's rules under which that was published.
+    id: the first of the numbers by which vLLM knows this version's weights.
     """
 
     version: int
@@ -46,6 +48,7 @@ class Version:
     reason: str = ""
     key: str = ""
     rules: str = ""
+    id: int = 0
 
 
 @dataclass(frozen=True)

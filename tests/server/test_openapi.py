@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from server import Server
 
 from tests.server.conftest import ADMIN_KEY
@@ -23,7 +23,7 @@ def test_routes_do_what_they_document(server: Server) -> None:
         count += 1
 
         @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @schemathesis.given(case=operation.ok().as_strategy())  # type: ignore[attr-defined]
+        @given(case=operation.ok().as_strategy())
         def try_it(case: schemathesis.Case) -> None:
             case.call_and_validate(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60)
 

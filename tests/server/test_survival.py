@@ -44,13 +44,15 @@ def test_a_lost_copy_costs_one_adapter_not_the_engine(
     key = cards["extra0"].removeprefix("safelora://").partition("/")[0]
     aligned, intact = say(user, "aligned"), say(user, "extra1")
     say(user, "extra2")
+    said = say(user, "extra0")
+    say(user, "extra1"), say(user, "extra2")
     shutil.rmtree(store / "published" / key)
     assert say(user, "extra0") == aligned, "a running request goes on with the aligned model alone"
-    wait_for(lambda: "extra0" not in user.get("/v1/models").text)
+    wait_for(lambda: user.get("/v1/adapters/extra0").status_code == 200 and (store / "published" / key).is_dir())
+    assert say(user, "extra0") == said, "made again from what was uploaded, by itself"
     assert say(user, "extra1") == intact
-    assert load(admin, "extra0", adapters["extra0"]).status_code == 200
-    assert (store / "published" / key).is_dir()
-    say(user, "extra0")
+    cards = {card["id"]: card["root"] for card in user.get("/v1/models").json()["data"]}
+    assert cards["extra0"] == f"safelora://{key}/1"
 
 
 def test_a_dead_gate_comes_back(

@@ -1,0 +1,194 @@
+"""kill -9 of the server at random moments of uploading, replacing and removing; what is there afterwards.
+
+    python benchmarks/crash.py [--rounds 100] [--engine none|vllm]
+
+Each round starts a server on the same store, lets clients change names, kills the server and all its
+processes after a random time, reads the whole store ('store verify'), and starts the next server, which must
+serve every acknowledged upload and no name of which the removal was acknowledged. ``--engine none`` runs this package's
+HTTP side and its real gate process without vLLM's engine, which starts in seconds; ``vllm`` the real server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import recording
+from random_adapters import write_adapters
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+_CACHE = HERE.parent / ".cache"
+sys.path.append(str(HERE.parent / "examples"))
+
+from server import ADMIN_KEY, free_port, guarded  # noqa: E402
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+CLIENTS, NAMES_EACH = 3, 4
+
+
+@dataclass
+class Ledger:
+    """What clients were told. unsure: names whose last change was not answered. faults: what must not be."""
+
+    acknowledged: dict[str, str | None] = field(default_factory=dict)
+    unsure: dict[str, set[str | None]] = field(default_factory=dict)
+    changes: int = 0
+    interrupted: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    """Run the rounds, print a summary, write the JSON; exit code 1 if anything was lost or half done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--engine", choices=("none", "vllm"), default="none")
+    parser.add_argument("--aligned", type=Path, default=_CACHE / "models" / "aligned")
+    parser.add_argument("--projectors", type=Path, default=_CACHE / "projectors")
+    parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the JSON")
+    args = parser.parse_args()
+    ledger, moments = Ledger(), random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        adapters = write_adapters(work, args.projectors, 8)["qv-r8"]
+        for number in tqdm(range(args.rounds + 1), unit="round"):
+            process, http = start(args, work)
+            try:
+                check_served(http, ledger, number)
+                if number < args.rounds:
+                    churn(process, http, adapters, ledger, moments)
+            finally:
+                kill(process)
+            check_store(work / "store", ledger, number)
+    figures = {
+        "engine": args.engine,
+        "rounds": args.rounds,
+        "acknowledged_changes": ledger.changes,
+        "interrupted_changes": ledger.interrupted,
+        "faults": ledger.faults,
+    }
+    print(json.dumps(figures, indent=1))
+    command = f"crash.py --rounds {args.rounds} --engine {args.engine}"
+    print(f"written to {recording.write(f'crash_{args.engine}', command, 'default', figures, args.out)}")
+    return 1 if ledger.faults else 0
+
+
+def start(args: argparse.Namespace, work: Path) -> tuple[subprocess.Popen[bytes], httpx.Client]:
+    """A server on the work folder's store, answering."""
+    port = free_port()
+    if args.engine == "vllm":
+        command = guarded(args.aligned, args.projectors, work / "store", f"--port={port}")
+    else:
+        script = str(HERE / "without_engine.py")
+        command = [sys.executable, script, f"--aligned={args.aligned}", f"--projectors={args.projectors}"]
+        command += [f"--store={work / 'store'}", f"--port={port}"]
+    env = {**os.environ, "SAFELORA_ADMIN_API_KEY": ADMIN_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (work / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if http.get("/v1/adapters").status_code == 200:
+                return process, http
+        except httpx.TransportError:
+            time.sleep(0.2)
+    kill(process)
+    raise RuntimeError(f"the server did not start:\n{(work / 'server.log').read_text()[-3000:]}")
+
+
+def churn(
+    process: subprocess.Popen[bytes],
+    http: httpx.Client,
+    adapters: list[Path],
+    ledger: Ledger,
+    moments: random.Random,
+) -> None:
+    """Clients upload, replace and remove until the server is killed, some time within three seconds."""
+    threads = [
+        threading.Thread(target=client, args=(str(http.base_url), index, adapters, ledger, moments.random()))
+        for index in range(CLIENTS)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3 + 2.7 * moments.random())
+    os.killpg(process.pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+
+
+def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: float) -> None:
+    """One client with names of its own, so that it knows what each should serve."""
+    choice = random.Random(seed)
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=120) as http:
+        while True:
+            name, adapter = f"client{index}-{choice.randrange(NAMES_EACH)}", choice.choice(adapters)
+            removing = choice.random() < 0.25
+            before = ledger.acknowledged.get(name)
+            ledger.unsure[name] = {before, None if removing else adapter.name}
+            try:
+                if removing:
+                    answer = http.delete(f"/v1/adapters/{name}")
+                    good = answer.status_code in (200, 404)
+                else:
+                    files = {file: (adapter / file).read_bytes() for file in FILES}
+                    answer = http.post("/v1/adapters?replace=true", data={"name": name}, files=files)
+                    good = answer.status_code == 201
+            except httpx.TransportError:
+                ledger.interrupted += 1
+                return
+            if not good:
+                ledger.faults.append(f"{name}: {answer.status_code} {answer.text:.200}")
+            ledger.acknowledged[name] = None if removing else adapter.name
+            ledger.unsure.pop(name)
+            ledger.changes += 1
+
+
+def check_served(http: httpx.Client, ledger: Ledger, number: int) -> None:
+    """What the new server serves against what clients were told."""
+    reports = http.get("/v1/adapters").json()["data"]
+    served = {report["adapter"]: report["digest"] for report in reports}
+    digests: dict[str, str] = ledger.__dict__.setdefault("digests", {})
+    for name in sorted({*ledger.acknowledged, *ledger.unsure, *served}):
+        possible = ledger.unsure.get(name, {ledger.acknowledged.get(name)})
+        digest = served.get(name)
+        allowed = {None if adapter is None else digests.setdefault(adapter, digest or "") for adapter in possible}
+        if digest not in allowed:
+            ledger.faults.append(f"round {number}: {name} serves {digest}, expected one of {allowed}")
+        ledger.acknowledged[name] = next(
+            (a for a in possible if a is not None and digests.get(a) == digest), None
+        )
+    ledger.unsure.clear()
+
+
+def check_store(store: Path, ledger: Ledger, number: int) -> None:
+    """Everything in the store is whole; leftovers of the killed processes may lie there."""
+    command = [str(Path(sys.executable).with_name("safelora-vllm")), "store", "verify"]
+    run = subprocess.run([*command, f"--adapter-store={store}"], capture_output=True, text=True)
+    if run.returncode != 0:
+        ledger.faults.append(f"round {number}: store verify: {run.stdout:.500}{run.stderr[-500:]}")
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End the server's session at once."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""This package's whole HTTP side and a real gate process, without an engine behind: it starts in seconds.
+
+    python benchmarks/without_engine.py --aligned DIR --projectors DIR --store DIR --port N
+
+For crash.py, which needs many starts. Loading into the pool does nothing here; the server tests have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from safelora_vllm.integration.callers import CallerMiddleware
+from safelora_vllm.integration.endpoint import SafeLoRAEndpoint
+from safelora_vllm.service.client import GateProcess
+from safelora_vllm.service.config import GateConfig
+
+
+class NoEngine:
+    """What the routes need of vLLM's ``EngineClient``."""
+
+    def __init__(self, gate: GateProcess, socket: str) -> None:
+        self._gate, self._socket = gate, socket
+        self.engine_core = self
+        self.output_processor = SimpleNamespace(request_states={})
+
+    async def call_utility_all_async(self, *_: object) -> list[list[dict[str, Any]]]:
+        """One guarded worker."""
+        rules = {name: self._gate.state[name] for name in ("projectors", "policy")}
+        return [[{"guarded": True, "socket": self._socket, "lost": [], **rules}]]
+
+    async def add_lora(self, _: object) -> bool:
+        """Loads nothing."""
+        return True
+
+    async def remove_lora(self, _: int) -> bool:
+        """Frees nothing."""
+        return True
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("aligned", "projectors", "store"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    given = parser.parse_args()
+    socket = str(Path(tempfile.mkdtemp()) / "gate.sock")
+    gate = GateProcess(
+        GateConfig(socket, str(given.projectors), str(given.store), str(given.aligned), dtype="bfloat16")
+    )
+    section = {"projectors": str(given.projectors), "store": str(given.store)}
+    args = Namespace(api_key=None, middleware=[], enable_lora=True, additional_config={"safelora": section})
+    app, endpoint = FastAPI(), SafeLoRAEndpoint()
+    app.state.args = args
+    models = SimpleNamespace(lora_requests={}, is_base_model=lambda name: name == "aligned")
+    app.state.openai_serving_models = models
+
+    async def start() -> None:
+        await endpoint.init_state(NoEngine(gate, socket), app.state, args)
+
+    endpoint.attach_router(app)
+    app.add_middleware(CallerMiddleware)
+    app.router.on_startup.append(start)
+    uvicorn.run(app, host="127.0.0.1", port=given.port, log_level="warning")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
