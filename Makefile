@@ -3,9 +3,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast lint bench clean
+.PHONY: help setup models demo serve test test-fast compat lint bench clean
 
 EXTRA ?= cpu
+VERSIONS ?= 0.28 0.30 0.32
 BIN := .venv/bin
 BASE := .cache/models/base
 ALIGNED := .cache/models/aligned
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help:
-	@echo "make setup | demo | serve | test | test-fast | lint | bench | clean   (see README.md)"
+	@echo "make setup | demo | serve | test | test-fast | compat | lint | bench | clean   (see README.md)"
 
 setup: .venv/.ready
 
@@ -43,6 +44,10 @@ test: models
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -q tests -m "not server"
+
+# The server tests with each of VERSIONS of vLLM, in environments of their own.
+compat: models
+	EXTRA=$(EXTRA) .ci/compat $(VERSIONS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

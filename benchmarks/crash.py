@@ -3,14 +3,16 @@
     python benchmarks/crash.py [--rounds 100] [--engine none|vllm]
 
 Each round starts a server on the same store, lets clients change names, kills the server and all its
-processes after a random time, reads the whole store ('store verify'), and starts the next server, which must
-serve every acknowledged upload and no name of which the removal was acknowledged. ``--engine none`` runs this package's
-HTTP side and its real gate process without vLLM's engine, which starts in seconds; ``vllm`` the real server.
+processes after a random time, reads the whole store ('store verify'), and starts the next server, which
+must serve every acknowledged upload and no name of which the removal was acknowledged. ``--engine none``
+runs this package's HTTP side and its real gate process without vLLM's engine, which starts in seconds;
+``vllm`` the real server.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -34,13 +36,16 @@ sys.path.append(str(HERE.parent / "examples"))
 
 from server import ADMIN_KEY, free_port, guarded  # noqa: E402
 
+from safelora_vllm.store import content_digest  # noqa: E402
+
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CLIENTS, NAMES_EACH = 3, 4
 
 
 @dataclass
 class Ledger:
-    """What clients were told. unsure: names whose last change was not answered. faults: what must not be."""
+    """What clients were told: name → digest, None for none. unsure: names whose last change was not answered.
+    faults: what must not be."""
 
     acknowledged: dict[str, str | None] = field(default_factory=dict)
     unsure: dict[str, set[str | None]] = field(default_factory=dict)
@@ -135,15 +140,15 @@ def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: flo
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=120) as http:
         while True:
             name, adapter = f"client{index}-{choice.randrange(NAMES_EACH)}", choice.choice(adapters)
+            files = {file: (adapter / file).read_bytes() for file in FILES}
             removing = choice.random() < 0.25
-            before = ledger.acknowledged.get(name)
-            ledger.unsure[name] = {before, None if removing else adapter.name}
+            after = None if removing else content_digest(*files.values())
+            ledger.unsure[name] = {ledger.acknowledged.get(name), after}
             try:
                 if removing:
                     answer = http.delete(f"/v1/adapters/{name}")
                     good = answer.status_code in (200, 404)
                 else:
-                    files = {file: (adapter / file).read_bytes() for file in FILES}
                     answer = http.post("/v1/adapters?replace=true", data={"name": name}, files=files)
                     good = answer.status_code == 201
             except httpx.TransportError:
@@ -151,7 +156,7 @@ def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: flo
                 return
             if not good:
                 ledger.faults.append(f"{name}: {answer.status_code} {answer.text:.200}")
-            ledger.acknowledged[name] = None if removing else adapter.name
+            ledger.acknowledged[name] = after
             ledger.unsure.pop(name)
             ledger.changes += 1
 
@@ -164,7 +169,7 @@ def check_served(http: httpx.Client, ledger: Ledger, number: int) -> None:
     for name in sorted({*ledger.acknowledged, *ledger.unsure, *served}):
         possible = ledger.unsure.get(name, {ledger.acknowledged.get(name)})
         digest = served.get(name)
-        allowed = {None if adapter is None else digests.setdefault(adapter, digest or "") for adapter in possible}
+        allowed = {None if a is None else digests.setdefault(a, digest or "") for a in possible}
         if digest not in allowed:
             ledger.faults.append(f"round {number}: {name} serves {digest}, expected one of {allowed}")
         ledger.acknowledged[name] = next(
@@ -183,10 +188,8 @@ def check_store(store: Path, ledger: Ledger, number: int) -> None:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """End the server's session at once."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -29,13 +29,13 @@ class NoEngine:
 
     def __init__(self, gate: GateProcess, socket: str) -> None:
         self._gate, self._socket = gate, socket
-        self.engine_core = self
+        self.engine_core, self.core_engines = self, ["engine"]
         self.output_processor = SimpleNamespace(request_states={})
 
-    async def call_utility_all_async(self, *_: object) -> list[list[dict[str, Any]]]:
+    async def _call_utility_async(self, *_: object, **__: object) -> list[dict[str, Any]]:
         """One guarded worker."""
         rules = {name: self._gate.state[name] for name in ("projectors", "policy")}
-        return [[{"guarded": True, "socket": self._socket, "lost": [], **rules}]]
+        return [{"guarded": True, "socket": self._socket, "lost": [], **rules}]
 
     async def add_lora(self, _: object) -> bool:
         """Loads nothing."""

@@ -1,6 +1,6 @@
 """A tenant's day: upload an adapter, talk to it, replace it, go back, remove it.
 
-    SAFELORA_KEY=... python examples/client.py ADAPTER [--name acme/mine] [--url http://localhost:8000]
+SAFELORA_KEY=... python examples/client.py ADAPTER [--name acme/mine] [--url http://localhost:8000]
 """
 
 from __future__ import annotations

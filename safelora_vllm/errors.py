@@ -2,7 +2,7 @@
 
     SafeLoRAError
     ├── UsageError            wrong option, or an input that is not there (exit code 2)
-    │   ├── AdapterNotFound       no folder where the adapter should be
+    │   ├── AdapterNotFound       no folder or archive where the adapter should be
     │   ├── PolicyError       a policy that contradicts itself or its projector cache
     │   ├── CheckpointError   a model folder that cannot be read or does not fit its pair
     │   └── KeysError         a keys file that cannot be read or used
@@ -11,14 +11,20 @@
     ├── QuotaExceeded         the tenant has reached one of its limits
     ├── StoreDamaged          a record in the adapter store that cannot be read
     ├── GateUnavailable       the gate process does not answer; try again later
-    └── GuardError            vLLM is not guarded: seam changed, worker unattached, no settings
+    └── GuardError            vLLM is not guarded: seam changed, worker unattached, no settings, open store
 
 Every message says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+
+_MAX_DETAIL = 500  # characters
+_MAX_OF_A_CODE = 20
+_MAX_REASONS = 100
+_MAX_IN_MESSAGE = 20
 
 
 class SafeLoRAError(Exception):
@@ -30,7 +36,7 @@ class UsageError(SafeLoRAError):
 
 
 class AdapterNotFound(UsageError):
-    """There is no adapter folder at the given path."""
+    """There is no adapter folder or archive at the given path."""
 
 
 class PolicyError(UsageError):
@@ -67,20 +73,39 @@ class GuardError(SafeLoRAError):
 
 @dataclass(frozen=True)
 class Reason:
-    """One reason to refuse an adapter: a stable machine-readable code and a sentence."""
+    """One reason to refuse an adapter: a stable machine-readable code and a sentence.
+
+    The sentence may quote what a tenant wrote and goes into logs, terminals and answers: whatever is
+    not printable in it is escaped, and what is over 500 characters is cut.
+    """
 
     code: str
     detail: str
 
+    def __post_init__(self) -> None:
+        detail = self.detail[: _MAX_DETAIL + 1]
+        if not detail.isprintable():
+            detail = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in detail)
+        if len(detail) > _MAX_DETAIL:
+            detail = detail[: _MAX_DETAIL - 1] + "…"
+        object.__setattr__(self, "detail", detail)
+
 
 class AdapterRefused(SafeLoRAError):
-    """The adapter may not be served. ``reasons`` holds every cause found, not only the first."""
+    """The adapter may not be served. ``reasons`` holds every cause found, not only the first.
+
+    One line per tensor could be many thousands: repeats are left out, and so is what is over 20 of one
+    code or over 100 in all. Every code stays. The message shows the first 20.
+    """
 
     def __init__(self, reasons: list[Reason]) -> None:
         if not reasons:
             raise ValueError("a refusal needs at least one reason")
-        self.reasons = reasons
-        super().__init__("; ".join(f"[{reason.code}] {reason.detail}" for reason in reasons))
+        self.reasons = _bounded(reasons)
+        shown = [f"[{reason.code}] {reason.detail}" for reason in self.reasons[:_MAX_IN_MESSAGE]]
+        if more := len(self.reasons) - len(shown):
+            shown.append(f"and {more} more")
+        super().__init__("; ".join(shown))
 
     @property
     def codes(self) -> list[str]:
@@ -91,3 +116,14 @@ class AdapterRefused(SafeLoRAError):
 def refuse(code: str, detail: str) -> AdapterRefused:
     """Shorthand for a refusal with one reason."""
     return AdapterRefused([Reason(code, detail)])
+
+
+def _bounded(reasons: list[Reason]) -> list[Reason]:
+    seen: Counter[str] = Counter()
+    kept: list[Reason] = []
+    for reason in dict.fromkeys(reasons):
+        seen[reason.code] += 1
+        few = seen[reason.code] <= _MAX_OF_A_CODE and len(kept) < _MAX_REASONS
+        if few or seen[reason.code] == 1:
+            kept.append(reason)
+    return kept

@@ -1,8 +1,8 @@
-"""The gate: adapter folder in, published folder and report out, or a refusal. One straight function.
+"""The gate: adapter folder or archive in, published folder and report out, or a refusal.
 
     read → vet → measure → cap → select → project → publish
 
-There is no other place where an adapter is judged. Nothing here knows vLLM or HTTP.
+One straight function. There is no other place where an adapter is judged. Nothing here knows vLLM or HTTP.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def admit(
     Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
 
     Raises:
-        AdapterNotFound: there is no such folder.
+        AdapterNotFound: there is no such folder or archive.
         GateUnavailable: the store cannot be written.
         ProjectorCacheError: the projector cache is damaged.
     """

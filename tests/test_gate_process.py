@@ -17,6 +17,7 @@ from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.housekeeping import clean
 from tests.tiny import Draft
 
 _PROCESSES = 6
@@ -101,12 +102,12 @@ def test_a_killed_gate_leaves_no_half_folder(call: str, cache: ProjectorCache, t
 
     admission = admit(tmp_path / "adapter", "tenant", GateSettings(cache, Policy()), store)
     assert admission.report.accepted and not admission.cached and admission.folder is not None
-    store.clean()
+    clean(store.root)
     assert leftover.exists()  # young: it may belong to a live process
     old = time.time() - 7200
     for path in (leftover, *leftover.iterdir()):
         os.utime(path, (old, old))
-    store.clean()
+    clean(store.root)
     assert list((store.root / "published").iterdir()) == [admission.folder]
 
 
@@ -114,7 +115,7 @@ def test_leftovers_that_go_away_while_they_are_looked_at(store: PublishedStore) 
     published = store.root / "published"
     published.mkdir(parents=True)
     (published / ".new-gone").symlink_to("nowhere")  # listed, but nothing to ask for its age
-    store.clean()
+    clean(store.root)
 
 
 def test_another_process_publishes_while_a_damaged_copy_is_being_replaced(

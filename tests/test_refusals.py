@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 import socket
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from safetensors.torch import save
 
+from safelora_vllm.adapters.header import Header, read_header
 from safelora_vllm.errors import UsageError
 from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.store import PublishedStore
@@ -75,6 +78,15 @@ def raw(value: bytes) -> Damage:
     return lambda folder: (folder / WEIGHTS).write_bytes(value)
 
 
+def lines(*entries: tuple[object, object, object], size: int = 1536) -> Damage:
+    """Weights with these dtypes, shapes and offsets in their header, over that many zeros."""
+    header = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        for name, (dtype, shape, offsets) in zip((_A, _B), entries, strict=False)
+    }
+    return lambda folder: (folder / WEIGHTS).write_bytes(safetensors_bytes(header, bytes(size)))
+
+
 def saved(name: str) -> Damage:
     """Weights under another name, as older PEFT releases saved them."""
     return swap(WEIGHTS, lambda path: torch.save(lora(), path.parent / name))
@@ -84,6 +96,7 @@ _A, _B = key(Q0, "A"), key(Q0, "B")
 _SOUND = json.dumps(Draft().config)
 _LINE = '{"dtype": "F32", "shape": [4, 96], "data_offsets": [0, 1536]}'
 _PAIR = save({_A: torch.zeros(4, 96), _B: torch.zeros(96, 4)})
+_FORGED = "F32)\nINFO [safelora gate] adapter 'evil' accepted: 60 of 60 modules projected\x1b[2J"
 
 FILES: list[tuple[str, str, Damage]] = [
     ("only-bin", "unsafe_format", saved("adapter_model.bin")),
@@ -136,11 +149,22 @@ FILES: list[tuple[str, str, Damage]] = [
     ("header-no-dtype", "weights_malformed", raw(safetensors_bytes({_A: {"shape": [1]}}))),
     ("header-text-shape", "weights_malformed", raw(safetensors_bytes({_A: {"dtype": "F32", "shape": "4"}}))),
     ("header-true-shape", "weights_malformed", raw(safetensors_bytes({_A: {"dtype": 0, "shape": [True]}}))),
-    ("header-overlap", "weights_malformed", raw(safetensors_bytes(
-        {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 1536]}
-         for name, shape in ((_A, [4, 96]), (_B, [96, 4]))},
-        bytes(1536),
-    ))),
+    ("header-overlap", "weights_malformed", lines(("F32", [4, 96], [0, 1536]), ("F32", [96, 4], [0, 1536]))),
+    ("header-hole", "weights_malformed", lines(
+        ("F32", [4, 96], [0, 1536]), ("F32", [96, 4], [1540, 3076]), size=3076
+    )),
+    ("header-hole-before", "weights_malformed", lines(("F32", [4, 96], [4, 1540]), size=1540)),
+    ("header-backwards", "weights_malformed", lines(("F32", [4, 96], [1536, 0]))),
+    ("header-negative", "weights_malformed", lines(("F32", [4, 96], [-1536, 0]))),
+    ("header-three-offsets", "weights_malformed", lines(("F32", [4, 96], [0, 1536, 1536]))),
+    ("header-no-offsets", "weights_malformed", lines(("F32", [4, 96], None))),
+    ("header-other-size", "weights_malformed", lines(("F16", [4, 96], [0, 1536]))),
+    ("header-dtype-forges-a-log-line", "weights_malformed", lines((_FORGED, [4, 96], [0, 1536]))),
+    ("header-dtype-surrogate", "weights_malformed", lines(("\ud800", [4, 96], [0, 1536]))),
+    ("header-dtype-long", "weights_malformed", lines(("F" * 7_900_000, [4, 96], [0, 1536]))),
+    ("header-shape-long", "weights_malformed", lines(("F32", [1] * 2_000_000, [0, 4]), size=4)),
+    ("header-shape-text", "weights_malformed", lines(("F32", ["\n" * 3_900_000], [0, 1536]))),
+    ("header-shape-huge", "weights_malformed", lines(("I8", [10**4000] * 2, [0, 1536]))),
     ("header-outside", "weights_malformed", raw(_PAIR[:-1536])),
     ("no-tensors", "empty", raw(save({}))),
 ]  # fmt: skip
@@ -181,6 +205,48 @@ def test_a_folder_that_is_not_there(
     Draft().write(tmp_path / "adapter")
     with pytest.raises(UsageError, match="there is no adapter folder"):
         admit(f"{tmp_path}/{path}" if path else f"{tmp_path}/adapter/none/", "tenant", gate, store)
+
+
+def parted(size: int) -> bytes:
+    """The header of one float32 tensor of that many bytes."""
+    line = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    return safetensors_bytes({_A: line})
+
+
+@pytest.mark.parametrize(
+    ("head", "size"),
+    [(b"", 2**30), (parted(1024), 2**30), (parted(2**30), 2**30), (_PAIR, 2**30)],
+    ids=["zeros", "small", "cut", "tail"],
+)
+def test_weights_that_do_not_fit_their_header_are_not_read(
+    head: bytes, size: int, tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    folder = Draft().write(tmp_path / "adapter")
+    (folder / WEIGHTS).write_bytes(head)
+    os.truncate(folder / WEIGHTS, size)
+    tracemalloc.start()
+    try:
+        assert codes(judge(folder, gate, store)) == {"weights_malformed"}
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20  # of 1 GiB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", ["grown", "cut", "swapped"])
+def test_a_file_that_changes_while_it_is_read(
+    change: str, tmp_path: Path, gate: GateSettings, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Draft().write(tmp_path / "adapter")
+
+    def changing(file: BinaryIO, size: int, limit: int) -> tuple[bytes, Header]:
+        beginning, header = read_header(file, size, limit)
+        if change == "swapped":
+            return beginning.replace(b"layers.0", b"layers.1"), header  # it said something else before
+        os.truncate(folder / WEIGHTS, size + (1 if change == "grown" else -1))
+        return beginning, header
+
+    monkeypatch.setattr("safelora_vllm.adapters.read.read_header", changing)
+    assert codes(judge(folder, gate, store)) == {"unreadable_file"}
 
 
 def test_a_file_swapped_after_reading_changes_nothing(

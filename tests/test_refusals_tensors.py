@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from safelora_vllm.adapters.read import Limits
 from safelora_vllm.gate import GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.refusing import Case, Spoil, codes, config, judge, table
-from tests.tiny import K0, Q0, UP0, Draft, key
+from tests.tiny import K0, Q0, UP0, Draft, key, lora, lora_config
 
 _A, _B = key(Q0, "A"), key(Q0, "B")
 
@@ -168,6 +170,44 @@ def test_what_the_tensors_are(
     draft = Draft()
     spoil(draft)
     assert codes(judge(draft.write(tmp_path / "adapter"), gate, store)) == {code}
+
+
+def padded(rank: int, others: int) -> Draft:
+    """One module of that rank and all others of the other."""
+    draft = Draft(config=lora_config(r=others, rank_pattern={K0: rank}), tensors=lora(rank=others))
+    draft.change(key(K0, "A"), torch.full((rank, 96), 1e-3))
+    draft.change(key(K0, "B"), torch.full((32, rank), 1e-3))
+    return draft
+
+
+def test_one_large_rank_must_not_blow_up_all_others(
+    tmp_path: Path, gate: GateSettings, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads one rank, so the others are padded: 2,720 rows and columns in all, of 4 bytes each."""
+    folder = padded(512, 1).write(tmp_path / "a")
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    enough = dataclasses.replace(gate, limits=Limits(weights_bytes=512 * 2720 * 4))
+    assert size < 0.06 * enough.limits.weights_bytes
+    assert judge(folder, enough, store).report.accepted
+    monkeypatch.setattr("safelora_vllm.adapters.canonical.load", lambda _: pytest.fail("loaded"))
+    less = dataclasses.replace(gate, limits=Limits(weights_bytes=512 * 2720 * 4 - 1))
+    admission = judge(folder, less, PublishedStore(tmp_path / "empty"))
+    assert codes(admission) == {"too_large"}
+    assert "rank 512 it takes 5,570,560 bytes, allowed are 5,570,559" in admission.report.reasons[0].detail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_of_one_rank_and_just_the_allowed_size_is_accepted(
+    dtype: torch.dtype, tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    draft = padded(4, 4)
+    draft.tensors = {name: tensor.to(dtype) for name, tensor in draft.tensors.items()}
+    folder = draft.write(tmp_path / "a")
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    limited = dataclasses.replace(gate, limits=Limits(weights_bytes=size))
+    assert judge(folder, limited, store).report.accepted
+    limited = dataclasses.replace(gate, limits=Limits(weights_bytes=size - 1))
+    assert codes(judge(folder, limited, PublishedStore(tmp_path / "empty"))) == {"too_large"}
 
 
 def test_rslora_scales_what_would_else_pass(

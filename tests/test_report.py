@@ -46,7 +46,9 @@ def test_golden_json() -> None:
 
 
 def test_there_and_back() -> None:
-    refused = Report.refused("x", "d", "c", Policy(mode="audit"), AdapterRefused([Reason("a", "b")] * 2))
+    refused = Report.refused(
+        "x", "d", "c", Policy(mode="audit"), AdapterRefused([Reason("a", "b"), Reason("a", "c")])
+    )
     for report in (REPORT, refused):
         assert Report.from_dict(json.loads(report.to_json())) == report
     assert not refused.accepted and refused.to_dict()["reasons"] == ["a", "a"]

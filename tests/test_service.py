@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
 from safelora_vllm.service.config import GateConfig
-from safelora_vllm.store import PublishedStore
+from safelora_vllm.store import PublishedStore, RawStore
 from tests.tiny import Draft, Pair, lora_config
 
 
@@ -95,15 +96,13 @@ def test_state_names_cache_policy_and_process(
     assert state["pid"] != os.getpid()
 
 
-def test_admit_report_and_metrics(client: GateClient, config: GateConfig, tmp_path: Path) -> None:
+def test_admit_and_metrics(client: GateClient, config: GateConfig, tmp_path: Path) -> None:
     before = samples(client.call("metrics"))
     folder = str(Draft().write(tmp_path / "adapter"))
     answer = client.call("admit", path=folder, name="tenant")
     report = Report.from_dict(answer["report"])
     assert report.accepted and report.adapter == "tenant"
     assert PublishedStore(config.store).find(answer["key"]) == report.named("")
-    assert client.call("report", key=answer["key"])["digest"] == report.digest
-    assert client.call("report", key="0" * 64) is None
     assert client.call("admit", path=folder, name="other")["key"] == answer["key"]
     after = samples(client.call("metrics"))
     accepted = "safelora_loads_total[('reason', ''), ('result', 'accepted')]"
@@ -112,6 +111,51 @@ def test_admit_report_and_metrics(client: GateClient, config: GateConfig, tmp_pa
     assert after[hits] - before.get(hits, 0) == 1
     assert after["safelora_projector_bytes[('tier', 'cpu')]"] > 0
     assert after["safelora_enforcing[]"] == 1
+
+
+def test_ensure_makes_a_lost_copy_again(client: GateClient, config: GateConfig, tmp_path: Path) -> None:
+    admitted = client.call("admit", path=str(Draft().write(tmp_path / "adapter")), name="tenant")
+    shutil.rmtree(tmp_path / "adapter")  # from here on there is only what the store keeps
+    digest, folder = admitted["report"]["digest"], PublishedStore(config.store).path(admitted["key"])
+    sound = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert client.call("ensure", digest=digest, name="tenant") == admitted
+    shutil.rmtree(folder)
+    assert client.call("ensure", digest=digest, name="tenant") == admitted
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == sound
+
+
+def test_ensure_under_another_policy(client: GateClient, config: GateConfig, tmp_path: Path) -> None:
+    admitted = client.call("admit", path=str(Draft().write(tmp_path / "adapter")), name="tenant")
+    digest = admitted["report"]["digest"]
+    first, second = (
+        client.call("ensure", digest=digest, name="tenant", policy={"threshold": 0.9}) for _ in range(2)
+    )
+    assert first == second and first["key"] != admitted["key"] and first["rules"] == admitted["rules"]
+    assert first["report"]["policy"]["threshold"] == 0.9
+    report = PublishedStore(config.store).find(first["key"])
+    assert report is not None and report.count("projected") == len(report.modules)
+    assert Report.from_dict(admitted["report"]).count("projected") < len(report.modules)
+    with pytest.raises(PolicyError):
+        client.call("ensure", digest=digest, name="tenant", policy={"threshold": 9})
+
+
+def test_ensure_of_what_the_store_does_not_have(
+    client: GateClient, config: GateConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(GateUnavailable, match=f"the store has no content {'0' * 64}; upload tenant again"):
+        client.call("ensure", digest="0" * 64, name="tenant")
+    draft = Draft(config=lora_config(lora_alpha=5))
+    admitted = client.call("admit", path=str(draft.write(tmp_path / "adapter")), name="tenant")
+    digest, raw = admitted["report"]["digest"], RawStore(config.store)
+    weights = raw.path(digest) / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    assert client.call("ensure", digest=digest, name="tenant") == admitted  # its copy is sound
+    shutil.rmtree(PublishedStore(config.store).path(admitted["key"]))
+    with pytest.raises(GateUnavailable, match=r"is damaged .its content has the digest .*; upload tenant"):
+        client.call("ensure", digest=digest, name="tenant")
+    raw.remove(digest)
 
 
 def test_a_refusal_is_an_answer_not_an_error(client: GateClient, tmp_path: Path) -> None:
@@ -185,6 +229,19 @@ def test_a_gate_that_does_not_answer_in_time(tmp_path: Path) -> None:
         server.listen()
         with pytest.raises(GateUnavailable, match="does not answer"):
             GateClient(str(tmp_path / "s")).call("state", timeout=0.05)
+
+
+def test_an_answer_that_is_cut_short(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, ThreadPoolExecutor(1) as pool:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        answer = pool.submit(GateClient(str(tmp_path / "s")).call, "state", 30.0)
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b'{"result": {"pid"')
+        with pytest.raises(GateUnavailable, match="ended during the call"):
+            answer.result()
 
 
 def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pair, tmp_path: Path) -> None:

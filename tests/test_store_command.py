@@ -46,11 +46,9 @@ def run(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
 def test_ls_shows_what_each_name_serves(run: Run, root: Path) -> None:
     digest = digest_of(2)
+    changes = {"policy": {"threshold": 0.9}, "by": "ops", "override": True, "reason": "r"}
     NameStore(root).update(
-        "b",
-        lambda old: (
-            old and old.with_policy({"threshold": 0.9}, created=0, by="ops", override=True, reason="r")
-        ),
+        "b", lambda old: old and old.with_version(dataclasses.replace(old.live, **changes))
     )
     code, out, _ = run("ls")
     (x,) = [line.split() for line in out.splitlines() if "acme/x" in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import multiprocessing
@@ -120,7 +121,7 @@ def test_what_may_not_go(why: str, root: Path, four: list[str]) -> None:
     elif why == "rolled back to":
         put(root, 2, "x")
         put(root, 1, "x")
-        NameStore(root).update("x", lambda old: old and old.rolled_back(1))
+        NameStore(root).update("x", lambda old: old and dataclasses.replace(old, current=1))
     elif why == "no raw":
         raw.remove(keep)
     elif why == "half raw":

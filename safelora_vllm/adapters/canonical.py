@@ -13,13 +13,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safelora_vllm.adapters.config import LoRAConfig, parse_config
+from safelora_vllm.adapters.header import DTYPE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
 from safelora_vllm.errors import AdapterRefused, Reason, refuse
 from safelora_vllm.projectors.cache import ModuleEntry
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,512})\.lora_([AB])\.weight")
-_DTYPES = ("F32", "F16", "BF16")
 # What a tensor's name gives away about the PEFT feature that made it.
 _FEATURES = {
     "lora_embedding": "embedding",
@@ -30,7 +30,6 @@ _FEATURES = {
     ".bias": "bias",
     "lora_bias": "bias",
 }
-_MAX_LISTED = 20
 
 Weights = dict[str, tuple[Tensor, Tensor]]  # module name → A (r, d_in), B (d_out, r)
 
@@ -48,6 +47,8 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
     if config is not None:
         for module, sides in pairs.items():
             reasons += _check_shapes(module, sides, raw, modules[module], config, limits)
+    if not reasons:
+        reasons = _check_padding(pairs, raw, limits)
     if reasons:
         raise AdapterRefused(reasons)
     assert config is not None
@@ -56,7 +57,7 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
     except (SafetensorError, ValueError) as error:
         raise refuse("weights_malformed", f"{WEIGHTS} cannot be loaded: {error}") from error
     if reasons := _check_values(tensors):
-        raise AdapterRefused(_unique(reasons))
+        raise AdapterRefused(reasons)
     weights: Weights = {}
     for module, sides in sorted(pairs.items()):
         a, b = (tensors[sides[side]].to(torch.float32) for side in "AB")
@@ -85,7 +86,7 @@ def _pair_up(
     for module in sorted(module for module, sides in pairs.items() if len(sides) < 2):
         side = next(iter(pairs.pop(module)))
         reasons.append(Reason("unpaired", f"{module} has lora_{side} without its counterpart"))
-    return pairs, _unique(reasons)
+    return pairs, reasons
 
 
 def _check_shapes(
@@ -97,8 +98,8 @@ def _check_shapes(
     limits: Limits,
 ) -> list[Reason]:
     a, b = raw.header[sides["A"]], raw.header[sides["B"]]
-    if odd := [t.dtype for t in (a, b) if t.dtype not in _DTYPES]:
-        return [Reason("dtype", f"{module} is {odd[0]}; save it as one of {', '.join(_DTYPES)}")]
+    if odd := [t.dtype for t in (a, b) if t.dtype not in DTYPE_BYTES]:
+        return [Reason("dtype", f"{module} is {odd[0]}; save it as one of {', '.join(DTYPE_BYTES)}")]
     d_out, d_in = entry.shape
     rank = a.shape[0] if len(a.shape) == 2 else 0
     if rank == 0 or a.shape != (rank, d_in) or b.shape != (d_out, rank):
@@ -114,6 +115,19 @@ def _check_shapes(
         declared = config.rank(module)
         return [Reason("rank_mismatch", f"{module} has rank {rank}, its config says {declared}")]
     return []
+
+
+def _check_padding(pairs: Mapping[str, dict[str, str]], raw: RawAdapter, limits: Limits) -> list[Reason]:
+    """One large rank makes all others as large. An adapter of a single rank is never refused here."""
+    rank, row = 0, 0  # row: bytes that each rank takes in all modules
+    for sides in pairs.values():
+        a, b = (raw.header[sides[side]] for side in "AB")
+        rank = max(rank, a.shape[0])
+        row += DTYPE_BYTES[a.dtype] * a.shape[1] + DTYPE_BYTES[b.dtype] * b.shape[0]
+    if rank * row <= limits.weights_bytes:
+        return []
+    found = f"padded to its largest rank {rank} it takes {rank * row:,} bytes"
+    return [Reason("too_large", f"{found}, allowed are {limits.weights_bytes:,}; train it with one rank")]
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> list[Reason]:
@@ -136,18 +150,6 @@ def _flaw(values: Tensor) -> str | None:
     if values.dtype != torch.float16 and bool(((sizes < tiny) & (sizes > 0)).any()):
         return "subnormal"
     return None
-
-
-def _unique(reasons: list[Reason]) -> list[Reason]:
-    """Reasons without repeats, a long list cut: one line per module would be thousands."""
-    distinct = list(dict.fromkeys(reasons))
-    seen: dict[str, int] = defaultdict(int)
-    kept = []
-    for reason in distinct:
-        seen[reason.code] += 1
-        if seen[reason.code] <= _MAX_LISTED:
-            kept.append(reason)
-    return kept
 
 
 def canonical_files(weights: Weights, base_model: str, dtype: torch.dtype) -> dict[str, bytes]:

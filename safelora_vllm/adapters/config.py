@@ -42,6 +42,10 @@ _UNSUPPORTED = {
 # Initialisations that leave the base weights alone, so that the saved A and B are a plain LoRA.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 _PLAIN_SUFFIX = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
+_MAX_PATTERNS = 4096
+
+# A module's name or a suffix of it, with a ^ before it where it has one → its place in the config, value.
+Patterns = dict[str, tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class LoRAConfig:
     r: int
     alpha: float
     rslora: bool
-    ranks: dict[str, int]
-    alphas: dict[str, float]
+    ranks: Patterns
+    alphas: Patterns
 
     def rank(self, module: str) -> int:
         """The declared rank of a module."""
@@ -102,7 +106,7 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
         reasons += _check_patterns(key, config.get(key), valid)
     if reasons:
         return None, reasons
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = _index(config.get("rank_pattern")), _index(config.get("alpha_pattern"))
     return LoRAConfig(config["r"], config["lora_alpha"], bool(rslora), ranks, alphas), []
 
 
@@ -111,7 +115,10 @@ def _check_patterns(key: str, patterns: Any, valid: Any) -> list[Reason]:
         return []
     if not isinstance(patterns, dict):
         return [Reason("config_type", f"{key} is not an object of module names and numbers")]
-    bad = [name for name in patterns if not _PLAIN_SUFFIX.fullmatch(_bare(name))]
+    if len(patterns) > _MAX_PATTERNS:
+        found = f"{key} has {len(patterns):,} patterns, allowed are {_MAX_PATTERNS:,}"
+        return [Reason("pattern", f"{found}; write suffixes that several modules share")]
+    bad = [name for name in patterns if not _PLAIN_SUFFIX.fullmatch(name.removeprefix("^").removesuffix("$"))]
     reasons = [
         Reason("pattern", f"{key} has {name!r:.80}; only plain module names and suffixes are read")
         for name in bad[:10]
@@ -121,23 +128,23 @@ def _check_patterns(key: str, patterns: Any, valid: Any) -> list[Reason]:
     return reasons
 
 
-def _match(patterns: dict[str, Any], module: str, default: float) -> float:
-    """The first pattern that is the module's name or a suffix of it at a dot, as PEFT has it.
+def _index(patterns: dict[str, float] | None) -> Patterns:
+    table: Patterns = {}
+    for place, (pattern, value) in enumerate((patterns or {}).items()):
+        table.setdefault(pattern.removesuffix("$"), (place, value))
+    return table
 
-    PEFT compiles ``(.*\\.)?(PATTERN)$``. Of that language only names are read here, in which a dot
-    stands for any character.
+
+def _match(patterns: Patterns, module: str, default: float) -> float:
+    """The first pattern that is the module's name or a suffix of it after a dot, as PEFT has it.
+
+    PEFT runs ``(.*\\.)?(PATTERN)$`` of each pattern, in the config's order. Of that language only names
+    are read here, so that a module's few suffixes can be looked up instead. Unlike in PEFT, where it is
+    any character, a dot in a pattern is a dot.
     """
-    for pattern, value in patterns.items():
-        name = _bare(pattern)
-        head, tail = module[: -len(name)], module[-len(name) :]
-        fits = len(tail) == len(name) and all(p in (c, ".") for p, c in zip(name, tail, strict=True))
-        if fits and (not head or (head.endswith(".") and not pattern.startswith("^"))):
-            return float(value)
-    return default
-
-
-def _bare(pattern: str) -> str:
-    return pattern.removeprefix("^").removesuffix("$")
+    suffixes = [module[dot + 1 :] for dot, character in enumerate(module) if character == "."]
+    found = [patterns[name] for name in (f"^{module}", module, *suffixes) if name in patterns]
+    return float(min(found)[1]) if found else default
 
 
 def _rank(value: Any) -> bool:

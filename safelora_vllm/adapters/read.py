@@ -6,18 +6,19 @@ changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import json
+import io
 import os
 import stat
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safelora_vllm.adapters.archive import read_archive
+from safelora_vllm.adapters.header import Header, plain_json, read_header
 from safelora_vllm.errors import AdapterNotFound, AdapterRefused, Reason, refuse
 
 CONFIG = "adapter_config.json"
@@ -37,19 +38,11 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class TensorHeader:
-    """A tensor's line in the safetensors header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class RawAdapter:
     """An adapter's bytes. ``digest`` names this content: equal bytes, equal digest."""
 
     config: dict[str, Any]
-    header: dict[str, TensorHeader]
+    header: Header
     config_bytes: bytes = field(repr=False)
     weights: bytes = field(repr=False)
     digest: str
@@ -60,10 +53,21 @@ class RawAdapter:
         return {CONFIG: self.config_bytes, WEIGHTS: self.weights}
 
 
+def content_digest(config: bytes, weights: bytes) -> str:
+    """The name of an adapter's content: sha256(sha256(config) + sha256(weights)), hexadecimal."""
+    return joined_digest(hashlib.sha256(config).digest(), hashlib.sha256(weights).digest())
+
+
+def joined_digest(config: bytes, weights: bytes) -> str:
+    """`content_digest` from the sha256 of each."""
+    return hashlib.sha256(config + weights).hexdigest()
+
+
 def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
     """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of a PEFT folder.
 
-    The folder may also come as one .tar, .tar.gz or .zip, known by its first bytes.
+    The folder may also come as one .tar, .tar.gz or .zip, known by its first bytes. A weights file is
+    read only when its header fits its size.
 
     Raises:
         AdapterNotFound: there is nothing at the path, or one of the two files alone.
@@ -78,15 +82,13 @@ def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
         folder = there = False
     if not there:
         raise _not_found(path)
-    files = _read_folder(path, limits) if folder else _read_archive(path, limits)
-    config_bytes, weights = files[CONFIG], files[WEIGHTS]
-    sides = hashlib.sha256(config_bytes).digest() + hashlib.sha256(weights).digest()
+    config_bytes, weights, header = (_read_folder if folder else _read_archive)(path, limits)
     return RawAdapter(
         config=_parse_config(config_bytes),
-        header=_parse_header(weights, limits.header_bytes),
+        header=header,
         config_bytes=config_bytes,
         weights=weights,
-        digest=hashlib.sha256(sides).hexdigest(),
+        digest=content_digest(config_bytes, weights),
     )
 
 
@@ -97,31 +99,33 @@ def _not_found(path: Path) -> AdapterNotFound:
     )
 
 
-def _read_folder(folder: Path, limits: Limits) -> dict[str, bytes]:
-    files = {}
-    for name, limit in _wanted(limits).items():
-        try:
-            files[name] = _read_file(folder / name, name, limit)
-        except FileNotFoundError:
-            reason = _missing(name, lambda other: (folder / other).exists())
-            raise AdapterRefused([reason]) from None
-    return files
+def _read_folder(folder: Path, limits: Limits) -> tuple[bytes, bytes, Header]:
+    try:
+        with _opened(folder / CONFIG, CONFIG, limits.config_bytes) as (file, size):
+            config = _all_of(file, size, CONFIG)
+        with _opened(folder / WEIGHTS, WEIGHTS, limits.weights_bytes) as (file, size):
+            beginning, header = read_header(file, size, limits.header_bytes)
+            file.seek(0)
+            weights = _all_of(file, size, WEIGHTS, beginning)
+    except FileNotFoundError as error:
+        reason = _missing(Path(error.filename).name, lambda other: (folder / other).exists())
+        raise AdapterRefused([reason]) from None
+    return config, weights, header
 
 
-def _read_archive(path: Path, limits: Limits) -> dict[str, bytes]:
+def _read_archive(path: Path, limits: Limits) -> tuple[bytes, bytes, Header]:
     allowed = limits.config_bytes + limits.weights_bytes + _BESIDE_BYTES
     try:
-        data = _read_file(path, "the archive", allowed)
+        with _opened(path, "the archive", allowed) as (file, size):
+            data = _all_of(file, size, "the archive")
     except FileNotFoundError:
         raise _not_found(path) from None
-    files, others = read_archive(data, _wanted(limits), allowed)
-    if missing := [_missing(name, others.__contains__) for name in _wanted(limits) if name not in files]:
+    wanted = {CONFIG: limits.config_bytes, WEIGHTS: limits.weights_bytes}
+    files, others = read_archive(data, wanted, allowed)
+    if missing := [_missing(name, others.__contains__) for name in wanted if name not in files]:
         raise AdapterRefused(missing)
-    return files
-
-
-def _wanted(limits: Limits) -> dict[str, int]:
-    return {CONFIG: limits.config_bytes, WEIGHTS: limits.weights_bytes}
+    weights = files[WEIGHTS]
+    return files[CONFIG], weights, read_header(io.BytesIO(weights), len(weights), limits.header_bytes)[1]
 
 
 def _missing(name: str, exists: Callable[[str], bool]) -> Reason:
@@ -130,8 +134,9 @@ def _missing(name: str, exists: Callable[[str], bool]) -> Reason:
     return Reason("missing_file", f"the adapter has no {name}")
 
 
-def _read_file(path: Path, name: str, limit: int) -> bytes:
-    """The bytes of one regular file. Never follows a link and never waits on a pipe or device.
+@contextlib.contextmanager
+def _opened(path: Path, name: str, limit: int) -> Iterator[tuple[BinaryIO, int]]:
+    """One regular file and its size. Never follows a link and never waits on a pipe or device.
 
     Raises:
         FileNotFoundError: there is none.
@@ -151,63 +156,27 @@ def _read_file(path: Path, name: str, limit: int) -> bytes:
         os.close(descriptor)
         raise refuse("not_regular_file", f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
+        if status.st_size > limit:
+            raise refuse("too_large", f"{name} is larger than the {limit:,} bytes that are allowed")
         try:
-            data = file.read(status.st_size + 1) if status.st_size <= limit else None
+            yield file, status.st_size
         except OSError as error:
             raise refuse("unreadable_file", f"{name} cannot be read: {error.strerror}") from error
-    if data is None or len(data) > limit:
-        raise refuse("too_large", f"{name} is larger than the {limit:,} bytes that are allowed")
+
+
+def _all_of(file: BinaryIO, size: int, name: str, beginning: bytes = b"") -> bytes:
+    """A whole file of which the size and the beginning are known."""
+    data = file.read(size + 1)
+    if len(data) != size or not data.startswith(beginning):
+        raise refuse("unreadable_file", f"{name} changed while it was read; load it again")
     return data
 
 
 def _parse_config(text: bytes) -> dict[str, Any]:
     try:
-        config = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_reject_constant)
+        config = plain_json(text)
     except (ValueError, RecursionError) as error:
         raise refuse("config_malformed", f"{CONFIG} is not plain JSON: {error}") from error
     if not isinstance(config, dict):
         raise refuse("config_malformed", f"{CONFIG} is not a JSON object")
     return config
-
-
-def _reject_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
-def _parse_header(weights: bytes, limit: int) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes from the header (safetensors format: length, JSON, data).
-
-    The data itself is checked by the safetensors library when it is loaded.
-    """
-    try:
-        if len(weights) < 8:
-            raise ValueError("it ends before its header")
-        (length,) = struct.unpack("<Q", weights[:8])
-        if length > limit:
-            raise ValueError(f"its header of {length:,} bytes is over the {limit:,} allowed")
-        if length > len(weights) - 8:
-            raise ValueError("it ends inside its header")
-        header = json.loads(
-            weights[8 : 8 + length], object_pairs_hook=_no_repeats, parse_constant=_reject_constant
-        )
-        header.pop("__metadata__", None)
-        return {
-            name: TensorHeader(str(entry["dtype"]), _shape(entry["shape"])) for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterRefused(
-            [Reason("weights_malformed", f"{WEIGHTS} is not a whole safetensors file: {error}")]
-        ) from error
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(side) is int and side >= 0 for side in value):
-        raise ValueError(f"a shape is {value!r}")
-    return tuple(value)

@@ -15,7 +15,8 @@ from fastapi.responses import JSONResponse
 from safelora_vllm.access import KeyRing
 from safelora_vllm.audit import AuditLog
 from safelora_vllm.errors import GuardError, SafeLoRAError
-from safelora_vllm.integration.callers import Access
+from safelora_vllm.integration import seams
+from safelora_vllm.integration.callers import Access, CallerMiddleware
 from safelora_vllm.integration.errors_http import error_response
 from safelora_vllm.integration.management import Manager
 from safelora_vllm.integration.routes import router
@@ -24,7 +25,6 @@ from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings
 from safelora_vllm.integration.uploads import Slots
 
 NO_LORA = ServerSettings(projectors="")
-_MIDDLEWARE = "safelora_vllm.integration.callers.CallerMiddleware"
 
 
 class SafeLoRAEndpoint:
@@ -45,11 +45,11 @@ class SafeLoRAEndpoint:
         access = Access(keys, secrets.token_urlsafe(32))
         if inference:
             args.api_key = [*inference, access.inner_key]
-        # vLLM adds these outside of its own key check, in the order of the list.
-        args.middleware = [*(args.middleware or []), _MIDDLEWARE]
+        seams.add_middleware(args, CallerMiddleware)
         app.state.safelora_access = access
         app.state.safelora_slots = Slots(settings.concurrent_uploads)
-        app.include_router(router)
+        seams.attach_first(app, router)
+        self._app = app
 
         @app.exception_handler(SafeLoRAError)
         async def answer(_: Request, error: SafeLoRAError) -> JSONResponse:
@@ -59,8 +59,10 @@ class SafeLoRAEndpoint:
         """Start serving adapters, if this server has an engine with LoRA.
 
         Raises:
-            GuardError: a worker is not guarded; the server does not start.
+            GuardError: a worker is not guarded, or the middleware is not where it has to be; the server
+            does not start.
         """
+        seams.check_middleware(self._app, CallerMiddleware)
         if engine_client is None or not getattr(args, "enable_lora", False):
             return
         settings = ServerSettings.from_additional_config(args.additional_config)

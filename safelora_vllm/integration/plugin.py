@@ -1,9 +1,11 @@
 """The ``safelora`` entry points. vLLM logs and swallows an ImportError here and would go on
-unguarded, so this module imports the standard library only; what is wrong raises in `register`.
+unguarded, so this module imports the standard library only; what is wrong raises in `register`
+and in `Endpoint`'s methods.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 
@@ -13,13 +15,42 @@ def register() -> None:
     Raises:
         GuardError: this vLLM has other seams than those this release was written for.
     """
+    from safelora_vllm.integration import seam_checks
+
+    seam_checks.check("worker")
     from safelora_vllm.integration import seams, worker
 
     seams.install(worker.GuardedLoRAManager, worker.attest)
 
 
-def endpoint() -> Any:
+def endpoint() -> Endpoint:
     """``vllm.endpoint_plugins``: the routes and the serving state of one API server process."""
-    from safelora_vllm.integration.endpoint import SafeLoRAEndpoint
+    return Endpoint()
 
-    return SafeLoRAEndpoint()
+
+class Endpoint:
+    """vLLM's endpoint plugin: routes and serving state.
+
+    vLLM swallows whatever goes wrong before it calls these methods, so all work is in them.
+    """
+
+    name = "safelora"
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes and the middleware.
+
+        Raises:
+            GuardError: this vLLM has other seams than those this release was written for.
+        """
+        from safelora_vllm.integration import seam_checks
+
+        seam_checks.check("server")
+        from safelora_vllm.integration.endpoint import SafeLoRAEndpoint
+
+        self._endpoint = SafeLoRAEndpoint()
+        self._endpoint.attach_router(app)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Start serving adapters."""
+        await self._endpoint.init_state(engine_client, state, args)

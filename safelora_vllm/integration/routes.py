@@ -36,6 +36,7 @@ from safelora_vllm.metrics import ServedAdapter
 
 _MAX_JSON = 64 * 1024
 _CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
+_PLAIN = {**_CHANGES, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 def require_caller() -> Principal:
@@ -88,19 +89,19 @@ Managed = Annotated[Manager, Depends(manager)]
 router = APIRouter(tags=["safelora"])
 
 
-@router.post("/v1/load_lora_adapter", responses=_CHANGES, response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadRequest, who: Admin, managed: Managed) -> str:
+@router.post("/v1/load_lora_adapter", response_model=None, responses=_PLAIN)
+async def load_lora_adapter(body: LoadRequest, who: Admin, managed: Managed) -> Response:
     """Vet and project an adapter folder on the server, keep it, and serve it. vLLM's own call."""
     path = managed.check_root(body.lora_path)
     await managed.add(who, body.lora_name, path, replace=body.load_inplace, action="load")
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", responses=_CHANGES, response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadRequest, who: Admin, managed: Managed) -> str:
+@router.post("/v1/unload_lora_adapter", response_model=None, responses=_PLAIN)
+async def unload_lora_adapter(body: UnloadRequest, who: Admin, managed: Managed) -> Response:
     """Stop serving an adapter and free its weights. vLLM's own call."""
     await managed.remove(who, body.lora_name, action="unload")
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.post(

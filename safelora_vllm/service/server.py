@@ -21,7 +21,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import GateUnavailable, SafeLoRAError
+from safelora_vllm.errors import GateUnavailable, GuardError, SafeLoRAError
 from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
@@ -29,16 +29,27 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.service.config import GateConfig
 from safelora_vllm.store import PublishedStore, RawStore
-from safelora_vllm.store.housekeeping import clean, collect
+from safelora_vllm.store.housekeeping import clean, collect, world_writable
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 64 * 1024
+_HEADER_BYTES = 16 * 1024**2
 
 
 class GateService:
-    """The operations that clients may call; each takes and returns plain JSON values."""
+    """The operations that clients may call; each takes and returns plain JSON values.
+
+    Raises:
+        GuardError: every user of this machine may write to the store.
+        ProjectorCacheError, PolicyError, CheckpointError: the settings do not fit each other.
+    """
 
     def __init__(self, config: GateConfig) -> None:
+        for folder in world_writable(config.store):
+            raise GuardError(
+                f"every user may write to {folder}, and so decide what is served; take that away with "
+                f"'chmod o-w {folder}', look at what lies in it, and start again"
+            )
         cache = ProjectorCache(config.projectors)
         cache.verify()
         if not config.trust_served_model:
@@ -49,7 +60,7 @@ class GateService:
             policy=Policy.from_mapping(config.policy),
             device=torch.device(config.device),
             dtype=getattr(torch, config.dtype),
-            limits=Limits(weights_bytes=config.max_adapter_bytes, max_rank=config.max_rank),
+            limits=Limits(weights_bytes=_weights_bytes(config, cache), max_rank=config.max_rank),
             base_model=Path(config.model).name,
         )
         _check_energy(self._settings)
@@ -77,7 +88,7 @@ class GateService:
             raise
         self._metrics.record(admission)
         if self._store_bytes is not None and not admission.cached:
-            collect(self._published.root, self._store_bytes)
+            self._collect(self._store_bytes)
         return {
             "report": admission.report.to_dict(),
             "key": admission.key,
@@ -92,6 +103,9 @@ class GateService:
             raise GateUnavailable(f"the store has no content {digest}; upload {name} again")
         key = settings.key(digest)
         if (report := self._published.find(key)) is None:
+            if wrong := self._raw.damaged(digest):
+                found = f"the store's content {digest} is damaged ({wrong})"
+                raise GateUnavailable(f"{found}; upload {name} again")
             return self.admit(str(self._raw.path(digest)), name, policy)
         self._published.touch(key)
         return {
@@ -117,8 +131,22 @@ class GateService:
             "pid": os.getpid(),
         }
 
+    def _collect(self, store_bytes: int) -> None:
+        """Remove old copies. What was accepted is served, whether that works or not."""
+        try:
+            collect(self._published.root, store_bytes)
+        except Exception:
+            logger.exception("the adapter store %s could not be kept small", self._published.root)
+
 
 OPERATIONS = ("admit", "ensure", "metrics", "state")
+
+
+def _weights_bytes(config: GateConfig, cache: ProjectorCache) -> int:
+    """Most bytes of a weights file: see `GateConfig`, max_adapter_bytes."""
+    sides = sum(sum(entry.shape) for entry in cache.modules.values())
+    factors = torch.float32.itemsize * config.max_rank * sides
+    return min(config.max_adapter_bytes, 4 * factors + _HEADER_BYTES)
 
 
 def _check_energy(settings: GateSettings) -> None:

@@ -6,7 +6,8 @@
     names/<quoted name>.json   which content is served under a name, with its versions
 
 Safe for several server processes on one root. Every change is a rename, so that a crash at any
-instant leaves the old state or the new one, and perhaps a temporary folder that `clean` removes.
+instant leaves the old state or the new one, and perhaps a temporary folder, which
+`housekeeping.clean` removes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safelora_vllm.adapters.read import content_digest
 from safelora_vllm.store.names import AdapterRecord, NameStore, Version
 from safelora_vllm.store.published import PublishedStore
-from safelora_vllm.store.raw import RawStore, content_digest
+from safelora_vllm.store.raw import RawStore
 
 
 def default_root() -> Path:

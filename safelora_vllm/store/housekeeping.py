@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -142,6 +143,16 @@ def clean(root: str | Path, stale_seconds: float = STALE_SECONDS) -> None:
     """Remove what killed processes left behind, in all of the store's folders."""
     for place in _PLACES:
         remove_leftovers(Path(root) / place, stale_seconds, place == "incoming")
+
+
+def world_writable(root: str | Path) -> list[Path]:
+    """The store's folders to which every user of the machine may write."""
+    found = []
+    for folder in (Path(root), *(Path(root) / place for place in _PLACES)):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_mode & stat.S_IWOTH:
+                found.append(folder)
+    return found
 
 
 @dataclass(frozen=True)

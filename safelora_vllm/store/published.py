@@ -23,7 +23,6 @@ from safelora_vllm.store.files import (
     is_digest,
     make_folder,
     put_folder,
-    remove_leftovers,
     temporary_folder,
     write_file,
     writing,
@@ -59,6 +58,15 @@ class PublishedStore:
         except _NOT_OURS:
             return None
 
+    def signature(self, key: str) -> tuple[tuple[int, int, int], ...]:
+        """mtime_ns, size and inode of both files: as long as they stay, a copy that was sound is sound.
+
+        Raises:
+            OSError: a file is missing.
+        """
+        found = [(self.path(key) / name).stat() for name in (CONFIG, WEIGHTS)]
+        return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
+
     def report(self, key: str) -> Report | None:
         """As `find`, but without reading the weights: whether they are sound is not known."""
         try:
@@ -93,10 +101,6 @@ class PublishedStore:
     def all(self) -> list[str]:
         """The keys that have a folder, sound or not."""
         return digests_in(self._published)
-
-    def clean(self) -> None:
-        """Remove what killed processes left behind. Younger leftovers may belong to a live one."""
-        remove_leftovers(self._published)
 
 
 def _report_in(folder: Path) -> Report:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest, joined_digest
 from safelora_vllm.store.files import (
     digests_in,
     is_digest,
@@ -26,11 +26,6 @@ from safelora_vllm.store.files import (
     write_file,
     writing,
 )
-
-
-def content_digest(config: bytes, weights: bytes) -> str:
-    """The name of an adapter's content: sha256(sha256(config) + sha256(weights)), hexadecimal."""
-    return _joined(hashlib.sha256(config).digest(), hashlib.sha256(weights).digest())
 
 
 class RawStore:
@@ -92,7 +87,7 @@ class RawStore:
                 return f"{name} is missing"
             except OSError as error:
                 return f"{name} cannot be read ({error.strerror})"
-        found = _joined(*sides)
+        found = joined_digest(*sides)
         return None if found == digest else f"its content has the digest {found}"
 
     def remove(self, digest: str, min_age_seconds: float = 0.0) -> bool:
@@ -119,7 +114,3 @@ class RawStore:
             sync_folder(self._raw)  # whoever renamed it may have been killed before he did
             return True
         return False
-
-
-def _joined(config: bytes, weights: bytes) -> str:
-    return hashlib.sha256(config + weights).hexdigest()

@@ -82,25 +82,6 @@ class AdapterRecord:
         new = dataclasses.replace(new, version=number)
         return AdapterRecord(self.name, number, (*self.versions, new)[-KEPT_VERSIONS:])
 
-    def with_policy(
-        self, policy: dict[str, Any], *, created: float, by: str, override: bool = False, reason: str = ""
-    ) -> AdapterRecord:
-        """With a new version of the live one's content under another policy, not yet published."""
-        return self.with_version(
-            dataclasses.replace(
-                self.live, policy=policy, created=created, by=by, override=override, reason=reason,
-                key="", rules="",
-            )
-        )  # fmt: skip
-
-    def rolled_back(self, number: int) -> AdapterRecord:
-        """With another of its versions served.
-
-        Raises:
-            UsageError: there is no such version.
-        """
-        return dataclasses.replace(self, current=self.version(number).version)
-
 
 def file_of(name: str) -> str:
     """The name of a record's file.

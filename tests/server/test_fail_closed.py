@@ -14,7 +14,7 @@ import pytest
 from server import ServerDied, guarded, plain, running
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration import seams, serving
+from safelora_vllm.integration import serving
 
 REQUIRED = "--worker-extension-cls=safelora_vllm.integration.required.Guard"
 PLUGIN = {"VLLM_PLUGINS": "safelora"}
@@ -114,17 +114,43 @@ def test_plain_vllm_guarded(
         assert httpx.get(f"{server.url}/v1/adapters/x").json()["modules"]
 
 
+def test_a_changed_seam_of_the_api_server_does_not_start(
+    aligned: Path, projectors: Path, tmp_path: Path
+) -> None:
+    """As a vLLM would have it whose requests no longer say which adapter they use."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "class Change:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'vllm.v1.engine.output_processor':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            spec = importlib.util.find_spec(name)\n"
+        "            run = spec.loader.exec_module\n"
+        "            def exec_module(module):\n"
+        "                run(module)\n"
+        "                module.RequestState.__init__ = lambda self: None\n"
+        "            spec.loader.exec_module = exec_module\n"
+        "            return spec\n"
+        "sys.meta_path.insert(0, Change())\n"
+    )
+    env = {**PLUGIN, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = plain(aligned, "--enable-lora", config(projectors=str(projectors)))
+    assert "seam 'in flight'" in start_and_fail(command, env, tmp_path)
+
+
 class FakeEngine:
-    """Records the call; answers what the test says."""
+    """Two data-parallel engines, whose workers answer what the test says."""
 
-    def __init__(self, answers: object) -> None:
-        self.answers, self.engine_core, self.calls = answers, self, []
+    def __init__(self, answers: list[object]) -> None:
+        self.answers, self.engine_core = answers, self
+        self.core_engines = range(len(answers))
 
-    async def call_utility_all_async(self, *arguments: object) -> object:
-        self.calls.append(arguments)
-        if isinstance(self.answers, Exception):
-            raise self.answers
-        return self.answers
+    async def _call_utility_async(self, *arguments: object, engine: int) -> object:
+        assert arguments == ("collective_rpc", "safelora_attest", None, (), None)
+        answer = self.answers[engine]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lost": []}
@@ -133,32 +159,14 @@ GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lo
 @pytest.mark.parametrize(
     "answers",
     [
-        AttributeError("no attribute 'safelora_attest'"),
+        [],
         [[]],
+        [[GUARDED], AttributeError("no attribute 'safelora_attest'")],
         [[GUARDED, {"guarded": False}]],
         [[GUARDED], [{**GUARDED, "policy": "other"}]],
         [[GUARDED], [{**GUARDED, "projectors": "other"}]],
     ],
 )
-def test_attestation(answers: object) -> None:
+def test_attestation(answers: list[object]) -> None:
     with pytest.raises(GuardError):
         asyncio.run(serving.ask_workers(FakeEngine(answers)))
-
-
-@pytest.mark.parametrize("version", ["0.27.1", "0.33.0", "1.0", "dev"])
-def test_unknown_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(seams.ALLOW_UNTESTED, raising=False)
-    with pytest.raises(GuardError, match="outside of the range"):
-        seams.check_version(version)
-    monkeypatch.setenv(seams.ALLOW_UNTESTED, "1")
-    seams.check_version(version)
-
-
-def test_a_changed_seam_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.lora.worker_manager import WorkerLoRAManager
-
-    def other(self: object, lora_request: object, extra: object) -> None: ...
-
-    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", other)
-    with pytest.raises(GuardError, match="_load_adapter"):
-        seams.check_seams()

@@ -104,7 +104,7 @@ def test_fifty_uploads_over_two_servers_while_eight_chat(
             wrong.append((name, answer.status_code, answer.text))
         ready.append(name)
 
-    chatters = [threading.Thread(target=chat, args=(seed,)) for seed in range(8)]
+    chatters = [threading.Thread(target=chat, args=(seed,), daemon=True) for seed in range(8)]
     for thread in chatters:
         thread.start()
     with ThreadPoolExecutor(COUNT) as pool:
@@ -156,7 +156,7 @@ def test_swap_and_delete_are_in_force_everywhere_at_once(
                 if text != texts[int(state["now"])]:
                     failures.append(("old version", text, state))
 
-    askers = [threading.Thread(target=ask) for _ in range(4)]
+    askers = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
     for thread in askers:
         thread.start()
     for number in range(12):
@@ -209,7 +209,7 @@ def test_restart_after_a_kill_serves_every_name(
                         return
                     unsure.discard(name)
 
-        threads = [threading.Thread(target=churn, args=(seed,)) for seed in range(3)]
+        threads = [threading.Thread(target=churn, args=(seed,), daemon=True) for seed in range(3)]
         for thread in threads:
             thread.start()
         time.sleep(4)

@@ -48,7 +48,9 @@ def test_a_lost_copy_costs_one_adapter_not_the_engine(
     say(user, "extra1"), say(user, "extra2")
     shutil.rmtree(store / "published" / key)
     assert say(user, "extra0") == aligned, "a running request goes on with the aligned model alone"
-    wait_for(lambda: user.get("/v1/adapters/extra0").status_code == 200 and (store / "published" / key).is_dir())
+    wait_for(
+        lambda: user.get("/v1/adapters/extra0").status_code == 200 and (store / "published" / key).is_dir()
+    )
     assert say(user, "extra0") == said, "made again from what was uploaded, by itself"
     assert say(user, "extra1") == intact
     cards = {card["id"]: card["root"] for card in user.get("/v1/models").json()["data"]}

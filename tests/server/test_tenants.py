@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, TENANT_KEYS, client,
 KEYS = {"admin": ADMIN_KEY, "acme": TENANT_KEYS["acme"], "globex": TENANT_KEYS["globex"]}
 KEYS |= {"inference": INFERENCE_KEY, "wrong": "no-key-of-anybody"}
 CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+QUESTION = {"type": "choice", "criteria": {"one": "the first", "two": "the second"}}
 WHO = list(KEYS)
 
 
@@ -45,7 +47,13 @@ USES = {
     "generate": uses("/inference/v1/generate", {"token_ids": [1], "sampling_params": {"max_tokens": 1}}),
     "render": uses("/v1/completions/render", {"prompt": "x", "max_tokens": 1}),
     "render chat": uses("/v1/chat/completions/render", CHAT),
+    "render messages": uses("/v1/messages/render", CHAT),
+    "render responses": uses("/v1/responses/render", {"input": "x"}),
+    "batch": uses("/v1/chat/completions/batch", {**CHAT, "messages": [CHAT["messages"]]}),
+    "scoring": uses("/generative_scoring", {"query": "x", "items": ["y"], "label_token_ids": [1, 2]}),
+    "decisions": uses("/v1/systemone", {"state": "x", "questions": {"q": QUESTION}}),
 }
+NO_WEIGHTS = {"/v1/completions/derender", "/v1/chat/completions/derender"}  # tokens to text only
 LOOKS = {
     "report": lambda http, name: http.get(f"/v1/adapters/{name}"),
     "versions": lambda http, name: http.get(f"/v1/adapters/{name}/versions"),
@@ -91,6 +99,29 @@ def test_every_route_obeys(server: Server, owned: None) -> None:
                     if not good:
                         wrong.append((who, route, name, answer.status_code, answer.text[:200]))
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_no_route_that_takes_a_name_is_forgotten(server: Server) -> None:
+    """Also those that a newer vLLM brings: whatever has a field ``model`` has to be in `USES`."""
+    with client(server, ADMIN_KEY) as admin:
+        documented = admin.get("/openapi.json").json()
+        tried = {call(admin, "nobody").request.url.path for call in USES.values()}
+
+    def fields(schema: dict[str, Any]) -> set[str]:
+        if "$ref" in schema:
+            return fields(documented["components"]["schemas"][schema["$ref"].rpartition("/")[2]])
+        parts = [*schema.get("anyOf", []), *schema.get("oneOf", []), *schema.get("allOf", [])]
+        return set(schema.get("properties", {})).union(*map(fields, parts))
+
+    with_name = {
+        path
+        for path, methods in documented["paths"].items()
+        for operation in methods.values()
+        for body in operation.get("requestBody", {}).get("content", {}).values()
+        if "model" in fields(body["schema"])
+    }
+    assert len(with_name) > 10
+    assert with_name <= tried | NO_WEIGHTS, with_name - tried
 
 
 def test_models_shows_own_and_shared_only(server: Server, owned: None) -> None:

@@ -105,7 +105,7 @@ def test_too_many_at_once_are_429(server: Server, admin: httpx.Client, adapters:
         with client(server, ADMIN_KEY) as http:
             waiting.append(http.post("/v1/adapters", content=body(), headers=header).status_code)
 
-    threads = [threading.Thread(target=slowly) for _ in range(8)]
+    threads = [threading.Thread(target=slowly, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     try:

@@ -1,0 +1,101 @@
+"""The gate's service in this process: its limits, its store's permissions, its housekeeping."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.service.config import GateConfig
+from safelora_vllm.service.server import GateService
+from safelora_vllm.store import PublishedStore
+from tests.packing import C1, WEIGHTS, zipped
+from tests.tiny import Draft
+
+# 2,720 rows and columns in all modules of the tiny model, 512 of 4 bytes each, four times; and 16 MiB.
+TINY_LIMIT = 4 * 2720 * 512 * 4 + 16 * 2**20
+
+
+@pytest.fixture
+def config(cache: ProjectorCache, tmp_path: Path) -> GateConfig:
+    """Settings of a gate on the tiny model with a store of its own."""
+    return GateConfig(
+        socket=str(tmp_path / "gate.sock"),
+        projectors=str(cache.folder),
+        store=str(tmp_path / "store"),
+        model="not compared",
+        trust_served_model=True,
+    )
+
+
+def refusal(service: GateService, path: Path) -> tuple[list[str], str]:
+    """The codes of a refusal, and its first sentence."""
+    report: dict[str, Any] = service.admit(str(path), "tenant")["report"]
+    assert not report["accepted"]
+    return report["reasons"], report["details"][0]
+
+
+def sparse(folder: Path, size: int) -> Path:
+    """An adapter with that many zeros for weights."""
+    folder = Draft().write(folder)
+    os.truncate(folder / WEIGHTS, 0)
+    os.truncate(folder / WEIGHTS, size)
+    return folder
+
+
+def test_a_small_model_has_a_small_limit(config: GateConfig, tmp_path: Path) -> None:
+    assert config.max_adapter_bytes == 2 * 2**30
+    service = GateService(config)
+    codes, detail = refusal(service, sparse(tmp_path / "over", TINY_LIMIT + 1))
+    assert codes == ["too_large"] and f"{TINY_LIMIT:,}" in detail
+    assert refusal(service, sparse(tmp_path / "under", TINY_LIMIT))[0] == ["weights_malformed"]
+    archive = tmp_path / "over.zip"
+    archive.write_bytes(zipped(C1, (WEIGHTS, bytes(TINY_LIMIT + 1))))
+    assert refusal(service, archive)[0] == ["too_large"]
+
+
+def test_the_limit_in_the_settings_holds_where_it_is_less(config: GateConfig, tmp_path: Path) -> None:
+    service = GateService(dataclasses.replace(config, max_adapter_bytes=1000))
+    codes, detail = refusal(service, Draft().write(tmp_path / "adapter"))
+    assert codes == ["too_large"] and "1,000 bytes" in detail
+
+
+def test_the_limit_follows_the_rank(config: GateConfig, tmp_path: Path) -> None:
+    service = GateService(dataclasses.replace(config, max_rank=8))
+    _, detail = refusal(service, sparse(tmp_path / "over", TINY_LIMIT))
+    assert f"{4 * 2720 * 8 * 4 + 16 * 2**20:,}" in detail
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o702, 0o1777])
+@pytest.mark.parametrize("place", [".", "raw", "published", "names", "incoming"])
+def test_a_store_that_every_user_may_write_to_is_refused(place: str, mode: int, config: GateConfig) -> None:
+    folder = Path(config.store) / place
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    with pytest.raises(GuardError, match=rf"every user may write to {folder}, .* 'chmod o-w {folder}'"):
+        GateService(config)
+    folder.chmod(mode & ~0o002)
+    GateService(config)
+
+
+@pytest.mark.parametrize("error", [GateUnavailable("full"), OSError(5, "I/O error"), RuntimeError("a bug")])
+def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
+    error: Exception, config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("safelora_vllm.service.server.collect", failing)
+    service = GateService(dataclasses.replace(config, store_bytes=1))
+    with caplog.at_level(logging.ERROR, "vllm.safelora"):
+        answer = service.admit(str(Draft().write(tmp_path / "adapter")), "tenant")
+    assert answer["report"]["accepted"] and PublishedStore(config.store).find(answer["key"]) is not None
+    (record,) = caplog.records
+    assert "could not be kept small" in record.getMessage() and record.exc_info is not None

@@ -1,0 +1,117 @@
+"""The thread that starts the gate process again: it must outlive whatever goes wrong at a start."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.service.client import GateProcess
+from safelora_vllm.service.config import GateConfig
+
+CONFIG = GateConfig(socket="none", projectors="none", store="none", model="none")
+Start = Callable[[list[str | OSError]], list[subprocess.Popen[str]]]
+NO_MEMORY = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+ENDS = """read settings; echo '{"result": {"gate": 1}}'"""
+STAYS = """read settings; echo '{"result": {"gate": 2}}'; read nothing"""
+# What a gate may say at its start instead; each of them then stays until it is ended.
+NONSENSE = [
+    "Segmentation fault",
+    "null",
+    "[]",
+    '"error"',
+    '{"result": 1}',
+    '{"error": "x"}',
+    "{}",
+    "\\0377\\0376",
+]
+
+
+def says(text: str) -> str:
+    """A gate that says this at its start."""
+    return f"read settings; printf '%b\\n' '{text}'; read nothing"
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Sets what the next processes are, shell scripts or errors; returns those that were started."""
+    popen = subprocess.Popen
+
+    def prepare(gates: list[str | OSError]) -> list[subprocess.Popen[str]]:
+        coming, started = iter(gates), []
+
+        def fake(_: list[str], **options: Any) -> subprocess.Popen[str]:
+            gate = next(coming)
+            if isinstance(gate, OSError):
+                raise gate
+            started.append(popen(["/bin/sh", "-c", gate], **options))
+            return started[-1]
+
+        monkeypatch.setattr("safelora_vllm.service.client.subprocess.Popen", fake)
+        monkeypatch.setattr("safelora_vllm.service.client._RESTART_SECONDS", 0.01)
+        return started
+
+    return prepare
+
+
+def test_it_goes_on_after_every_failed_start(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    told = says(json.dumps({"error": "no projector cache", "type": "ProjectorCacheError"}))
+    failing = [NO_MEMORY, NO_MEMORY, *map(says, NONSENSE), told, "exit 3"]
+    started = start([ENDS, *failing, STAYS])
+    process = GateProcess(CONFIG)
+    try:
+        assert process.state == {"gate": 1}
+        end = time.monotonic() + 60
+        while process.state != {"gate": 2}:
+            assert time.monotonic() < end and process._watcher.is_alive()
+            time.sleep(0.02)
+        assert [child.returncode is None for child in started] == [False] * (len(started) - 1) + [True]
+        text = caplog.text
+        for reason in ("Cannot allocate memory", "said 'Segmentation fault", "no projector cache", "code 3"):
+            assert reason in text
+    finally:
+        process.close()
+    assert not process._watcher.is_alive() and started[-1].returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (NO_MEMORY, "cannot be started .*Cannot allocate memory"),
+        (says("Segmentation fault"), "said 'Segmentation fault"),
+        ("exit 3", "ended at its start with code 3"),
+    ],
+)
+def test_a_first_start_that_fails_is_told(gate: str | OSError, message: str, start: Start) -> None:
+    started = start([gate])
+    with pytest.raises(GateUnavailable, match=message):
+        GateProcess(CONFIG)
+    assert all(child.returncode is not None for child in started)
+
+
+def test_the_class_of_an_error_is_kept(
+    start: Start,
+) -> None:
+    start([says(json.dumps({"error": "open to all", "type": "GuardError"}))])
+    with pytest.raises(GuardError, match="open to all"):
+        GateProcess(CONFIG)
+
+
+def test_a_process_that_is_started_while_it_is_closed_is_ended(
+    start: Start,
+) -> None:
+    started = start([ENDS, "read settings; sleep 0.5; " + STAYS.removeprefix("read settings; ")])
+    process = GateProcess(CONFIG)
+    end = time.monotonic() + 60
+    while len(started) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.close()
+    assert [child.returncode is not None for child in started] == [True, True]
