@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Server:
 
     port: int
     key: str
+    process: subprocess.Popen[bytes]
 
     def load(self, name: str, folder: Path) -> float:
         """Load an adapter; seconds from the request to the answer."""
@@ -82,12 +83,12 @@ def running(kind: str, model: Path, projectors: Path, scratch: Path, options: li
 
     The guarded one has an empty adapter store in ``scratch`` and projects every module.
     """
-    server = Server(_free_port(), secrets.token_hex(16))
-    common = [*_OPTIONS, "--port", str(server.port), *options]
+    port, key = _free_port(), secrets.token_hex(16)
+    common = [*_OPTIONS, "--port", str(port), *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELORA_")}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     if kind == "guarded":
-        environment["SAFELORA_ADMIN_API_KEY"] = server.key
+        environment["SAFELORA_ADMIN_API_KEY"] = key
         environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
         program = [str(Path(sys.executable).with_name("safelora-vllm")), "serve", str(model)]
         program += ["--projectors", str(projectors), "--adapter-store", str(scratch / "store")]
@@ -101,10 +102,10 @@ def running(kind: str, model: Path, projectors: Path, scratch: Path, options: li
             [*program, *common], env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait(process, server.port, log)
-        yield server
+        _wait(process, port, log)
+        yield Server(port, key, process)
     finally:
-        _stop(process)
+        stop(process)
 
 
 def _free_port() -> int:
@@ -130,13 +131,14 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     raise RuntimeError(f"the server did not start; the end of its log:\n{log.read_text()[-3000:]}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server's own session: it has engine and gate processes."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-        try:
-            process.wait(timeout=30)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def stop(process: subprocess.Popen[bytes], patience: float = 30.0) -> None:
+    """End the server's own session, politely for some seconds: it has engine and gate processes.
+
+    What does not listen, or has lost its parent, is killed.
+    """
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=patience)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,31 +1,12 @@
-"""What the tables of refusals share: a way to spoil a sound adapter, and the check of the answer."""
+"""The check of an answer, which all tests of refusals share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.store import PublishedStore
-from tests.tiny import Draft
-
-Spoil = Callable[[Draft], object]
-Case = tuple[str, str, Spoil]  # name, the one code expected, what is done to a sound adapter
-
-
-def table(cases: list[Case]) -> pytest.MarkDecorator:
-    """The cases as a parametrised test over (code, spoil)."""
-    return pytest.mark.parametrize(
-        ("code", "spoil"), [pytest.param(code, spoil, id=name) for name, code, spoil in cases]
-    )
-
-
-def config(**changes: object) -> Spoil:
-    """Set keys of the config."""
-    return lambda draft: draft.config.update(changes)
 
 
 def judge(folder: Path, gate: GateSettings, store: PublishedStore) -> Admission:

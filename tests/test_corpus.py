@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelora_vllm.access import check_name
-from safelora_vllm.adapters.read import WEIGHTS
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import UsageError
 from safelora_vllm.gate import Admission, GateSettings
 from safelora_vllm.policy import Policy
@@ -86,6 +86,7 @@ def test_the_answer_to_each(
 def check_published(admission: Admission, case: Hostile, target: Target) -> None:
     """What is served is Ĉ ΔW in every module, ΔW being what the adapter stands for (float64, from V)."""
     assert admission.folder is not None and case.means is not None
+    assert {file.name for file in admission.folder.iterdir()} == {CONFIG, WEIGHTS, "report.json"}
     served = load_file(admission.folder / WEIGHTS)
     meant = case.means(target)
     assert set(served) == {key(module, side) for module in meant for side in "AB"}

@@ -208,7 +208,7 @@ class Manager:
         if not report.accepted:
             await self._log(who, action, name, **_told(report, "refused"))
             raise AdapterRefused(report.reasons)
-        return {**answer, "id": await self.serving.new_id()}
+        return {**answer, "id": await self.serving.pool.new_id()}
 
     async def _commit(
         self,
@@ -219,11 +219,13 @@ class Manager:
         change: Change,
         start: float,
     ) -> ServedAdapter:
-        await self.serving.preload(name, answer["key"], answer["id"])
+        pool = self.serving.pool
+        request = pool.request(name, answer["key"], answer["id"])
+        await pool.load(request)
         try:
             record = await asyncio.to_thread(self._update, who, name, change)
         except SafeLoRAError:
-            await self.serving.unload(name, answer["key"], answer["id"])
+            await pool.release(request, wanted=lambda _: False)
             raise
         await self.serving.sync()
         report = Report.from_dict(answer["report"])

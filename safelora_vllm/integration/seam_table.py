@@ -99,6 +99,19 @@ SEAMS = (
         ),
     ),
     Seam(
+        "ranks", "worker",
+        "all ranks load an adapter or none; when one raises, vLLM leaves the others' answers unread",
+        "vLLM reads the answers of all ranks",
+        (
+            Hold("vllm.v1.executor.abstract", "Executor.add_lora", takes=("self", "lora_request")),
+            Hold("vllm.v1.executor.abstract", "Executor.collective_rpc",
+                 takes=("self", "method", "timeout", "args", "kwargs", "...")),
+            Hold("vllm.v1.executor.multiproc_executor", "MultiprocExecutor", lacks=("add_lora",)),
+            Hold("vllm.v1.worker.worker_base", "WorkerBase.add_lora", takes=("self", "lora_request")),
+            Hold("vllm.v1.worker.worker_base", "WorkerBase.remove_lora", takes=("self", "lora_id")),
+        ),
+    ),
+    Seam(
         "request", "worker",
         "requests are rewritten to name the published copy",
         "never: public",

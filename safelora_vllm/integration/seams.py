@@ -7,18 +7,24 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from vllm.lora import worker_manager
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.ops.torch_ops.lora_ops import bgmv_shrink as vllm_shrink
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.worker_base import WorkerBase
 
-from safelora_vllm.errors import GuardError
+from safelora_vllm.errors import GuardError, SafeLoRAError
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
 ATTEST = "safelora_attest"
+_LOAD = "safelora_load"
 
 _original_load: Callable[[Any, LoRARequest], LoRAModel] | None = None
 
@@ -38,14 +44,51 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
     worker_manager.WorkerLoRAManager._load_adapter = _refuse_unguarded
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = manager
     setattr(WorkerBase, ATTEST, attest)
+    setattr(WorkerBase, _LOAD, _load_on_rank)
+    Executor.add_lora = _load_on_all_ranks
     LoRARequest.__eq__ = _same_adapter
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _shrink_but_base_rows
+
+
+def _shrink_but_base_rows(
+    inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, scaling: float = 1.0
+) -> None:
+    """Rows without an adapter have the index -1, which vLLM's torch operators (used on CPUs) take for the
+    last slot: the base model's requests would be answered with whatever tenant's weights lie there."""
+    vllm_shrink(inputs, weights, output, indices, scaling)
+    output.masked_fill_((indices < 0).unsqueeze(1), 0.0)
 
 
 def _same_adapter(self: LoRARequest, other: object) -> bool:
     """By name and id. vLLM compares names only, so that of two versions of one name in a batch, as every
     hot swap has them, only one would be put into the slots, and the other's rows would end the engine."""
-    same = isinstance(other, LoRARequest) and self.lora_int_id == other.lora_int_id
-    return same and self.lora_name == other.lora_name
+    if not isinstance(other, LoRARequest):
+        return False
+    return bool(self.lora_int_id == other.lora_int_id and self.lora_name == other.lora_name)
+
+
+def _load_on_all_ranks(self: Executor, lora_request: LoRARequest) -> bool:
+    """All ranks load an adapter, or none keeps it.
+
+    vLLM reads the ranks' answers up to the first failure. Those behind it would be taken for the answers to
+    its next questions, so no rank answers with a failure here.
+
+    Raises:
+        SafeLoRAError: in the words of the ranks that could not.
+    """
+    failures = self.collective_rpc(_LOAD, args=(lora_request,))
+    if not any(failures):
+        return True
+    if not all(failures):
+        self.collective_rpc("remove_lora", args=(lora_request.lora_int_id,))
+    raise SafeLoRAError("; ".join(dict.fromkeys(failure for failure in failures if failure)))
+
+
+def _load_on_rank(self: WorkerBase, lora_request: LoRARequest) -> str:
+    try:
+        return "" if self.add_lora(lora_request) else f"vLLM did not take {lora_request.lora_name}"
+    except Exception as error:
+        return str(error) or type(error).__name__
 
 
 def _refuse_unguarded(self: Any, lora_request: LoRARequest) -> LoRAModel:

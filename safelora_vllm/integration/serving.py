@@ -10,10 +10,8 @@ the plugin cannot load it, and ``/v1/models`` shows no folder to anyone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +20,10 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from watchfiles import awatch
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, refuse
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError
 from safelora_vllm.integration import seams
+from safelora_vllm.integration.pool import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.serving_map import ServingMap
-from safelora_vllm.integration.worker import SCHEME, published_key
 from safelora_vllm.metrics import AdapterCollector, ServedAdapter
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient
@@ -33,12 +31,8 @@ from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Versio
 from safelora_vllm.store.files import make_folder
 
 logger = logging.getLogger("vllm.safelora.serving")
-# Each version of an adapter has this many of vLLM's ids in a row: its copy may get lost and come back.
-_IDS_EACH = 16
 _STATIC_IDS = 2**19  # below the store's
-_RESERVED = 64  # versions whose ids a process takes from the store at once
 _HEARTBEAT_SECONDS = 2.0
-_DRAIN_POLL_SECONDS = 0.2
 _SETTLED_NS = 50_000_000  # a folder's time stamp is as coarse as the kernel's clock tick
 
 
@@ -46,22 +40,19 @@ _SETTLED_NS = 50_000_000  # a folder's time stamp is as coarse as the kernel's c
 class Serving:
     """The adapters of one API server process.
 
-    engine_client: vLLM's ``EngineClient``. map: its serving map. state: the gate's `state` answer.
+    pool: loads and frees weights. map: vLLM's serving map. state: the gate's `state` answer.
     served: name → report and figures of what is served now. static: name → folder of ``--lora-modules``.
     """
 
-    engine_client: Any
+    pool: Pool
     map: ServingMap
     gate: GateClient
     state: dict[str, Any]
     workers: dict[str, int]
-    names: NameStore
     published: PublishedStore
     served: dict[str, ServedAdapter] = field(default_factory=dict)
     static: dict[str, Path] = field(default_factory=dict)
     _shown: dict[str, Version] = field(default_factory=dict)
-    _lost: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    _ids: list[int] = field(default_factory=list)
     _stamp: int = -1
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -78,9 +69,8 @@ class Serving:
         gate = GateClient(answers[0]["socket"])
         state = await asyncio.to_thread(gate.call, "state")
         root = Path(state["store"])
-        serving = cls(
-            engine_client, ServingMap(), gate, state, _states(answers), NameStore(root), PublishedStore(root)
-        )
+        pool = Pool(engine_client, NameStore(root))
+        serving = cls(pool, ServingMap(), gate, state, _states(answers), PublishedStore(root))
         for request in seams.replace_map(models, serving.map).values():
             await serving._adopt_static(request)
         await asyncio.to_thread(make_folder, serving.names.folder)
@@ -88,6 +78,11 @@ class Serving:
         serving._spawn(serving._heartbeat())
         serving._spawn(serving._watch())
         return serving
+
+    @property
+    def names(self) -> NameStore:
+        """What shall be served."""
+        return self.pool.names
 
     async def refresh(self) -> None:
         """`sync` if the store's names have changed: one look at their folder's time stamp.
@@ -121,44 +116,6 @@ class Serving:
                     self._spawn(self._prepare(record.name))
             self._stamp = stamp
 
-    async def new_id(self) -> int:
-        """The ids of a new version."""
-        if not self._ids:
-            first = await asyncio.to_thread(self.names.reserve_ids, _RESERVED * _IDS_EACH)
-            self._ids += range(first, first + _RESERVED * _IDS_EACH, _IDS_EACH)
-        return self._ids.pop(0)
-
-    async def preload(self, name: str, key: str, first_id: int) -> None:
-        """Put published weights into the workers' pools before anybody asks for them.
-
-        Raises:
-            AdapterRefused: vLLM cannot load it, with its own words.
-        """
-        try:
-            await self.engine_client.add_lora(self.request(name, key, first_id))
-        except Exception as error:  # the engine sends back whatever class the worker raised
-            raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
-
-    async def unload(self, name: str, key: str, first_id: int) -> None:
-        """Take back a `preload` whose name did not come to be served."""
-        await self._release(self.request(name, key, first_id))
-
-    def request(self, name: str, key: str, first_id: int) -> LoRARequest:
-        """What vLLM is given: the same in every API server.
-
-        A copy that was lost is served under another path and id than before: the pool may hold zeros
-        under the old id, and prefix-cache blocks under the old path may have been made with them.
-
-        Raises:
-            GateUnavailable: it was lost too often.
-        """
-        path = f"{SCHEME}{key}"
-        if losses := len(self._lost[key]):
-            path += f"/{losses}"
-        if losses >= _IDS_EACH:
-            raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
-        return LoRARequest(lora_name=name, lora_int_id=first_id + losses, lora_path=path)
-
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""
         collector = AdapterCollector(lambda: list(self.served.values()), lambda: self.workers)
@@ -186,19 +143,24 @@ class Serving:
         return self.published.report(version.key)
 
     def _show(self, name: str, key: str, report: Report, version: Version | None) -> None:
-        first_id = version.id if version else _STATIC_IDS + _IDS_EACH * list(self.static).index(name)
-        request, previous = self.request(name, key, first_id), dict.get(self.map, name)
+        first_id = version.id if version else _STATIC_IDS + IDS_EACH * list(self.static).index(name)
+        try:
+            request, previous = self.pool.request(name, key, first_id), dict.get(self.map, name)
+        except GateUnavailable as error:
+            self._hide(name)
+            self.map.unavailable[name] = error
+            return
         self.map[name] = request
         self.map.unavailable.pop(name, None)
         self.served[name] = ServedAdapter(report.named(name), 0.0, version)
         if previous is not None and previous.lora_int_id != request.lora_int_id:
-            self._spawn(self._release(previous))
+            self._release(previous)
 
     def _hide(self, name: str) -> None:
         self.map.unavailable.pop(name, None)
         self.served.pop(name, None)
         if (request := dict.pop(self.map, name, None)) is not None:
-            self._spawn(self._release(request))
+            self._release(request)
 
     async def _prepare(self, name: str) -> None:
         """Let the gate find or make the published copy of a name again, then serve it."""
@@ -239,20 +201,16 @@ class Serving:
         await self._prepare(name)
         if name in self.map.unavailable:
             raise self.map.unavailable[name]
-        await self.engine_client.add_lora(dict.__getitem__(self.map, name))
-        await self.engine_client.remove_lora(request.lora_int_id)
+        await self.pool.load(dict.__getitem__(self.map, name))
+        await self.pool.engine_client.remove_lora(request.lora_int_id)
 
-    async def _release(self, request: LoRARequest) -> None:
-        """Free the workers' copy once this process's last request with it has ended.
+    def _release(self, request: LoRARequest) -> None:
+        self._spawn(self.pool.release(request, self._wanted))
 
-        Requests of other API servers may still run: their next step reads the published copy again.
-        """
-        while seams.in_flight(self.engine_client, request):
-            await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        current = dict.get(self.map, request.lora_name)  # LoRARequests of one name are all equal
-        if current is None or current.lora_int_id != request.lora_int_id:
-            with contextlib.suppress(Exception):  # a dead engine has nothing to free
-                await self.engine_client.remove_lora(request.lora_int_id)
+    def _wanted(self, request: LoRARequest) -> bool:
+        """Whether this very version is served."""
+        current = dict.get(self.map, request.lora_name)
+        return current is not None and current.lora_int_id == request.lora_int_id
 
     async def _watch(self) -> None:
         """React to changes of the store's names that other processes make."""
@@ -273,7 +231,7 @@ class Serving:
 
     async def _beat(self) -> None:
         try:
-            answers = await ask_workers(self.engine_client)
+            answers = await ask_workers(self.pool.engine_client)
         except GuardError as error:
             self.workers = {"guarded": 0, "unguarded": 1}
             self._withdraw({request.lora_path for request in self.map.everything().values()}, error)
@@ -288,8 +246,7 @@ class Serving:
 
     def _withdraw(self, lost: set[str], error: SafeLoRAError | None = None) -> None:
         """Stop serving adapters under these paths until their copies are whole again."""
-        for path in lost:
-            self._lost[published_key(path)].add(path)
+        self.pool.mark_lost(lost)
         for name, request in self.map.everything().items():
             if request.lora_path in lost:
                 logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name)
@@ -307,26 +264,6 @@ class Serving:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
-    """Every worker's attestation.
-
-    Raises:
-        GuardError: one is missing, unguarded, or applies other rules than the rest.
-    """
-    try:
-        answers = await seams.ask_all_workers(engine_client)
-    except (AttributeError, NotImplementedError) as error:
-        raise GuardError(f"the workers have not loaded the safelora plugin ({error})") from error
-    if not answers or not all(answer.get("guarded") for answer in answers):
-        raise GuardError(
-            f"not every worker is guarded ({answers}); no adapter is served. Set VLLM_PLUGINS=safelora "
-            "where the workers run, and start with --enable-lora"
-        )
-    if len({(answer["projectors"], answer["policy"]) for answer in answers}) > 1:
-        raise GuardError("the workers use different projector caches or policies")
-    return answers
 
 
 def _states(answers: list[dict[str, Any]]) -> dict[str, int]:

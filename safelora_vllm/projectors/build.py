@@ -27,10 +27,12 @@ from safelora_vllm.projectors.checkpoint import Checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 256 * 1024 * 1024
 # A linear layer inside a numbered block. Not: embeddings, heads, norms, convolutions, routers and
-# experts (vLLM stacks those in other layouts), nor the towers of multimodal models.
+# experts (vLLM stacks those in other layouts), nor what multimodal models have around the language model.
 _IN_BLOCK = re.compile(r"\.\d+\.")
 _NOT_LINEAR = re.compile(
-    r"embed|norm|conv|lora_|router|experts|(^|\.)gate$|visual|vision|audio|multi_modal|lm_head"
+    r"embed|norm|conv|lora_|router|experts|(^|\.)gate$|lm_head"
+    r"|visual|vision|audio|tower|multi_modal|projector|connector|resampler|qformer|merger|aligner"
+    r"|talker|token2wav|codec|tokenizer|(^|\.)(encoder|protein_encoder|vpm|apm|tts|mlp1)\."
 )
 # These families store linear weights transposed (d_in, d_out), which LoRA calls fan_in_fan_out.
 _TRANSPOSED_FAMILIES = {"gpt2", "gpt_bigcode", "openai-gpt"}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import save_file
 from server import ADMIN_KEY, Server, guarded, running
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
+from tests.corpus import Target
+from tests.corpus.target import sized_lora
+from tests.tiny import Draft, lora_config
 
 CACHE = Path(__file__).parents[2] / ".cache"
 INFERENCE_KEY = "an-inference-key"
@@ -58,19 +59,15 @@ def write_adapter(
     folder: Path, cache: ProjectorCache, parts: tuple[str, ...], rank: int, seed: int, size: float = 0.3
 ) -> None:
     """A PEFT adapter with deltas of ``size`` times the norm of each module's weight."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, entry in cache.modules.items():
-        if name.rpartition(".")[2] in parts:
-            a = torch.randn(rank, entry.shape[1], generator=generator)
-            b = torch.randn(entry.shape[0], rank, generator=generator)
-            b *= size * entry.aligned_norm / (b @ a).norm() / 2  # the config's alpha/r is 2
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(parts)}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    modules = {name: entry for name, entry in cache.modules.items() if name.rpartition(".")[2] in parts}
+    config = lora_config(r=rank, lora_alpha=2 * rank, target_modules=list(parts))
+    Draft(config, sized_lora(modules, rank, seed, size)).write(folder)
+
+
+@pytest.fixture(scope="session")
+def target(projectors: Path, aligned: Path) -> Target:
+    """The served model as the corpus of hostile adapters attacks it."""
+    return Target.of(ProjectorCache(projectors), aligned.with_name("base"), aligned)
 
 
 @pytest.fixture(scope="session")
@@ -160,3 +157,20 @@ def metric_samples(http: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, s
         for family in families
         for sample in family.samples
     }
+
+
+def descendants(pid: int) -> dict[int, bytes]:
+    """The processes below one, with their command lines."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    found = {}
+    for child in below - {pid}:
+        with suppress(OSError):
+            found[child] = Path(f"/proc/{child}/cmdline").read_bytes()
+    return found

@@ -32,7 +32,7 @@ class SlotReader(Guard):
     """``worker_extension_cls``: methods of every worker, called by ``collective_rpc``."""
 
     def read_slots(self, lora_id: int, folder: str) -> dict[str, Any]:
-        """Save an adapter's slots as ``rank-N.safetensors``: ``MODULE.A`` and ``MODULE.B``, packed ones apart.
+        """Save an adapter's slots, packed ones apart: ``MODULE.A``, ``MODULE.B`` in ``rank-N.safetensors``.
 
         ``elsewhere`` is the largest value in its slots of layers that are not linear.
         """
@@ -113,10 +113,10 @@ def main() -> None:
         for step, *arguments in engine["steps"]:
             try:
                 answers[-1].append(getattr(driver, step)(*arguments))
-            except Exception as error:  # a step's failure is an answer; whether it is the right one, tests say
+            except Exception as error:  # a failure is an answer; whether it is the right one, tests say
                 answers[-1].append({"error": f"{type(error).__name__}: {error}"})
         driver.close()
-        Path(sys.argv[2]).write_text(json.dumps(answers))
+        Path(sys.argv[2]).write_text(json.dumps(answers, default=sorted))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ REPOSITORY = Path(__file__).parents[2]
 ROW_PARALLEL = {"o_proj", "down_proj"}
 # Served weights are rounded to the LoRA dtype (bfloat16 has 8 bits of mantissa, float32 24), and so are the
 # cache's tensors. On the way from A, B and V to ΔW' there are at most eight such roundings (A, B, V twice,
-# three products, B'), each of at most half a unit in the last place, that is 2⁻⁹ and 2⁻²⁵. In float32, sums of
-# up to 192 products add as much again; 2⁻²⁰ leaves room for any order of summation.
+# three products, B'), each of at most half a unit in the last place, that is 2⁻⁹ and 2⁻²⁵ of a value. In
+# float32, sums of up to 192 products add as much again; 2⁻²⁰ leaves room for any order of summation.
 TOLERANCE = {torch.bfloat16: 8 * 2.0**-9, torch.float32: 2.0**-20}
 
 Slots = dict[str, tuple[Tensor, Tensor]]  # module name → A (max_rank, d_in), B (d_out, max_rank)
@@ -38,7 +38,7 @@ Slots = dict[str, tuple[Tensor, Tensor]]  # module name → A (max_rank, d_in), 
 
 @dataclass
 class Engine:
-    """An engine to start and what to do with it; each step is a method of `slot_reader.Driver` and arguments."""
+    """An engine to start and its steps: each a method of `slot_reader.Driver` and arguments."""
 
     model: str
     options: dict[str, Any]
@@ -180,7 +180,12 @@ def least_similar(adapter: Adapter, weights: Weights, count: int) -> set[str]:
 
 
 def from_projection(
-    slots: Slots, adapter: Adapter, weights: Weights, rank: int = 0, size: int = 1, chosen: set[str] | None = None
+    slots: Slots,
+    adapter: Adapter,
+    weights: Weights,
+    rank: int = 0,
+    size: int = 1,
+    chosen: set[str] | None = None,
 ) -> float:
     """The largest relative error of a module's ΔW against the float64 projection of the original.
 
@@ -191,8 +196,8 @@ def from_projection(
         if module not in slots:  # another pipeline stage has it
             continue
         if chosen is None or module in chosen:
-            v = weights.v(module)
-            b = v @ (v.T @ b) / torch.linalg.matrix_norm(v)  # `tests.reference.operator` times B, at less cost
+            v = weights.v(module)  # Ĉ B, as `tests.reference.operator` has it, but without forming Ĉ
+            b = v @ (v.T @ b) / torch.linalg.matrix_norm(v)
         part_a, part_b = share(module, a, b, rank, size)
         expected = part_b @ part_a
         found = slots[module][1].double() @ slots[module][0].double()

@@ -41,6 +41,7 @@ class Pair:
 def make_pair(folder: Path, family: str, **changes: Any) -> Pair:
     """A pair of which every linear weight differs by a small delta of rank 4, with a float32 cache."""
     pair = Pair(folder / "base", folder / "aligned", folder / "projectors")
+    torch.set_num_threads(1)  # for matrices of this size, threads wait for each other most of the time
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -14,7 +14,7 @@ import pytest
 from server import ServerDied, guarded, plain, running
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration import serving
+from safelora_vllm.integration import pool
 
 REQUIRED = "--worker-extension-cls=safelora_vllm.integration.required.Guard"
 PLUGIN = {"VLLM_PLUGINS": "safelora"}
@@ -169,4 +169,4 @@ GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lo
 )
 def test_attestation(answers: list[object]) -> None:
     with pytest.raises(GuardError):
-        asyncio.run(serving.ask_workers(FakeEngine(answers)))
+        asyncio.run(pool.ask_workers(FakeEngine(answers)))

@@ -87,8 +87,9 @@ def loaded(
     engine.add("say", "everything", 1, tenant)
     engine.add("slots", 1, str(root / "slots" / "again"))
     (answers,) = slots.run([engine], root, slots.ONE_PROCESS, seconds=400)
-    assert all(answer is True for (step, *_), answer in zip(engine.steps, answers, strict=True) if step == "load")
-    places = [answer for (step, *_), answer in zip(engine.steps, answers, strict=True) if step == "slots"]
+    answered = list(zip(engine.steps, answers, strict=True))
+    assert all(answer is True for (step, *_), answer in answered if step == "load")
+    places = [answer for (step, *_), answer in answered if step == "slots"]
     adapters["again"] = adapters["everything"]
     return {
         name: Loaded(

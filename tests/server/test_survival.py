@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 from server import Server
 
-from tests.server.conftest import load, say
+from tests.server.conftest import descendants, load, say
 
 
 def wait_for(condition: object, seconds: float = 60.0) -> None:
@@ -76,17 +76,4 @@ def test_a_dead_gate_comes_back(
 
 def gate_pid(server: Server) -> int:
     """The gate process among the descendants of the server."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    for pid in parents:
-        above = pid
-        while above in parents and above != server.process.pid:
-            above = parents[above]
-        if above == server.process.pid and b"service.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise AssertionError("no gate process below the server")
+    return next(pid for pid, line in descendants(server.process.pid).items() if b"service.server" in line)

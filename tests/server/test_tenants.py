@@ -74,7 +74,8 @@ def owned(admin: httpx.Client, adapters: dict[str, Path]) -> None:
         assert upload(admin, name, adapters["qv"], replace=True).status_code == 201
 
 
-def test_every_route_obeys(server: Server, owned: None) -> None:
+@pytest.mark.usefixtures("owned")
+def test_every_route_obeys(server: Server) -> None:
     with client(server, ADMIN_KEY) as admin:
         routes = admin.get("/openapi.json").json()["paths"]
     wrong = []
@@ -101,6 +102,7 @@ def test_every_route_obeys(server: Server, owned: None) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.usefixtures("owned")
 def test_no_route_that_takes_a_name_is_forgotten(server: Server) -> None:
     """Also those that a newer vLLM brings: whatever has a field ``model`` has to be in `USES`."""
     with client(server, ADMIN_KEY) as admin:
@@ -124,7 +126,8 @@ def test_no_route_that_takes_a_name_is_forgotten(server: Server) -> None:
     assert with_name <= tried | NO_WEIGHTS, with_name - tried
 
 
-def test_models_shows_own_and_shared_only(server: Server, owned: None) -> None:
+@pytest.mark.usefixtures("owned")
+def test_models_shows_own_and_shared_only(server: Server) -> None:
     for who, allowed in ALLOWED.items():
         with client(server, KEYS[who]) as http:
             shown = {card["id"] for card in http.get("/v1/models").json()["data"]}
@@ -133,8 +136,9 @@ def test_models_shows_own_and_shared_only(server: Server, owned: None) -> None:
             assert listed - {"static"} == allowed - {"aligned"}, who
 
 
+@pytest.mark.usefixtures("owned")
 @pytest.mark.parametrize("who", WHO)
-def test_changes(server: Server, owned: None, adapters: dict[str, Path], who: str) -> None:
+def test_changes(server: Server, adapters: dict[str, Path], who: str) -> None:
     """Whoever may not change a name gets 401, 403 or 404, and nothing happens."""
     expected = {
         # (shared, acme/own, globex/own)
@@ -162,7 +166,8 @@ def test_changes(server: Server, owned: None, adapters: dict[str, Path], who: st
         assert unloaded == loads.get(who, 401)
 
 
-def test_no_route_loads_or_removes_without_a_key(server: Server, owned: None) -> None:
+@pytest.mark.usefixtures("owned")
+def test_no_route_loads_or_removes_without_a_key(server: Server) -> None:
     """Every route that the server documents or hides, called with an inference key and with none."""
     with client(server, ADMIN_KEY) as admin:
         paths = admin.get("/openapi.json").json()["paths"]

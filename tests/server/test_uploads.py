@@ -17,8 +17,9 @@ from server import Server
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.audit import AuditLog
 from safelora_vllm.projectors.cache import ProjectorCache
+from tests.corpus.target import Target, sound
 from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, client, metric_samples, say, upload, write_adapter
-from tests.server.hostile import HOSTILE
+from tests.tiny import Q0
 
 
 def archive(folder: Path, kind: str) -> bytes:
@@ -122,12 +123,11 @@ def test_too_many_at_once_are_429(server: Server, admin: httpx.Client, adapters:
     assert upload(admin, "ninth", adapters["qv"], replace=True).status_code == 201
 
 
-def test_refusals_give_every_reason(admin: httpx.Client, projectors: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bad"
-    HOSTILE["layer-9999"][0](folder, ProjectorCache(projectors))
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "use_dora": True, "lora_alpha": "lots"}))
-    answer = upload(admin, "bad", folder)
+def test_refusals_give_every_reason(admin: httpx.Client, target: Target, tmp_path: Path) -> None:
+    draft = sound(target)
+    draft.move(Q0, "model.layers.9999.self_attn.q_proj")
+    draft.config.update(use_dora=True, lora_alpha="lots")
+    answer = upload(admin, "bad", draft.write(tmp_path / "bad"))
     assert answer.status_code == 422
     assert {"dora", "config_type", "no_projector"} <= set(answer.json()["error"]["reasons"])
     assert admin.get("/v1/adapters/bad").status_code == 404
@@ -179,9 +179,7 @@ def test_policy_of_one_adapter(admin: httpx.Client, adapters: dict[str, Path], s
     assert any(e["decision"] == "refused" and e["reasons"] == ["relative_norm"] for e in entries)
 
 
-def test_delete_frees_everything(
-    server: Server, admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
-) -> None:
+def test_delete_frees_everything(admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]) -> None:
     upload(admin, "gone", adapters["qv"])
     answer = admin.delete("/v1/adapters/gone")
     assert answer.json() == {"id": "gone", "object": "adapter", "deleted": True}
@@ -193,7 +191,7 @@ def test_delete_frees_everything(
 
 
 def test_requests_in_flight_end_on_the_old_weights(
-    server: Server, admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
+    admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
 ) -> None:
     """A stream that began before a replacement and a removal says what it says undisturbed."""
     upload(admin, "swap", adapters["qv"])
@@ -211,7 +209,8 @@ def test_requests_in_flight_end_on_the_old_weights(
     assert text == undisturbed
 
 
-def test_tenant_quota(server: Server, admin: httpx.Client, projectors: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("admin")  # cleans up
+def test_tenant_quota(server: Server, projectors: Path, tmp_path: Path) -> None:
     cache = ProjectorCache(projectors)
     for seed in range(4):
         write_adapter(tmp_path / str(seed), cache, ("q_proj",), 4, seed=100 + seed)

@@ -1,0 +1,105 @@
+"""The workers' pools of loaded adapters, as one API server process sees and changes them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from safelora_vllm.errors import GateUnavailable, GuardError, refuse
+from safelora_vllm.integration import seams
+from safelora_vllm.integration.worker import SCHEME, published_key
+from safelora_vllm.store import NameStore
+
+# Each version of an adapter has this many of vLLM's ids in a row: its copy may get lost and come back.
+IDS_EACH = 16
+_RESERVED = 64  # versions whose ids a process takes from the store at once
+_DRAIN_POLL_SECONDS = 0.2
+
+
+@dataclass
+class Pool:
+    """Loading, releasing and naming adapters in the engine.
+
+    engine_client: vLLM's ``EngineClient``. names: the store that deals out ids.
+    """
+
+    engine_client: Any
+    names: NameStore
+    _lost: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _ids: list[int] = field(default_factory=list)
+
+    async def new_id(self) -> int:
+        """The ids of a new version."""
+        if not self._ids:
+            first = await asyncio.to_thread(self.names.reserve_ids, _RESERVED * IDS_EACH)
+            self._ids += range(first, first + _RESERVED * IDS_EACH, IDS_EACH)
+        return self._ids.pop(0)
+
+    def request(self, name: str, key: str, first_id: int) -> LoRARequest:
+        """What vLLM is given: the same in every API server.
+
+        A copy that was lost is served under another path and id than before: the pool may hold zeros
+        under the old id, and prefix-cache blocks under the old path may have been made with them.
+
+        Raises:
+            GateUnavailable: it was lost too often.
+        """
+        path = f"{SCHEME}{key}"
+        if losses := len(self._lost[key]):
+            path += f"/{losses}"
+        if losses >= IDS_EACH:
+            raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
+        return LoRARequest(name, first_id + losses, path)
+
+    def mark_lost(self, paths: set[str]) -> None:
+        """Remember paths whose copy could not be read by a worker."""
+        for path in paths:
+            self._lost[published_key(path)].add(path)
+
+    async def load(self, request: LoRARequest) -> None:
+        """Load published weights before anybody asks for them.
+
+        Raises:
+            AdapterRefused: vLLM cannot load it, with its own words.
+        """
+        try:
+            await self.engine_client.add_lora(request)
+        except Exception as error:  # the engine sends back whatever class the worker raised
+            raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
+
+    async def release(self, request: LoRARequest, wanted: Callable[[LoRARequest], bool]) -> None:
+        """Free the workers' copy when this process's last request with it has ended, unless wanted then.
+
+        Requests of other API servers may still run: their next step reads the published copy again.
+        """
+        while seams.in_flight(self.engine_client, request):
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        if not wanted(request):
+            with contextlib.suppress(Exception):  # a dead engine has nothing to free
+                await self.engine_client.remove_lora(request.lora_int_id)
+
+
+async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
+    """Every worker's attestation.
+
+    Raises:
+        GuardError: one is missing, unguarded, or applies other rules than the rest.
+    """
+    try:
+        answers = await seams.ask_all_workers(engine_client)
+    except (AttributeError, NotImplementedError) as error:
+        raise GuardError(f"the workers have not loaded the safelora plugin ({error})") from error
+    if not answers or not all(answer.get("guarded") for answer in answers):
+        raise GuardError(
+            f"not every worker is guarded ({answers}); no adapter is served. Set VLLM_PLUGINS=safelora "
+            "where the workers run, and start with --enable-lora"
+        )
+    if len({(answer["projectors"], answer["policy"]) for answer in answers}) > 1:
+        raise GuardError("the workers use different projector caches or policies")
+    return answers
