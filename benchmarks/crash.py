@@ -165,16 +165,12 @@ def check_served(http: httpx.Client, ledger: Ledger, number: int) -> None:
     """What the new server serves against what clients were told."""
     reports = http.get("/v1/adapters").json()["data"]
     served = {report["adapter"]: report["digest"] for report in reports}
-    digests: dict[str, str] = ledger.__dict__.setdefault("digests", {})
     for name in sorted({*ledger.acknowledged, *ledger.unsure, *served}):
-        possible = ledger.unsure.get(name, {ledger.acknowledged.get(name)})
-        digest = served.get(name)
-        allowed = {None if a is None else digests.setdefault(a, digest or "") for a in possible}
-        if digest not in allowed:
-            ledger.faults.append(f"round {number}: {name} serves {digest}, expected one of {allowed}")
-        ledger.acknowledged[name] = next(
-            (a for a in possible if a is not None and digests.get(a) == digest), None
-        )
+        allowed = ledger.unsure.get(name, {ledger.acknowledged.get(name)})
+        found = served.get(name)
+        if found not in allowed:
+            ledger.faults.append(f"round {number}: {name} serves {found}, expected one of {allowed}")
+        ledger.acknowledged[name] = found
     ledger.unsure.clear()
 
 

@@ -48,6 +48,8 @@ class Seam:
 
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
 _MANAGER = "vllm.lora.worker_manager"
+_TORCH_OPS = "vllm.lora.ops.torch_ops.lora_ops"
+_PUNICA = "vllm.lora.punica_wrapper.punica_cpu"
 _SERVER_0_28 = "vllm.entrypoints.openai.api_server"
 _STATE = "vllm.entrypoints.launchers.api_server.app_state"
 _MIDDLEWARE = "vllm.entrypoints.serve.middleware.register"
@@ -109,6 +111,27 @@ SEAMS = (
             Hold("vllm.v1.executor.multiproc_executor", "MultiprocExecutor", lacks=("add_lora",)),
             Hold("vllm.v1.worker.worker_base", "WorkerBase.add_lora", takes=("self", "lora_request")),
             Hold("vllm.v1.worker.worker_base", "WorkerBase.remove_lora", takes=("self", "lora_id")),
+        ),
+    ),
+    Seam(
+        "base rows", "worker",
+        "rows of the base model have no adapter; vLLM's torch operators, used on CPUs, take the last slot's",
+        "0.33 is the oldest: it masks these rows",
+        (
+            Hold(_TORCH_OPS, "bgmv_shrink", takes=(
+                "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")),
+            Hold(_TORCH_OPS, "sgmv_shrink", reads=("bgmv_shrink",)),
+            Hold(_PUNICA, "bgmv_shrink"),
+            Hold(_PUNICA, "PunicaWrapperCPU._shrink_decode", reads=("bgmv_shrink",)),
+        ),
+    ),
+    Seam(
+        "versions", "worker",
+        "two versions of a name in one batch are two adapters; vLLM compares names only",
+        "vLLM compares ids",
+        (
+            Hold("vllm.lora.request", "LoRARequest.__eq__", reads=("lora_name",)),
+            Hold("vllm.lora.request", "LoRARequest.__hash__", reads=("lora_name",)),
         ),
     ),
     Seam(

@@ -51,12 +51,16 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
 
 
 def _shrink_but_base_rows(
-    inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, scaling: float = 1.0
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    scaling: float = 1.0,
 ) -> None:
     """Rows without an adapter have the index -1, which vLLM's torch operators (used on CPUs) take for the
     last slot: the base model's requests would be answered with whatever tenant's weights lie there."""
-    vllm_shrink(inputs, weights, output, indices, scaling)
-    output.masked_fill_((indices < 0).unsqueeze(1), 0.0)
+    vllm_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+    output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(1), 0.0)
 
 
 def _same_adapter(self: LoRARequest, other: object) -> bool:

@@ -64,6 +64,7 @@ class GateService:
             base_model=Path(config.model).name,
         )
         _check_energy(self._settings)
+        self._asked_for: set[str] = set()
         self._published, self._raw = PublishedStore(config.store), RawStore(config.store)
         self._store_bytes = config.store_bytes
         clean(config.store)
@@ -87,6 +88,8 @@ class GateService:
             self._metrics.record_error(type(error).__name__)
             raise
         self._metrics.record(admission)
+        if policy and admission.key is not None:
+            self._asked_for.add(admission.key)
         if self._store_bytes is not None and not admission.cached:
             self._collect(self._store_bytes)
         return {
@@ -108,12 +111,21 @@ class GateService:
                 raise GateUnavailable(f"{found}; upload {name} again")
             return self.admit(str(self._raw.path(digest)), name, policy)
         self._published.touch(key)
+        if policy:
+            self._asked_for.add(key)
         return {
             "report": report.named(name).to_dict(),
             "key": key,
             "bytes": self._raw.nbytes(digest),
             "rules": self._settings.rules,
         }
+
+    def vouches(self, key: str) -> bool:
+        """Whether this gate was asked for this copy under a policy other than the server's.
+
+        Only API servers ask so, and only with an admin's override where the policy is less strict.
+        """
+        return key in self._asked_for
 
     def metrics(self) -> str:
         """Exposition text of this gate's counters."""
@@ -139,7 +151,7 @@ class GateService:
             logger.exception("the adapter store %s could not be kept small", self._published.root)
 
 
-OPERATIONS = ("admit", "ensure", "metrics", "state")
+OPERATIONS = ("admit", "ensure", "vouches", "metrics", "state")
 
 
 def _weights_bytes(config: GateConfig, cache: ProjectorCache) -> int:

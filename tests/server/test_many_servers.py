@@ -160,19 +160,19 @@ def test_swap_and_delete_are_in_force_everywhere_at_once(
     askers = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
     for thread in askers:
         thread.start()
-    for number in range(12):
+    for number in range(8):
         target = 1 + number % 2
         state["changing"] = True
         answer = insist(server, "swapped", first if target == 1 else second, replace=True)
         state["now"], state["changing"] = target, False
         if answer.status_code != 201:
             failures.append(answer.text)
-        time.sleep(0.7)
+        time.sleep(1.5)  # long enough for answers that lie between two swaps
     finished.set()
     for thread in askers:
         thread.join()
     assert not failures, failures[:5]
-    assert checked > 20
+    assert checked > 5
     with client(server, ADMIN_KEY) as http:
         assert http.delete("/v1/adapters/swapped").status_code == 200
     for answer in everywhere(server, "/v1/adapters/swapped"):

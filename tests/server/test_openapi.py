@@ -6,6 +6,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from server import Server
 
 from tests.server.conftest import ADMIN_KEY
@@ -25,7 +26,11 @@ def test_routes_do_what_they_document(server: Server) -> None:
         @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.ok().as_strategy())
         def try_it(case: schemathesis.Case) -> None:
-            case.call_and_validate(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60)
+            case.call_and_validate(
+                headers={"Authorization": f"Bearer {ADMIN_KEY}"},
+                timeout=60,
+                excluded_checks=[positive_data_acceptance],  # no schema says what makes an adapter
+            )
 
         try_it()
     assert count >= 9
