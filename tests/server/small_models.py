@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from safelora_vllm.projectors.build import BuildOptions, build
 from tests.server.conftest import CACHE
-from tests.server.slots import Adapter, Weights
+from tests.server.slots import Adapter, Weights, one_thread
 
 # Even numbers of heads, so that two ranks can share them; head sizes that vLLM's attention on CPUs knows.
 SMALL = {
     "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 49152, "max_position_embeddings": 256,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": False,
+    "initializer_range": 0.1,  # large enough that the layers, and so adapters, change what is said
 }  # fmt: skip
 
 
@@ -38,10 +39,10 @@ class Pair:
         return Weights(self.base, self.aligned)
 
 
+@one_thread()
 def make_pair(folder: Path, family: str, **changes: Any) -> Pair:
     """A pair of which every linear weight differs by a small delta of rank 4, with a float32 cache."""
     pair = Pair(folder / "base", folder / "aligned", folder / "projectors")
-    torch.set_num_threads(1)  # for matrices of this size, threads wait for each other most of the time
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -49,7 +50,7 @@ def make_pair(folder: Path, family: str, **changes: Any) -> Pair:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and ".layers." in name:
-                weight += 0.005 * torch.randn(len(weight), 4) @ torch.randn(4, weight.shape[1])
+                weight += 0.01 * torch.randn(len(weight), 4) @ torch.randn(4, weight.shape[1])
     model.save_pretrained(pair.aligned)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CACHE / "models" / "aligned" / file, pair.aligned)

@@ -94,7 +94,12 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
             root / family / "adapter", pair.weights, pair.aligned, seed, r=4, lora_alpha=6, **targets
         )
         options = slots.options(
-            pair.projectors, root / family / "store", {"select": "all"}, max_lora_rank=8, **slots.IN_PROCESS
+            pair.projectors,
+            root / family / "store",
+            {"select": "all"},
+            dtype="float32",
+            max_lora_rank=8,
+            **slots.IN_PROCESS,
         )
         engine = Engine(str(pair.aligned), options)
         if family in MOE:

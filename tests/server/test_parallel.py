@@ -98,7 +98,13 @@ def tensor(pair: Pair, made: dict[str, Adapter], tmp_path_factory: pytest.TempPa
     root = tmp_path_factory.mktemp("tensor")
     policy = {"select": "number", "number": CHOSEN}
     options = slots.options(
-        pair.projectors, root / "store", policy, tensor_parallel_size=2, max_loras=2, max_lora_rank=8
+        pair.projectors,
+        root / "store",
+        policy,
+        tensor_parallel_size=2,
+        max_loras=2,
+        dtype="float32",
+        max_lora_rank=8,
     )
     steps = Steps(Engine(str(pair.aligned), options), root, made)
     steps.add("attested", "rpc", "safelora_attest")
@@ -203,8 +209,8 @@ def test_a_rank_that_cannot_load_in_a_step(tensor: Steps) -> None:
 def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: Path) -> None:
     """Both are guarded and reported, share one gate, and answer alike with an adapter."""
     command = guarded(
-        pair.aligned, pair.projectors, tmp_path / "store", "--select=all", "--data-parallel-size=2",
-        "--max-lora-rank=8", "--max-model-len=256",
+        pair.aligned, pair.projectors, tmp_path / "store", "--select=number", f"--number={CHOSEN}", "--data-parallel-size=2",
+        "--dtype=float32", "--max-lora-rank=8", "--max-model-len=256",
     )  # fmt: skip
     log = tmp_path / "server.log"
     with running(command, log, TWO_CORES) as server, client(server, ADMIN_KEY) as admin:
@@ -238,7 +244,13 @@ def pipeline(pair: Pair, made: dict[str, Adapter], tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("pipeline")
     policy = {"select": "number", "number": CHOSEN}
     options = slots.options(
-        pair.projectors, root / "store", policy, pipeline_parallel_size=2, max_loras=2, max_lora_rank=8
+        pair.projectors,
+        root / "store",
+        policy,
+        pipeline_parallel_size=2,
+        max_loras=2,
+        dtype="float32",
+        max_lora_rank=8,
     )
     steps = Steps(Engine(str(pair.aligned), options), root, made)
     steps.add("attested", "rpc", "safelora_attest")
