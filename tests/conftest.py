@@ -20,6 +20,14 @@ settings.register_profile("fast", deadline=None, max_examples=40, derandomize=Tr
 settings.load_profile("fast")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On a shared machine torch's threads wait for each other many times longer than they compute."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A base and an aligned checkpoint; read only."""

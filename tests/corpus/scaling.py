@@ -102,10 +102,9 @@ def inverted(least: float) -> Parts:
 
     def parts(target: Target, module: str) -> tuple[Tensor, Tensor]:
         a, b = wanted(target, module)
-        v = target.alignment(module)
-        left, sizes, _ = torch.linalg.svd(v, full_matrices=False)
+        left, sizes, _ = target.directions(module)
         kept = sizes**2 >= least * sizes[0] ** 2
-        left, values = left[:, kept], sizes[kept] ** 2 / torch.linalg.matrix_norm(v)
+        left, values = left[:, kept], sizes[kept] ** 2 / sizes.norm()
         return a, left @ ((left.T @ b) / values[:, None])
 
     return parts
@@ -115,7 +114,7 @@ def dominant(rank: int, inputs: bool = False) -> Parts:
     """B (and A, with ``inputs``) along V's first singular vectors."""
 
     def parts(target: Target, module: str) -> tuple[Tensor, Tensor]:
-        left, _, right = torch.linalg.svd(target.alignment(module), full_matrices=False)
+        left, _, right = target.directions(module)
         a = right[:rank] if inputs else wanted(target, module)[0][:rank]
         return a, left[:, :rank]
 
@@ -135,7 +134,7 @@ def towards(share: float) -> Parts:
 
 def against(target: Target, module: str) -> tuple[Tensor, Tensor]:
     """−V's first eight terms: alignment taken away where it is strongest."""
-    left, sizes, right = torch.linalg.svd(target.alignment(module), full_matrices=False)
+    left, sizes, right = target.directions(module)
     return right[:8], -left[:, :8] * sizes[:8]
 
 

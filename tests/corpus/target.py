@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ SCALE = 2.0  # α/r of `lora_config`
 class Target:
     """A model pair as an attacker knows it: shapes and norms of its modules, V of each, its vocabulary.
 
-    modules: as in `ProjectorCache`. alignment: module → V (d_out, d_in), float64.
+    modules: as in `ProjectorCache`. alignment: module → V (d_out, d_in), float64. directions: module → U, S
+    and Vᵀ of V's singular value decomposition.
     """
 
     modules: Mapping[str, ModuleEntry]
     alignment: Callable[[str], Tensor]
+    directions: Callable[[str], tuple[Tensor, Tensor, Tensor]]
     vocabulary: int
 
     @classmethod
@@ -37,10 +40,16 @@ class Target:
                 tensor: Tensor = file.get_tensor(f"{name}.weight")
                 return tensor.double()
 
+        @functools.cache
         def alignment(module: str) -> Tensor:
             return weight(aligned, module) - weight(base, module)
 
-        return cls(cache.modules, alignment, weight(base, "model.embed_tokens").shape[0])
+        @functools.cache
+        def directions(module: str) -> tuple[Tensor, Tensor, Tensor]:
+            left, sizes, right = torch.linalg.svd(alignment(module), full_matrices=False)
+            return left, sizes, right
+
+        return cls(cache.modules, alignment, directions, weight(base, "model.embed_tokens").shape[0])
 
     @property
     def attacked(self) -> dict[str, ModuleEntry]:

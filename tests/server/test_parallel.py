@@ -209,7 +209,8 @@ def test_a_rank_that_cannot_load_in_a_step(tensor: Steps) -> None:
 def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: Path) -> None:
     """Both are guarded and reported, share one gate, and answer alike with an adapter."""
     command = guarded(
-        pair.aligned, pair.projectors, tmp_path / "store", "--select=number", f"--number={CHOSEN}", "--data-parallel-size=2",
+        pair.aligned, pair.projectors, tmp_path / "store", "--select=number",
+        f"--number={CHOSEN}", "--data-parallel-size=2",
         "--dtype=float32", "--max-lora-rank=8", "--max-model-len=256",
     )  # fmt: skip
     log = tmp_path / "server.log"

@@ -16,6 +16,7 @@ from tests.server.slots import Adapter, Engine, Slots, Weights
 from tests.server.small_models import make_adapter
 
 MAX_RANK = 16
+SOME = {"layers_to_transform": [0, 1, 3, 5, 29]}  # of 30: the rest of the slot must be empty
 # In this order, one after another in one slot: each finds what the one before it left.
 CASES: dict[str, dict[str, Any]] = {
     "everything": {"r": 16, "lora_alpha": 32},
@@ -25,23 +26,25 @@ CASES: dict[str, dict[str, Any]] = {
         "target_modules": ["v_proj", "up_proj", "o_proj"],
         "layers_to_transform": [0, 7, 29],
     },
-    "rslora": {"r": 8, "lora_alpha": 16, "use_rslora": True},
+    "rslora": {"r": 8, "lora_alpha": 16, "use_rslora": True, **SOME},
     "alpha_pattern": {
         "r": 8,
         "lora_alpha": 8,
         "alpha_pattern": {"q_proj": 32, "layers.3.mlp.up_proj": 4, "model.layers.5.self_attn.v_proj": 1.5},
+        **SOME,
     },
-    "rank_pattern": {"r": 8, "lora_alpha": 8, "rank_pattern": {"v_proj": 2, "down_proj": 16}},
+    "rank_pattern": {"r": 8, "lora_alpha": 8, "rank_pattern": {"v_proj": 2, "down_proj": 16}, **SOME},
     "patterns_rslora": {
         "r": 6,
         "lora_alpha": 3,
         "use_rslora": True,
         "rank_pattern": {"k_proj": 3, "layers.1.mlp.gate_proj": 12},
         "alpha_pattern": {"k_proj": 9, "gate_proj": 24},
+        **SOME,
     },
-    "float16": {"r": 8, "lora_alpha": 16, "dtype": torch.float16},
+    "float16": {"r": 8, "lora_alpha": 16, "dtype": torch.float16, **SOME},
     "bfloat16": {"r": 8, "lora_alpha": 16, "dtype": torch.bfloat16},
-    "gate_only": {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "k_proj"]},
+    "gate_only": {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "k_proj"], **SOME},
 }
 
 
