@@ -55,7 +55,7 @@ class Pool:
             path += f"/{losses}"
         if losses >= IDS_EACH:
             raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
-        return LoRARequest(name, first_id + losses, path)
+        return LoRARequest(lora_name=name, lora_int_id=first_id + losses, lora_path=path)
 
     def mark_lost(self, paths: set[str]) -> None:
         """Remember paths whose copy could not be read by a worker."""
