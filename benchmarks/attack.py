@@ -90,14 +90,15 @@ class Attack:
         said, listed = self._say("static"), self._get("/v1/models")[0]
         if said == self.before and listed == 200:
             return
-        deadline = time.monotonic() + 10.0  # an engine that ends takes its server with it, a moment later
-        while self._get("/health")[0] == 200 and time.monotonic() < deadline:
-            time.sleep(0.5)
         found.health = self._get("/health")[0]
-        if found.health != 200:
-            found.outcome = "died"
-        else:
-            found.outcome = "hung" if said[0] == 0 else "disturbed"
+        if found.health == 200 and said[0] == 0:
+            found.outcome = "hung"
+            return
+        deadline = time.monotonic() + 10.0  # an engine that ends takes its server with it, a moment later
+        while found.health == 200 and time.monotonic() < deadline:
+            time.sleep(0.5)
+            found.health = self._get("/health")[0]
+        found.outcome = "disturbed" if found.health == 200 else "died"
 
     def _say(self, model: str) -> tuple[int, str]:
         status, answer = self._post(

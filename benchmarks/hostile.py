@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import recording
+import torch
 from attack import HARM, OUTCOMES, Attack, Finding
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one case of each row: a smoke test, no result")
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the results")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # of this process, which writes the adapters; more would wait for the server's
     cases = sorted(CORPUS, key=lambda case: any(part in case.name for part in _LAST))
     if args.quick:
         cases = list({case.row: case for case in cases}.values())

@@ -23,10 +23,8 @@ from tests.corpus import CORPUS, NAME, ROWS, TAKEN, Hostile, Target
 from tests.refusing import codes, judge
 from tests.tiny import Pair, key
 
-SECONDS = 5.0  # of one answer; milliseconds on an idle machine, and the shared ones are not idle
-# Of one answer, beyond what the process already holds: the largest file that is read has 32 MiB, is held
-# as bytes and once more as tensors.
-MEMORY = 100 * 1024**2
+SECONDS = 10.0  # of a processor for one answer: 0.3 at most here, but machines are shared
+MEMORY = 100 * 1024**2  # for one answer beyond what is held before: the largest file that is read has 32 MiB
 # A name that is taken only a server knows: tests/server/test_corpus_live.py.
 JUDGED = [case for case in CORPUS if case.codes != {TAKEN}]
 
