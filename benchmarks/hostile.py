@@ -37,6 +37,7 @@ from tests.corpus.target import sized_lora  # noqa: E402
 from tests.tiny import Draft, lora_config  # noqa: E402
 
 SERVERS = ("unguarded", "guarded")
+_HEADS = {"unguarded": "vLLM", "guarded": "guarded"}
 _LAST = ("fifo", "pattern", "pipe", "gone", "cut-after")  # in the names of suspected killers
 
 
@@ -133,10 +134,10 @@ def show(figures: Mapping[str, Any]) -> None:
     """Print the table."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(caption="vLLM takes no archives, so it was not asked about those")
-    table.add_column("attack")
+    table.add_column("attack", min_width=32)
     table.add_column("cases", justify="right")
     for kind, name in columns(figures):
-        table.add_column(f"{kind}\n{name}", justify="right")
+        table.add_column(f"{_HEADS[kind]}\n{name}", justify="right", no_wrap=True)
     for line in cells(figures):
         table.add_row(*line)
     console.print(table)
@@ -144,8 +145,7 @@ def show(figures: Mapping[str, Any]) -> None:
 
 def as_markdown(figures: Mapping[str, Any]) -> str:
     """The same for the README."""
-    names = {"unguarded": "vLLM", "guarded": "guarded"}
-    heads = ["attack", "cases", *(f"{names[kind]}: {outcome}" for kind, outcome in columns(figures))]
+    heads = ["attack", "cases", *(f"{_HEADS[kind]}: {outcome}" for kind, outcome in columns(figures))]
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *cells(figures)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -11,7 +11,7 @@ from server import Server
 from tqdm import tqdm
 
 from tests.corpus import CORPUS, NAME, TAKEN, Hostile, Target
-from tests.server.conftest import descendants, load, metric_samples, say
+from tests.server.conftest import descendants, load, metric_samples
 
 SECONDS = 10.0  # for any single answer; most take milliseconds
 
@@ -26,7 +26,7 @@ def test_the_corpus_disturbs_nobody(
 ) -> None:
     assert load(admin, "neighbour", adapters["other"]).status_code == 200
     admin.timeout = user.timeout = httpx.Timeout(SECONDS)
-    before, processes = say(user, "static"), set(descendants(server.process.pid))
+    before, processes = first_token(user, "static"), set(descendants(server.process.pid))
     reasons = set()
     for number, case in enumerate(tqdm(CORPUS, unit="case")):
         path = case.write(tmp_path / f"{number}", target)
@@ -35,7 +35,7 @@ def test_the_corpus_disturbs_nobody(
             check_accepted(admin, user, case, path, target)
         else:
             reasons |= check_refused(answer, case)
-        assert say(user, "static") == before, case.name
+        assert first_token(user, "static") == before, case.name
         assert user.get("/health").status_code == 200, case.name
     models = {card["id"] for card in user.get("/v1/models").json()["data"]}
     assert models == {"aligned", "static", "neighbour"}
@@ -53,6 +53,21 @@ def send(admin: httpx.Client, case: Hostile, path: Path) -> httpx.Response:
         return admin.post("/v1/adapters", data={"name": case.served_as}, files={"archive": path.read_bytes()})
     body = json.dumps({"lora_name": case.served_as, "lora_path": str(path)})  # ASCII, also for surrogates
     return admin.post("/v1/load_lora_adapter", content=body, headers={"Content-Type": "application/json"})
+
+
+def first_token(http: httpx.Client, model: str) -> tuple[str, float]:
+    """A completion of one token, and its log probability, which the least of a foreign delta changes."""
+    body = {
+        "model": model,
+        "prompt": "The capital of France is",
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+    }
+    answer = http.post("/v1/completions", json=body)
+    answer.raise_for_status()
+    choice = answer.json()["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"][0]
 
 
 def check_refused(answer: httpx.Response, case: Hostile) -> set[str]:
@@ -82,9 +97,9 @@ def check_accepted(
         # The report measures what is served: each factor rounded to bfloat16, 2⁻⁹ of each value.
         assert modules[name]["relative_norm"] == pytest.approx(size, rel=2**-7, abs=1e-12), (case.name, name)
         assert modules[name]["decision"] == ("projected" if size else "kept"), (case.name, name)
-    said = say(user, case.served_as)
+    said = first_token(user, case.served_as)
     if case.later is not None:
         case.later(path)
-        say(user, "static"), say(user, "neighbour")  # the pool holds two
-        assert say(user, case.served_as) == said, case.name
+        first_token(user, "static"), first_token(user, "neighbour")  # the pool holds two
+        assert first_token(user, case.served_as) == said, case.name
     assert admin.delete(f"/v1/adapters/{case.served_as}").status_code == 200
