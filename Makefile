@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast test-corpus compat lint bench clean
+.PHONY: help setup models demo serve test test-fast compat lint bench clean
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
@@ -40,11 +40,7 @@ serve: models
 	$(BIN)/python examples/demo.py --serve
 
 test: models
-	$(BIN)/python -m pytest -q tests --ignore=tests/server/test_corpus_live.py
-
-# All hostile adapters against a live server: some minutes, and not yet run whole in its present form.
-test-corpus: models
-	$(BIN)/python -m pytest -q tests/server/test_corpus_live.py
+	$(BIN)/python -m pytest -q tests
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -q tests -m "not server"
