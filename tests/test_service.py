@@ -292,3 +292,15 @@ def test_it_ends_when_its_parent_dies(config: GateConfig, tmp_path: Path) -> Non
         gate = int(parent.stdout.readline())
         assert parent.wait(60) == -signal.SIGKILL
     assert ended(gate)
+
+
+def test_the_gate_vouches_for_what_it_was_asked_under_another_policy_only(
+    client: GateClient, tmp_path: Path
+) -> None:
+    folder = str(Draft(lora_config(lora_alpha=3)).write(tmp_path / "adapter"))
+    plain = client.call("admit", path=folder, name="tenant")
+    other = client.call("admit", path=folder, name="tenant", policy={"select": "number", "number": 0})
+    assert plain["key"] != other["key"]
+    assert client.call("vouches", key=other["key"])
+    assert not client.call("vouches", key=plain["key"])
+    assert not client.call("vouches", key="0" * 64)

@@ -21,7 +21,7 @@ from safelora_vllm.integration.errors_http import error_response
 from safelora_vllm.integration.management import Manager
 from safelora_vllm.integration.routes import router
 from safelora_vllm.integration.serving import Serving
-from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings
+from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings, new_admin_key
 from safelora_vllm.integration.uploads import Slots
 
 NO_LORA = ServerSettings(projectors="")
@@ -88,6 +88,4 @@ def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:
         return key or None
     if (getattr(args, "api_server_count", None) or 1) > 1:
         raise GuardError(f"several API servers need one admin key: set {ADMIN_KEY}")
-    key = secrets.token_urlsafe(24)
-    print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
-    return key
+    return new_admin_key()

@@ -93,7 +93,7 @@ async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
     """
     try:
         answers = await seams.ask_all_workers(engine_client)
-    except (AttributeError, NotImplementedError) as error:
+    except (AttributeError, NotImplementedError) as error:  # how vLLM says that workers have no such method
         raise GuardError(f"the workers have not loaded the safelora plugin ({error})") from error
     if not answers or not all(answer.get("guarded") for answer in answers):
         raise GuardError(

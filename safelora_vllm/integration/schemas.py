@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.integration.uploads import ARCHIVE
 from safelora_vllm.metrics import ServedAdapter
+from safelora_vllm.report import ModuleReport
 from safelora_vllm.store import Version
 
 _NAME = Field(description="NAME, or TENANT/NAME for a tenant's adapter", max_length=300)
@@ -73,18 +74,6 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class ModuleFigures(BaseModel):
-    """One module of an adapter; see the metrics for what the figures mean."""
-
-    name: str
-    rank: int
-    similarity: float | None
-    null_similarity: float
-    retained: float | None
-    relative_norm: float
-    decision: str
-
-
 class AdapterReport(BaseModel):
     """What the gate decided about the version that is served."""
 
@@ -95,7 +84,7 @@ class AdapterReport(BaseModel):
     accepted: bool
     reasons: list[str]
     details: list[str]
-    modules: list[ModuleFigures]
+    modules: list[ModuleReport]
     version: int | None = Field(description="null for an adapter of --lora-modules")
     override: bool = Field(description="served by less strict rules than the server's")
     reason: str = Field(description="why, as the admin said")

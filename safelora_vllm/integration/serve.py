@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import UsageError
 from safelora_vllm.integration import seam_checks
-from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings
+from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings, new_admin_key
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 
@@ -40,8 +39,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     if settings.keys:
         KeyRing.open(Path(settings.keys), None, [])
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
-        os.environ[ADMIN_KEY] = key = secrets.token_urlsafe(24)
-        print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
+        os.environ[ADMIN_KEY] = new_admin_key()
     os.environ["VLLM_PLUGINS"] = allowed_plugins()
     try:
         import vllm  # noqa: F401  (an old or new one shall be called that, not broken)

@@ -241,7 +241,7 @@ class Serving:
         await self.refresh()
         if not self._preparing.locked():
             for name, problem in self.map.unavailable.items():
-                if isinstance(problem, GateUnavailable):
+                if not isinstance(problem, AdapterRefused):  # a refusal stays one, all else may pass
                     self._spawn(self._prepare(name))
 
     def _withdraw(self, lost: set[str], error: SafeLoRAError | None = None) -> None:

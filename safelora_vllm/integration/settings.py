@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,3 +67,10 @@ class ServerSettings:
     def to_section(self) -> dict[str, Any]:
         """The inverse, for ``--additional-config``."""
         return {SECTION: dataclasses.asdict(self)}
+
+
+def new_admin_key() -> str:
+    """A random key for servers that were given none, printed once."""
+    key = secrets.token_urlsafe(24)
+    print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
+    return key

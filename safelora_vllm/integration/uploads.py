@@ -18,12 +18,12 @@ from typing import BinaryIO
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits
 from safelora_vllm.errors import GateUnavailable, SafeLoRAError, UsageError
 
 ARCHIVE = "archive"
 _FIELDS = {"name": 300, "hub_id": 300, "revision": 200}  # longest values, bytes
-_CONFIG_BYTES = 1024 * 1024
+_CONFIG_BYTES = Limits().config_bytes
 _OVERHEAD_BYTES = 1024 * 1024  # part headers and small fields
 _IDLE_SECONDS = 60.0
 _BLOCK = 1024 * 1024
