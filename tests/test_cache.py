@@ -154,3 +154,31 @@ def test_a_bounded_load_leaves_the_rest_on_disk_and_changes_nothing(
         reads.append(count)
     assert reports[0] == reports[1] == reports[2]
     assert reads[0] == 0 < reads[1] < reads[2]
+
+
+@pytest.mark.parametrize("keep", [0, None])
+def test_a_shard_damaged_while_serving_is_noticed_or_does_not_matter(folder: Path, keep: int | None) -> None:
+    """What stays on disk is verified again when its file changes; what is in memory is not read again."""
+    cache = ProjectorCache(folder)
+    cache.verify()
+    cache.load("cpu", keep)
+    name, entry = next(iter(cache.modules.items()))
+    b = torch.ones(entry.shape[0], 2)
+    before, shard = cache.projector(name).apply(b), folder / entry.shard
+    intact = shard.read_bytes()
+    with shard.open("r+b") as file:  # in place, as a failing disk would
+        file.seek(len(intact) - 9)
+        file.write(b"\x7f\x7f\x7f")
+    if keep is None:
+        shard.write_bytes(intact[:100])
+        assert torch.equal(cache.projector(name).apply(b), before)
+        return
+    for damage in (shard.read_bytes(), intact[:-8], intact[:100], b""):
+        shard.write_bytes(damage)
+        with pytest.raises(ProjectorCacheError, match="bytes are not those"):
+            cache.projector(name).apply(b)
+    shard.unlink()
+    with pytest.raises(ProjectorCacheError, match="No such file"):
+        cache.projector(name).apply(b)
+    shard.write_bytes(intact)
+    assert torch.equal(cache.projector(name).apply(b), before)

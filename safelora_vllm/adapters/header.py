@@ -18,6 +18,7 @@ from safelora_vllm.errors import refuse
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the dtypes that are served
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 _MAX_SIDES = 8
+_MAX_TENSORS = 16_384  # a model of 128 layers with seven modules has 1,792 of them
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def read_header(file: BinaryIO, size: int, limit: int) -> tuple[bytes, Header]:
         text = file.read(length)
         entries = plain_json(text)
         entries.pop("__metadata__", None)
+        if len(entries) > _MAX_TENSORS:
+            raise ValueError(f"it names {len(entries):,} tensors, allowed are {_MAX_TENSORS:,}")
         _check_layout([_span(entry) for entry in entries.values()], size - 8 - length)
         header = {n: TensorHeader(entry["dtype"], tuple(entry["shape"])) for n, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

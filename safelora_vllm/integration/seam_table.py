@@ -75,7 +75,8 @@ SEAMS = (
             Hold(_MANAGER, "LRUCacheWorkerLoRAManager.add_adapter", takes=("self", "lora_request"),
                  reads=("_load_adapter",)),
             Hold(_MANAGER, "LRUCacheWorkerLoRAManager", lacks=("_load_adapter", "set_active_adapters")),
-            Hold("vllm.lora.lora_model", "LoRAModel"),
+            Hold("vllm.lora.lora_model", "LoRAModel.__init__", stores=("loras",)),
+            Hold("vllm.lora.lora_weights", "LoRALayerWeights.__init__", stores=("lora_a", "lora_b")),
         ),
     ),
     Seam(

@@ -102,9 +102,16 @@ def _refuse_unguarded(self: Any, lora_request: LoRARequest) -> LoRAModel:
 
 
 def load_published(manager: Any, request: LoRARequest) -> LoRAModel:
-    """vLLM's own load of a folder; for guarded managers only."""
+    """vLLM's own load of a folder; for guarded managers only.
+
+    The weights get memory of their own. On a CPU they would stay mapped from the files: a file that is cut
+    short would end the engine at its next look at them, one that is written to would change what is served.
+    """
     assert _original_load is not None, "the guard is not installed"
-    return _original_load(manager, request)
+    model = _original_load(manager, request)
+    for weights in model.loras.values():
+        weights.lora_a, weights.lora_b = weights.lora_a.clone(), weights.lora_b.clone()
+    return model
 
 
 def no_adapter(manager: Any, request: LoRARequest) -> LoRAModel:

@@ -23,6 +23,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
+from safelora_vllm.filestate import FileState
 from safelora_vllm.integration import seams
 from safelora_vllm.integration.settings import ServerSettings
 from safelora_vllm.policy import Policy
@@ -88,7 +89,7 @@ class WorkerGuard:
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()
         self._accepted: dict[tuple[str, int, str], str] = {}
-        self._sound: dict[str, tuple[tuple[int, int, int], ...]] = {}
+        self._sound: dict[str, tuple[FileState, ...]] = {}
         self._store = PublishedStore(self._settings.store)
         self._process: GateProcess | None = None
         folder = _private_folder(vllm_config.instance_id)
@@ -122,10 +123,10 @@ class WorkerGuard:
     def _check_copy(self, key: str, name: str) -> None:
         """Whether the published copy is whole and made by this server's rules; read once, then remembered."""
         try:
-            signature = self._store.signature(key)
+            state = self._store.state(key)
         except OSError:
-            signature = ()
-        if signature and self._sound.get(key) == signature:
+            state = ()
+        if state and self._sound.get(key) == state:
             return
         report = self._store.find(key)
         if report is None:
@@ -134,7 +135,7 @@ class WorkerGuard:
                 "adapter again"
             )
         self._check_rules(key, report)
-        self._sound[key] = signature
+        self._sound[key] = state
 
     def _check_rules(self, key: str, report: Report) -> None:
         """A store may hold copies made for another server: under laxer rules, or unprojected."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
+from safelora_vllm.filestate import FileState, file_state
 
 FORMAT = "safelora-projectors"
 FORMAT_VERSION = 1
@@ -109,6 +111,7 @@ class ProjectorCache:
                 f"{self.folder / MANIFEST} is damaged ({error!r}); build the cache again"
             ) from error
         self._resident: dict[str, Tensor] = {}
+        self._verified: dict[str, FileState] = {}  # shard → of its file then
 
     def _manifest_text(self) -> bytes:
         try:
@@ -126,13 +129,18 @@ class ProjectorCache:
             ProjectorCacheError: a shard is missing or its bytes changed.
         """
         for name in progress if progress is not None else sorted(self.manifest["shards"]):
-            try:
-                with (self.folder / name).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise self._damaged(name, str(error.strerror)) from error
-            if found != self.manifest["shards"][name]["sha256"]:
-                raise self._damaged(name, "its bytes are not those that the build wrote")
+            self._verify_shard(name)
+
+    def _verify_shard(self, name: str) -> None:
+        try:
+            with (self.folder / name).open("rb") as file:
+                state = file_state(os.fstat(file.fileno()))
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._damaged(name, str(error.strerror)) from error
+        if found != self.manifest["shards"][name]["sha256"]:
+            raise self._damaged(name, "its bytes are not those that the build wrote")
+        self._verified[name] = state
 
     def check_model(self, fingerprint: str, model: str | Path) -> None:
         """Refuse to serve a model that is not the aligned side of this cache.
@@ -151,7 +159,8 @@ class ProjectorCache:
     def load(self, device: str | torch.device, max_bytes: int | None = None) -> None:
         """Keep tensors on ``device``, in the manifest's order, up to ``max_bytes`` of them.
 
-        What does not fit is read from the shards at each use.
+        What does not fit is read from the shards at each use, and a shard whose file changed is verified
+        again before that.
         """
         used = 0
         for entry in self.modules.values():
@@ -182,10 +191,13 @@ class ProjectorCache:
         return tiers
 
     def _read(self, key: str, shard: str) -> Tensor:
+        """A tensor from disk, in memory of its own: a mapped file that is cut short kills its readers."""
         try:
+            if shard in self._verified and file_state((self.folder / shard).stat()) != self._verified[shard]:
+                self._verify_shard(shard)
             with safe_open(self.folder / shard, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(key)
-                return tensor
+                return tensor.clone()
         except (OSError, SafetensorError) as error:
             raise self._damaged(shard, str(error)) from error
 

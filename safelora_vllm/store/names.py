@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.filestate import FileState, file_state
 from safelora_vllm.store.files import locked, make_folder, replace_file, sync_folder, writing
 from safelora_vllm.store.records import SUFFIX, AdapterRecord, Version, file_of, from_json, to_json
 
@@ -151,7 +152,7 @@ class NameStore:
         except OSError as error:
             raise _unreadable(self.folder, error) from error
         for file, seen in after.items():
-            if seen.wrong and not (file in before and before[file].signature == seen.signature):
+            if seen.wrong and not (file in before and before[file].state == seen.state):
                 logger.error("%s is %s; %s", self.folder / file, seen.wrong, REMEDY)
         self._seen = after
 
@@ -160,7 +161,7 @@ class NameStore:
         path = self.folder / file
         try:
             with os.fdopen(os.open(path, _FLAGS), "rb") as stream:
-                signature = _signature(os.fstat(stream.fileno()))
+                state = file_state(os.fstat(stream.fileno()))
                 text = stream.read()
         except FileNotFoundError:
             return None
@@ -169,30 +170,26 @@ class NameStore:
                 raise _unreadable(path, error) from error
             return _Seen((0, 0, 0), None, f"a file that cannot be read ({error.strerror})")
         try:
-            return _Seen(signature, from_json(text, file), "")
+            return _Seen(state, from_json(text, file), "")
         except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
-            return _Seen(signature, None, f"no record of a name ({type(error).__name__}: {error})")
+            return _Seen(state, None, f"no record of a name ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a file held when it had this mtime_ns, size and inode: a record, or what is wrong with it."""
+    """What a file held in this state: a record, or what is wrong with it."""
 
-    signature: tuple[int, int, int]
+    state: FileState
     record: AdapterRecord | None
     wrong: str
 
     def still(self, entry: os.DirEntry[str], now: int) -> bool:
         """Whether the file is the same. A young one may have changed without showing it."""
         try:
-            found = _signature(entry.stat(follow_symlinks=False))
+            found = file_state(entry.stat(follow_symlinks=False))
         except FileNotFoundError:
             return False
-        return found == self.signature and now - found[0] > _YOUNG_NS
-
-
-def _signature(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        return found == self.state and now - found[0] > _YOUNG_NS
 
 
 def _unreadable(path: Path, error: OSError) -> GateUnavailable:

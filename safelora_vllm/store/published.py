@@ -17,6 +17,7 @@ from pathlib import Path
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.filestate import FileState, file_state
 from safelora_vllm.report import Report
 from safelora_vllm.store.files import (
     digests_in,
@@ -58,14 +59,13 @@ class PublishedStore:
         except _NOT_OURS:
             return None
 
-    def signature(self, key: str) -> tuple[tuple[int, int, int], ...]:
-        """mtime_ns, size and inode of both files: as long as they stay, a copy that was sound is sound.
+    def state(self, key: str) -> tuple[FileState, ...]:
+        """Of both files: as long as they stay, a copy that was sound is sound.
 
         Raises:
             OSError: a file is missing.
         """
-        found = [(self.path(key) / name).stat() for name in (CONFIG, WEIGHTS)]
-        return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
+        return tuple(file_state((self.path(key) / name).stat()) for name in (CONFIG, WEIGHTS))
 
     def report(self, key: str) -> Report | None:
         """As `find`, but without reading the weights: whether they are sound is not known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -38,10 +39,11 @@ def aligned() -> Path:
 
 
 @pytest.fixture(scope="session")
-def projectors() -> Path:
+def projectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy that a test may damage, if it mends it."""
     folder = CACHE / "projectors"
     assert folder.is_dir(), "no projector cache: run 'make models' first"
-    return folder
+    return Path(shutil.copytree(folder, tmp_path_factory.mktemp("projectors") / "cache"))
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +147,21 @@ def say(http: httpx.Client, model: str, prompt: str = "The capital of France is"
     answer = http.post("/v1/completions", json=body)
     answer.raise_for_status()
     return str(answer.json()["choices"][0]["text"])
+
+
+def first_token(http: httpx.Client, model: str) -> tuple[str, float]:
+    """A completion of one token, and its log probability, which the least of a foreign delta changes."""
+    body = {
+        "model": model,
+        "prompt": "The capital of France is",
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+    }
+    answer = http.post("/v1/completions", json=body)
+    answer.raise_for_status()
+    choice = answer.json()["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"][0]
 
 
 def metric_samples(http: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

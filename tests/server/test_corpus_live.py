@@ -11,7 +11,7 @@ from server import Server
 from tqdm import tqdm
 
 from tests.corpus import CORPUS, NAME, TAKEN, Hostile, Target
-from tests.server.conftest import descendants, load, metric_samples
+from tests.server.conftest import descendants, first_token, load, metric_samples
 
 SECONDS = 20.0  # for any single answer; most take milliseconds
 
@@ -54,21 +54,6 @@ def send(admin: httpx.Client, case: Hostile, path: Path) -> httpx.Response:
         return admin.post("/v1/adapters", data={"name": case.served_as}, files={"archive": path.read_bytes()})
     body = json.dumps({"lora_name": case.served_as, "lora_path": str(path)})  # ASCII, also for surrogates
     return admin.post("/v1/load_lora_adapter", content=body, headers={"Content-Type": "application/json"})
-
-
-def first_token(http: httpx.Client, model: str) -> tuple[str, float]:
-    """A completion of one token, and its log probability, which the least of a foreign delta changes."""
-    body = {
-        "model": model,
-        "prompt": "The capital of France is",
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": 1,
-    }
-    answer = http.post("/v1/completions", json=body)
-    answer.raise_for_status()
-    choice = answer.json()["choices"][0]
-    return choice["text"], choice["logprobs"]["token_logprobs"][0]
 
 
 def check_refused(answer: httpx.Response, case: Hostile) -> set[str]:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 from server import Server
 
-from tests.server.conftest import descendants, load, say
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests.server.conftest import Q_V, descendants, first_token, load, say, upload, write_adapter
 
 
-def wait_for(condition: object, seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.2)
 
@@ -35,26 +43,195 @@ def test_evicted_adapters_are_read_from_the_published_copy(
         assert {name: say(user, name) for name in first} == first
 
 
+def cut(copy: Path, other: Path) -> None:  # noqa: ARG001
+    os.truncate(copy / WEIGHTS, (copy / WEIGHTS).stat().st_size // 2)
+
+
+def exchange(copy: Path, other: Path) -> None:
+    """Another adapter's files, sound in themselves."""
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(other / name, copy / name)
+
+
+def remove(copy: Path, other: Path) -> None:  # noqa: ARG001
+    shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("damage", [remove, cut, exchange])
 def test_a_lost_copy_costs_one_adapter_not_the_engine(
-    admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path], store: Path
+    admin: httpx.Client,
+    user: httpx.Client,
+    adapters: dict[str, Path],
+    store: Path,
+    damage: Callable[[Path, Path], None],
 ) -> None:
     for name in ("extra0", "extra1", "extra2"):
         load(admin, name, adapters[name])
-    cards = {card["id"]: card["root"] for card in user.get("/v1/models").json()["data"]}
-    key = cards["extra0"].removeprefix("safelora://").partition("/")[0]
+    root = roots(user)["extra0"]
+    key = root.removeprefix("safelora://").partition("/")[0]
     aligned, intact = say(user, "aligned"), say(user, "extra1")
     say(user, "extra2")
     said = say(user, "extra0")
     say(user, "extra1"), say(user, "extra2")
-    shutil.rmtree(store / "published" / key)
+    damage(store / "published" / key, adapters["all"])
     assert say(user, "extra0") == aligned, "a running request goes on with the aligned model alone"
-    wait_for(
-        lambda: user.get("/v1/adapters/extra0").status_code == 200 and (store / "published" / key).is_dir()
-    )
+    wait_for(lambda: roots(user).get("extra0") not in (root, None))
     assert say(user, "extra0") == said, "made again from what was uploaded, by itself"
     assert say(user, "extra1") == intact
-    cards = {card["id"]: card["root"] for card in user.get("/v1/models").json()["data"]}
-    assert cards["extra0"] == f"safelora://{key}/1"
+    assert roots(user)["extra0"].startswith(f"safelora://{key}/"), "no prefix-cache block is used again"
+
+
+def roots(user: httpx.Client) -> dict[str, str]:
+    """Each served model with the path that vLLM knows it by."""
+    return {card["id"]: card["root"] for card in user.get("/v1/models").json()["data"]}
+
+
+def test_loaded_weights_do_not_hang_on_files(
+    server: Server, admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path], store: Path
+) -> None:
+    """A mapped file that is cut short kills whoever reads it, and one that is written to changes weights."""
+    load(admin, "extra0", adapters["extra0"])
+    say(user, "extra0")
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in descendants(server.process.pid)]
+    assert any("libtorch" in text for text in maps), "these are the processes meant"
+    assert not any(f"{store}/published" in text for text in maps)
+
+
+@contextmanager
+def limited(pid: int, limit: int, most: int) -> Iterator[None]:
+    """A process with a resource limit, e.g. the largest file that it may write."""
+    before = resource.prlimit(pid, limit)
+    resource.prlimit(pid, limit, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, limit, before)
+
+
+@contextmanager
+def mounted(*command: str, at: Path) -> Iterator[None]:
+    """Something mounted over a folder, where the tests may do that."""
+    at.mkdir(exist_ok=True)
+    if subprocess.run(["mount", *command, str(at)], capture_output=True).returncode:
+        pytest.skip("mounting needs root: the other cases of this test do without")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+@contextmanager
+def full_disk(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
+    with mounted("-t", "tmpfs", "-o", "size=64k", "none", at=store / "published"):
+        yield
+
+
+@contextmanager
+def read_only(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
+    with mounted("--bind", str(store), at=store):
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(store)], check=True)
+        yield
+
+
+@contextmanager
+def no_room_for_uploads(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
+    with limited(server.process.pid, resource.RLIMIT_FSIZE, 100_000):
+        yield
+
+
+@contextmanager
+def no_room_for_copies(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
+    with limited(gate_pid(server), resource.RLIMIT_FSIZE, 100_000):
+        yield
+
+
+@contextmanager
+def not_a_folder(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
+    published, aside = store / "published", store / "published.aside"
+    published.rename(aside)
+    published.write_text("")
+    try:
+        yield
+    finally:
+        published.unlink()
+        aside.rename(published)
+
+
+@pytest.mark.parametrize(
+    "trouble", [full_disk, read_only, no_room_for_uploads, no_room_for_copies, not_a_folder]
+)
+def test_a_store_that_cannot_be_written(
+    server: Server,
+    admin: httpx.Client,
+    user: httpx.Client,
+    adapters: dict[str, Path],
+    projectors: Path,
+    store: Path,
+    tmp_path: Path,
+    trouble: Callable[[Server, Path], AbstractContextManager[None]],
+) -> None:
+    """Uploads wait for better days; what is served stays, and the next upload after those works."""
+    new = write_new(tmp_path / "new", projectors, trouble.__name__)
+    load(admin, "extra0", adapters["extra0"])
+    said = {name: say(user, name) for name in ("aligned", "static", "extra0")}
+    with trouble(server, store):
+        answer = upload(admin, "late", new)
+        assert answer.status_code == 503 and "cannot be written" in answer.text
+        assert user.get("/v1/adapters/late").status_code == 404
+        assert {name: say(user, name) for name in said} == said
+    assert upload(admin, "late", new).status_code == 201
+    assert first_token(user, "late") != first_token(user, "aligned")
+    assert {name: say(user, name) for name in said} == said
+
+
+def write_new(folder: Path, projectors: Path, seed: str) -> Path:
+    """An adapter that no other test has loaded."""
+    write_adapter(folder, ProjectorCache(projectors), Q_V, 8, seed=zlib.crc32(seed.encode()))
+    return folder
+
+
+def test_no_memory_in_the_gate(
+    server: Server, admin: httpx.Client, user: httpx.Client, projectors: Path, tmp_path: Path
+) -> None:
+    new = write_new(tmp_path / "new", projectors, "memory")
+    said = say(user, "static")
+    used = int(Path(f"/proc/{gate_pid(server)}/statm").read_text().split()[0]) * resource.getpagesize()
+    with limited(gate_pid(server), resource.RLIMIT_AS, used):
+        answer = upload(admin, "late", new)
+        assert answer.status_code == 503, answer.text
+        assert say(user, "static") == said
+    assert upload(admin, "late", new).status_code == 201
+    assert first_token(user, "late") != first_token(user, "aligned")
+
+
+def test_projectors_damaged_while_serving(
+    server: Server,
+    admin: httpx.Client,
+    user: httpx.Client,
+    adapters: dict[str, Path],
+    projectors: Path,
+    tmp_path: Path,
+) -> None:
+    """The gate has them in memory. One that starts anew does not believe them, until they are mended."""
+    new = [write_new(tmp_path / f"new{i}", projectors, f"projectors {i}") for i in range(3)]
+    load(admin, "extra0", adapters["extra0"])
+    said = {name: say(user, name) for name in ("aligned", "static", "extra0")}
+    shard = next(projectors.glob("*.safetensors"))
+    shard.rename(shard.with_suffix(".aside"))
+    try:
+        shard.write_bytes(shard.with_suffix(".aside").read_bytes()[:-8] + b"\x7f" * 8)
+        assert upload(admin, "late0", new[0]).status_code == 201
+        assert {name: say(user, name) for name in said} == said
+        os.kill(gate_pid(server), signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            assert upload(admin, "late1", new[1]).status_code == 503, "no gate, or one with wrong projectors"
+            assert {name: say(user, name) for name in said} == said
+            time.sleep(1)
+    finally:
+        shard.with_suffix(".aside").replace(shard)
+    wait_for(lambda: upload(admin, "late2", new[2]).status_code == 201)
+    assert {name: say(user, name) for name in said} == said
 
 
 def test_a_dead_gate_comes_back(
