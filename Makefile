@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast compat lint bench clean
+.PHONY: help setup models demo serve test test-fast fuzz compat lint bench clean
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help:
-	@echo "make setup | demo | serve | test | test-fast | compat | lint | bench | clean   (see README.md)"
+	@echo "make setup | demo | serve | test | test-fast | fuzz | compat | lint | bench | clean   (see README.md)"
 
 setup: .venv/.ready
 
@@ -44,6 +44,11 @@ test: models
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -q tests -m "not server"
+
+# A million executions, guided by coverage; `make test` runs the same targets for some seconds.
+fuzz: .venv/.ready
+	$(BIN)/pip install -q 'atheris>=2.3'
+	$(BIN)/python -m tests.fuzz --out benchmarks/results/fuzz.json
 
 # The server tests with each of VERSIONS of vLLM, in environments of their own.
 compat: models

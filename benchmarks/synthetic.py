@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelora_vllm.projectors.build import DTYPES
-from safelora_vllm.projectors.cache import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
+from safelora_vllm.projectors.manifest import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
 
 LAYERS = 32
 _DECAY = 0.4
@@ -143,7 +143,7 @@ def _write_manifest(folder: Path, entries: list[ModuleEntry]) -> None:
         "version": FORMAT_VERSION,
         "aligned": {"fingerprint": ""},
         "unchanged_modules": [],
-        "shards": {},
+        "shards": {entry.shard: {"sha256": "", "tensor_bytes": 0} for entry in entries},
         "modules": [asdict(entry) for entry in entries],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))

@@ -131,7 +131,7 @@ def test_a_bounded_load_leaves_the_rest_on_disk_and_changes_nothing(
     from safelora_vllm.adapters.read import Limits, read_adapter
 
     raw = read_adapter(Draft().write(tmp_path / "adapter"), Limits())
-    total = sum(s["tensor_bytes"] for s in ProjectorCache(folder).manifest["shards"].values())
+    total = ProjectorCache(folder).resident_bytes()["disk"]
     reports, reads = [], []
     for bound in (None, total // 2, 0):
         cache = ProjectorCache(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import select
@@ -304,3 +305,25 @@ def test_the_gate_vouches_for_what_it_was_asked_under_another_policy_only(
     assert client.call("vouches", key=other["key"])
     assert not client.call("vouches", key=plain["key"])
     assert not client.call("vouches", key="0" * 64)
+
+
+def test_a_gate_that_hangs_is_replaced(
+    config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safelora_vllm.service.client._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("safelora_vllm.service.client._ANSWER_SECONDS", 1.0)
+    own = dataclasses.replace(config, socket=str(tmp_path / "gate.sock"))
+    process, client = GateProcess(own), GateClient(own.socket)
+    try:
+        first = process.state["pid"]
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: process.state["pid"] != first)
+        assert client.call("state")["pid"] == process.state["pid"]
+        second = process.state["pid"]
+        time.sleep(1.0)
+        assert process.state["pid"] == second, "one that answers stays"
+        # As if it were at one adapter for longer than anybody waits.
+        monkeypatch.setattr("safelora_vllm.service.client._ADAPTER_SECONDS", -1.0)
+        until(lambda: process.state["pid"] != second)
+    finally:
+        process.close()

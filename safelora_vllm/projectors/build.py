@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
-from safelora_vllm.projectors.cache import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.manifest import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 256 * 1024 * 1024

@@ -14,12 +14,9 @@ sha256. The manifest's own sha256 is the cache's id: same id, same projections.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,27 +24,7 @@ from torch import Tensor
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
 from safelora_vllm.filestate import FileState, file_state
-
-FORMAT = "safelora-projectors"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class ModuleEntry:
-    """One module's line in the manifest.
-
-    shape: (d_out, d_in) of the weight. form: ``dense`` or ``factored``. norm: ‖V‖_F. aligned_norm:
-    ‖W_aligned‖_F. null_similarity: c₀ = tr(Ĉ)/(‖Ĉ‖_F √d_out). shard: file with its tensors.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    form: str
-    norm: float
-    aligned_norm: float
-    null_similarity: float
-    shard: str
+from safelora_vllm.projectors.manifest import MANIFEST, ModuleEntry, parse_manifest
 
 
 class Projector:
@@ -92,24 +69,8 @@ class ProjectorCache:
         self.folder = Path(folder)
         text = self._manifest_text()
         self.id = hashlib.sha256(text).hexdigest()
-        try:
-            self.manifest: dict[str, Any] = json.loads(text)
-            if self.manifest["format"] != FORMAT or self.manifest["version"] != FORMAT_VERSION:
-                raise ProjectorCacheError(
-                    f"{folder} is {self.manifest['format']} version {self.manifest['version']}; "
-                    f"this release reads {FORMAT} version {FORMAT_VERSION}. Build it again"
-                )
-            self.modules = {
-                entry["name"]: ModuleEntry(**{**entry, "shape": tuple(entry["shape"])})
-                for entry in self.manifest["modules"]
-            }
-            self.aligned_fingerprint: str = self.manifest["aligned"]["fingerprint"]
-            self.unchanged: set[str] = set(self.manifest["unchanged_modules"])
-            self._shard_bytes = sum(int(s["tensor_bytes"]) for s in self.manifest["shards"].values())
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ProjectorCacheError(
-                f"{self.folder / MANIFEST} is damaged ({error!r}); build the cache again"
-            ) from error
+        self._manifest = parse_manifest(text, self.folder)
+        self.modules, self.unchanged = self._manifest.modules, self._manifest.unchanged
         self._resident: dict[str, Tensor] = {}
         self._verified: dict[str, FileState] = {}  # shard → of its file then
 
@@ -128,7 +89,7 @@ class ProjectorCache:
         Raises:
             ProjectorCacheError: a shard is missing or its bytes changed.
         """
-        for name in progress if progress is not None else sorted(self.manifest["shards"]):
+        for name in progress if progress is not None else sorted(self._manifest.shards):
             self._verify_shard(name)
 
     def _verify_shard(self, name: str) -> None:
@@ -138,7 +99,7 @@ class ProjectorCache:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise self._damaged(name, str(error.strerror)) from error
-        if found != self.manifest["shards"][name]["sha256"]:
+        if found != self._manifest.shards[name].sha256:
             raise self._damaged(name, "its bytes are not those that the build wrote")
         self._verified[name] = state
 
@@ -148,10 +109,10 @@ class ProjectorCache:
         Raises:
             ProjectorCacheError: the fingerprints differ.
         """
-        if fingerprint != self.aligned_fingerprint:
+        if fingerprint != self._manifest.aligned:
             raise ProjectorCacheError(
                 f"the projector cache {self.folder} was made for another aligned model than {model} "
-                f"(fingerprint {self.aligned_fingerprint[:12]}, served {fingerprint[:12]}). Serve the "
+                f"(fingerprint {self._manifest.aligned[:12]}, served {fingerprint[:12]}). Serve the "
                 "model given as --aligned, or build a cache for this one. If it is a quantised or "
                 "converted copy of that model, say so with --trust-served-model"
             )
@@ -187,7 +148,8 @@ class ProjectorCache:
         tiers: dict[str, int] = {}
         for tensor in self._resident.values():
             tiers[tensor.device.type] = tiers.get(tensor.device.type, 0) + tensor.nbytes
-        tiers["disk"] = self._shard_bytes - sum(tiers.values())
+        total = sum(shard.tensor_bytes for shard in self._manifest.shards.values())
+        tiers["disk"] = total - sum(tiers.values())
         return tiers
 
     def _read(self, key: str, shard: str) -> Tensor:

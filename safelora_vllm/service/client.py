@@ -18,6 +18,9 @@ from safelora_vllm.service.config import GateConfig
 
 logger = logging.getLogger("vllm.safelora.gate")
 _RESTART_SECONDS = 1.0
+_LOOK_SECONDS = 5.0  # from one look at the gate to the next
+_ANSWER_SECONDS = 30.0  # what it may take to say how it is, on a machine with no processor to spare
+_ADAPTER_SECONDS = 600.0  # what it may take with one adapter; callers wait for 120
 # Inherited settings that would make the child write into vLLM's metrics or load its plugins.
 _NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS")
 
@@ -53,7 +56,7 @@ class GateClient:
 
 
 class GateProcess:
-    """Owns a gate process: starts it, and starts it again when it dies. For the worker of a host."""
+    """Owns a gate process: starts it, and starts it again when it dies or hangs. For the worker of a host."""
 
     def __init__(self, config: GateConfig) -> None:
         self._config = config
@@ -110,7 +113,8 @@ class GateProcess:
 
     def _watch(self) -> None:
         while not self._closing.is_set():
-            code = self._process.wait()
+            self._wait_for_end()
+            code = self._process.returncode
             _end(self._process)
             while not self._closing.wait(_RESTART_SECONDS):
                 logger.error("the gate process ended with code %s; starting it again", code)
@@ -119,6 +123,22 @@ class GateProcess:
                     break
                 except Exception as error:  # whatever it is, without this thread there is no gate
                     logger.error("the gate process cannot start: %s", error)
+
+    def _wait_for_end(self) -> None:
+        """Until the process is gone. One that hangs, in a parser or for want of memory, is ended."""
+        client = GateClient(self._config.socket)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_LOOK_SECONDS)
+                return
+            try:
+                busy = client.call("state", timeout=_ANSWER_SECONDS)["busy_seconds"]
+                if busy < _ADAPTER_SECONDS:
+                    continue
+                logger.error("the gate process has been at one adapter for %.0f s; it is ended", busy)
+            except SafeLoRAError as error:
+                logger.error("the gate process is ended: %s", error)
+            self._process.kill()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

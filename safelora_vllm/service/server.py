@@ -14,6 +14,8 @@ import os
 import socketserver
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ class GateService:
         self._metrics = GateMetrics(CollectorRegistry())
         self._metrics.describe(cache, self._settings.policy.enforcing)
         self._one_at_a_time = threading.Lock()
+        self._busy_since: float | None = None
 
     def admit(
         self, path: str, name: str, policy: dict[str, Any] | None = None, keep: bool = True
@@ -82,7 +85,7 @@ class GateService:
         """
         settings = self._settings.under(policy or {})
         try:
-            with self._one_at_a_time:
+            with self._one_at_a_time, self._busy():
                 admission = admit(path, name, settings, self._published, self._raw if keep else None)
         except SafeLoRAError as error:
             self._metrics.record_error(type(error).__name__)
@@ -132,8 +135,11 @@ class GateService:
         return self._metrics.expose()
 
     def state(self) -> dict[str, Any]:
-        """Identity of the projector cache and of the policy that this gate applies."""
-        settings = self._settings
+        """Identity of the projector cache and of the policy that this gate applies.
+
+        busy_seconds: for how long it has been at one adapter.
+        """
+        settings, since = self._settings, self._busy_since
         return {
             "projectors": settings.cache.id,
             "policy": settings.policy.id,
@@ -141,7 +147,16 @@ class GateService:
             "rules": settings.rules,
             "store": str(self._published.root),
             "pid": os.getpid(),
+            "busy_seconds": time.monotonic() - since if since is not None else 0.0,
         }
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
     def _collect(self, store_bytes: int) -> None:
         """Remove old copies. What was accepted is served, whether that works or not."""

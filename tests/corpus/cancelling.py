@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from safelora_vllm.projectors.cache import ModuleEntry
+from safelora_vllm.projectors.manifest import ModuleEntry
 from tests.tiny import Draft, key, lora_config
 
 

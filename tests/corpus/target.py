@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from safelora_vllm.projectors.cache import ModuleEntry, ProjectorCache
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.manifest import ModuleEntry
 from tests.tiny import Draft, key, lora_config
 
 Deltas = dict[str, Tensor]  # module → ΔW (d_out, d_in), float64
