@@ -6,11 +6,10 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
@@ -20,6 +19,15 @@ from server import Server
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.server.conftest import Q_V, descendants, first_token, load, say, upload, write_adapter
+from tests.server.troubles import (
+    full_disk,
+    gate_pid,
+    limited,
+    no_room_for_copies,
+    no_room_for_uploads,
+    not_a_folder,
+    read_only,
+)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -43,7 +51,7 @@ def test_evicted_adapters_are_read_from_the_published_copy(
         assert {name: say(user, name) for name in first} == first
 
 
-def cut(copy: Path, other: Path) -> None:  # noqa: ARG001
+def cut(copy: Path, _other: Path) -> None:
     os.truncate(copy / WEIGHTS, (copy / WEIGHTS).stat().st_size // 2)
 
 
@@ -53,7 +61,7 @@ def exchange(copy: Path, other: Path) -> None:
         shutil.copy(other / name, copy / name)
 
 
-def remove(copy: Path, other: Path) -> None:  # noqa: ARG001
+def remove(copy: Path, _other: Path) -> None:
     shutil.rmtree(copy)
 
 
@@ -95,67 +103,6 @@ def test_loaded_weights_do_not_hang_on_files(
     maps = [Path(f"/proc/{pid}/maps").read_text() for pid in descendants(server.process.pid)]
     assert any("libtorch" in text for text in maps), "these are the processes meant"
     assert not any(f"{store}/published" in text for text in maps)
-
-
-@contextmanager
-def limited(pid: int, limit: int, most: int) -> Iterator[None]:
-    """A process with a resource limit, e.g. the largest file that it may write."""
-    before = resource.prlimit(pid, limit)
-    resource.prlimit(pid, limit, (most, before[1]))
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):  # it did not outlive that, and has a successor without the limit
-            resource.prlimit(pid, limit, before)
-
-
-@contextmanager
-def mounted(*command: str, at: Path) -> Iterator[None]:
-    """Something mounted over a folder, where the tests may do that."""
-    at.mkdir(exist_ok=True)
-    if subprocess.run(["mount", *command, str(at)], capture_output=True).returncode:
-        pytest.skip("mounting needs root: the other cases of this test do without")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(at)], check=True)
-
-
-@contextmanager
-def full_disk(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
-    with mounted("-t", "tmpfs", "-o", "size=64k", "none", at=store / "published"):
-        yield
-
-
-@contextmanager
-def read_only(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
-    with mounted("--bind", str(store), at=store):
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(store)], check=True)
-        yield
-
-
-@contextmanager
-def no_room_for_uploads(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
-    with limited(server.process.pid, resource.RLIMIT_FSIZE, 100_000):
-        yield
-
-
-@contextmanager
-def no_room_for_copies(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
-    with limited(gate_pid(server), resource.RLIMIT_FSIZE, 100_000):
-        yield
-
-
-@contextmanager
-def not_a_folder(server: Server, store: Path) -> Iterator[None]:  # noqa: ARG001
-    published, aside = store / "published", store / "published.aside"
-    published.rename(aside)
-    published.write_text("")
-    try:
-        yield
-    finally:
-        published.unlink()
-        aside.rename(published)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +197,3 @@ def test_a_dead_gate_comes_back(
 
     wait_for(loads_again)
     assert statuses <= {200, 503}, "while the gate is away, loading says so and lets nothing in"
-
-
-def gate_pid(server: Server) -> int:
-    """The gate process among the descendants of the server."""
-    return next(pid for pid, line in descendants(server.process.pid).items() if b"service.server" in line)
