@@ -232,7 +232,9 @@ def sample(server: Server, http: httpx.Client, store: Path) -> dict[str, float]:
     parent = psutil.Process(server.process.pid)
     for process in [parent, *parent.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
-            totals["memory_mb"] += process.memory_full_info().pss / 2**20
+            pss = process.memory_full_info().pss / 2**20
+            totals["memory_mb"] += pss
+            totals[f"memory_mb of {_role(process, parent)}"] += pss
             totals["open_files"] += process.num_fds()
             totals["threads"] += process.num_threads()
     for path in store.rglob("*"):
@@ -243,7 +245,14 @@ def sample(server: Server, http: httpx.Client, store: Path) -> dict[str, float]:
                 totals[f"{part}_files"] += 1
     series = http.get("/metrics").text.splitlines()
     totals["series"] = sum(line.startswith("safelora_") for line in series)
+    totals["series of vLLM"] = sum(line.startswith("vllm:") for line in series)
     return dict(totals)
+
+
+def _role(process: psutil.Process, parent: psutil.Process) -> str:
+    if process == parent:
+        return "the API server"
+    return "the gate" if "safelora_vllm.service.server" in process.cmdline() else "the engine"
 
 
 def fit(times: list[float], values: list[float]) -> dict[str, float]:

@@ -136,6 +136,16 @@ SEAMS = (
         ),
     ),
     Seam(
+        "mixes", "worker",
+        "a series for every mix of adapters that ever ran together; only the newest is kept",
+        "vLLM removes old ones",
+        (
+            Hold("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", stores=("gauge_lora_info",)),
+            Hold("vllm.v1.metrics.loggers", "PrometheusStatLogger.record",
+                 reads=("gauge_lora_info", "labels")),
+        ),
+    ),
+    Seam(
         "request", "worker",
         "requests are rewritten to name the published copy",
         "never: public",

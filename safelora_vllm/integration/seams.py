@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from vllm.lora.ops.torch_ops.lora_ops import bgmv_shrink as vllm_shrink
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -48,6 +50,7 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
     Executor.add_lora = _load_on_all_ranks
     LoRARequest.__eq__ = _same_adapter
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _shrink_but_base_rows
+    PrometheusStatLogger.__init__ = _with_one_mix(PrometheusStatLogger.__init__)
 
 
 def _shrink_but_base_rows(
@@ -61,6 +64,33 @@ def _shrink_but_base_rows(
     last slot: the base model's requests would be answered with whatever tenant's weights lie there."""
     vllm_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
     output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(1), 0.0)
+
+
+def _with_one_mix(init: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's ``vllm:lora_requests_info`` gets a series for every mix of adapters that ever ran in one step,
+    and loses none: with many tenants, memory and ``/metrics`` grow without end. Only the newest is left,
+    which is the one that means something. Not with several API servers, whose series lie in shared files."""
+
+    def start(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.gauge_lora_info is not None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            self.gauge_lora_info = _OneMix(self.gauge_lora_info)
+
+    return start
+
+
+class _OneMix:
+    """A gauge that keeps the series of its last labels."""
+
+    def __init__(self, gauge: Any) -> None:
+        self._gauge = gauge
+        self._last: dict[str, Any] = {}
+
+    def labels(self, **labels: Any) -> Any:
+        if labels != self._last:
+            self._gauge.clear()
+            self._last = labels
+        return self._gauge.labels(**labels)
 
 
 def _same_adapter(self: LoRARequest, other: object) -> bool:

@@ -35,6 +35,7 @@ from safelora_vllm.store import NameStore, PublishedStore
 logger = logging.getLogger("vllm.safelora.worker")
 SCHEME = "safelora://"
 _START_SECONDS = 900.0
+_REMEMBERED = 10_000  # copies that were read and found whole
 
 
 class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is not type-checked
@@ -108,17 +109,21 @@ class WorkerGuard:
             AdapterRefused: the gate refuses the folder.
             GateUnavailable: the published copy is missing or damaged, or the gate is down.
         """
-        key = self._key(request)
-        if key is None:
-            answer = self._client.call("admit", path=request.lora_path, name=request.lora_name, keep=False)
-            judged = Report.from_dict(answer["report"])
-            if not judged.accepted:
-                raise AdapterRefused(judged.reasons)
-            key = answer["key"]
+        known = self._key(request)
+        key = known or self._admit(request)
         self._check_copy(key, request.lora_name)
         self._store.touch(key)
-        self._accepted[_identity(request)] = key
+        if known is None:
+            self._accepted[_identity(request)] = key
         return self._store.path(key)
+
+    def _admit(self, request: LoRARequest) -> str:
+        """Let a folder pass the gate."""
+        answer = self._client.call("admit", path=request.lora_path, name=request.lora_name, keep=False)
+        judged = Report.from_dict(answer["report"])
+        if not judged.accepted:
+            raise AdapterRefused(judged.reasons)
+        return str(answer["key"])
 
     def _check_copy(self, key: str, name: str) -> None:
         """Whether the published copy is whole and made by this server's rules; read once, then remembered."""
@@ -135,6 +140,8 @@ class WorkerGuard:
                 "adapter again"
             )
         self._check_rules(key, report)
+        if len(self._sound) >= _REMEMBERED:
+            self._sound.clear()
         self._sound[key] = state
 
     def _check_rules(self, key: str, report: Report) -> None:

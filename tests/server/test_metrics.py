@@ -40,3 +40,20 @@ def test_metrics_follow_the_adapters(
     assert not any(("adapter", "tenant") in labels for _, labels in samples)
     assert value("safelora_gate_cache_total", outcome="hit") >= 1
     assert value("safelora_gate_cache_total", outcome="miss") == misses
+
+
+def test_mixes_of_adapters_do_not_pile_up(
+    admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
+) -> None:
+    """vLLM's own gauge has the names of all adapters in a step as a label."""
+    for name in ("extra0", "extra1"):
+        load(admin, name, adapters[name])
+    mixes = set()
+    for name in ("extra0", "extra1", "static", "extra0"):
+        say(user, name)
+        found = [
+            dict(labels) for metric, labels in metric_samples(user) if metric == "vllm:lora_requests_info"
+        ]
+        assert len(found) == 1
+        mixes.add(found[0]["running_lora_adapters"])
+    assert mixes <= {"", "extra0", "extra1", "static"}
