@@ -154,6 +154,8 @@ def _tar_members(tape: _Tape) -> Iterator[Member]:
         for _ in content:  # what was not read
             pass
         tape.read(-stored % tarfile.BLOCKSIZE)
+    if extensions:
+        raise ValueError("a long name or pax record has no member")
     tape.finish()
 
 

@@ -129,6 +129,7 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Received:
                 waiting.clear()
         await asyncio.to_thread(parser.write, bytes(waiting))
         await asyncio.to_thread(parser.finalize)
+        fields = form.fields()
     except (ClientDisconnect, UnicodeDecodeError, ValueError) as error:  # MultipartParseError is a ValueError
         raise UsageError(f"the multipart body cannot be read: {error or 'the client went away'}") from error
     except OSError as error:
@@ -137,7 +138,7 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Received:
         form.close()
     if not form.ended:
         raise UsageError("the multipart body ends before its closing boundary; send it again")
-    return Received(form.fields(), folder, frozenset(form.files))
+    return Received(fields, folder, frozenset(form.files))
 
 
 async def _next(stream: AsyncIterator[bytes]) -> bytes:
