@@ -31,7 +31,7 @@ from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import PublishedStore, RawStore
 
 logger = logging.getLogger("vllm.safelora.gate")
-_FORMAT = 2  # raise it when the same input would be published as other bytes
+_FORMAT = 3  # raise it when the same input would be published as other bytes
 # ‖BA‖² over Σ_k ‖b_k‖²‖a_k‖²: about 1 and more for trained adapters. Rounding to bfloat16 moves a delta by
 # 2⁻⁹ of the root of the latter, so at this bound by at most 2⁻⁹/√1e-3 = 6 % of its norm.
 _MIN_COHERENCE = 1e-3
@@ -55,7 +55,14 @@ class GateSettings:
     @property
     def rules(self) -> str:
         """A digest of everything but the adapter: the same rules publish the same bytes."""
-        parts = [_FORMAT, self.cache.id, self.policy.id, str(self.dtype), self.base_model]
+        parts = [
+            _FORMAT,
+            self.cache.id,
+            self.policy.id,
+            str(self.dtype),
+            self.base_model,
+            self.limits.max_rank,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def key(self, digest: str) -> str:

@@ -67,6 +67,23 @@ def cosine(xx: float, xy: float, yy: float) -> float | None:
     return max(-1.0, min(1.0, xy / scale)) if scale > 0.0 else 0.0
 
 
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same ranks of A (r, d_in) and B (d_out, r), in float64, each as large on one side as on the other.
+
+    Which of both carries a rank's size is the author's choice and changes nothing, until values are rounded
+    near the ends of the served dtype: there a huge A would hide what becomes of a tiny B. A power of two
+    per rank goes from one side to the other, which is exact.
+    """
+    shift = torch.div(_exponents(a, 1) - _exponents(b, 0), 2, rounding_mode="floor")
+    return torch.ldexp(a.double(), -shift[:, None]), torch.ldexp(b.double(), shift)
+
+
+def _exponents(x: Tensor, dim: int) -> Tensor:
+    """Of the largest value along a dimension, 0 where that is not finite."""
+    largest = x.abs().amax(dim=dim)
+    return torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
+
+
 def unit(x: Tensor) -> tuple[Tensor, float]:
     """x/s and s, a power of two near the largest value of x: exact, and safe in any float dtype.
 

@@ -88,13 +88,15 @@ def test_values_that_the_served_dtype_cannot_hold(
     tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
+    policy = Policy(threshold=-1.0, max_relative_norm=1e30)
+    half = GateSettings(cache, policy, dtype=torch.float16)
     draft.tensors[_A] *= 1e-7
-    draft.tensors[_B] *= 1e7  # up to 2e6 with the scale; float16 ends at 65504
-    folder = draft.write(tmp_path / "a")
-    policy = Policy(threshold=-1.0)
-    fine = judge(folder, GateSettings(cache, policy), PublishedStore(tmp_path / "other"))
-    assert fine.report.accepted
-    assert codes(judge(folder, GateSettings(cache, policy, dtype=torch.float16), store)) == {"non_finite"}
+    draft.tensors[_B] *= 1e7  # float16 ends at 65504, but the sides are balanced
+    assert judge(draft.write(tmp_path / "a"), half, PublishedStore(tmp_path / "first")).report.accepted
+    draft.tensors[_A] *= 1e14
+    folder = draft.write(tmp_path / "b")
+    assert judge(folder, GateSettings(cache, policy), PublishedStore(tmp_path / "other")).report.accepted
+    assert codes(judge(folder, half, store)) == {"non_finite"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

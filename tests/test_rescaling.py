@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from safelora_vllm import lowrank
+from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -60,6 +61,21 @@ def test_a_rescaled_adapter_is_refused_or_treated_like_the_original(
         # Powers of two are exact; float16 alone rounds more where its range ends.
         assert after.similarity == pytest.approx(before.similarity, abs=1e-3)
         assert after.relative_norm == pytest.approx(before.relative_norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("method", ["safe-lora", "input-removal"])
+def test_what_is_served_does_not_depend_on_how_the_author_split_it(
+    method: str, dtype: torch.dtype, power: int, build_cache: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Down to the bits: near the ends of a dtype, rounding would leave other weights than were measured."""
+    cache = ProjectorCache(build_cache("bfloat16", "auto"))
+    settings = GateSettings(cache, Policy(method=method), dtype=dtype)
+    plain, found = (answer(p, settings, tmp_path / str(p)) for p in (0, power))
+    assert plain.folder is not None and found.folder is not None
+    assert (found.folder / WEIGHTS).read_bytes() == (plain.folder / WEIGHTS).read_bytes()
+    assert found.report.modules == plain.report.modules
 
 
 @pytest.mark.parametrize("power", [-20, 20])

@@ -26,15 +26,16 @@ class Served(NamedTuple):
 class ModuleDelta:
     """ΔW = B A of one module, with the scale s already folded into B.
 
-    a: (r, d_in). b: (d_out, r). Both on the projector's device. dtype: of the weights as they are served.
-    Everything is rounded to it before it is measured: what is judged is what is served. Figures are
-    computed once, when first asked for, in float64 from the factors.
+    a: (r, d_in). b: (d_out, r), balanced against each other. Both on the projector's device. dtype: of the
+    weights as they are served. Everything is rounded to it before it is measured: what is judged is
+    served. Figures are computed once, when first asked for, in float64 from the factors.
     """
 
     def __init__(
         self, a: Tensor, b: Tensor, projector: Projector, dtype: torch.dtype = torch.float32
     ) -> None:
         self.projector, self.dtype = projector, dtype
+        a, b = lowrank.balanced(a, b)
         self.a, self.b = self.rounded(a), self.rounded(b)
 
     def rounded(self, factor: Tensor) -> Tensor:
