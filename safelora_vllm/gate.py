@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.errors import AdapterRefused, QuotaExceeded, Reason
 from safelora_vllm.methods import METHODS, ModuleDelta, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -91,6 +91,32 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """What a tenant's quota leaves. bytes: for content that is not among ``owned`` digests. rank: largest."""
+
+    bytes: int | None = None
+    owned: Sequence[str] = ()
+    rank: int | None = None
+
+    def check_bytes(self, digest: str, nbytes: int) -> None:
+        """Raises QuotaExceeded where the content is new and too large."""
+        if self.bytes is not None and digest not in self.owned and nbytes > self.bytes:
+            raise QuotaExceeded(
+                f"over the tenant's quota: the adapter has {nbytes:,} bytes, {max(0, self.bytes):,} are left "
+                "of max_bytes. Remove an adapter, or ask the operator to raise the limit in the keys file"
+            )
+
+    def check_rank(self, report: Report) -> None:
+        """Raises QuotaExceeded where a module's rank is too large."""
+        rank = max((module.rank for module in report.modules), default=0)
+        if self.rank is not None and rank > self.rank:
+            raise QuotaExceeded(
+                f"over the tenant's quota: the adapter has rank {rank}, max_rank is {self.rank}. Train it "
+                "with a smaller one, or ask the operator to raise the limit in the keys file"
+            )
+
+
+@dataclass(frozen=True)
 class Admission:
     """The gate's answer. ``key`` and ``folder`` are set for an accepted adapter.
 
@@ -111,15 +137,17 @@ def admit(
     settings: GateSettings,
     store: PublishedStore,
     raw_store: RawStore | None = None,
+    allowance: Allowance | None = None,
 ) -> Admission:
     """Judge one adapter, folder or archive, and publish what may be served.
 
-    What was accepted is also put into ``raw_store``, if there is one.
+    What was accepted is also put into ``raw_store``, if there is one, as far as the ``allowance`` goes.
 
     Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
 
     Raises:
         AdapterNotFound: there is no such folder or archive.
+        QuotaExceeded: it is over the allowance; nothing was stored.
         GateUnavailable: the store cannot be written.
         ProjectorCacheError: the projector cache is damaged.
     """
@@ -131,15 +159,21 @@ def admit(
         report = Report.refused(name, "", settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))
     key, nbytes = settings.key(raw.digest), sum(map(len, raw.files.values()))
+    if allowance is not None:
+        allowance.check_bytes(raw.digest, nbytes)
     with stages.time("lookup"):
         known = store.find(key)
     if known is not None:
+        if allowance is not None:
+            allowance.check_rank(known)
         store.touch(key)
         _keep(raw, raw_store, stages)
         return _answer(Admission(known.named(name), key, store.path(key), True, stages, nbytes))
     report, weights = evaluate(raw, name, settings, stages)
     if weights is None:
         return _answer(Admission(report, None, None, False, stages))
+    if allowance is not None:
+        allowance.check_rank(report)
     try:
         with stages.time("publish"):
             files = canonical_files(weights, settings.base_model, settings.dtype)

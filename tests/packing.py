@@ -150,4 +150,9 @@ def zip64_table(name: str, size: int) -> bytes:
     info.extra = struct.pack("<HHQ", 1, 8, size)
     other = W1 if name == CONFIG else C1
     archive = zipped(other, (info, C if name == CONFIG else W), method=zipfile.ZIP_STORED)
-    return patched(archive, name, "central", 24, 2**32 - 1)
+    return claiming(archive, name, 2**32 - 1)
+
+
+def claiming(archive: bytes, name: str, size: int) -> bytes:
+    """A zip in which both of a member's headers give that unpacked size."""
+    return patched(patched(archive, name, "central", 24, size), name, "local", 22, size)

@@ -32,6 +32,7 @@ from tests.packing import (
     Packer,
     W,
     bomb,
+    claiming,
     files,
     header,
     long_name,
@@ -289,6 +290,7 @@ TARS: dict[str, dict[str, Archive]] = {
         "pax-no-line-end": raw_tar(*pax(b"8 path=x"), *files()),
         "pax-no-equals": raw_tar(*pax(b"9 path-x\n"), *files()),
         "pax-path-twice": named(b"x", pax_line(b"path", b"y")),
+        "pax-too-much": raw_tar(*[*pax(pax_line(b"a", b"x" * 60_000)), header("x")] * 20, *files()),
         "pax-twice": raw_tar(*pax(pax_line(b"a", b"x")) * 2, *files()),
         "pax-chain": raw_tar(*pax(pax_line(b"a", b"x")) * 3000, *files()),  # recursion in tarfile
         "pax-size-negative": raw_tar(*pax(pax_line(b"size", b"-1")), *files()),
@@ -316,6 +318,23 @@ TARS: dict[str, dict[str, Archive]] = {
     },
 }
 
+
+def with_extra(extra: bytes) -> bytes:
+    """A zip whose weights have an extra field."""
+    info = zip_info(WEIGHTS)
+    info.extra = extra
+    return zipped(C1, (info, W))
+
+
+def hidden(archive: bytes) -> bytes:
+    """A zip with a member before its table that the table does not name."""
+    other = zipped((WEIGHTS, b"other"))
+    member = other[: other.index(b"PK\1\2")]
+    table = archive.index(b"PK\1\2")
+    grown = archive[:table] + member + archive[table:]
+    return grown[:-6] + struct.pack("<L", table + len(member)) + grown[-2:]
+
+
 LINK = 0o120777
 MANY = "x" * len(WEIGHTS)
 BOMB_W = (WEIGHTS, bytes(50 * MIB))
@@ -335,6 +354,10 @@ ZIPS: dict[str, dict[str, Archive]] = {
     "missing_file": {"empty": zipped()},
     "archive_ambiguous": {
         "other-name-in-table": patched(zipped(C1, W1, ("README", b"x")), "README", "central", 46, b"r"),
+        "other-size-in-header": patched(ZIP, WEIGHTS, "local", 22, 90),
+        "other-size-in-table": patched(ZIP, WEIGHTS, "central", 24, 90),
+        "second-name": with_extra(struct.pack("<HHBL", 0x7075, 5, 1, 0)),
+        "hidden-member": hidden(ZIP),
         "other-name-in-header": patched(ZIP, CONFIG, "local", 30, b"A"),
         "shorter-name-in-header": patched(ZIP, CONFIG, "local", 26, b"\5\0"),
         "hidden-adapter": patched(zipped(C1, W1, (MANY, W)), MANY, "local", 30, WEIGHTS.encode()),
@@ -377,10 +400,10 @@ ZIPS: dict[str, dict[str, Archive]] = {
         "other-zip-before": zipped(("x", b"y")) + ZIP,
         "tail": ZIP + bytes(70_000),
         "table-size-4-GiB": ZIP[:-10] + b"\xff" * 4 + ZIP[-6:],
-        "bomb-that-claims-90": lambda: patched(zipped(C1, BOMB_W), WEIGHTS, "central", 24, 90),
-        "claims-less": patched(ZIP, WEIGHTS, "central", 24, 90),
-        "claims-more": patched(ZIP, WEIGHTS, "central", 24, len(W) + 1),
-        "claims-nothing": patched(ZIP, WEIGHTS, "central", 24, 0),
+        "bomb-that-claims-90": lambda: claiming(zipped(C1, BOMB_W), WEIGHTS, 90),
+        "claims-less": claiming(ZIP, WEIGHTS, 90),
+        "claims-more": claiming(ZIP, WEIGHTS, len(W) + 1),
+        "claims-nothing": claiming(ZIP, WEIGHTS, 0),
         "zip64-more": zip64_table(WEIGHTS, len(W) + 5),
         "zip64-less": zip64_table(WEIGHTS, 5),
         "zip64-cut-field": patched(
@@ -389,7 +412,7 @@ ZIPS: dict[str, dict[str, Archive]] = {
     },
     "weights_malformed": {  # what is judged is what was read, which is not the whole
         "claims-less-with-its-crc": patched(
-            patched(ZIP, WEIGHTS, "central", 24, 90), WEIGHTS, "central", 16, CRC_OF_90
+            claiming(ZIP, WEIGHTS, 90), WEIGHTS, "central", 16, CRC_OF_90
         ),
     },
 }  # fmt: skip

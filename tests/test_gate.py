@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.policy import Policy
@@ -148,6 +149,12 @@ def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
     dora = Draft()
     dora.config["use_dora"] = True
     assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted
+
+
+def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:
+    """What was accepted before vLLM's --max-lora-rank was lowered is judged again."""
+    lower = dataclasses.replace(gate, limits=Limits(max_rank=4))
+    assert lower.rules != gate.rules and lower.key("0" * 64) != gate.key("0" * 64)
 
 
 def test_one_log_line_per_decision(

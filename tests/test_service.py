@@ -20,7 +20,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from safelora_vllm.errors import GateUnavailable, PolicyError, ProjectorCacheError, SafeLoRAError, UsageError
+from safelora_vllm.errors import (
+    GateUnavailable,
+    PolicyError,
+    ProjectorCacheError,
+    QuotaExceeded,
+    SafeLoRAError,
+    UsageError,
+)
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
@@ -295,21 +302,42 @@ def test_it_ends_when_its_parent_dies(config: GateConfig, tmp_path: Path) -> Non
     assert ended(gate)
 
 
-def test_the_gate_vouches_for_what_it_was_asked_under_another_policy_only(
-    client: GateClient, tmp_path: Path
-) -> None:
+def test_only_an_override_makes_the_policy_less_strict(client: GateClient, tmp_path: Path) -> None:
+    """What was tightened under an older, laxer policy of the server gives way to the present one."""
     folder = str(Draft(lora_config(lora_alpha=3)).write(tmp_path / "adapter"))
     plain = client.call("admit", path=folder, name="tenant")
-    other = client.call("admit", path=folder, name="tenant", policy={"select": "number", "number": 0})
-    assert plain["key"] != other["key"]
-    assert client.call("vouches", key=other["key"])
+    lax, digest = {"threshold": 0.1}, plain["report"]["digest"]
+    assert client.call("admit", path=folder, name="tenant", policy=lax) == plain
+    assert client.call("ensure", digest=digest, name="tenant", policy=lax) == plain
     assert not client.call("vouches", key=plain["key"])
+    other = client.call("ensure", digest=digest, name="tenant", policy=lax, override=True)
+    assert plain["key"] != other["key"] and other["report"]["policy"]["threshold"] == 0.1
+    assert client.call("vouches", key=other["key"])
     assert not client.call("vouches", key="0" * 64)
+
+
+def test_an_allowance_is_checked_before_anything_is_stored(
+    client: GateClient, config: GateConfig, tmp_path: Path
+) -> None:
+    folder = Draft(lora_config(lora_alpha=5)).write(tmp_path / "adapter")
+    store = Path(config.store)
+    client.call("admit", path=str(Draft().write(tmp_path / "other")), name="tenant")
+    before = {path for place in ("raw", "published") for path in (store / place).iterdir()}
+    for allowance in ({"bytes": 1000}, {"rank": 3}):
+        with pytest.raises(QuotaExceeded, match="over the tenant's quota"):
+            client.call("admit", path=str(folder), name="tenant", allowance=allowance)
+    assert {path for place in ("raw", "published") for path in (store / place).iterdir()} == before
+    answer = client.call("admit", path=str(folder), name="tenant", allowance={"bytes": 10**6, "rank": 4})
+    owned = {"bytes": 0, "owned": [answer["report"]["digest"]]}
+    assert client.call("admit", path=str(folder), name="tenant", allowance=owned) == answer
+    with pytest.raises(QuotaExceeded):  # also of what others have uploaded
+        client.call("admit", path=str(folder), name="tenant", allowance={"rank": 3})
 
 
 def test_a_gate_that_hangs_is_replaced(
     config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last test of this file: it replaces the shared gate too."""
     monkeypatch.setattr("safelora_vllm.service.client._LOOK_SECONDS", 0.2)
     monkeypatch.setattr("safelora_vllm.service.client._ANSWER_SECONDS", 1.0)
     own = dataclasses.replace(config, socket=str(tmp_path / "gate.sock"))

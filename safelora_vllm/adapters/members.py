@@ -26,6 +26,9 @@ BROKEN = (
 )  # fmt: skip
 _CHUNK = 64 * 1024
 _MAX_EXTENSION = 64 * 1024  # a long name or pax record of a tar
+_MAX_EXTENSIONS = 1024 * 1024  # all of them
+_ZIP64 = 0xFFFFFFFF  # a size that stands in an extra field
+_MAX_DESCRIPTOR = 24  # what may stand behind a member's data: its sizes again
 _MAX_TABLE = 1024 * 1024  # a zip's central directory
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
 
@@ -134,6 +137,7 @@ _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfi
 
 def _tar_members(tape: _Tape) -> Iterator[Member]:
     extensions: dict[bytes, bytes] = {}  # type → content, of the member that follows
+    extended = 0
     while (block := tape.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         if block[257:262] != b"ustar":
@@ -141,6 +145,9 @@ def _tar_members(tape: _Tape) -> Iterator[Member]:
         if header.type in _EXTENSIONS:
             if header.type in extensions or not 0 <= header.size <= _MAX_EXTENSION:
                 raise ValueError("a long name or pax record is there twice or too large")
+            extended += header.size
+            if extended > _MAX_EXTENSIONS:
+                raise ValueError("its long names and pax records are too large together")
             extensions[header.type] = tape.read(header.size)
             tape.read(-header.size % tarfile.BLOCKSIZE)
             continue
@@ -216,14 +223,18 @@ def _zip_members(data: bytes) -> Iterator[Member]:
         infos = archive.infolist()
         if infos and min(info.header_offset for info in infos) != 0:
             raise ValueError("its table does not begin with its first member")
-        for info in infos:
+        end = 0
+        for info in sorted(infos, key=lambda info: info.header_offset):
             _check_local_header(data, info)
+            end = _check_place(data, info, end)
             kind = {stat.S_IFLNK: "link", stat.S_IFDIR: "folder", stat.S_IFREG: "file", 0: "file"}.get(
                 stat.S_IFMT(info.external_attr >> 16), "device"
             )
             if info.orig_filename.endswith("/") and kind != "link":
                 kind = "folder"
             yield Member(info.orig_filename, kind, info.file_size, _unzip(archive, info))
+        if not end <= archive.start_dir <= end + _MAX_DESCRIPTOR:
+            raise refuse("archive_ambiguous", "there is something before the zip's table")
 
 
 def _check_local_header(data: bytes, info: zipfile.ZipInfo) -> None:
@@ -237,6 +248,30 @@ def _check_local_header(data: bytes, info: zipfile.ZipInfo) -> None:
         raise refuse("archive_ambiguous", f"{info.orig_filename!r:.200} has another name in its own header")
     if info.flag_bits & 0x1:
         raise ValueError(f"{info.orig_filename!r:.100} is encrypted")
+
+
+def _check_place(data: bytes, info: zipfile.ZipInfo, end: int) -> int:
+    """Members stand one behind the other, with nothing between that a table does not name; its end."""
+    if not end <= info.header_offset <= end + _MAX_DESCRIPTOR:
+        raise refuse("archive_ambiguous", f"there is something before {info.orig_filename!r:.200}")
+    packed, unpacked, name, extra = struct.unpack_from("<18xLLHH", data, info.header_offset)
+    start: int = info.header_offset + 30 + name
+    elsewhere = info.flag_bits & 0x8 or _ZIP64 in (packed, unpacked)
+    if not elsewhere and (packed, unpacked) != (info.compress_size, info.file_size):
+        raise refuse("archive_ambiguous", f"{info.orig_filename!r:.200} has another size in its own header")
+    if any(_has_unicode_path(field) for field in (data[start : start + extra], info.extra)):
+        raise refuse("archive_ambiguous", f"{info.orig_filename!r:.200} has a second name")
+    return start + int(extra) + info.compress_size
+
+
+def _has_unicode_path(extra: bytes) -> bool:
+    """Whether the extra fields of a member give it a name that only some programs use."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        if kind == 0x7075:
+            return True
+        extra = extra[4 + size :]
+    return False
 
 
 def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -13,11 +15,20 @@ from safelora_vllm.errors import (
     GuardError,
     QuotaExceeded,
     SafeLoRAError,
+    StoreDamaged,
     UsageError,
 )
-from safelora_vllm.integration.management import AlreadyLoaded, Forbidden, UnknownAdapter
+from safelora_vllm.integration.callers import caller
+from safelora_vllm.integration.management import (
+    AlreadyLoaded,
+    ChangedMeanwhile,
+    Forbidden,
+    UnknownAdapter,
+)
 from safelora_vllm.integration.schemas import ErrorBody
 from safelora_vllm.integration.uploads import TooLarge, TooManyUploads, UploadTimeout
+
+logger = logging.getLogger("vllm.safelora.http")
 
 
 class NotServing(SafeLoRAError):
@@ -36,24 +47,34 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     AdapterNotFound: (404, "NotFoundError"),
     UploadTimeout: (408, "RequestTimeoutError"),
     AlreadyLoaded: (409, "ConflictError"),
+    ChangedMeanwhile: (409, "ConflictError"),
     TooLarge: (413, "RequestTooLargeError"),
     AdapterRefused: (422, "AdapterRefusedError"),
     TooManyUploads: (429, "RateLimitError"),
     UsageError: (400, "InvalidUserInput"),
     GateUnavailable: (503, "ServiceUnavailableError"),
+    StoreDamaged: (503, "ServiceUnavailableError"),
     GuardError: (503, "ServiceUnavailableError"),
     NotServing: (503, "ServiceUnavailableError"),
 }
+_PATH = re.compile(r"(?<!\S)/\S*")
 _RETRY_SECONDS = {429: "1", 503: "2"}
 
 
 def error_response(error: SafeLoRAError) -> JSONResponse:
-    """An OpenAI-style error. A refusal also lists its codes and sentences."""
+    """An OpenAI-style error. A refusal also lists its codes and sentences.
+
+    Where the server itself is out of order, only admins are told the paths of its files.
+    """
     status, kind = next(
         (answer for cls, answer in _STATUS.items() if isinstance(error, cls)),
         (500, "InternalServerError"),
     )
-    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": status}
+    message = str(error)
+    if status >= 500 and not ((who := caller()) and who.kind == "admin"):
+        logger.error("%s", message)
+        message = _PATH.sub("(a path)", message)
+    body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
         body["reasons"] = error.codes
         body["details"] = [reason.detail for reason in error.reasons]

@@ -11,22 +11,22 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safelora_vllm.access import Principal, check_name
 from safelora_vllm.audit import AuditLog
-from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
+from safelora_vllm.errors import AdapterRefused, QuotaExceeded, SafeLoRAError, UsageError
 from safelora_vllm.integration.serving import Serving
 from safelora_vllm.metrics import ServedAdapter
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, Version
+from safelora_vllm.store.records import KEPT_VERSIONS
 
 logger = logging.getLogger("vllm.safelora.management")
-Change = Callable[[AdapterRecord | None], AdapterRecord | None]
 
 
 class UnknownAdapter(SafeLoRAError):
@@ -35,6 +35,10 @@ class UnknownAdapter(SafeLoRAError):
 
 class AlreadyLoaded(SafeLoRAError):
     """Another adapter is served under this name."""
+
+
+class ChangedMeanwhile(SafeLoRAError):
+    """Somebody else changed the adapter while this change was judged."""
 
 
 class Forbidden(SafeLoRAError):
@@ -64,44 +68,46 @@ class Manager:
 
         Raises:
             UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name.
-            AlreadyLoaded: the name is taken and ``replace`` is false. QuotaExceeded: the tenant's.
+            AlreadyLoaded: the name is taken and ``replace`` is false. ChangedMeanwhile: by another server.
+            QuotaExceeded: the tenant's.
             AdapterRefused: the gate refuses, with all its reasons.
             GateUnavailable: the gate or the store is out of order.
         """
-        self._check(who, name)
+        self.check(who, name)
         async with self._locks[name]:
             start = time.perf_counter()
             previous = await self._record(name)
             if previous is not None and not replace:
                 raise _taken(name)
             policy = _sticky_policy(previous)
-            answer = await self._judge(who, name, action, "admit", path=str(source), policy=policy)
-            version = _version(answer, who, policy)
-
-            def change(record: AdapterRecord | None) -> AdapterRecord:
-                if record is not None and not replace:
-                    raise _taken(name)
-                return (record or AdapterRecord(name, 0, ())).with_version(version)
-
-            return await self._commit(who, name, action, answer, change, start)
+            allowance = await asyncio.to_thread(self._allowance, who, name, previous)
+            answer = await self._judge(
+                who, name, action, "admit", path=str(source), policy=policy, allowance=allowance
+            )
+            return await self._commit(
+                who, name, action, answer, previous, _version(answer, who, policy), start
+            )
 
     async def roll_back(self, who: Principal, name: str, number: int) -> ServedAdapter:
         """Serve an earlier version's content again, as a new version.
 
         Raises:
             UnknownAdapter, Forbidden, UsageError: no such version. AdapterRefused: the policy is
-            stricter than it was.
+            stricter than it was. ChangedMeanwhile: by another server.
         """
-        record = await self._known(who, name)
         async with self._locks[name]:
-            start = time.perf_counter()
+            start, record = time.perf_counter(), await self._known(who, name)
             earlier = record.version(number)
-            # A stricter policy set since then stays; one that was loosened for that content comes back.
-            policy = _sticky_policy(record) or earlier.policy
-            answer = await self._judge(who, name, "rollback", "ensure", digest=earlier.digest, policy=policy)
+            # A stricter policy set since then stays. One that an admin loosened for that content comes back,
+            # but for admins only: it may have been taken back.
+            mine = {} if earlier.override and who.kind != "admin" else earlier.policy
+            policy = _sticky_policy(record) or mine
             override = earlier.override and policy == earlier.policy
+            answer = await self._judge(
+                who, name, "rollback", "ensure", digest=earlier.digest, policy=policy, override=override
+            )
             version = _version(answer, who, policy, override, f"rollback to version {number}")
-            return await self._commit(who, name, "rollback", answer, _append(name, version), start)
+            return await self._commit(who, name, "rollback", answer, record, version, start)
 
     async def set_policy(
         self, who: Principal, name: str, values: dict[str, Any], override: bool, reason: str
@@ -111,13 +117,13 @@ class Manager:
         Raises:
             Forbidden: not an admin. UnknownAdapter. PolicyError: contradictory values.
             UsageError: less strict than the server's without ``override`` and a reason.
-            AdapterRefused: refused under the new policy; the old one stays.
+            AdapterRefused: refused under the new policy; the old one stays. ChangedMeanwhile: by another
+            server.
         """
         if who.kind != "admin":
             raise Forbidden("only an admin key may change an adapter's policy")
-        record = await self._known(who, name)
         async with self._locks[name]:
-            start = time.perf_counter()
+            start, record = time.perf_counter(), await self._known(who, name)
             default = Policy.from_mapping(self.serving.state["policy_values"])
             loosened = not default.with_values(values).at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
@@ -125,10 +131,11 @@ class Manager:
                     'this policy is less strict than the server\'s; give "override": true and a "reason", '
                     "which the report and the audit log keep"
                 )
-            digest = record.live.digest
-            answer = await self._judge(who, name, "policy", "ensure", digest=digest, policy=values)
+            answer = await self._judge(
+                who, name, "policy", "ensure", digest=record.live.digest, policy=values, override=loosened
+            )
             version = _version(answer, who, values, loosened, reason)
-            return await self._commit(who, name, "policy", answer, _append(name, version), start)
+            return await self._commit(who, name, "policy", answer, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
         """Stop serving a name on every server; its weights are freed when its last request has ended.
@@ -178,7 +185,12 @@ class Manager:
             raise Forbidden(f"{path!r:.300} is outside of the server's --adapter-root folders")
         return resolved
 
-    def _check(self, who: Principal, name: str) -> None:
+    def check(self, who: Principal, name: str) -> None:
+        """Whether the caller may give a name to an adapter, before anything of it is received.
+
+        Raises:
+            UsageError, Forbidden, AlreadyLoaded.
+        """
         check_name(name)
         if not who.may_manage(name):
             raise Forbidden(f"this key may not change {name!r:.200}; tenants change TENANT/NAME only")
@@ -202,8 +214,11 @@ class Manager:
         self, who: Principal, name: str, action: str, operation: str, **arguments: Any
     ) -> dict[str, Any]:
         """The gate's answer; a refusal goes to the audit log and to the caller."""
-        call = self.serving.gate.call
-        answer: dict[str, Any] = await asyncio.to_thread(call, operation, name=name, **arguments)
+        try:
+            answer = await self.serving.ask_gate(operation, name=name, **arguments)
+        except QuotaExceeded:
+            await self._log(who, action, name, decision="refused", reasons=["quota"])
+            raise
         report = Report.from_dict(answer["report"])
         if not report.accepted:
             await self._log(who, action, name, **_told(report, "refused"))
@@ -216,16 +231,20 @@ class Manager:
         name: str,
         action: str,
         answer: dict[str, Any],
-        change: Change,
+        before: AdapterRecord | None,
+        new: Version,
         start: float,
     ) -> ServedAdapter:
+        """Load what was judged and make it the newest version of what ``before`` still is."""
         pool = self.serving.pool
         request = pool.request(name, answer["key"], answer["id"])
         await pool.load(request)
         try:
-            record = await asyncio.to_thread(self._update, who, name, change)
-        except SafeLoRAError:
+            record = await asyncio.to_thread(self._update, who, name, before, new)
+        except SafeLoRAError as error:
             await pool.release(request, wanted=lambda _: False)
+            if isinstance(error, QuotaExceeded):
+                await self._log(who, action, name, decision="refused", reasons=["quota"])
             raise
         await self.serving.sync()
         report = Report.from_dict(answer["report"])
@@ -236,21 +255,44 @@ class Manager:
         )  # fmt: skip
         return self.serving.timed(name, time.perf_counter() - start)
 
-    def _update(self, who: Principal, name: str, change: Change) -> AdapterRecord:
-        names = self.serving.names
+    def _update(self, who: Principal, name: str, before: AdapterRecord | None, new: Version) -> AdapterRecord:
+        def change(record: AdapterRecord | None) -> AdapterRecord:
+            """Under the store's lock: two servers cannot exceed a quota together, nor undo each other."""
+            if record != before:
+                if before is None:
+                    raise _taken(name)
+                raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
+            after = (record or AdapterRecord(name)).with_version(new)
+            if who.tenant is not None:
+                own = self._own(who, name, after)
+                who.quota.check(len(own), sum(_sizes(own).values()), new.rank)
+            return after
 
-        def within_quota(record: AdapterRecord | None) -> AdapterRecord | None:
-            """Runs under the store's lock, so that two servers cannot exceed a quota together."""
-            new = change(record)
-            if who.tenant is not None and new is not None:
-                own = {n: r for n, r in names.all().items() if n.startswith(f"{who.tenant}/")} | {name: new}
-                sizes = {v.digest: v.bytes for r in own.values() for v in r.versions}
-                who.quota.check(len(own), sum(sizes.values()), new.live.rank)
-            return new
-
-        record = names.update(name, within_quota)
+        record = self.serving.names.update(name, change)
         assert record is not None
         return record
+
+    def _own(self, who: Principal, name: str, record: AdapterRecord | None) -> dict[str, AdapterRecord]:
+        """A tenant's adapters, with this record of one name."""
+        own = {n: r for n, r in self.serving.names.all().items() if n.startswith(f"{who.tenant}/")}
+        own.pop(name, None)
+        return own if record is None else {**own, name: record}
+
+    def _allowance(self, who: Principal, name: str, previous: AdapterRecord | None) -> dict[str, Any] | None:
+        """What the tenant's quota leaves for new content of a name, so that the gate keeps no more.
+
+        Raises:
+            QuotaExceeded: there is no room for another adapter.
+        """
+        if who.tenant is None:
+            return None
+        own = self._own(who, name, previous)
+        if previous is not None:  # its oldest version goes when there is one more
+            own[name] = AdapterRecord(name, 0, previous.versions[1 - KEPT_VERSIONS :])
+        sizes = _sizes(own)
+        who.quota.check(len({*own, name}), 0, 0)
+        room = None if who.quota.bytes is None else who.quota.bytes - sum(sizes.values())
+        return {"bytes": room, "owned": list(sizes), "rank": who.quota.rank}
 
     async def _log(self, who: Principal, action: str, name: str, **details: Any) -> None:
         try:
@@ -284,13 +326,9 @@ def _version(
     )
 
 
-def _append(name: str, version: Version) -> Change:
-    def change(record: AdapterRecord | None) -> AdapterRecord:
-        if record is None:  # removed on another server meanwhile
-            raise _unknown(name)
-        return record.with_version(version)
-
-    return change
+def _sizes(records: Mapping[str, AdapterRecord]) -> dict[str, int]:
+    """Digest → bytes of all contents, each counted once."""
+    return {version.digest: version.bytes for record in records.values() for version in record.versions}
 
 
 def _told(report: Report, decision: str) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
+from starlette.types import Message
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from safelora_vllm.access import Principal
-from safelora_vllm.errors import UsageError
 from safelora_vllm.integration.callers import caller
 from safelora_vllm.integration.errors_http import NotServing, Unauthorized, documented
 from safelora_vllm.integration.management import Forbidden, Manager
@@ -31,7 +34,7 @@ from safelora_vllm.integration.schemas import (
     report_of,
     version_info,
 )
-from safelora_vllm.integration.uploads import TooLarge, download, incoming, receive
+from safelora_vllm.integration.uploads import TooLarge, download, incoming, patiently, receive
 from safelora_vllm.metrics import ServedAdapter
 
 _MAX_JSON = 64 * 1024
@@ -86,7 +89,36 @@ Looks = Annotated[Principal, Depends(require_caller)]
 Manages = Annotated[Principal, Depends(require_manager)]
 Admin = Annotated[Principal, Depends(require_admin)]
 Managed = Annotated[Manager, Depends(manager)]
-router = APIRouter(tags=["safelora"])
+
+
+class BoundedRoute(APIRoute):
+    """A route whose JSON bodies are short. FastAPI reads a body before it looks for a key."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            multipart = request.headers.get("content-type", "").startswith("multipart/")
+            if multipart and self.endpoint is upload_adapter:
+                return await handler(request)
+            left = _MAX_JSON
+
+            async def receive() -> Message:
+                nonlocal left
+                message = await request.receive()
+                left -= len(message.get("body", b""))
+                if left < 0:
+                    raise TooLarge(f"a JSON body has at most {_MAX_JSON:,} bytes")
+                return message
+
+            if int(request.headers.get("content-length") or 0) > _MAX_JSON:
+                raise TooLarge(f"a JSON body has at most {_MAX_JSON:,} bytes")
+            return await handler(Request(request.scope, receive))
+
+        return bounded
+
+
+router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
 
 
 @router.post("/v1/load_lora_adapter", response_model=None, responses=_PLAIN)
@@ -114,36 +146,32 @@ async def unload_lora_adapter(body: UnloadRequest, who: Admin, managed: Managed)
 async def upload_adapter(who: Manages, managed: Managed, request: Request, replace: bool = False) -> Any:
     """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
     the old weights, later ones use the new."""
-    with request.app.state.safelora_slots.take():
+    with request.app.state.safelora_slots.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
             return await _add_by_path(who, managed, request, replace)
         async with incoming(managed.serving.names.root) as folder:
-            received = await receive(request, folder, managed.max_adapter_bytes)
-            if "name" not in received.fields:
-                raise UsageError("the body has no field 'name'")
+            may_use = functools.partial(managed.check, who)
+            received = await receive(request, folder, managed.max_adapter_bytes, may_use)
             source = folder
             if hub_id := received.fields.get("hub_id"):
                 if not managed.hub or received.parts:
                     raise Forbidden("adapters come from the hub only with --allow-hub, and without files")
                 revision = received.fields.get("revision")
-                await asyncio.to_thread(download, hub_id, revision, folder, managed.max_adapter_bytes)
+                most, token = managed.max_adapter_bytes, who.kind == "admin"
+                await asyncio.to_thread(download, hub_id, revision, folder, most, token)
             else:
                 source = received.adapter
             return report_of(await managed.add(who, received.fields["name"], source, replace=replace))
 
 
 async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Any:
-    text = bytearray()
-    async for chunk in request.stream():
-        text += chunk
-        if len(text) > _MAX_JSON:
-            raise TooLarge(f"a JSON body has at most {_MAX_JSON:,} bytes")
-    try:
-        body = UploadByPath.model_validate_json(bytes(text))
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
     if who.kind != "admin" or not managed.roots:
         raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
+    text = b"".join([chunk async for chunk in patiently(request)])
+    try:
+        body = UploadByPath.model_validate_json(text)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
     source = managed.check_root(body.path)
     return report_of(await managed.add(who, body.name, source, replace=replace))
 

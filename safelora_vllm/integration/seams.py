@@ -140,8 +140,12 @@ def load_published(manager: Any, request: LoRARequest) -> LoRAModel:
     assert _original_load is not None, "the guard is not installed"
     model = _original_load(manager, request)
     for weights in model.loras.values():
-        weights.lora_a, weights.lora_b = weights.lora_a.clone(), weights.lora_b.clone()
+        weights.lora_a, weights.lora_b = _own(weights.lora_a), _own(weights.lora_b)
     return model
+
+
+def _own(weight: Tensor) -> Tensor:
+    return weight if weight.is_pinned() else weight.clone()  # pinning has copied it
 
 
 def no_adapter(manager: Any, request: LoRARequest) -> LoRAModel:

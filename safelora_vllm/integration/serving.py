@@ -10,9 +10,11 @@ the plugin cannot load it, and ``/v1/models`` shows no folder to anyone.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from safelora_vllm.store.files import make_folder
 logger = logging.getLogger("vllm.safelora.serving")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
+_GATE_CALLS = 32  # at once; the gate itself does one adapter at a time
 _SETTLED_NS = 50_000_000  # a folder's time stamp is as coarse as the kernel's clock tick
 
 
@@ -57,6 +60,9 @@ class Serving:
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
+    _gate_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_GATE_CALLS, thread_name_prefix="safelora-gate")
+    )
 
     @classmethod
     async def start(cls, engine_client: Any, models: Any) -> Serving:
@@ -116,6 +122,16 @@ class Serving:
                     self._spawn(self._prepare(record.name))
             self._stamp = stamp
 
+    async def ask_gate(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """A call that may take long, in threads of its own: asyncio's few are for the short ones.
+
+        Raises:
+            GateUnavailable: the gate is down or took too long. SafeLoRAError: whatever it raised.
+        """
+        call = functools.partial(self.gate.call, operation, **arguments)
+        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(self._gate_threads, call)
+        return answer
+
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""
         collector = AdapterCollector(lambda: list(self.served.values()), lambda: self.workers)
@@ -170,13 +186,15 @@ class Serving:
                 return
             try:
                 if version is not None:
-                    answer = await asyncio.to_thread(
-                        self.gate.call, "ensure", digest=version.digest, name=name, policy=version.policy
+                    answer = await self.ask_gate(
+                        "ensure",
+                        digest=version.digest,
+                        name=name,
+                        policy=version.policy,
+                        override=version.override,
                     )
                 else:
-                    answer = await asyncio.to_thread(
-                        self.gate.call, "admit", path=str(self.static[name]), name=name, keep=False
-                    )
+                    answer = await self.ask_gate("admit", path=str(self.static[name]), name=name, keep=False)
                 report = Report.from_dict(answer["report"])
                 if not report.accepted:
                     raise AdapterRefused(report.reasons)

@@ -9,7 +9,8 @@ import asyncio
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ ARCHIVE = "archive"
 _FIELDS = {"name": 300, "hub_id": 300, "revision": 200}  # longest values, bytes
 _CONFIG_BYTES = Limits().config_bytes
 _OVERHEAD_BYTES = 1024 * 1024  # part headers and small fields
-_IDLE_SECONDS = 60.0
+_PATIENCE_SECONDS = 60.0
+_PATIENCE_BYTES = 64 * 1024  # that have to come in each such time, unless the body ends
 _BLOCK = 1024 * 1024
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -68,25 +70,31 @@ class Received:
 
 
 class Slots:
-    """How many uploads may be under way at once."""
+    """How many uploads may be under way at once; a tenant may hold half of them."""
 
     def __init__(self, count: int) -> None:
         self._free = count
+        self._share = max(1, count // 2)
+        self._held: Counter[str] = Counter()
 
     @contextmanager
-    def take(self) -> Iterator[None]:
+    def take(self, tenant: str | None) -> Iterator[None]:
         """Hold one until the block ends.
 
         Raises:
             TooManyUploads: none is free; the client is to try again.
         """
-        if self._free <= 0:
+        holder = tenant or ""
+        if self._free <= 0 or (tenant and self._held[holder] >= self._share):
             raise TooManyUploads("too many uploads are under way; try again in a second")
         self._free -= 1
+        self._held[holder] += 1
         try:
             yield
         finally:
             self._free += 1
+            self._held[holder] -= 1
+            self._held += Counter()  # forgets those that hold none
 
 
 @asynccontextmanager
@@ -104,22 +112,26 @@ async def incoming(root: Path) -> AsyncIterator[Path]:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
-async def receive(request: Request, folder: Path, max_bytes: int) -> Received:
+async def receive(
+    request: Request, folder: Path, max_bytes: int, check_name: Callable[[str], None]
+) -> Received:
     """Stream a multipart body into ``folder``. Memory holds one block of 1 MiB, whatever arrives.
 
+    check_name: called as soon as the name is there, which may be before the files.
+
     Raises:
-        UsageError: not multipart, cut short, a part twice or one that has no place here.
-        TooLarge: more than ``max_bytes`` in one file. UploadTimeout: 60 s without a byte.
+        UsageError: not multipart, cut short, a part twice or one that has no place here, or no name.
+        TooLarge: more than ``max_bytes`` in one file. UploadTimeout: less than 64 KiB in 60 s.
+        SafeLoRAError: whatever ``check_name`` raises.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise UsageError("the body is not multipart/form-data with a boundary")
-    form = _Form(folder, max_bytes)
+    form = _Form(folder, max_bytes, check_name)
     total, waiting = 0, bytearray()
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())
-        stream = request.stream()
-        while chunk := await _next(stream):
+        async for chunk in patiently(request):
             total += len(chunk)
             if total > max_bytes + _CONFIG_BYTES + _OVERHEAD_BYTES:
                 raise TooLarge(f"the body is larger than the {max_bytes:,} bytes that are taken")
@@ -138,26 +150,42 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Received:
         form.close()
     if not form.ended:
         raise UsageError("the multipart body ends before its closing boundary; send it again")
+    if "name" not in fields:
+        raise UsageError("the body has no field 'name'")
     return Received(fields, folder, frozenset(form.files))
 
 
-async def _next(stream: AsyncIterator[bytes]) -> bytes:
-    """The stream's next bytes, empty at its end."""
-    try:
-        async with asyncio.timeout(_IDLE_SECONDS):
-            async for chunk in stream:
-                if chunk:
-                    return chunk
-    except TimeoutError as error:
-        raise UploadTimeout(f"nothing arrived for {_IDLE_SECONDS:.0f} seconds; send it again") from error
-    return b""
+async def patiently(request: Request) -> AsyncIterator[bytes]:
+    """The pieces of a body, as long as they come at a rate of 64 KiB in 60 s.
+
+    Raises:
+        UploadTimeout: they do not.
+    """
+    stream, loop = request.stream(), asyncio.get_running_loop()
+    deadline, come = loop.time() + _PATIENCE_SECONDS, 0
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                chunk = await anext(stream, None)
+        except TimeoutError as error:
+            raise UploadTimeout(
+                f"less than {_PATIENCE_BYTES:,} bytes came in {_PATIENCE_SECONDS:.0f} seconds; send it again"
+            ) from error
+        if chunk is None:
+            return
+        come += len(chunk)
+        if come >= _PATIENCE_BYTES:
+            deadline, come = loop.time() + _PATIENCE_SECONDS, 0
+        if chunk:
+            yield chunk
 
 
 class _Form:
     """What the parser's callbacks (python-multipart) build up: small fields in memory, files on disk."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, check_name: Callable[[str], None]) -> None:
         self._folder = folder
+        self._check_name = check_name
         self._limits = {**_FIELDS, CONFIG: _CONFIG_BYTES, WEIGHTS: max_bytes, ARCHIVE: max_bytes}
         self._values: dict[str, bytearray] = {}
         self._header, self._value = bytearray(), bytearray()
@@ -176,7 +204,7 @@ class _Form:
             "on_header_end": self._end_header,
             "on_headers_finished": self._start,
             "on_part_data": lambda data, start, end: self._data(data[start:end]),
-            "on_part_end": self.close,
+            "on_part_end": self._end_part,
             "on_end": lambda: setattr(self, "ended", True),
         }
 
@@ -189,6 +217,11 @@ class _Form:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _end_part(self) -> None:
+        self.close()
+        if self._part == "name":
+            self._check_name(self._values["name"].decode())
 
     def _begin(self) -> None:
         self._part, self._written = "", 0
@@ -228,8 +261,10 @@ class _Form:
             self._values[self._part] += data
 
 
-def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int) -> Path:
+def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int, token: bool) -> Path:
     """Both files of a hub repository, into ``folder``. Blocking.
+
+    token: whether the server's own hub token is shown, which opens what its owner may see.
 
     Raises:
         UsageError: no such id, revision or file, or the hub cannot be reached.
@@ -237,14 +272,16 @@ def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int) ->
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    shown = None if token else False
     if not _HUB_ID.fullmatch(hub_id):
         raise UsageError(f"{hub_id!r:.200} is no hub id; give ORGANISATION/NAME")
     try:
         for name, limit in ((CONFIG, _CONFIG_BYTES), (WEIGHTS, max_bytes)):
-            size = get_hf_file_metadata(hf_hub_url(hub_id, name, revision=revision)).size or 0
+            url = hf_hub_url(hub_id, name, revision=revision)
+            size = get_hf_file_metadata(url, token=shown).size or 0
             if size > limit:
                 raise TooLarge(f"{name} of {hub_id} has {size:,} bytes; {limit:,} are taken")
-            hf_hub_download(hub_id, name, revision=revision, local_dir=folder)
+            hf_hub_download(hub_id, name, revision=revision, local_dir=folder, token=shown)
     except TooLarge:
         raise
     except Exception as error:  # the hub client's errors have no common base class

@@ -19,7 +19,8 @@ from safelora_vllm.service.config import GateConfig
 logger = logging.getLogger("vllm.safelora.gate")
 _RESTART_SECONDS = 1.0
 _LOOK_SECONDS = 5.0  # from one look at the gate to the next
-_ANSWER_SECONDS = 30.0  # what it may take to say how it is, on a machine with no processor to spare
+_ANSWER_SECONDS = 15.0  # what it may take to say how it is, on a machine with no processor to spare
+_SILENCES = 2  # looks in a row that it did not answer
 _ADAPTER_SECONDS = 600.0  # what it may take with one adapter; callers wait for 120
 # Inherited settings that would make the child write into vLLM's metrics or load its plugins.
 _NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS")
@@ -126,17 +127,21 @@ class GateProcess:
 
     def _wait_for_end(self) -> None:
         """Until the process is gone. One that hangs, in a parser or for want of memory, is ended."""
-        client = GateClient(self._config.socket)
+        client, silences = GateClient(self._config.socket), 0
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_LOOK_SECONDS)
                 return
             try:
                 busy = client.call("state", timeout=_ANSWER_SECONDS)["busy_seconds"]
+                silences = 0
                 if busy < _ADAPTER_SECONDS:
                     continue
                 logger.error("the gate process has been at one adapter for %.0f s; it is ended", busy)
-            except SafeLoRAError as error:
+            except Exception as error:  # whatever it is, without this thread there is no gate
+                silences += 1
+                if silences < _SILENCES:
+                    continue
                 logger.error("the gate process is ended: %s", error)
             self._process.kill()
 

@@ -23,8 +23,8 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import GateUnavailable, GuardError, SafeLoRAError
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.errors import GateUnavailable, GuardError, QuotaExceeded, SafeLoRAError
+from safelora_vllm.gate import Allowance, GateSettings, admit
 from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -76,22 +76,31 @@ class GateService:
         self._busy_since: float | None = None
 
     def admit(
-        self, path: str, name: str, policy: dict[str, Any] | None = None, keep: bool = True
+        self,
+        path: str,
+        name: str,
+        policy: dict[str, Any] | None = None,
+        override: bool = False,
+        keep: bool = True,
+        allowance: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Run the gate on one adapter folder or archive.
 
-        policy: fields that differ from the server's. keep: store the content too, so that it can be
-        judged again without its uploader.
+        policy, override: see `_rules`. keep: store the content too, so that it can be judged again without
+        its uploader. allowance: fields of `safelora_vllm.gate.Allowance`.
         """
-        settings = self._settings.under(policy or {})
+        settings = self._rules(policy, override)
+        raw, room = self._raw if keep else None, Allowance(**allowance) if allowance else None
         try:
             with self._one_at_a_time, self._busy():
-                admission = admit(path, name, settings, self._published, self._raw if keep else None)
+                admission = admit(path, name, settings, self._published, raw, room)
+        except QuotaExceeded:
+            raise
         except SafeLoRAError as error:
             self._metrics.record_error(type(error).__name__)
             raise
         self._metrics.record(admission)
-        if policy and admission.key is not None:
+        if override and admission.key is not None:
             self._asked_for.add(admission.key)
         if self._store_bytes is not None and not admission.cached:
             self._collect(self._store_bytes)
@@ -102,9 +111,11 @@ class GateService:
             "rules": self._settings.rules,
         }
 
-    def ensure(self, digest: str, name: str, policy: dict[str, Any] | None = None) -> dict[str, Any]:
+    def ensure(
+        self, digest: str, name: str, policy: dict[str, Any] | None = None, override: bool = False
+    ) -> dict[str, Any]:
         """The published copy of stored content under a policy, made again where it is missing."""
-        settings = self._settings.under(policy or {})
+        settings = self._rules(policy, override)
         if not self._raw.has(digest):
             raise GateUnavailable(f"the store has no content {digest}; upload {name} again")
         key = settings.key(digest)
@@ -112,9 +123,9 @@ class GateService:
             if wrong := self._raw.damaged(digest):
                 found = f"the store's content {digest} is damaged ({wrong})"
                 raise GateUnavailable(f"{found}; upload {name} again")
-            return self.admit(str(self._raw.path(digest)), name, policy)
+            return self.admit(str(self._raw.path(digest)), name, policy, override)
         self._published.touch(key)
-        if policy:
+        if override:
             self._asked_for.add(key)
         return {
             "report": report.named(name).to_dict(),
@@ -124,11 +135,18 @@ class GateService:
         }
 
     def vouches(self, key: str) -> bool:
-        """Whether this gate was asked for this copy under a policy other than the server's.
-
-        Only API servers ask so, and only with an admin's override where the policy is less strict.
-        """
+        """Whether this gate was asked for this copy with an admin's override."""
         return key in self._asked_for
+
+    def _rules(self, policy: dict[str, Any] | None, override: bool) -> GateSettings:
+        """The settings with some of the policy's fields replaced.
+
+        Without an admin's ``override`` they can only make it stricter: what was once tightened under a laxer
+        server's policy gives way to a stricter one.
+        """
+        asked = self._settings.under(policy or {})
+        stricter = asked.policy.at_least_as_strict(self._settings.policy)
+        return asked if override or stricter else self._settings
 
     def metrics(self) -> str:
         """Exposition text of this gate's counters."""

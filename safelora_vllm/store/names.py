@@ -168,7 +168,7 @@ class NameStore:
         except OSError as error:
             if error.errno in _TRANSIENT:  # no fault of this file, and no reason to stop serving it
                 raise _unreadable(path, error) from error
-            return _Seen((0, 0, 0), None, f"a file that cannot be read ({error.strerror})")
+            return _Seen((0, 0, 0, 0), None, f"a file that cannot be read ({error.strerror})")
         try:
             return _Seen(state, from_json(text, file), "")
         except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:

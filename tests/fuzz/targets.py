@@ -165,7 +165,7 @@ def multipart(data: bytes) -> None:
     kind = b"multipart/form-data; boundary=" + _BOUNDARY
     request = Request({"type": "http", "method": "POST", "headers": [(b"content-type", kind)]}, read)
     with contextlib.suppress(UsageError, TooLarge):
-        received = _loop().run_until_complete(receive(request, folder, LIMITS.weights_bytes))
+        received = _loop().run_until_complete(receive(request, folder, LIMITS.weights_bytes, check_name))
         assert received.parts <= {CONFIG, WEIGHTS, ARCHIVE}
         assert {file.name for file in folder.iterdir()} == received.parts
     assert all(file.stat().st_size <= 1024 * 1024 for file in folder.iterdir())

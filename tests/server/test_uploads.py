@@ -179,6 +179,33 @@ def test_policy_of_one_adapter(admin: httpx.Client, adapters: dict[str, Path], s
     assert any(e["decision"] == "refused" and e["reasons"] == ["relative_norm"] for e in entries)
 
 
+def test_a_tenant_does_not_bring_a_revoked_override_back(
+    server: Server, admin: httpx.Client, adapters: dict[str, Path]
+) -> None:
+    upload(admin, "acme/own", adapters["qv"])
+    put, route = admin.put, "/v1/adapters/acme/own/policy"
+    lax = {"policy": {"mode": "audit"}, "override": True, "reason": "a test of ours"}
+    assert put(route, json=lax).json()["policy"]["mode"] == "audit"
+    assert put(route, json={"policy": {}}).json()["policy"]["mode"] == "enforce"
+    with client(server, TENANT_KEYS["acme"]) as acme:
+        back = acme.post("/v1/adapters/acme/own/rollback", json={"version": 2})
+        assert back.status_code == 200
+        assert back.json()["policy"]["mode"] == "enforce" and not back.json()["override"]
+    back = admin.post("/v1/adapters/acme/own/rollback", json={"version": 2})
+    assert back.json()["policy"]["mode"] == "audit" and back.json()["override"]
+
+
+def test_long_json_bodies_are_not_read(server: Server, admin: httpx.Client) -> None:
+    """FastAPI reads a body before it looks for a key."""
+    nobody = httpx.Client(base_url=server.url)
+    for http in (admin, nobody):
+        for route in ("/v1/load_lora_adapter", "/v1/adapters/x/rollback"):
+            assert http.post(route, content=b" " * 70_000).status_code in (401, 413)
+            chunks = (b" " * 10_000 for _ in range(100))
+            kind = {"Content-Type": "multipart/form-data; boundary=b"}
+            assert http.post(route, content=chunks, headers=kind).status_code in (400, 401, 413)
+
+
 def test_delete_frees_everything(admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]) -> None:
     upload(admin, "gone", adapters["qv"])
     answer = admin.delete("/v1/adapters/gone")
@@ -210,13 +237,16 @@ def test_requests_in_flight_end_on_the_old_weights(
 
 
 @pytest.mark.usefixtures("admin")  # cleans up
-def test_tenant_quota(server: Server, projectors: Path, tmp_path: Path) -> None:
+def test_tenant_quota(server: Server, projectors: Path, store: Path, tmp_path: Path) -> None:
     cache = ProjectorCache(projectors)
     for seed in range(4):
         write_adapter(tmp_path / str(seed), cache, ("q_proj",), 4, seed=100 + seed)
     write_adapter(tmp_path / "rank", cache, ("q_proj",), 16, seed=200)
     with client(server, TENANT_KEYS["acme"]) as acme:
-        assert upload(acme, "acme/rank", tmp_path / "rank").status_code == 403
+        over = upload(acme, "acme/rank", tmp_path / "rank")
+        assert over.status_code == 403 and "max_rank" in over.json()["error"]["message"]
+        entry = AuditLog(store / "audit").read(None, None)[-1]
+        assert (entry["adapter"], entry["reasons"]) == ("acme/rank", ["quota"])
         for seed in range(3):
             assert upload(acme, f"acme/{seed}", tmp_path / str(seed)).status_code == 201
         over = upload(acme, "acme/3", tmp_path / "3")
