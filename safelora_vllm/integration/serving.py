@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Coroutine
@@ -23,9 +24,11 @@ from vllm.lora.request import LoRARequest
 from watchfiles import awatch
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError
+from safelora_vllm.filestate import FileState
 from safelora_vllm.integration import seams
 from safelora_vllm.integration.pool import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.serving_map import ServingMap
+from safelora_vllm.integration.worker import published_key
 from safelora_vllm.metrics import AdapterCollector, ServedAdapter
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient
@@ -35,6 +38,9 @@ from safelora_vllm.store.files import make_folder
 logger = logging.getLogger("vllm.safelora.serving")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
+# A vLLM worker that was asked something spins for a second in case there is more: it is not asked each time.
+_ATTEST_BEATS = 15
+_ALERT_BEATS = 30  # asked at each, after a published copy changed
 _GATE_CALLS = 32  # at once; the gate itself does one adapter at a time
 _SETTLED_NS = 50_000_000  # a folder's time stamp is as coarse as the kernel's clock tick
 
@@ -57,6 +63,8 @@ class Serving:
     static: dict[str, Path] = field(default_factory=dict)
     _shown: dict[str, Version] = field(default_factory=dict)
     _stamp: int = -1
+    _alert: int = 0
+    _copies: dict[str, tuple[FileState, ...]] = field(default_factory=dict)
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
@@ -167,6 +175,7 @@ class Serving:
             self.map.unavailable[name] = error
             return
         self.map[name] = request
+        self._copies[key] = self._copy(key)
         self.map.unavailable.pop(name, None)
         self.served[name] = ServedAdapter(report.named(name), 0.0, version)
         if previous is not None and previous.lora_int_id != request.lora_int_id:
@@ -240,14 +249,34 @@ class Serving:
 
     async def _heartbeat(self) -> None:
         """Notice workers that lost their guard, published copies that are gone, and missed changes."""
-        while True:
+        for beat in itertools.count(1):
             await asyncio.sleep(_HEARTBEAT_SECONDS)
             try:
-                await self._beat()
+                if await asyncio.to_thread(self._copies_changed):
+                    self._alert = _ALERT_BEATS
+                if self._alert or beat % _ATTEST_BEATS == 0:
+                    self._alert = max(0, self._alert - 1)
+                    await self._attest()
+                await self._catch_up()
             except Exception as error:  # whatever it is, the next beat may succeed
                 logger.warning("heartbeat: %s: %s", type(error).__name__, error)
 
-    async def _beat(self) -> None:
+    def _copies_changed(self) -> bool:
+        """Whether the files of a served adapter are not those of the last time."""
+        before, self._copies = self._copies, {}
+        for request in self.map.everything().values():
+            key = published_key(request.lora_path)
+            self._copies[key] = self._copy(key)
+        return any(before.get(key, state) != state for key, state in self._copies.items())
+
+    def _copy(self, key: str) -> tuple[FileState, ...]:
+        try:
+            return self.published.state(key)
+        except OSError:
+            return ()
+
+    async def _attest(self) -> None:
+        """Ask every worker whether it is guarded, and which copies it could not read."""
         try:
             answers = await ask_workers(self.pool.engine_client)
         except GuardError as error:
@@ -256,6 +285,9 @@ class Serving:
             return
         self.workers = _states(answers)
         self._withdraw({path for answer in answers for path in answer["lost"]})
+
+    async def _catch_up(self) -> None:
+        """See changes of the store that were missed, and try again what could not be served."""
         await self.refresh()
         if not self._preparing.locked():
             for name, problem in self.map.unavailable.items():
