@@ -55,6 +55,22 @@ class ProjectorCacheError(SafeLoRAError):
     """A projector cache that is missing, damaged, or made for another model."""
 
 
+class UnknownAdapter(SafeLoRAError):
+    """No adapter is known under this name."""
+
+
+class AlreadyLoaded(SafeLoRAError):
+    """Another adapter is served under this name."""
+
+
+class ChangedMeanwhile(SafeLoRAError):
+    """Somebody else changed the adapter while this change was judged."""
+
+
+class Forbidden(SafeLoRAError):
+    """The key is known, but may not do this."""
+
+
 class QuotaExceeded(SafeLoRAError):
     """An adapter would take its tenant over one of its limits. Nothing was loaded."""
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from safelora_vllm.access import Principal
-from safelora_vllm.integration.management import AlreadyLoaded, ChangedMeanwhile, Manager
+from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
+from safelora_vllm.integration.management import Manager
 from safelora_vllm.store import NameStore, Version
 
 ADMIN = Principal("admin", "ops")

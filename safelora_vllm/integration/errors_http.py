@@ -11,20 +11,18 @@ from fastapi.responses import JSONResponse
 from safelora_vllm.errors import (
     AdapterNotFound,
     AdapterRefused,
+    AlreadyLoaded,
+    ChangedMeanwhile,
+    Forbidden,
     GateUnavailable,
     GuardError,
     QuotaExceeded,
     SafeLoRAError,
     StoreDamaged,
+    UnknownAdapter,
     UsageError,
 )
 from safelora_vllm.integration.callers import caller
-from safelora_vllm.integration.management import (
-    AlreadyLoaded,
-    ChangedMeanwhile,
-    Forbidden,
-    UnknownAdapter,
-)
 from safelora_vllm.integration.schemas import ErrorBody
 from safelora_vllm.integration.uploads import TooLarge, TooManyUploads, UploadTimeout
 

@@ -10,39 +10,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from safelora_vllm.access import Principal, check_name
 from safelora_vllm.audit import AuditLog
-from safelora_vllm.errors import AdapterRefused, QuotaExceeded, SafeLoRAError, UsageError
+from safelora_vllm.errors import (
+    AdapterRefused,
+    AlreadyLoaded,
+    ChangedMeanwhile,
+    Forbidden,
+    QuotaExceeded,
+    SafeLoRAError,
+    UnknownAdapter,
+    UsageError,
+)
+from safelora_vllm.integration.quotas import allowed, check_quota
 from safelora_vllm.integration.serving import Serving
 from safelora_vllm.metrics import ServedAdapter
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.records import KEPT_VERSIONS
 
 logger = logging.getLogger("vllm.safelora.management")
-
-
-class UnknownAdapter(SafeLoRAError):
-    """No adapter is known under this name."""
-
-
-class AlreadyLoaded(SafeLoRAError):
-    """Another adapter is served under this name."""
-
-
-class ChangedMeanwhile(SafeLoRAError):
-    """Somebody else changed the adapter while this change was judged."""
-
-
-class Forbidden(SafeLoRAError):
-    """The key is known, but may not do this."""
 
 
 @dataclass
@@ -59,7 +53,7 @@ class Manager:
     roots: tuple[Path, ...] = ()
     max_adapter_bytes: int = 2 * 1024**3
     hub: bool = False
-    _locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     async def add(
         self, who: Principal, name: str, source: Path, *, replace: bool = False, action: str = "upload"
@@ -74,13 +68,12 @@ class Manager:
             GateUnavailable: the gate or the store is out of order.
         """
         self.check(who, name)
-        async with self._locks[name]:
-            start = time.perf_counter()
+        async with self._changing(who, name, action) as start:
             previous = await self._record(name)
             if previous is not None and not replace:
                 raise _taken(name)
             policy = _sticky_policy(previous)
-            allowance = await asyncio.to_thread(self._allowance, who, name, previous)
+            allowance = await asyncio.to_thread(allowed, self.serving.names, who, name, previous)
             answer = await self._judge(
                 who, name, action, "admit", path=str(source), policy=policy, allowance=allowance
             )
@@ -95,8 +88,8 @@ class Manager:
             UnknownAdapter, Forbidden, UsageError: no such version. AdapterRefused: the policy is
             stricter than it was. ChangedMeanwhile: by another server.
         """
-        async with self._locks[name]:
-            start, record = time.perf_counter(), await self._known(who, name)
+        async with self._changing(who, name, "rollback") as start:
+            record = await self._known(who, name)
             earlier = record.version(number)
             # A stricter policy set since then stays. One that an admin loosened for that content comes back,
             # but for admins only: it may have been taken back.
@@ -122,8 +115,8 @@ class Manager:
         """
         if who.kind != "admin":
             raise Forbidden("only an admin key may change an adapter's policy")
-        async with self._locks[name]:
-            start, record = time.perf_counter(), await self._known(who, name)
+        async with self._changing(who, name, "policy") as start:
+            record = await self._known(who, name)
             default = Policy.from_mapping(self.serving.state["policy_values"])
             loosened = not default.with_values(values).at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
@@ -145,8 +138,8 @@ class Manager:
         """
         if name in self.serving.static and who.kind == "admin":
             raise UsageError(f"{name} comes from --lora-modules; start the server without it")
-        await self._known(who, name)
-        async with self._locks[name]:
+        async with self._changing(who, name, action):
+            await self._known(who, name)
             await asyncio.to_thread(self.serving.names.update, name, lambda _: None)
             await self.serving.sync()
             await self._log(who, action, name, decision="removed")
@@ -199,6 +192,20 @@ class Manager:
         if name in self.serving.static:
             raise AlreadyLoaded(f"{name} comes from --lora-modules; choose another name")
 
+    @asynccontextmanager
+    async def _changing(self, who: Principal, name: str, action: str) -> AsyncIterator[float]:
+        """One change of a name at a time in this process, from the moment that it gives on.
+
+        What a quota stops goes to the audit log.
+        """
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        async with lock:
+            try:
+                yield time.perf_counter()
+            except QuotaExceeded:
+                await self._log(who, action, name, decision="refused", reasons=["quota"])
+                raise
+
     async def _record(self, name: str) -> AdapterRecord | None:
         return await asyncio.to_thread(self.serving.names.get, name)
 
@@ -214,11 +221,7 @@ class Manager:
         self, who: Principal, name: str, action: str, operation: str, **arguments: Any
     ) -> dict[str, Any]:
         """The gate's answer; a refusal goes to the audit log and to the caller."""
-        try:
-            answer = await self.serving.ask_gate(operation, name=name, **arguments)
-        except QuotaExceeded:
-            await self._log(who, action, name, decision="refused", reasons=["quota"])
-            raise
+        answer = await self.serving.ask_gate(operation, name=name, **arguments)
         report = Report.from_dict(answer["report"])
         if not report.accepted:
             await self._log(who, action, name, **_told(report, "refused"))
@@ -241,10 +244,8 @@ class Manager:
         await pool.load(request)
         try:
             record = await asyncio.to_thread(self._update, who, name, before, new)
-        except SafeLoRAError as error:
+        except SafeLoRAError:
             await pool.release(request, wanted=lambda _: False)
-            if isinstance(error, QuotaExceeded):
-                await self._log(who, action, name, decision="refused", reasons=["quota"])
             raise
         await self.serving.sync()
         report = Report.from_dict(answer["report"])
@@ -263,36 +264,12 @@ class Manager:
                     raise _taken(name)
                 raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
             after = (record or AdapterRecord(name)).with_version(new)
-            if who.tenant is not None:
-                own = self._own(who, name, after)
-                who.quota.check(len(own), sum(_sizes(own).values()), new.rank)
+            check_quota(self.serving.names, who, after)
             return after
 
         record = self.serving.names.update(name, change)
         assert record is not None
         return record
-
-    def _own(self, who: Principal, name: str, record: AdapterRecord | None) -> dict[str, AdapterRecord]:
-        """A tenant's adapters, with this record of one name."""
-        own = {n: r for n, r in self.serving.names.all().items() if n.startswith(f"{who.tenant}/")}
-        own.pop(name, None)
-        return own if record is None else {**own, name: record}
-
-    def _allowance(self, who: Principal, name: str, previous: AdapterRecord | None) -> dict[str, Any] | None:
-        """What the tenant's quota leaves for new content of a name, so that the gate keeps no more.
-
-        Raises:
-            QuotaExceeded: there is no room for another adapter.
-        """
-        if who.tenant is None:
-            return None
-        own = self._own(who, name, previous)
-        if previous is not None:  # its oldest version goes when there is one more
-            own[name] = AdapterRecord(name, 0, previous.versions[1 - KEPT_VERSIONS :])
-        sizes = _sizes(own)
-        who.quota.check(len({*own, name}), 0, 0)
-        room = None if who.quota.bytes is None else who.quota.bytes - sum(sizes.values())
-        return {"bytes": room, "owned": list(sizes), "rank": who.quota.rank}
 
     async def _log(self, who: Principal, action: str, name: str, **details: Any) -> None:
         try:
@@ -324,11 +301,6 @@ def _version(
         rules=answer["rules"],
         id=answer["id"],
     )
-
-
-def _sizes(records: Mapping[str, AdapterRecord]) -> dict[str, int]:
-    """Digest → bytes of all contents, each counted once."""
-    return {version.digest: version.bytes for record in records.values() for version in record.versions}
 
 
 def _told(report: Report, decision: str) -> dict[str, Any]:

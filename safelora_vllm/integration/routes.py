@@ -17,9 +17,10 @@ from starlette.types import Message
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from safelora_vllm.access import Principal
+from safelora_vllm.errors import Forbidden
 from safelora_vllm.integration.callers import caller
 from safelora_vllm.integration.errors_http import NotServing, Unauthorized, documented
-from safelora_vllm.integration.management import Forbidden, Manager
+from safelora_vllm.integration.management import Manager
 from safelora_vllm.integration.schemas import (
     UPLOAD_BODY,
     AdapterList,

@@ -251,6 +251,8 @@ def test_tenant_quota(server: Server, projectors: Path, store: Path, tmp_path: P
             assert upload(acme, f"acme/{seed}", tmp_path / str(seed)).status_code == 201
         over = upload(acme, "acme/3", tmp_path / "3")
         assert over.status_code == 403 and "max_adapters" in over.json()["error"]["message"]
+        *_, entry = AuditLog(store / "audit").read(None, None)
+        assert (entry["adapter"], entry["decision"], entry["reasons"]) == ("acme/3", "refused", ["quota"])
         assert upload(acme, "acme/2", tmp_path / "3", replace=True).status_code == 201
         assert acme.delete("/v1/adapters/acme/0").status_code == 200
         assert upload(acme, "acme/3", tmp_path / "3").status_code == 201
