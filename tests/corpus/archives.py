@@ -10,7 +10,20 @@ from pathlib import Path
 from tests.corpus.case import Hostile
 from tests.corpus.files import CONFIG, WEIGHTS
 from tests.corpus.target import Target, deltas, sound
-from tests.packing import MIB, PACKERS, Entry, header, patched, pax, pax_line, raw_tar, tar, zip_info, zipped
+from tests.packing import (
+    MIB,
+    PACKERS,
+    Entry,
+    claiming,
+    header,
+    patched,
+    pax,
+    pax_line,
+    raw_tar,
+    tar,
+    zip_info,
+    zipped,
+)
 
 Files = tuple[str, bytes]
 Pack = Callable[[Files, Files], bytes]  # config, weights → archive
@@ -91,7 +104,8 @@ TARS: list[tuple[str, str, Pack]] = [
 ZIPS: list[tuple[str, str, Pack]] = [
     ("zip-link", "archive_unsafe", lambda c, w: zipped(c, w, (zip_info("x", LINK), b"/etc/passwd"))),
     ("zip-bomb", "too_large", lambda _, w: zipped((CONFIG, bytes(40 * MIB)), w)),
-    ("zip-claims-less", "archive_malformed", lambda c, w: patched(zipped(c, w), WEIGHTS, "central", 24, 90)),
+    ("zip-claims-less", "archive_malformed", lambda c, w: claiming(zipped(c, w), WEIGHTS, 90)),
+    ("zip-two-sizes", "archive_ambiguous", lambda c, w: patched(zipped(c, w), WEIGHTS, "central", 24, 90)),
     ("zip-two-names", "archive_ambiguous", lambda c, w: patched(zipped(c, w), CONFIG, "local", 30, b"A")),
     ("zip-encrypted", "archive_malformed", lambda c, w: patched(zipped(c, w), CONFIG, "central", 8, b"\1")),
     ("zip-behind-a-zip", "archive_malformed", lambda c, w: zipped(("x", b"y")) + zipped(c, w)),
