@@ -19,10 +19,11 @@ def main() -> None:
     """Each step prints what the server answered."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("adapter", type=Path, help="a folder that PEFT saved")
-    parser.add_argument("--name", default="mine")
+    parser.add_argument("--name", default="mine", help="a tenant's is TENANT/NAME (default mine)")
     parser.add_argument("--url", default="http://localhost:8000")
     args = parser.parse_args()
-    key = os.environ["SAFELORA_KEY"]
+    if not (key := os.environ.get("SAFELORA_KEY")):
+        parser.error("set SAFELORA_KEY to an admin's or a tenant's key")
     http = httpx.Client(base_url=args.url, headers={"Authorization": f"Bearer {key}"}, timeout=300)
     chat = OpenAI(base_url=f"{args.url}/v1", api_key=key)
 

@@ -8,6 +8,7 @@ The key is taken from SAFELORA_KEY (an admin's or a tenant's). Exit code 1 if an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -29,7 +30,9 @@ def main() -> int:
     adapters = sorted(path.parent for path in args.folder.glob(f"*/{FILES[0]}"))
     if not adapters:
         parser.error(f"{args.folder} has no folder with an {FILES[0]}")
-    headers = {"Authorization": f"Bearer {os.environ.get('SAFELORA_KEY', '')}"}
+    if not (key := os.environ.get("SAFELORA_KEY")):
+        parser.error("set SAFELORA_KEY to an admin's or a tenant's key")
+    headers = {"Authorization": f"Bearer {key}"}
     problems = []
     with httpx.Client(base_url=args.url, headers=headers, timeout=300) as http:
         for folder in tqdm(adapters, unit="adapter"):
@@ -43,7 +46,10 @@ def main() -> int:
 
 
 def upload(http: httpx.Client, name: str, folder: Path) -> httpx.Response:
-    """One upload, repeated as long as the server asks to come back later."""
+    """One upload, unless this content is served already; repeated while the server asks to come later."""
+    present = http.get(f"/v1/adapters/{name}")
+    if present.is_success and present.json()["digest"] == digest(folder):
+        return present
     while True:
         with (folder / FILES[0]).open("rb") as config, (folder / FILES[1]).open("rb") as weights:
             answer = http.post(
@@ -55,6 +61,13 @@ def upload(http: httpx.Client, name: str, folder: Path) -> httpx.Response:
         if answer.status_code not in (429, 503):
             return answer
         time.sleep(float(answer.headers.get("Retry-After", "1")))
+
+
+def digest(folder: Path) -> str:
+    """The name that the server gives to an adapter's content."""
+    return hashlib.sha256(
+        b"".join(hashlib.sha256((folder / name).read_bytes()).digest() for name in FILES)
+    ).hexdigest()
 
 
 if __name__ == "__main__":

@@ -121,8 +121,9 @@ class Manager:
             loosened = not default.with_values(values).at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
                 raise UsageError(
-                    'this policy is less strict than the server\'s; give "override": true and a "reason", '
-                    "which the report and the audit log keep"
+                    "this policy is less strict than the server's, or of another method, which cannot be "
+                    'compared; give both "override": true and a "reason", which the report and the audit '
+                    "log keep"
                 )
             answer = await self._judge(
                 who, name, "policy", "ensure", digest=record.live.digest, policy=values, override=loosened
