@@ -30,13 +30,15 @@ import recording
 from random_adapters import write_adapters
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from server import ADMIN_KEY, free_port, guarded
+
+from safelora_vllm.store import content_digest
+
 HERE = Path(__file__).resolve().parent
 _CACHE = HERE.parent / ".cache"
-sys.path.append(str(HERE.parent / "examples"))
 
-from server import ADMIN_KEY, free_port, guarded  # noqa: E402
-
-from safelora_vllm.store import content_digest  # noqa: E402
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CLIENTS, NAMES_EACH = 3, 4

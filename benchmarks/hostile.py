@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from safelora_vllm.projectors.cache import ProjectorCache
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from tests.corpus import CORPUS, ROWS, Hostile, Target
+from tests.corpus.target import sized_lora
+from tests.tiny import Draft, lora_config
+
 HERE = Path(__file__).resolve().parent
 _CACHE = HERE.parent / ".cache"
-sys.path.append(str(HERE.parent))
-
-from tests.corpus import CORPUS, ROWS, Hostile, Target  # noqa: E402
-from tests.corpus.target import sized_lora  # noqa: E402
-from tests.tiny import Draft, lora_config  # noqa: E402
 
 SERVERS = ("unguarded", "guarded")
 _HEADS = {"unguarded": "vLLM", "guarded": "guarded"}

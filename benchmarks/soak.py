@@ -32,14 +32,15 @@ from rich.table import Table
 from servers import Server, running
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests.corpus.target import sized_lora
+from tests.tiny import Draft, lora_config
+
 HERE = Path(__file__).resolve().parent
 _CACHE = HERE.parent / ".cache"
-sys.path.append(str(HERE.parent))
-
-from safelora_vllm.adapters.read import CONFIG, WEIGHTS  # noqa: E402
-from safelora_vllm.projectors.cache import ProjectorCache  # noqa: E402
-from tests.corpus.target import sized_lora  # noqa: E402
-from tests.tiny import Draft, lora_config  # noqa: E402
 
 USERS, OPERATORS, SAMPLE_SECONDS = 4, 2, 10.0
 # Half of the modules are projected; the rest is large enough to tell any two adapters apart.

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,8 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused, QuotaExceeded, Reason
+from safelora_vllm.allowance import Allowance
+from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.methods import METHODS, ModuleDelta, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -88,32 +89,6 @@ class Stages:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """What a tenant's quota leaves. bytes: for content that is not among ``owned`` digests. rank: largest."""
-
-    bytes: int | None = None
-    owned: Sequence[str] = ()
-    rank: int | None = None
-
-    def check_bytes(self, digest: str, nbytes: int) -> None:
-        """Raises QuotaExceeded where the content is new and too large."""
-        if self.bytes is not None and digest not in self.owned and nbytes > self.bytes:
-            raise QuotaExceeded(
-                f"over the tenant's quota: the adapter has {nbytes:,} bytes, {max(0, self.bytes):,} are left "
-                "of max_bytes. Remove an adapter, or ask the operator to raise the limit in the keys file"
-            )
-
-    def check_rank(self, report: Report) -> None:
-        """Raises QuotaExceeded where a module's rank is too large."""
-        rank = max((module.rank for module in report.modules), default=0)
-        if self.rank is not None and rank > self.rank:
-            raise QuotaExceeded(
-                f"over the tenant's quota: the adapter has rank {rank}, max_rank is {self.rank}. Train it "
-                "with a smaller one, or ask the operator to raise the limit in the keys file"
-            )
 
 
 @dataclass(frozen=True)

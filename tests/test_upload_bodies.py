@@ -116,8 +116,9 @@ def test_only_admins_are_told_paths_of_the_server() -> None:
     from safelora_vllm.integration.errors_http import error_response
 
     error = StoreDamaged("/srv/store/names/x.json is damaged; restore it")
-    for kind, told in (("admin", True), ("tenant", False), ("inference", False)):
-        with acting_as(Principal(kind, "k")):  # type: ignore[arg-type]
+    operator, other = Principal("admin", "k"), Principal("inference", "k")
+    for who, told in ((operator, True), (other, False), (None, False)):
+        with acting_as(who):
             answer = error_response(error)
         assert answer.status_code == 503
         assert (b"/srv/store" in bytes(answer.body)) is told and b"is damaged" in bytes(answer.body)

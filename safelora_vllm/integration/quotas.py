@@ -24,7 +24,7 @@ def check_quota(names: NameStore, who: Principal, record: AdapterRecord) -> None
 def allowed(
     names: NameStore, who: Principal, name: str, previous: AdapterRecord | None
 ) -> dict[str, Any] | None:
-    """What is left for new content of a name: the fields of `safelora_vllm.gate.Allowance`. None: all.
+    """What is left for new content of a name: the fields of `safelora_vllm.allowance.Allowance`. None: all.
 
     Raises:
         QuotaExceeded: there is no room for another adapter.

@@ -263,11 +263,11 @@ class Serving:
 
     def _copies_changed(self) -> bool:
         """Whether the files of a served adapter are not those of the last time."""
-        before, self._copies = self._copies, {}
-        for request in self.map.everything().values():
-            key = published_key(request.lora_path)
-            self._copies[key] = self._copy(key)
-        return any(before.get(key, state) != state for key, state in self._copies.items())
+        keys = {published_key(request.lora_path) for request in self.map.everything().values()}
+        copies = {key: self._copy(key) for key in keys}
+        changed = any(self._copies.get(key, state) != state for key, state in copies.items())
+        self._copies = copies
+        return changed
 
     def _copy(self, key: str) -> tuple[FileState, ...]:
         try:

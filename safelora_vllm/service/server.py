@@ -23,8 +23,9 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
+from safelora_vllm.allowance import Allowance
 from safelora_vllm.errors import GateUnavailable, GuardError, QuotaExceeded, SafeLoRAError
-from safelora_vllm.gate import Allowance, GateSettings, admit
+from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -87,7 +88,7 @@ class GateService:
         """Run the gate on one adapter folder or archive.
 
         policy, override: see `_rules`. keep: store the content too, so that it can be judged again without
-        its uploader. allowance: fields of `safelora_vllm.gate.Allowance`.
+        its uploader. allowance: fields of `safelora_vllm.allowance.Allowance`.
         """
         settings = self._rules(policy, override)
         raw, room = self._raw if keep else None, Allowance(**allowance) if allowance else None

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import safetensors
@@ -247,9 +247,9 @@ def _zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _tarred(files: dict[str, bytes], mode: str) -> bytes:
+def _tarred(files: dict[str, bytes], mode: Literal["w", "w:gz"]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.PAX_FORMAT) as packed:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.PAX_FORMAT) as packed:
         for name, content in files.items():
             member = tarfile.TarInfo(f"adapter/{Path(name).name}")
             member.size, member.pax_headers = len(content), {"comment": "x"}
