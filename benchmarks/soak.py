@@ -128,7 +128,7 @@ def upload(http: httpx.Client, name: str, files: dict[str, bytes]) -> httpx.Resp
 
 def ask(http: httpx.Client, name: str) -> Answer | None:
     """The first token's likeliest candidates; None where the name is not served."""
-    body = {"model": name, "prompt": _PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+    body = {"model": name, "prompt": _PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 20}
     answer = http.post("/v1/completions", json=body)
     if answer.status_code == 404:
         return None
