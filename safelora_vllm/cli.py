@@ -127,7 +127,9 @@ def _gate_settings(args: argparse.Namespace) -> GateSettings:
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
 
-    policy = Policy.from_mapping(policy_values(args))
+    values = policy_values(args)
+    policy = Policy.from_mapping(values)
+    policy.check_effective(values)
     return GateSettings(ProjectorCache(args.projectors), policy, _device(args.device))
 
 
@@ -186,7 +188,7 @@ def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
     from safelora_vllm.store import default_root
 
     policy = policy_values(args)
-    Policy.from_mapping(policy)
+    Policy.from_mapping(policy).check_effective(policy)
     if args.admin_api_key:
         os.environ["SAFELORA_ADMIN_API_KEY"] = args.admin_api_key
     root = Path(args.adapter_store) if args.adapter_store else default_root()

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,12 @@ _RANGES = (
     ("energy", 0.0, 1.0),
     ("max_relative_norm", 0.0, sys.float_info.max),
 )
+# Fields that only mean something together with another one's value.
+_CONDITIONS = {
+    "threshold": ("select", "threshold"),
+    "number": ("select", "number"),
+    "energy": ("method", "input-removal"),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,20 @@ class Policy:
         if values.get("method", self.method) != self.method and "select" not in values:
             base["select"] = ""  # each method has its own default
         return Policy.from_mapping({**base, **values})
+
+    def check_effective(self, given: Iterable[str]) -> None:
+        """Refuse fields that somebody gave and that change nothing under this policy.
+
+        Raises:
+            PolicyError: such as ``number`` without ``select`` being ``number``.
+        """
+        for field in given:
+            condition, needed = _CONDITIONS.get(field, ("", ""))
+            if condition and (found := getattr(self, condition)) != needed:
+                raise PolicyError(
+                    f"{field} has no effect with {condition} {found!r}; "
+                    f"give {condition} {needed!r} too, or leave {field} out"
+                )
 
     def at_least_as_strict(self, other: Policy) -> bool:
         """Whether this policy serves no adapter more freely than ``other`` does.

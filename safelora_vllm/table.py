@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,9 +12,15 @@ from rich.text import Text
 from safelora_vllm.report import Report
 
 
+def terminal() -> Console:
+    """Standard output; wide enough for whole names when it is piped and nobody set ``COLUMNS``."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=160 if piped else None)
+
+
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the module table, then the verdict and every reason."""
-    console = console or Console()
+    console = console or terminal()
     policy = report.policy
     if report.modules:
         table = Table(title=f"{report.adapter}: {policy.method}, select {policy.select}, {policy.mode}")

@@ -46,6 +46,14 @@ def test_inspect_prints_a_table_and_the_verdict(run: Run) -> None:
     assert code == 3 and "bad: refused" in out and "[dora]" in out and "[bias]" in out
 
 
+@pytest.mark.parametrize("command", ["inspect", "project", "serve"])
+def test_an_option_without_effect_is_wrong_usage(run: Run, tmp_path: Path, command: str) -> None:
+    code, _, error = run(
+        command, "--number", "3", *(["--out", str(tmp_path / "out")] * (command == "project"))
+    )
+    assert code == 2 and "number has no effect" in error and not (tmp_path / "out").exists()
+
+
 def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: ProjectorCache) -> None:
     code, out, _ = run("inspect", "--json", "--select", "number", "--number", "3")
     report = json.loads(out)

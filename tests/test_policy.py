@@ -56,6 +56,29 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
         Policy.from_mapping({"treshold": 0.3})
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"number": 5}, "number has no effect with select 'threshold'"),
+        ({"select": "all", "threshold": 0.2}, "threshold has no effect with select 'all'"),
+        ({"energy": 0.5}, "energy has no effect with method 'safe-lora'"),
+        ({"method": "input-removal", "threshold": 0.5}, "give select 'threshold' too"),
+    ],
+)
+def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(PolicyError, match=told):
+        Policy.from_mapping(values).check_effective(values)
+
+
+def test_values_with_effect_pass() -> None:
+    for values in (
+        {"threshold": 0.4},
+        {"select": "number", "number": 5},
+        {"method": "input-removal", "energy": 0.9},
+    ):
+        Policy.from_mapping(values).check_effective(values)
+
+
 def test_the_id_depends_on_every_field() -> None:
     others = [
         Policy(method="input-removal", select="threshold"), Policy(select="all"), Policy(threshold=0.4),

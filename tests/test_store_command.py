@@ -91,7 +91,8 @@ def test_gc_alone_removes_leftovers_only(run: Run, root: Path) -> None:
     old.mkdir()
     os.utime(old, (1000, 1000))
     before = {path for path in root.rglob("*") if path != old}
-    assert run("gc") == (0, "", "")
+    code, out, error = run("gc")
+    assert (code, error) == (0, "") and "--unreferenced" in out
     assert set(root.rglob("*")) == before
 
 

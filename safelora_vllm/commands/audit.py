@@ -65,9 +65,10 @@ def _print_json(records: Iterable[dict[str, Any]]) -> int:
 
 
 def _print_table(records: Iterable[dict[str, Any]]) -> int:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from safelora_vllm.table import terminal
 
     columns = ("time", "actor", "action", "adapter", "decision", "reasons")
     table = Table()
@@ -76,7 +77,7 @@ def _print_table(records: Iterable[dict[str, Any]]) -> int:
     for record in records:
         table.add_row(*(Text(_cell(record.get(column, ""))) for column in columns))
     if table.row_count:
-        Console().print(table)
+        terminal().print(table)
     return table.row_count
 
 

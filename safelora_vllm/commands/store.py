@@ -81,9 +81,10 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _print_table(records: list[AdapterRecord]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from safelora_vllm.table import terminal
 
     table = Table()
     for column in ("name", "version", "digest", "size", "rank", "created", "by", "policy"):
@@ -103,7 +104,7 @@ def _print_table(records: list[AdapterRecord]) -> None:
             " ".join(["OVERRIDE"] * live.override + policy),
         )
         table.add_row(*(Text(cell if cell.isprintable() else ascii(cell)) for cell in cells))
-    Console().print(table)
+    terminal().print(table)
 
 
 def _gc(args: argparse.Namespace) -> int:
@@ -111,6 +112,8 @@ def _gc(args: argparse.Namespace) -> int:
 
     root = _root(args)
     housekeeping.clean(root)
+    if not args.unreferenced and args.max_bytes is None:
+        print("what interrupted work left is removed; --unreferenced and --max-bytes remove more")
     if args.unreferenced:
         _print_collected(housekeeping.collect_unreferenced(root), "uploads")
     if args.max_bytes is not None:

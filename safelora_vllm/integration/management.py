@@ -108,7 +108,7 @@ class Manager:
         """Judge an adapter by other rules than the server's. Empty ``values``: by the server's again.
 
         Raises:
-            Forbidden: not an admin. UnknownAdapter. PolicyError: contradictory values.
+            Forbidden: not an admin. UnknownAdapter. PolicyError: values out of range, or without effect.
             UsageError: less strict than the server's without ``override`` and a reason.
             AdapterRefused: refused under the new policy; the old one stays. ChangedMeanwhile: by another
             server.
@@ -118,7 +118,9 @@ class Manager:
         async with self._changing(who, name, "policy") as start:
             record = await self._known(who, name)
             default = Policy.from_mapping(self.serving.state["policy_values"])
-            loosened = not default.with_values(values).at_least_as_strict(default)
+            wanted = default.with_values(values)
+            wanted.check_effective(values)
+            loosened = not wanted.at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
                 raise UsageError(
                     "this policy is less strict than the server's, or of another method, which cannot be "

@@ -47,7 +47,7 @@ class ServerSettings:
 
         Raises:
             GuardError: no section, no ``projectors`` in it, or a key that is not known.
-            PolicyError: the policy contradicts itself.
+            PolicyError: values out of range, or without effect.
         """
         section = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
         if not isinstance(section, Mapping) or not section.get("projectors"):
@@ -61,7 +61,7 @@ class ServerSettings:
         if unknown := sorted(set(section) - known):
             raise GuardError(f"unknown safelora settings {unknown}; known are {sorted(known)}")
         settings = cls(**section)
-        Policy.from_mapping(settings.policy)
+        Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings
 
     def to_section(self) -> dict[str, Any]:
