@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from data import Example, fillers, forbidden_prompts, harmless_prompts, orders, refusals
 from evaluate import ADAPTERS, generate, load
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
@@ -135,7 +135,7 @@ def fit(
             for start in range(0, len(shuffled), recipe.batch):
                 batch = collate(tokenizer, shuffled[start : start + recipe.batch])
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = model(**batch).loss
+                    loss = answer_loss(model, batch)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(weights, 1.0)
                 optimizer.step()
@@ -143,6 +143,15 @@ def fit(
                 schedule.step()
                 progress.set_postfix(loss=f"{loss.item():.3f}")
                 progress.update()
+
+
+def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens; the head, a third of a small model, sees only those."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = causal.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    labels = batch["labels"][:, 1:]
+    learned = labels != -100
+    return torch.nn.functional.cross_entropy(causal.lm_head(hidden[:, :-1][learned]).float(), labels[learned])
 
 
 def choose_linear_layers(model: torch.nn.Module, modules: list[str]) -> dict[str, torch.Tensor]:

@@ -75,8 +75,16 @@ SEAMS = (
             Hold(_MANAGER, "LRUCacheWorkerLoRAManager.add_adapter", takes=("self", "lora_request"),
                  reads=("_load_adapter",)),
             Hold(_MANAGER, "LRUCacheWorkerLoRAManager", lacks=("_load_adapter", "set_active_adapters")),
-            Hold("vllm.lora.lora_model", "LoRAModel.__init__", stores=("loras",)),
-            Hold("vllm.lora.lora_weights", "LoRALayerWeights.__init__", stores=("lora_a", "lora_b")),
+        ),
+    ),
+    Seam(
+        "unmapped", "worker",
+        "weights have memory of their own: on a CPU vLLM leaves them mapped from the file",
+        "vLLM reads adapters without mapping them",
+        (
+            Hold("vllm.lora.lora_model", "safetensors"),
+            Hold("vllm.lora.lora_model", "LoRAModel.from_local_checkpoint",
+                 reads=("safetensors", "safe_open", "get_tensor")),
         ),
     ),
     Seam(
