@@ -1,4 +1,4 @@
-"""Published weights are read, not mapped. That vLLM reads them so, `test_survival` shows: it cuts their file."""
+"""Published weights are read, not mapped. `test_survival` cuts the file of one that is served."""
 
 from __future__ import annotations
 
