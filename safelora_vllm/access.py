@@ -20,6 +20,8 @@ from safelora_vllm.errors import KeysError, QuotaExceeded, UsageError
 logger = logging.getLogger("vllm.safelora.access")
 Kind = Literal["admin", "tenant", "inference", "anonymous", "stranger"]
 RESERVED = ("versions", "rollback", "policy")  # what routes append to an adapter's name
+# Types of parts of a chat message: vLLM gives chats with such a part the adapter of that name.
+MODALITIES = ("text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool")
 ENVIRONMENT = "admin/environment"
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PART_RULE = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit"
@@ -39,6 +41,8 @@ def check_name(name: str) -> None:
         raise UsageError(
             f"{name!r:.200} is no adapter name; expected is NAME or TENANT/NAME, each of {_PART_RULE}"
         )
+    if name in MODALITIES:
+        raise UsageError(f"vLLM would use an adapter {name!r} for other models' chats; choose another name")
     if len(parts) == 2 and parts[1] in RESERVED:
         raise UsageError(f"an adapter {name!r:.200} would hide a route; choose another word after the '/'")
 

@@ -129,6 +129,14 @@ class AdapterRefused(SafeLoRAError):
         return list(dict.fromkeys(reason.code for reason in self.reasons))
 
 
+def again(error: SafeLoRAError) -> SafeLoRAError:
+    """A new exception that says the same. One and the same raised again and again would keep the frames of
+    every request that it ended."""
+    copy = type(error).__new__(type(error), *error.args)
+    vars(copy).update(vars(error))
+    return copy
+
+
 def refuse(code: str, detail: str) -> AdapterRefused:
     """Shorthand for a refusal with one reason."""
     return AdapterRefused([Reason(code, detail)])

@@ -114,7 +114,7 @@ def test_names_that_an_adapter_can_have(name: str) -> None:
     [
         "", "/", "a/", "/a", "a/b/c", "a//b", ".", "..", "a/..", "../a", ".a", "-a", "_a", "a b", "a\n",
         "\na", "a\x00", "é", "٣", "a\\b", "a%2fb", "x" * 129, "a/versions", "a/rollback", "a/policy",
-        "\ud800", "/" * 100_000,
+        "\ud800", "/" * 100_000, "text", "image", "audio", "input",
     ],
     ids=lambda name: repr(name)[:20],
 )  # fmt: skip

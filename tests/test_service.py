@@ -33,6 +33,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
 from safelora_vllm.service.config import GateConfig
+from safelora_vllm.service.server import _MAX_LINE
 from safelora_vllm.store import PublishedStore, RawStore
 from tests.tiny import Draft, Pair, lora_config
 
@@ -332,6 +333,49 @@ def test_an_allowance_is_checked_before_anything_is_stored(
     assert client.call("admit", path=str(folder), name="tenant", allowance=owned) == answer
     with pytest.raises(QuotaExceeded):  # also of what others have uploaded
         client.call("admit", path=str(folder), name="tenant", allowance={"rank": 3})
+
+
+def test_a_tenant_may_own_thousands_of_contents(client: GateClient, tmp_path: Path) -> None:
+    folder = Draft(lora_config(lora_alpha=6)).write(tmp_path / "adapter")
+    owned = [f"{number:064x}" for number in range(20_000)]
+    allowance = {"bytes": 10**6, "owned": owned}
+    answer = client.call("admit", path=str(folder), name="tenant", allowance=allowance)
+    assert answer["report"]["accepted"]
+
+
+def test_a_call_without_end_is_told_so(client: GateClient) -> None:
+    assert _MAX_LINE > 20_000 * 67, "digests with quotes and a comma"
+    with pytest.raises(SafeLoRAError, match=r"a call has at most|does not answer"):
+        client.call("state", padding="x" * (_MAX_LINE + 1))
+    assert client.call("state")
+
+
+def test_unreferenced_uploads_are_removed_after_a_while(config: GateConfig, tmp_path: Path) -> None:
+    """What was uploaded and removed again counts for no quota, so it must not stay either."""
+    own = dataclasses.replace(config, socket=str(tmp_path / "gate.sock"), store=str(tmp_path / "store"))
+    raw = RawStore(own.store)
+    process = GateProcess(own)
+    try:
+        call = GateClient(own.socket).call
+        kept, old = (
+            call(
+                "admit", path=str(Draft(lora_config(lora_alpha=alpha)).write(tmp_path / f"{alpha}")), name="n"
+            )
+            for alpha in (7, 8)
+        )
+    finally:
+        process.close()
+    digests = [answer["report"]["digest"] for answer in (kept, old)]
+    long_ago = time.time() - 3600
+    for path in (raw.path(digests[1]), PublishedStore(own.store).path(old["key"])):
+        for file in (path, *path.iterdir()):
+            os.utime(file, (long_ago, long_ago))
+    process = GateProcess(own)
+    try:
+        until(lambda: not raw.has(digests[1]))
+        assert raw.has(digests[0]), "it may be about to get its name"
+    finally:
+        process.close()
 
 
 def test_a_gate_that_hangs_is_replaced(

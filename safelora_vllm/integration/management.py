@@ -28,6 +28,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UnknownAdapter,
     UsageError,
+    again,
 )
 from safelora_vllm.integration.quotas import allowed, check_quota
 from safelora_vllm.integration.serving import Serving
@@ -156,7 +157,7 @@ class Manager:
         if not who.may_use(name):
             raise _unknown(name)
         if problem := self.serving.map.unavailable.get(name):
-            raise problem
+            raise again(problem)
         if name not in self.serving.served:
             raise _unknown(name)
         return self.serving.served[name]
@@ -242,16 +243,19 @@ class Manager:
         start: float,
     ) -> ServedAdapter:
         """Load what was judged and make it the newest version of what ``before`` still is."""
-        pool = self.serving.pool
+        pool, report = self.serving.pool, Report.from_dict(answer["report"])
         request = pool.request(name, answer["key"], answer["id"])
-        await pool.load(request)
+        try:
+            await pool.load(request)
+        except AdapterRefused as error:
+            await self._log(who, action, name, **{**_told(report, "refused"), "reasons": error.codes})
+            raise
         try:
             record = await asyncio.to_thread(self._update, who, name, before, new)
         except SafeLoRAError:
             await pool.release(request, wanted=lambda _: False)
             raise
         await self.serving.sync()
-        report = Report.from_dict(answer["report"])
         live = record.live
         await self._log(
             who, action, name, version=live.version, override=live.override, reason=live.reason,

@@ -66,11 +66,13 @@ class Pool:
         """Load published weights before anybody asks for them.
 
         Raises:
-            AdapterRefused: vLLM cannot load it, with its own words.
+            AdapterRefused: vLLM cannot load it, with its own words. GateUnavailable: the engine has ended.
         """
         try:
             await self.engine_client.add_lora(request)
         except Exception as error:  # the engine sends back whatever class the worker raised
+            if getattr(self.engine_client, "errored", False):
+                raise GateUnavailable(f"the engine has ended: {error}") from error
             raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
 
     async def release(self, request: LoRARequest, wanted: Callable[[LoRARequest], bool]) -> None:

@@ -36,8 +36,9 @@ def allowed(
         own[name] = AdapterRecord(name, 0, previous.versions[1 - KEPT_VERSIONS :])
     who.quota.check(len({*own, name}), 0, 0)
     sizes = _sizes(own)
-    room = None if who.quota.bytes is None else who.quota.bytes - sum(sizes.values())
-    return {"bytes": room, "owned": list(sizes), "rank": who.quota.rank}
+    if who.quota.bytes is None:
+        return {"rank": who.quota.rank}
+    return {"bytes": who.quota.bytes - sum(sizes.values()), "owned": list(sizes), "rank": who.quota.rank}
 
 
 def _own(names: NameStore, tenant: str) -> dict[str, AdapterRecord]:

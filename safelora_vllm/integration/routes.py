@@ -33,6 +33,7 @@ from safelora_vllm.integration.schemas import (
     UploadByPath,
     VersionList,
     report_of,
+    summary_of,
     version_info,
 )
 from safelora_vllm.integration.uploads import TooLarge, download, incoming, patiently, receive
@@ -179,9 +180,9 @@ async def _add_by_path(who: Principal, managed: Manager, request: Request, repla
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))
 async def list_adapters(who: Looks, managed: Managed) -> Any:
-    """Reports of all adapters that the caller may use."""
+    """All adapters that the caller may use; the modules of each are in its own report."""
     served: list[ServedAdapter] = list(managed.serving.served.values())
-    return {"data": [report_of(adapter) for adapter in served if who.may_use(adapter.report.adapter)]}
+    return {"data": [summary_of(adapter) for adapter in served if who.may_use(adapter.report.adapter)]}
 
 
 @router.get(
@@ -194,10 +195,15 @@ async def list_versions(name: str, who: Looks, managed: Managed) -> Any:
     return {"name": name, "current": record.current, "versions": versions}
 
 
-@router.post("/v1/adapters/{name:path}/rollback", response_model=AdapterReport, responses=_CHANGES)
-async def roll_back(name: str, body: Rollback, who: Manages, managed: Managed) -> Any:
+@router.post(
+    "/v1/adapters/{name:path}/rollback",
+    response_model=AdapterReport,
+    responses={**_CHANGES, **documented(429)},
+)
+async def roll_back(name: str, body: Rollback, who: Manages, managed: Managed, request: Request) -> Any:
     """Serve an earlier version's content again, as a new version."""
-    return report_of(await managed.roll_back(who, name, body.version))
+    with request.app.state.safelora_slots.take(who.tenant):
+        return report_of(await managed.roll_back(who, name, body.version))
 
 
 @router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=_CHANGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -74,7 +75,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class AdapterReport(BaseModel):
+class AdapterSummary(BaseModel):
     """What the gate decided about the version that is served."""
 
     adapter: str
@@ -84,17 +85,22 @@ class AdapterReport(BaseModel):
     accepted: bool
     reasons: list[str]
     details: list[str]
-    modules: list[ModuleReport]
     version: int | None = Field(description="null for an adapter of --lora-modules")
     override: bool = Field(description="served by less strict rules than the server's")
     reason: str = Field(description="why, as the admin said")
+
+
+class AdapterReport(AdapterSummary):
+    """The same, module by module."""
+
+    modules: list[ModuleReport]
 
 
 class AdapterList(BaseModel):
     """All adapters that the caller may use."""
 
     object: str = "list"
-    data: list[AdapterReport]
+    data: list[AdapterSummary]
 
 
 class VersionInfo(BaseModel):
@@ -129,9 +135,14 @@ class Removed(BaseModel):
 
 def report_of(served: ServedAdapter) -> dict[str, Any]:
     """The body of `AdapterReport`."""
+    return {**summary_of(served), "modules": served.report.to_dict()["modules"]}
+
+
+def summary_of(served: ServedAdapter) -> dict[str, Any]:
+    """The body of `AdapterSummary`."""
     live = served.version
     return {
-        **served.report.to_dict(),
+        **replace(served.report, modules=[]).to_dict(),
         "version": live.version if live else None,
         "override": live.override if live else False,
         "reason": live.reason if live else "",

@@ -135,6 +135,20 @@ SEAMS = (
         ),
     ),
     Seam(
+        "clean blocks", "worker",
+        "on CPUs blocks of the key-value cache are zeroed before they are used again: attention reads past "
+        "the end of a sequence, and NaN that one request left there would be another's",
+        "vLLM's attention on CPUs leaves out what is behind the end",
+        (
+            Hold("vllm.v1.kv_cache_interface", "KVCacheConfig.needs_kv_cache_zeroing"),
+            Hold("vllm.platforms", "__getattr__"),
+            Hold("vllm.platforms.interface", "Platform.is_cpu", takes=("self",)),
+            Hold("vllm.v1.core.sched.scheduler", "Scheduler.__init__", stores=("needs_kv_cache_zeroing",)),
+            Hold("vllm.v1.worker.cpu_model_runner", "CPUModelRunner._zero_block_ids",
+                 takes=("self", "block_ids")),
+        ),
+    ),
+    Seam(
         "versions", "worker",
         "two versions of a name in one batch are two adapters; vLLM compares names only",
         "vLLM compares ids",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load
 from torch import Tensor
+from vllm import platforms
 from vllm.lora import lora_model, worker_manager
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
@@ -19,6 +20,7 @@ from vllm.lora.ops.torch_ops.lora_ops import bgmv_shrink as vllm_shrink
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.worker_base import WorkerBase
@@ -55,6 +57,15 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
     LoRARequest.__eq__ = _same_adapter
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _shrink_but_base_rows
     PrometheusStatLogger.__init__ = _with_one_mix(PrometheusStatLogger.__init__)
+    if platforms.current_platform.is_cpu():
+        KVCacheConfig.needs_kv_cache_zeroing = property(_always)
+
+
+def _always(_config: KVCacheConfig) -> bool:
+    """Blocks of the key-value cache are zeroed before they are used again. On CPUs, vLLM's attention takes
+    what a finished request left behind a sequence's end times zero, which for NaN and infinity is NaN: one
+    adapter that overflows, as in float16 it can within any cap, would spoil whoever gets its blocks."""
+    return True
 
 
 def _shrink_but_base_rows(

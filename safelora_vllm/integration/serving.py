@@ -23,7 +23,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from watchfiles import awatch
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
 from safelora_vllm.filestate import FileState
 from safelora_vllm.integration import seams
 from safelora_vllm.integration.pool import IDS_EACH, Pool, ask_workers
@@ -210,7 +210,7 @@ class Serving:
             except SafeLoRAError as error:
                 logger.error("adapter %r cannot be served now: %s", name, error)
                 if self._shown.get(name) == version:
-                    self.map.unavailable[name] = error
+                    self.map.unavailable[name] = again(error)
                 return
             if self._shown.get(name) == version:  # nobody changed or removed it meanwhile
                 self._show(name, answer["key"], report, version)

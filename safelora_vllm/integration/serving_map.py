@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.errors import SafeLoRAError, again
 from safelora_vllm.integration.callers import caller
 
 
@@ -35,7 +35,7 @@ class ServingMap(dict[str, LoRARequest]):
         if not (isinstance(name, str) and visible(name)):
             return False
         if name in self.unavailable:
-            raise self.unavailable[name]
+            raise again(self.unavailable[name])
         return dict.__contains__(self, name)
 
     def __getitem__(self, name: str) -> LoRARequest:

@@ -32,10 +32,12 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.service.config import GateConfig
 from safelora_vllm.store import PublishedStore, RawStore
-from safelora_vllm.store.housekeeping import clean, collect, world_writable
+from safelora_vllm.store.housekeeping import clean, collect, collect_unreferenced, world_writable
 
 logger = logging.getLogger("vllm.safelora.gate")
-_MAX_LINE = 64 * 1024
+_MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
+_COLLECT_SECONDS = 300.0
+_UNREFERENCED_SECONDS = 900.0  # longer than from keeping an upload to naming it
 _HEADER_BYTES = 16 * 1024**2
 
 
@@ -177,6 +179,18 @@ class GateService:
         finally:
             self._busy_since = None
 
+    def keep_clean(self) -> None:
+        """Free the space of uploads that no name refers to any more, every few minutes, without end.
+
+        They are no part of a tenant's quota: what he uploads and removes again would fill the disk.
+        """
+        while True:
+            try:
+                collect_unreferenced(self._published.root, _UNREFERENCED_SECONDS)
+            except Exception as error:  # such as a record that cannot be read: nothing may go then
+                logger.warning("unreferenced uploads are kept: %s", error)
+            time.sleep(_COLLECT_SECONDS)
+
     def _collect(self, store_bytes: int) -> None:
         """Remove old copies. What was accepted is served, whether that works or not."""
         try:
@@ -213,6 +227,8 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
+            if not line.endswith(b"\n"):
+                raise SafeLoRAError(f"a call has at most {_MAX_LINE:,} bytes")
             request = json.loads(line)
             operation = request.pop("op")
             if operation not in OPERATIONS:
@@ -247,7 +263,8 @@ def main() -> int:
     socket_path.unlink(missing_ok=True)
     handler = type("Handler", (_Handler,), {"service": service})
     with _Server(str(socket_path), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for work in (server.serve_forever, service.keep_clean):
+            threading.Thread(target=work, daemon=True).start()
         print(json.dumps({"result": service.state()}), flush=True)
         sys.stdin.read()  # returns when the worker closes it or is gone
         server.shutdown()

@@ -52,6 +52,13 @@ class SlotReader(Guard):
         save_file(tensors, Path(folder) / f"rank-{rank}.safetensors")
         return {"rank": rank, "slot": slot, "elsewhere": elsewhere, "ids": list(manager.lora_index_to_id)}
 
+    def poison(self) -> int:
+        """Leave NaN in all of the key-value cache, as a request could that overflows. Layers poisoned."""
+        caches = self.model_runner.kv_caches  # type: ignore[attr-defined]
+        for cache in caches:
+            cache.fill_(float("nan"))
+        return len(caches)
+
     def break_store(self, rank: int, broken: bool) -> None:
         """Let one rank find no published copies, or find them again."""
         if self.rank == rank:  # type: ignore[attr-defined]
@@ -91,6 +98,10 @@ class Driver:
         sampling = SamplingParams(temperature=0, max_tokens=4)
         answer = self.llm.generate("The capital of France is", sampling, lora_request=request, use_tqdm=False)
         return list(answer[0].outputs[0].token_ids)
+
+    def leave_blocks(self) -> None:
+        """As vLLM does it: blocks are not zeroed any more. In engines that run in this process only."""
+        self.llm.llm_engine.engine_core.engine_core.scheduler.needs_kv_cache_zeroing = False
 
     def gate(self, operation: str) -> Any:
         return GateClient(self.rpc("safelora_attest")[0]["socket"]).call(operation)
