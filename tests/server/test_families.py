@@ -25,8 +25,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},  # biases on q, k and v
     "qwen3": {},  # norms on q and k
-    "gemma": {"num_key_value_heads": 1},  # all query heads share one of keys and values
-    "gemma3_text": {},
+    # All query heads share one of keys and values, and as in all released ones embeddings are the head too.
+    "gemma": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gemma3_text": {"tie_word_embeddings": True},
     "mistral": {},
     "phi3": {},  # qkv_proj and gate_up_proj are one weight each
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
