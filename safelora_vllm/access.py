@@ -151,6 +151,11 @@ class KeyRing:
                 found = principal
         return found
 
+    @property
+    def has_admin(self) -> bool:
+        """Whether anybody can change what is served for all."""
+        return any(principal.kind == "admin" for principal in self._current().keys.values())
+
     def _current(self) -> _Known:
         """The keys, after a look at whether their file has changed."""
         if self._file is not None:

@@ -376,12 +376,33 @@ def test_the_command_prints_a_table(store: Path, run: Run, capsys: pytest.Captur
     assert run("--adapter-store", str(store)) == 0
     out, _ = capsys.readouterr()
     lines = out.splitlines()
-    assert re.findall(r"[a-z]+", lines[1]) == ["time", "actor", "action", "adapter", "decision", "reasons"]
+    heads = ["time", "actor", "action", "adapter", "version", "digest", "policy", "decision", "reasons"]
+    assert re.findall(r"[a-z]+", lines[1]) == heads
     (refused,) = (line for line in lines if "acme/a" in line)
     assert re.split(r"\s*│\s*", refused.strip("│ ")) == [
-        "2026-01-31T13:00:00.000005+00:00", "acme/ci", "load", "acme/a", "refused", "rank, dora"
+        "2026-01-31T13:00:00.000005+00:00", "acme/ci", "load", "acme/a", "", "", "", "refused",
+        "rank, dora",
     ]  # fmt: skip
     assert r"'[red]\x1b[2J\n'" in out and "\x1b" not in out  # neither markup nor escapes are obeyed
+
+
+def test_the_table_shows_overrides(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    log = AuditLog(tmp_path / "audit")
+    rules = {"method": "safe-lora", "select": "all"}
+    log.record("ops", "policy", "a", decision="accepted", version=2, digest="d" * 64, policy=rules)
+    log.record(
+        "ops",
+        "policy",
+        "b",
+        decision="accepted",
+        policy={**rules, "mode": "audit"},
+        override=True,
+        reason="test",
+    )
+    assert run("--adapter-store", str(tmp_path)) == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "ops" in line)
+    assert f"{'d' * 12} " in first and "safe-lora all" in first and "OVERRIDE" not in first
+    assert "safe-lora all UNPROJECTED OVERRIDE" in second
 
 
 @pytest.mark.parametrize("form", [["--json"], []])

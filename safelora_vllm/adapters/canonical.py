@@ -110,7 +110,11 @@ def _check_shapes(
             )
         ]
     if rank > limits.max_rank:
-        return [Reason("rank_too_large", f"{module} has rank {rank}, allowed are {limits.max_rank}")]
+        return [
+            Reason(
+                "rank_too_large", f"{module} has rank {rank}, allowed are {limits.max_rank} (--max-lora-rank)"
+            )
+        ]
     if rank != config.rank(module):
         declared = config.rank(module)
         return [Reason("rank_mismatch", f"{module} has rank {rank}, its config says {declared}")]

@@ -102,4 +102,4 @@ def _check_layout(spans: list[tuple[int, int]], size: int) -> None:
             raise ValueError(f"a tensor begins at byte {begin:,} of the data, expected was {position:,}")
         position = end
     if position != size:
-        raise ValueError(f"its tensors take {position:,} bytes, there are {size:,}")
+        raise ValueError(f"its tensors take {position:,} bytes, there are {size:,}; save or send it again")

@@ -70,15 +70,26 @@ def _print_table(records: Iterable[dict[str, Any]]) -> int:
 
     from safelora_vllm.table import terminal
 
-    columns = ("time", "actor", "action", "adapter", "decision", "reasons")
+    columns = ("time", "actor", "action", "adapter", "version", "digest", "policy", "decision", "reasons")
     table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
     for record in records:
-        table.add_row(*(Text(_cell(record.get(column, ""))) for column in columns))
+        table.add_row(
+            *(Text(_cell(value)) for value in _in_short({**dict.fromkeys(columns), **record}, columns))
+        )
     if table.row_count:
         terminal().print(table)
     return table.row_count
+
+
+def _in_short(record: dict[str, Any], columns: Iterable[str]) -> list[Any]:
+    """The columns of a record; of the policy what sets it apart, and whether it was an override."""
+    policy = record["policy"] if isinstance(record["policy"], dict) else {}
+    told = [str(policy[field]) for field in ("method", "select") if field in policy]
+    told += ["UNPROJECTED"] * (policy.get("mode") == "audit") + ["OVERRIDE"] * bool(record.get("override"))
+    short = {**record, "policy": " ".join(told), "digest": str(record["digest"] or "")[:12]}
+    return [short[column] for column in columns]
 
 
 def _cell(value: Any) -> str:

@@ -120,7 +120,7 @@ class Manager:
             record = await self._known(who, name)
             default = Policy.from_mapping(self.serving.state["policy_values"])
             wanted = default.with_values(values)
-            wanted.check_effective(values)
+            wanted.check_effective(field for field in values if values[field] != getattr(default, field))
             loosened = not wanted.at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
                 raise UsageError(

@@ -12,8 +12,10 @@ from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.integration import seam_checks
 from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings, new_admin_key
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.store.housekeeping import check_store
 
 PLUGIN = "safelora"
 REQUIRED = "safelora_vllm.integration.required.Guard"
@@ -31,13 +33,17 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     Raises:
         UsageError: vLLM is not installed, or its options are not what it takes.
         ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
+        PolicyError: more energy than the cache has.
         GuardError: a vLLM that is not guarded.
     """
     cache = ProjectorCache(settings.projectors)
     if not settings.trust_served_model:
         cache.check_model(Checkpoint(model).fingerprint(), model)
+    _check_rules(cache, settings)
     if settings.keys:
-        KeyRing.open(Path(settings.keys), None, [])
+        ring = KeyRing.open(Path(settings.keys), os.environ.get(ADMIN_KEY), [])
+        if not ring.has_admin:
+            print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
         os.environ[ADMIN_KEY] = new_admin_key()
     os.environ["VLLM_PLUGINS"] = allowed_plugins()
@@ -86,6 +92,23 @@ def guarded_options(settings: ServerSettings, options: list[str]) -> list[str]:
     if not any(option.split("=")[0].replace("_", "-") == "--worker-extension-cls" for option in rest):
         guarded += ["--worker-extension-cls", REQUIRED]
     return guarded
+
+
+def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
+    """What the gate and the workers would refuse too, but minutes later and in the middle of a long log.
+
+    Raises:
+        PolicyError: more energy than the cache has. GuardError: a store or a variable opens a way around.
+    """
+    policy = Policy.from_mapping(settings.policy)
+    if policy.method == "input-removal":
+        cache.projector(next(iter(cache.modules))).input_basis(policy.energy)
+    check_store(settings.store)
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
+        raise GuardError(
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: safelora has "
+            "its own"
+        )
 
 
 def _refuse_other_front_ends(options: list[str]) -> None:

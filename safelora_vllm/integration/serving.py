@@ -14,7 +14,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +50,8 @@ class Serving:
     """The adapters of one API server process.
 
     pool: loads and frees weights. map: vLLM's serving map. state: the gate's `state` answer.
-    served: name → report and figures of what is served now. static: name → folder of ``--lora-modules``.
+    is_base_model: whether a name is one of the model's own. served: name → report and figures of what is
+    served now. static: name → folder of ``--lora-modules``.
     """
 
     pool: Pool
@@ -59,9 +60,11 @@ class Serving:
     state: dict[str, Any]
     workers: dict[str, int]
     published: PublishedStore
+    is_base_model: Callable[[str], bool]
     served: dict[str, ServedAdapter] = field(default_factory=dict)
     static: dict[str, Path] = field(default_factory=dict)
     _shown: dict[str, Version] = field(default_factory=dict)
+    _passed_over: set[str] = field(default_factory=set)
     _stamp: int = -1
     _alert: int = 0
     _copies: dict[str, tuple[FileState, ...]] = field(default_factory=dict)
@@ -84,7 +87,9 @@ class Serving:
         state = await asyncio.to_thread(gate.call, "state")
         root = Path(state["store"])
         pool = Pool(engine_client, NameStore(root))
-        serving = cls(pool, ServingMap(), gate, state, _states(answers), PublishedStore(root))
+        serving = cls(
+            pool, ServingMap(), gate, state, _states(answers), PublishedStore(root), models.is_base_model
+        )
         for request in seams.replace_map(models, serving.map).values():
             await serving._adopt_static(request)
         await asyncio.to_thread(make_folder, serving.names.folder)
@@ -153,8 +158,11 @@ class Serving:
     def _read_changes(self) -> tuple[list[tuple[AdapterRecord, Report | None]], dict[str, AdapterRecord]]:
         """Records that are not yet shown as they are, each with its report if it is published."""
         records = self.names.all()
-        for name in [name for name in records if name in self.static]:
+        for name in [name for name in records if name in self.static or self.is_base_model(name)]:
             del records[name]  # the server's own command line goes first
+            if name not in self._passed_over:
+                self._passed_over.add(name)
+                logger.error("the store's adapter %r is not served: the server itself has that name", name)
         return [
             (record, self._published_report(record.live))
             for name, record in records.items()

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
 from safelora_vllm.allowance import Allowance
-from safelora_vllm.errors import GateUnavailable, GuardError, QuotaExceeded, SafeLoRAError
+from safelora_vllm.errors import GateUnavailable, QuotaExceeded, SafeLoRAError
 from safelora_vllm.gate import GateSettings, admit
 from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
@@ -32,7 +32,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.service.config import GateConfig
 from safelora_vllm.store import PublishedStore, RawStore
-from safelora_vllm.store.housekeeping import clean, collect, collect_unreferenced, world_writable
+from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
@@ -50,11 +50,7 @@ class GateService:
     """
 
     def __init__(self, config: GateConfig) -> None:
-        for folder in world_writable(config.store):
-            raise GuardError(
-                f"every user may write to {folder}, and so decide what is served; take that away with "
-                f"'chmod o-w {folder}', look at what lies in it, and start again"
-            )
+        check_store(config.store)
         cache = ProjectorCache(config.projectors)
         cache.verify()
         if not config.trust_served_model:

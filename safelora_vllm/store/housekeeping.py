@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelora_vllm.errors import StoreDamaged
+from safelora_vllm.errors import GuardError, StoreDamaged
 from safelora_vllm.store.files import (
     STALE_SECONDS,
     is_digest,
@@ -145,14 +145,18 @@ def clean(root: str | Path, stale_seconds: float = STALE_SECONDS) -> None:
         remove_leftovers(Path(root) / place, stale_seconds, place == "incoming")
 
 
-def world_writable(root: str | Path) -> list[Path]:
-    """The store's folders to which every user of the machine may write."""
-    found = []
+def check_store(root: str | Path) -> None:
+    """Refuse a store to which every user of the machine may write.
+
+    Raises:
+        GuardError: with the folder and what to do.
+    """
     for folder in (Path(root), *(Path(root) / place for place in _PLACES)):
-        with contextlib.suppress(FileNotFoundError):
-            if folder.stat().st_mode & stat.S_IWOTH:
-                found.append(folder)
-    return found
+        if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
+            raise GuardError(
+                f"every user may write to {folder}, and so decide what is served; take that away with "
+                f"'chmod o-w {folder}', look at what lies in it, and start again"
+            )
 
 
 @dataclass(frozen=True)
