@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from safelora_vllm.access import Principal
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
 from safelora_vllm.integration.management import Manager
-from safelora_vllm.store import NameStore, Version
+from safelora_vllm.integration.serving import Serving
+from safelora_vllm.integration.serving_map import ServingMap
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 
 ADMIN = Principal("admin", "ops")
 
@@ -41,3 +43,18 @@ def test_a_change_of_what_is_no_longer_there(managed: Manager) -> None:
     with pytest.raises(ChangedMeanwhile):
         managed._update(ADMIN, "chat", tightened, version("2"))
     assert managed.serving.names.get("chat") is None
+
+
+def test_a_stored_adapter_with_the_base_models_name_is_not_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be older than the server's --served-model-name."""
+    names, nothing = NameStore(tmp_path), cast(Any, None)
+    for name in ("aligned", "chat"):
+        names.update(name, lambda _, name=name: AdapterRecord(name).with_version(version("1")))
+    pool, state = cast(Any, SimpleNamespace(names=names)), {"rules": "others"}
+    serving = Serving(pool, ServingMap(), nothing, state, {}, PublishedStore(tmp_path), "aligned".__eq__)
+    for _ in range(2):
+        changed, records = serving._read_changes()
+        assert list(records) == [record.name for record, _ in changed] == ["chat"]
+    assert caplog.text.count("'aligned' is not served: the server itself has that name") == 1

@@ -93,7 +93,9 @@ def test_too_large_is_413(admin: httpx.Client) -> None:
     assert "40,000,000" in answer.json()["error"]["message"]
 
 
-def test_too_many_at_once_are_429(server: Server, admin: httpx.Client, adapters: dict[str, Path]) -> None:
+def test_too_many_at_once_are_429(
+    server: Server, admin: httpx.Client, adapters: dict[str, Path], store: Path
+) -> None:
     """Eight clients that send slowly hold all places; the ninth is told when to come back."""
     release, waiting = threading.Event(), []
 
@@ -111,10 +113,11 @@ def test_too_many_at_once_are_429(server: Server, admin: httpx.Client, adapters:
         thread.start()
     try:
         deadline = time.monotonic() + 30
-        while (answer := upload(admin, "ninth", adapters["qv"], replace=True)).status_code != 429:
-            assert time.monotonic() < deadline, answer.text
-            time.sleep(0.2)
-        assert answer.headers["Retry-After"]
+        while len(list((store / "incoming").glob("*"))) < 8:
+            assert time.monotonic() < deadline, "eight uploads have begun"
+            time.sleep(0.1)
+        answer = upload(admin, "ninth", adapters["qv"], replace=True)
+        assert answer.status_code == 429 and answer.headers["Retry-After"]
     finally:
         release.set()
         for thread in threads:
