@@ -105,17 +105,9 @@ def test_projected_it_answers_like_the_merged_formula(
     method: str, pair: Pair, cache: ProjectorCache, tmp_path: Path
 ) -> None:
     saved_by_peft(pair, tmp_path / "adapter", CONFIGS["all-linear"])
-    out = command(
-        cache,
-        tmp_path / "adapter",
-        tmp_path / "out",
-        "--method",
-        method,
-        "--select",
-        "all",
-        "--energy",
-        "0.7",
-    )
+    energy = ["--energy", "0.7"] if method == "input-removal" else []
+    rules = ["--method", method, "--select", "all", *energy]
+    out = command(cache, tmp_path / "adapter", tmp_path / "out", *rules)
     raw = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     merged = dict(pair.after)
     for module in module_shapes():
