@@ -135,6 +135,18 @@ SEAMS = (
         ),
     ),
     Seam(
+        "head", "worker",
+        "no adapter changes the head; on CPUs vLLM adds its empty slots, and a request for its prompt's "
+        "log-probabilities ends the engine there",
+        "vLLM's CPU wrapper takes the rows of prompts",
+        (
+            Hold(_PUNICA, "PunicaWrapperCPU.add_lora_logits",
+                 takes=("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "...")),
+            Hold("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA._get_logits",
+                 reads=("add_lora_logits", "can_update_inplace")),
+        ),
+    ),
+    Seam(
         "clean blocks", "worker",
         "on CPUs blocks of the key-value cache are zeroed before they are used again: attention reads past "
         "the end of a sequence, and NaN that one request left there would be another's",

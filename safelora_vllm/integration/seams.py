@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ATTEST = "safelora_attest"
 _LOAD = "safelora_load"
 
+vllm_head = punica_cpu.PunicaWrapperCPU.add_lora_logits
 _original_load: Callable[[Any, LoRARequest], LoRAModel] | None = None
 
 
@@ -57,8 +58,24 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
     LoRARequest.__eq__ = _same_adapter
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _shrink_but_base_rows
     PrometheusStatLogger.__init__ = _with_one_mix(PrometheusStatLogger.__init__)
+    punica_cpu.PunicaWrapperCPU.add_lora_logits = _head_as_it_is
     if platforms.current_platform.is_cpu():
         KVCacheConfig.needs_kv_cache_zeroing = property(_always)
+
+
+def _head_as_it_is(
+    self: punica_cpu.PunicaWrapperCPU,
+    y: Tensor,
+    x: Tensor,
+    lora_a_stacked: Tensor,
+    lora_b_stacked: Tensor,
+    scale: float,
+    **more: Any,
+) -> None:
+    """No adapter changes the head: the gate refuses those that would. vLLM adds its empty slots all the same,
+    on CPUs by the rows that are sampled, and the engine ends when a request asks for its prompt's
+    log-probabilities, for which there are other rows."""
+    del self, y, x, lora_a_stacked, lora_b_stacked, scale, more
 
 
 def _always(_config: KVCacheConfig) -> bool:

@@ -99,6 +99,22 @@ class Driver:
         answer = self.llm.generate("The capital of France is", sampling, lora_request=request, use_tqdm=False)
         return list(answer[0].outputs[0].token_ids)
 
+    def judge(self) -> list[int]:
+        """The lengths of three prompts' log-probabilities, asked for in one batch."""
+        prompts = ["The", "The capital of France is", "Of all the capitals of Europe"]
+        sampling = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1)
+        return [
+            len(answer.prompt_logprobs) for answer in self.llm.generate(prompts, sampling, use_tqdm=False)
+        ]
+
+    def leave_head(self) -> None:
+        """As vLLM does it: adapters' slots are added to the head's output again."""
+        from vllm.lora.punica_wrapper import punica_cpu
+
+        from safelora_vllm.integration import seams
+
+        punica_cpu.PunicaWrapperCPU.add_lora_logits = seams.vllm_head
+
     def leave_blocks(self) -> None:
         """As vLLM does it: blocks are not zeroed any more. In engines that run in this process only."""
         self.llm.llm_engine.engine_core.engine_core.scheduler.needs_kv_cache_zeroing = False
