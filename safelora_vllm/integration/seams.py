@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ATTEST = "safelora_attest"
 _LOAD = "safelora_load"
 
+# For the test that says when the seam can go: only here is it still vLLM's own.
 vllm_head = punica_cpu.PunicaWrapperCPU.add_lora_logits
 _original_load: Callable[[Any, LoRARequest], LoRAModel] | None = None
 

@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import ModelRegistry
 
+from safelora_vllm.integration import seams
 from safelora_vllm.integration.required import Guard
 from safelora_vllm.service.client import GateClient
 from safelora_vllm.store import PublishedStore
@@ -54,7 +56,7 @@ class SlotReader(Guard):
 
     def poison(self) -> int:
         """Leave NaN in all of the key-value cache, as a request could that overflows. Layers poisoned."""
-        caches = self.model_runner.kv_caches  # type: ignore[attr-defined]
+        caches = self.model_runner.kv_caches
         for cache in caches:
             cache.fill_(float("nan"))
         return len(caches)
@@ -109,11 +111,7 @@ class Driver:
 
     def leave_head(self) -> None:
         """As vLLM does it: adapters' slots are added to the head's output again."""
-        from vllm.lora.punica_wrapper import punica_cpu
-
-        from safelora_vllm.integration import seams
-
-        punica_cpu.PunicaWrapperCPU.add_lora_logits = seams.vllm_head
+        PunicaWrapperCPU.add_lora_logits = seams.vllm_head
 
     def leave_blocks(self) -> None:
         """As vLLM does it: blocks are not zeroed any more. In engines that run in this process only."""
