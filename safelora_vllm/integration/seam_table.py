@@ -124,14 +124,26 @@ SEAMS = (
     ),
     Seam(
         "base rows", "worker",
-        "rows of the base model have no adapter; vLLM's torch operators, used on CPUs, take the last slot's",
-        "0.33 is the oldest: it masks these rows",
+        "rows of the base model have no adapter; vLLM's torch operators, used on CPUs, take the last slot's, "
+        "and copy a slot's weights for every row",
+        "0.33 is the oldest: it masks these rows; and vLLM multiplies the rows of one slot together",
         (
             Hold(_TORCH_OPS, "bgmv_shrink", takes=(
                 "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")),
+            Hold(_TORCH_OPS, "bgmv_expand", takes=(
+                "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "add_inputs")),
+            Hold(_TORCH_OPS, "bgmv_expand_slice", takes=(
+                "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "slice_offset",
+                "slice_size", "add_inputs")),
             Hold(_TORCH_OPS, "sgmv_shrink", reads=("bgmv_shrink",)),
+            Hold(_TORCH_OPS, "sgmv_expand", reads=("bgmv_expand",)),
+            Hold(_TORCH_OPS, "sgmv_expand_slice", reads=("bgmv_expand_slice",)),
             Hold(_PUNICA, "bgmv_shrink"),
+            Hold(_PUNICA, "bgmv_expand"),
+            Hold(_PUNICA, "bgmv_expand_slice"),
             Hold(_PUNICA, "PunicaWrapperCPU._shrink_decode", reads=("bgmv_shrink",)),
+            Hold(_PUNICA, "PunicaWrapperCPU._expand_decode", reads=("bgmv_expand",)),
+            Hold(_PUNICA, "PunicaWrapperCPU._expand_slice_decode", reads=("bgmv_expand_slice",)),
         ),
     ),
     Seam(

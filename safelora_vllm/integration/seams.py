@@ -16,7 +16,6 @@ from vllm import platforms
 from vllm.lora import lora_model, worker_manager
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.ops.torch_ops import lora_ops
-from vllm.lora.ops.torch_ops.lora_ops import bgmv_shrink as vllm_shrink
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 from vllm.v1.executor.abstract import Executor
@@ -26,6 +25,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.worker_base import WorkerBase
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
+from safelora_vllm.integration import slot_operators
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 ATTEST = "safelora_attest"
 _LOAD = "safelora_load"
 
-# For the test that says when the seam can go: only here is it still vLLM's own.
+# For tests that say when a seam can go: only here are they still vLLM's own.
+vllm_shrink, vllm_expand = lora_ops.bgmv_shrink, lora_ops.bgmv_expand_slice
 vllm_head = punica_cpu.PunicaWrapperCPU.add_lora_logits
 _original_load: Callable[[Any, LoRARequest], LoRAModel] | None = None
 
@@ -57,7 +58,9 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
     setattr(WorkerBase, _LOAD, _load_on_rank)
     Executor.add_lora = _load_on_all_ranks
     LoRARequest.__eq__ = _same_adapter
-    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _shrink_but_base_rows
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = slot_operators.shrink
+    lora_ops.bgmv_expand = punica_cpu.bgmv_expand = slot_operators.expand
+    lora_ops.bgmv_expand_slice = punica_cpu.bgmv_expand_slice = slot_operators.expand_slice
     PrometheusStatLogger.__init__ = _with_one_mix(PrometheusStatLogger.__init__)
     punica_cpu.PunicaWrapperCPU.add_lora_logits = _head_as_it_is
     if platforms.current_platform.is_cpu():
@@ -84,19 +87,6 @@ def _always(_config: KVCacheConfig) -> bool:
     what a finished request left behind a sequence's end times zero, which for NaN and infinity is NaN: one
     adapter that overflows, as in float16 it can within any cap, would spoil whoever gets its blocks."""
     return True
-
-
-def _shrink_but_base_rows(
-    inputs: Tensor,
-    lora_b_weights: Tensor,
-    output_tensor: Tensor,
-    lora_indices_tensor: Tensor,
-    scaling: float = 1.0,
-) -> None:
-    """Rows without an adapter have the index -1, which vLLM's torch operators (used on CPUs) take for the
-    last slot: the base model's requests would be answered with whatever tenant's weights lie there."""
-    vllm_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
-    output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(1), 0.0)
 
 
 def _with_one_mix(init: Callable[..., None]) -> Callable[..., None]:
