@@ -22,7 +22,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 
 Weights = dict[str, tuple[Tensor, Tensor]]
 RELEASED = "released"
-_POLICY = Policy()
+_POLICY = Policy(method="safe-lora")
 
 
 def released(projectors: dict[str, Tensor], weights: Weights) -> dict[str, float | None]:

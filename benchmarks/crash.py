@@ -95,7 +95,9 @@ def start(args: argparse.Namespace, work: Path) -> tuple[subprocess.Popen[bytes]
     """A server on the work folder's store, answering."""
     port = free_port()
     if args.engine == "vllm":
-        command = guarded(args.aligned, args.projectors, work / "store", f"--port={port}")
+        command = guarded(
+            args.aligned, args.projectors, work / "store", "--method=safe-lora", f"--port={port}"
+        )
     else:
         script = str(HERE / "without_engine.py")
         command = [sys.executable, script, f"--aligned={args.aligned}", f"--projectors={args.projectors}"]

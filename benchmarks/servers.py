@@ -81,7 +81,7 @@ class Server:
 def running(kind: str, model: Path, projectors: Path, scratch: Path, options: list[str]) -> Iterator[Server]:
     """A ``guarded`` or ``unguarded`` server of ``model``, started now and stopped at the end.
 
-    The guarded one has an empty adapter store in ``scratch`` and projects every module.
+    The guarded one has an empty adapter store in ``scratch`` and projects every module with Safe LoRA.
     """
     port, key = _free_port(), secrets.token_hex(16)
     common = [*_OPTIONS, "--port", str(port), *options]
@@ -92,7 +92,7 @@ def running(kind: str, model: Path, projectors: Path, scratch: Path, options: li
         environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
         program = [str(Path(sys.executable).with_name("safelora-vllm")), "serve", str(model)]
         program += ["--projectors", str(projectors), "--adapter-store", str(scratch / "store")]
-        program += ["--select", "all"]
+        program += ["--method", "safe-lora", "--select", "all"]
     else:
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": ""}
         program = [sys.executable, str(Path(__file__).with_name("unguarded.py")), str(model), "--enable-lora"]

@@ -1,7 +1,7 @@
 """Synthetic modules of Llama-2-7B's shapes: projectors in the cache's own format, and adapters.
 
 V is drawn as ``G diag(j^-p)``, G Gaussian: a spectrum that decays as a power law. The cache is written
-directly, not by `safelora_vllm build`: the build also takes eigenvectors for input-removal, minutes per
+directly, not by `safelora_vllm build`: the build also takes eigenvectors for other methods, minutes per
 module at these sizes, which Safe LoRA does not read. Ĉ is the build's: float64, then the cast.
 """
 
@@ -125,7 +125,8 @@ def _write_module(
     """Add one module, given V and Ĉ in float32, to the cache of every (form, dtype)."""
     v, dense = operators
     d_out, d_in = v.shape
-    unused = {"input_basis": torch.zeros(d_in, 1), "input_energy": torch.ones(1, dtype=torch.float64)}
+    unused = {"input_basis": torch.zeros(d_in, 1), "output_basis": torch.zeros(d_out, 1)}
+    unused["energy"] = torch.ones(1, dtype=torch.float64)
     figures = {"norm": norm, "aligned_norm": 50 * norm, "null_similarity": 0.0}
     for (form, dtype), found in entries.items():
         chosen = form if form != "auto" else ("dense" if d_out <= d_in else "factored")

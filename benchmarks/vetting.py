@@ -75,7 +75,9 @@ def judge(path: str, projectors: str, scratch: str) -> None:
     torch.set_num_threads(1)
     cache = ProjectorCache(projectors)
     cache.load("cpu")
-    settings = GateSettings(cache, Policy(select="all"), dtype=torch.bfloat16, limits=Limits())
+    settings = GateSettings(
+        cache, Policy(method="safe-lora", select="all"), dtype=torch.bfloat16, limits=Limits()
+    )
     stores = PublishedStore(scratch), RawStore(scratch)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before, start = _status("VmRSS"), time.process_time()

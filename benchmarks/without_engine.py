@@ -54,10 +54,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
     socket = str(Path(tempfile.mkdtemp()) / "gate.sock")
+    places = {"projectors": str(given.projectors), "store": str(given.store)}
+    policy = {"method": "safe-lora"}
     gate = GateProcess(
-        GateConfig(socket, str(given.projectors), str(given.store), str(given.aligned), dtype="bfloat16")
+        GateConfig(socket, **places, model=str(given.aligned), dtype="bfloat16", policy=policy)
     )
-    section = {"projectors": str(given.projectors), "store": str(given.store)}
+    section = {**places, "policy": policy}
     args = Namespace(api_key=None, middleware=[], enable_lora=True, additional_config={"safelora": section})
     app, endpoint = FastAPI(), SafeLoRAEndpoint()
     app.state.args = args

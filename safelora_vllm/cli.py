@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_vllm import __version__
-from safelora_vllm.commands import audit, store
+from safelora_vllm.commands import audit, calibrate, store
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
 from safelora_vllm.options import add_policy_options, policy_values, size
 
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the served model is a converted copy of the cache's aligned model: do not compare them",
     )
+    calibrate.add_parser(commands)
     store.add_parser(commands)
     audit.add_parser(commands)
     for command in (inspect, project, serve):

@@ -17,13 +17,29 @@ UNITS = {
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """--method, --select, --threshold, --number, --energy, --max-relative-norm, --mode."""
+    """Those of `add_projection_options`, --max-relative-norm and --mode."""
+    group = add_projection_options(parser)
+    group.add_argument(
+        "--max-relative-norm",
+        type=float,
+        metavar="X",
+        help=f"refuse adapters larger than X times a module's weight; default: {_DEFAULT.max_relative_norm}",
+    )
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        help="audit serves adapters UNPROJECTED and only reports; default: enforce",
+    )
+
+
+def add_projection_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--method, --select, --threshold, --number, --energy: the policy's share in what is projected."""
     group = parser.add_argument_group("policy")
     group.add_argument("--method", choices=METHOD_NAMES, help=f"default: {_DEFAULT.method}")
     group.add_argument(
         "--select",
         choices=SELECTIONS,
-        help="modules to project; default: threshold for safe-lora, all for input-removal",
+        help="modules to project; default: threshold for safe-lora, all for the others",
     )
     group.add_argument(
         "--threshold",
@@ -41,25 +57,15 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--energy",
         type=float,
         metavar="E",
-        help="with --method input-removal: share of the alignment's energy whose input directions "
-        f"are removed; default: {_DEFAULT.energy}",
+        help="share of the alignment's energy whose directions --method input-removal removes, or "
+        f"--method csulora keeps; default: {_DEFAULT.energy}",
     )
-    group.add_argument(
-        "--max-relative-norm",
-        type=float,
-        metavar="X",
-        help=f"refuse adapters larger than X times a module's weight; default: {_DEFAULT.max_relative_norm}",
-    )
-    group.add_argument(
-        "--mode",
-        choices=MODES,
-        help="audit serves adapters UNPROJECTED and only reports; default: enforce",
-    )
+    return group
 
 
 def policy_values(args: argparse.Namespace) -> dict[str, Any]:
     """The policy options that were given."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Policy)}
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Policy)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safelora_vllm.errors import PolicyError
 
-METHOD_NAMES = ("safe-lora", "input-removal")
+METHOD_NAMES = ("safe-lora", "input-removal", "csulora")
 SELECTIONS = ("threshold", "number", "all")
 MODES = ("enforce", "audit")
 _RANGES = (
@@ -20,11 +20,11 @@ _RANGES = (
     ("energy", 0.0, 1.0),
     ("max_relative_norm", 0.0, sys.float_info.max),
 )
-# Fields that only mean something together with another one's value.
+# Fields that only mean something together with one of another field's values.
 _CONDITIONS = {
-    "threshold": ("select", "threshold"),
-    "number": ("select", "number"),
-    "energy": ("method", "input-removal"),
+    "threshold": ("select", ("threshold",)),
+    "number": ("select", ("number",)),
+    "energy": ("method", ("input-removal", "csulora")),
 }
 
 
@@ -32,23 +32,25 @@ _CONDITIONS = {
 class Policy:
     """The rules an adapter is judged by. Field names are those of the command-line options.
 
-    method: ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B) or ``input-removal`` (A' = A − (A R) Rᵀ).
+    method: ``input-removal`` (A' = A − (A R) Rᵀ, the default), ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B) or
+        ``csulora`` (arXiv 2605.30640, damps what is not in both L and R).
     select: ``threshold`` projects modules whose similarity is ≤ ``threshold``; ``number`` the
         ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
-        (as in the paper), ``all`` for input-removal (which needs no similarity).
+        (as in the paper), ``all`` for the others (which need no similarity).
     threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
     number: the paper's K.
-    energy: input-removal's share of ‖V‖_F² whose input directions are taken away.
+    energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and R).
+        CSULoRA's paper has 0.95.
     max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused. It is the
         defence against an adapter that was multiplied up so that the projection is undone.
     mode: ``enforce``, or ``audit``, which serves the adapter unprojected and only reports.
     """
 
-    method: str = "safe-lora"
+    method: str = "input-removal"
     select: str = ""
     threshold: float = 0.35
     number: int = 10
-    energy: float = 0.8
+    energy: float = 0.2
     max_relative_norm: float = 1.0
     mode: str = "enforce"
 
@@ -102,23 +104,33 @@ class Policy:
             PolicyError: such as ``number`` without ``select`` being ``number``.
         """
         for field in given:
-            condition, needed = _CONDITIONS.get(field, ("", ""))
-            if condition and (found := getattr(self, condition)) != needed:
+            if not self.has_effect(field):
+                condition, needed = _CONDITIONS[field]
                 raise PolicyError(
-                    f"{field} has no effect with {condition} {found!r}; "
-                    f"give {condition} {needed!r} too, or leave {field} out"
+                    f"{field} has no effect with {condition} {getattr(self, condition)!r}; "
+                    f"give {condition} {' or '.join(map(repr, needed))} too, or leave {field} out"
                 )
+
+    def has_effect(self, field: str) -> bool:
+        """Whether another value of the field could give another answer."""
+        condition, needed = _CONDITIONS.get(field, ("", ()))
+        return not condition or getattr(self, condition) in needed
 
     def at_least_as_strict(self, other: Policy) -> bool:
         """Whether this policy serves no adapter more freely than ``other`` does.
 
-        Different methods change different sides of an adapter and cannot be compared: False.
+        Different methods change different sides of an adapter and cannot be compared: False. Nor can CSULoRA
+        at different energies: with more of it more is kept, but what is not is damped more.
         """
         if not other.enforcing:
             return True
         if not self.enforcing or self.max_relative_norm > other.max_relative_norm:
             return False
-        if self.method != other.method or (self.method == "input-removal" and self.energy < other.energy):
+        if self.method != other.method:
+            return False
+        if self.method == "input-removal" and self.energy < other.energy:
+            return False
+        if self.method == "csulora" and self.energy != other.energy:
             return False
         if self.select == "all":
             return True

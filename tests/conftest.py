@@ -66,7 +66,7 @@ def gate(cache: ProjectorCache) -> GateSettings:
     from safelora_vllm.gate import GateSettings
     from safelora_vllm.policy import Policy
 
-    return GateSettings(cache, Policy())
+    return GateSettings(cache, Policy(method="safe-lora"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -186,9 +187,25 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**6, 10**6 - 1000, 1000))
     monkeypatch.setattr(module, "build_module", lambda *_: pytest.fail("worked"))
-    with pytest.raises(UsageError, match=r"needs about [\d,]{6,} bytes, .* has 1,000 free"):
+    with pytest.raises(UsageError, match=r"needs up to [\d,]{6,} bytes, .* has 1,000 free"):
         make()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["auto", "dense", "factored"])
+def test_the_room_that_is_asked_for_is_enough_and_not_twice_what_is_needed(
+    form: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a V whose singular values are about equal; where a few hold most, less is needed."""
+    usage, free = namedtuple("usage", "total used free"), 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, free))
+    with pytest.raises(UsageError, match=r"or give fewer --modules or a smaller --max-energy") as refused:
+        make(form=form, modules=(Q0,))
+    found = re.search(r"up to ([\d,]+) bytes", str(refused.value))
+    assert found is not None
+    asked = free = int(found[1].replace(",", ""))
+    cache = ProjectorCache(make(form=form, modules=(Q0,)))
+    assert asked / 2 < cache.resident_bytes()["disk"] <= asked
 
 
 @pytest.mark.parametrize(

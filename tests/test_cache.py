@@ -42,7 +42,7 @@ def test_the_manifest_has_these_keys_and_no_others(folder: Path, pair: Pair) -> 
     text = (folder / "manifest.json").read_bytes()
     manifest = json.loads(text)
     assert list(manifest) == _MANIFEST_KEYS
-    assert (manifest["format"], manifest["version"]) == ("safelora-projectors", 1)
+    assert (manifest["format"], manifest["version"]) == ("safelora-projectors", 2)
     assert (manifest["dtype"], manifest["max_energy"]) == ("float32", 0.95)
     assert all(list(entry) == _ENTRY_KEYS for entry in manifest["modules"])
     assert {e["name"]: tuple(e["shape"]) for e in manifest["modules"]} == module_shapes()
@@ -76,10 +76,11 @@ def test_a_missing_shard_is_found_by_verify_and_at_its_use(folder: Path) -> None
         cache.projector(name).apply(torch.zeros(cache.modules[name].shape[0], 1))
 
 
-@pytest.mark.parametrize("name", ["version", "format"])
-def test_another_format_or_version_is_refused(name: str, folder: Path) -> None:
-    rewrite(folder, lambda manifest: manifest.update({name: 2}))
-    with pytest.raises(ProjectorCacheError, match="this release reads safelora-projectors version 1"):
+@pytest.mark.parametrize(("name", "value"), [("version", 1), ("version", 3), ("format", "other")])
+def test_another_format_or_version_is_refused(name: str, value: object, folder: Path) -> None:
+    rewrite(folder, lambda manifest: manifest.update({name: value}))
+    told = r"this release reads safelora-projectors version 2\. Build it again"
+    with pytest.raises(ProjectorCacheError, match=told):
         ProjectorCache(folder)
 
 
@@ -115,14 +116,40 @@ def test_only_the_aligned_model_may_be_served(cache: ProjectorCache, pair: Pair)
         cache.check_model(Checkpoint(pair.base).fingerprint(), pair.base)
 
 
-def test_energy_up_to_what_was_kept(cache: ProjectorCache) -> None:
+@pytest.mark.parametrize("side", ["input_basis", "output_basis"])
+def test_energy_up_to_what_was_kept(side: str, cache: ProjectorCache) -> None:
     for name in cache.modules:
-        kept = cache.projector(name).input_basis(0.95)
-        assert 0 < cache.projector(name).input_basis(0.5).shape[1] < kept.shape[1]
+        basis = getattr(cache.projector(name), side)
+        kept = basis(0.95)
+        assert 0 < basis(0.5).shape[1] < kept.shape[1]
+        assert torch.equal(basis(0.5), kept[:, : basis(0.5).shape[1]]) and basis(0.0).shape[1] == 0
         # Orthonormal columns, in float32.
         assert torch.allclose(kept.T @ kept, torch.eye(kept.shape[1]), atol=1e-5)
         with pytest.raises(PolicyError, match=r"build it again with --max-energy 0\.999 or more"):
-            cache.projector(name).input_basis(0.999)
+            basis(0.999)
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_both_bases_are_the_first_singular_vectors(
+    form: str, build_cache: Callable[[str, str], Path], pair: Pair
+) -> None:
+    """Of wide, square and tall modules, column by column, with the same energies."""
+    cache = ProjectorCache(build_cache("bfloat16", form))
+    assert {(d_out > d_in) - (d_out < d_in) for d_out, d_in in module_shapes().values()} == {-1, 0, 1}
+    for name, entry in cache.modules.items():
+        projector = cache.projector(name)
+        left, sizes, right = torch.linalg.svd(pair.v(name), full_matrices=False)
+        shares = (sizes**2).cumsum(0) / (sizes**2).sum()
+        k = int((shares < 0.95).sum()) + 1
+        assert projector.directions(0.95) == k
+        energy = cache.tensor(f"{name}.energy", entry.shard, torch.device("cpu"))
+        assert energy.dtype == torch.float64
+        assert torch.allclose(energy, shares[:k], rtol=0, atol=1e-12)  # float64 on both sides
+        for found, exact in ((projector.output_basis(0.95), left), (projector.input_basis(0.95), right.T)):
+            assert found.dtype == torch.float32
+            overlap = (found.double() * exact[:, :k]).sum(0).abs()
+            # Rounded to float32, 6e-8 per value, after float64 with gaps between the squared sizes.
+            assert torch.allclose(overlap, torch.ones(k, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_a_bounded_load_leaves_the_rest_on_disk_and_changes_nothing(
@@ -150,7 +177,7 @@ def test_a_bounded_load_leaves_the_rest_on_disk_and_changes_nothing(
             return inner(key, shard)
 
         monkeypatch.setattr(cache, "_read", read)
-        reports.append(evaluate(raw, "a", GateSettings(cache, Policy()))[0])
+        reports.append(evaluate(raw, "a", GateSettings(cache, Policy(method="safe-lora")))[0])
         reads.append(count)
     assert reports[0] == reports[1] == reports[2]
     assert reads[0] == 0 < reads[1] < reads[2]

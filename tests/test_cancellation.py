@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.gate import GateSettings, admit
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.corpus.cancelling import forged, opposite_ends
@@ -19,10 +19,9 @@ from tests.refusing import codes, judge
 from tests.tiny import Draft, key
 
 POLICIES = {
-    "all": Policy(select="all"),
-    "threshold": Policy(threshold=0.4),
-    "number": Policy(select="number", number=99),
-    "input-removal": Policy(method="input-removal"),
+    "threshold": Policy(method="safe-lora", threshold=0.4),
+    "number": Policy(method="safe-lora", select="number", number=99),
+    **{method: Policy(method=method, select="all", energy=0.8) for method in METHOD_NAMES},
 }
 
 
@@ -71,5 +70,5 @@ def test_trained_and_random_adapters_are_far_from_the_bound(
     gate: GateSettings, tmp_path: Path, store: PublishedStore
 ) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        settings = GateSettings(gate.cache, Policy(select="all"), dtype=dtype)
+        settings = GateSettings(gate.cache, Policy(method="safe-lora", select="all"), dtype=dtype)
         assert judge(Draft().write(tmp_path / str(dtype)), settings, store).report.accepted

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safelora_vllm.cli import main
 from safelora_vllm.gate import GateSettings, admit
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests import reference
@@ -93,28 +93,36 @@ def test_unprojected_it_answers_like_the_original(
     name: str, pair: Pair, cache: ProjectorCache, tmp_path: Path
 ) -> None:
     expected = saved_by_peft(pair, tmp_path / "adapter", CONFIGS[name])
-    out = command(cache, tmp_path / "adapter", tmp_path / "out", "--threshold", "-1")
+    out = command(cache, tmp_path / "adapter", tmp_path / "out", "--method", "safe-lora", "--threshold", "-1")
     plain = logits(model(pair))
     assert (expected - plain).abs().max() > 100 * _LOGITS  # the adapter does something
     found = logits(PeftModel.from_pretrained(model(pair), out))
     assert torch.allclose(found, expected, rtol=0, atol=_LOGITS)
 
 
-@pytest.mark.parametrize("method", ["safe-lora", "input-removal"])
+def formula(method: str, v: Tensor, a: Tensor, b: Tensor, energy: float) -> Tensor:
+    """The new ΔW of a method."""
+    if method == "safe-lora":
+        return reference.projected(v, a, b)
+    if method == "input-removal":
+        return reference.removed(v, a, b, energy)
+    assert method == "csulora"
+    return reference.truncated(reference.damped(v, a, b, energy), a.shape[0])
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_projected_it_answers_like_the_merged_formula(
     method: str, pair: Pair, cache: ProjectorCache, tmp_path: Path
 ) -> None:
     saved_by_peft(pair, tmp_path / "adapter", CONFIGS["all-linear"])
-    energy = ["--energy", "0.7"] if method == "input-removal" else []
+    energy = ["--energy", "0.7"] if Policy(method=method).has_effect("energy") else []
     rules = ["--method", method, "--select", "all", *energy]
     out = command(cache, tmp_path / "adapter", tmp_path / "out", *rules)
     raw = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     merged = dict(pair.after)
     for module in module_shapes():
         a, b = raw[key(module, "A")], 2.0 * raw[key(module, "B")]  # α/r = 8/4
-        v = pair.v(module)
-        safe_lora = method == "safe-lora"
-        delta = reference.projected(v, a, b) if safe_lora else reference.removed(v, a, b, energy=0.7)
+        delta = formula(method, pair.v(module), a, b, energy=0.7)
         merged[f"{module}.weight"] = (pair.w(module) + delta).float()
     expected = model(pair)
     expected.load_state_dict(merged)
@@ -124,7 +132,7 @@ def test_projected_it_answers_like_the_merged_formula(
 
 
 def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: PublishedStore) -> None:
-    settings = GateSettings(cache, Policy(threshold=-1.0), base_model="tiny-chat")
+    settings = GateSettings(cache, Policy(method="safe-lora", threshold=-1.0), base_model="tiny-chat")
     folder = admit(Draft().write(tmp_path / "a"), "tenant", settings, store).folder
     assert folder is not None
     assert json.loads((folder / "adapter_config.json").read_text()) == {
@@ -150,7 +158,7 @@ def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: P
 def test_the_published_dtype_is_that_of_the_server(
     dtype: torch.dtype, cache: ProjectorCache, tmp_path: Path, store: PublishedStore
 ) -> None:
-    settings = GateSettings(cache, Policy(select="all"), dtype=dtype)
+    settings = GateSettings(cache, Policy(method="safe-lora", select="all"), dtype=dtype)
     folder = admit(Draft().write(tmp_path / "a"), "tenant", settings, store).folder
     assert folder is not None
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -162,7 +170,7 @@ def test_ranks_are_padded_with_zeros(cache: ProjectorCache, tmp_path: Path, stor
     draft.config["rank_pattern"] = {"layers.0.self_attn.q_proj": 6}
     draft.tensors[key(Q0, "A")] = torch.randn(6, 96)
     draft.tensors[key(Q0, "B")] = 0.01 * torch.randn(96, 6)
-    settings = GateSettings(cache, Policy(threshold=-1.0))
+    settings = GateSettings(cache, Policy(method="safe-lora", threshold=-1.0))
     folder = admit(draft.write(tmp_path / "a"), "tenant", settings, store).folder
     assert folder is not None
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -174,7 +182,7 @@ def test_ranks_are_padded_with_zeros(cache: ProjectorCache, tmp_path: Path, stor
 
 def test_the_same_input_gives_the_same_bytes(cache: ProjectorCache, tmp_path: Path) -> None:
     folder = Draft().write(tmp_path / "a")
-    settings = GateSettings(cache, Policy(select="all"))
+    settings = GateSettings(cache, Policy(method="safe-lora", select="all"))
     digests = set()
     for attempt in range(2):
         published = admit(folder, f"name-{attempt}", settings, PublishedStore(tmp_path / str(attempt))).folder

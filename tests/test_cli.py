@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from safelora_vllm import __version__
 from safelora_vllm.cli import main
+from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.tiny import Draft, Pair, module_shapes
 
@@ -40,7 +41,7 @@ def run(cache: ProjectorCache, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_inspect_prints_a_table_and_the_verdict(run: Run) -> None:
-    code, out, _ = run("inspect")
+    code, out, _ = run("inspect", "--method", "safe-lora")
     assert code == 0 and "good: accepted" in out and "projected" in out and "kept" in out
     code, out, _ = run("inspect", adapter="bad")
     assert code == 3 and "bad: refused" in out and "[dora]" in out and "[bias]" in out
@@ -55,7 +56,7 @@ def test_an_option_without_effect_is_wrong_usage(run: Run, tmp_path: Path, comma
 
 
 def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: ProjectorCache) -> None:
-    code, out, _ = run("inspect", "--json", "--select", "number", "--number", "3")
+    code, out, _ = run("inspect", "--json", "--method", "safe-lora", "--select", "number", "--number", "3")
     report = json.loads(out)
     assert code == 0
     promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "modules"]
@@ -92,6 +93,16 @@ def test_a_function_call_leaves_the_signals_of_its_caller_alone(run: Run) -> Non
         signal.signal(signal.SIGPIPE, handler)
 
 
+def test_without_options_input_removal_projects_every_module(run: Run) -> None:
+    code, out, _ = run("inspect", "--json")
+    report = json.loads(out)
+    rules = {name: report["policy"][name] for name in ("method", "energy", "select", "mode")}
+    assert code == 0
+    assert rules == {"method": "input-removal", "energy": 0.2, "select": "all", "mode": "enforce"}
+    assert {module["decision"] for module in report["modules"]} == {"projected"}
+    assert all(module["retained"] < 1.0 for module in report["modules"])
+
+
 def test_inspect_writes_nothing(run: Run, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     run("inspect")
@@ -100,7 +111,7 @@ def test_inspect_writes_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_project_writes_a_peft_adapter_with_its_report(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    code, text, _ = run("project", "--out", str(out), "--select", "all")
+    code, text, _ = run("project", "--out", str(out), "--method", "safe-lora", "--select", "all")
     assert code == 0 and f"14 of 14 modules projected, written to {out}" in text
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "report.json",
@@ -126,7 +137,8 @@ def test_project_does_not_touch_an_existing_folder(run: Run, tmp_path: Path) -> 
         ("--method", "none"), ("--select", "some"), ("--mode", "off"), ("--threshold", "x"),
         ("--threshold", "2"), ("--threshold", "nan"), ("--number", "-1"), ("--number", "1.5"),
         ("--energy", "1.5"), ("--max-relative-norm", "-1"), ("--max-relative-norm", "inf"),
-        ("--method", "input-removal", "--energy", "0.99"), ("--unknown",), ("--thresh", "0.3"),
+        *(("--method", name, "--energy", "0.99") for name in METHOD_NAMES if name != "safe-lora"),
+        ("--unknown",), ("--thresh", "0.3"),
         ("--device", "nonsense"), ("--device", "cuda:99"),
     ],
     ids=" ".join,
@@ -173,7 +185,7 @@ def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for option, expected in (("--version", __version__), ("--help", "build,inspect,project,serve")):
+    for option, expected in (("--version", __version__), ("--help", "build,inspect,project,serve,calibrate")):
         with pytest.raises(SystemExit) as ended:
             main([option])
         text = capsys.readouterr().out

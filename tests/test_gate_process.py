@@ -29,7 +29,7 @@ _CONTEXT.set_forkserver_preload(["safelora_vllm.gate"])
 
 def admit_at_once(cache: Path, root: Path, start: Barrier, answers: Any) -> None:
     """In a process of its own: rounds of the same adapter, all processes at the same moment."""
-    settings = GateSettings(ProjectorCache(cache), Policy())
+    settings = GateSettings(ProjectorCache(cache), Policy(method="safe-lora"))
     for turn in range(_ROUNDS):
         start.wait(60)
         try:
@@ -55,14 +55,14 @@ def die_at(call: str, cache: Path, root: Path) -> None:
     admit(
         root / "adapter",
         "tenant",
-        GateSettings(ProjectorCache(cache), Policy()),
+        GateSettings(ProjectorCache(cache), Policy(method="safe-lora")),
         PublishedStore(root / "store"),
     )
 
 
 def test_many_processes_admit_the_same_adapter(cache: ProjectorCache, tmp_path: Path) -> None:
     """Fresh ones in the even rounds, with a damaged copy already there in the odd ones."""
-    settings, store = GateSettings(cache, Policy()), PublishedStore(tmp_path / "store")
+    settings, store = GateSettings(cache, Policy(method="safe-lora")), PublishedStore(tmp_path / "store")
     keys = {}
     for turn in range(_ROUNDS):
         draft = Draft()
@@ -100,7 +100,7 @@ def test_a_killed_gate_leaves_no_half_folder(call: str, cache: ProjectorCache, t
     (leftover,) = (store.root / "published").iterdir()
     assert leftover.name.startswith(".new-")
 
-    admission = admit(tmp_path / "adapter", "tenant", GateSettings(cache, Policy()), store)
+    admission = admit(tmp_path / "adapter", "tenant", GateSettings(cache, Policy(method="safe-lora")), store)
     assert admission.report.accepted and not admission.cached and admission.folder is not None
     clean(store.root)
     assert leftover.exists()  # young: it may belong to a live process
@@ -121,7 +121,7 @@ def test_leftovers_that_go_away_while_they_are_looked_at(store: PublishedStore) 
 def test_another_process_publishes_while_a_damaged_copy_is_being_replaced(
     cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, store = GateSettings(cache, Policy()), PublishedStore(tmp_path / "store")
+    settings, store = GateSettings(cache, Policy(method="safe-lora")), PublishedStore(tmp_path / "store")
     folder = admit(Draft().write(tmp_path / "adapter"), "tenant", settings, store).folder
     assert folder is not None
     sound = tmp_path / "sound"

@@ -50,6 +50,61 @@ def test_a_zero_side_has_no_angle() -> None:
     assert lowrank.products(zero, some, g).x_spread == 0.0
 
 
+@given(
+    d_out=st.integers(1, 48), d_in=st.integers(1, 48), ranks=st.integers(1, 24), rank=st.integers(1, 12),
+    power=st.integers(-100, 100), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_reduced_is_the_nearest_of_its_rank(
+    d_out: int, d_in: int, ranks: int, rank: int, power: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(ranks, d_in, generator=generator).double() * 2.0**power
+    b = torch.randn(d_out, ranks, generator=generator).double()
+    new_a, new_b = lowrank.reduced(a, b, rank)
+    k = min(rank, ranks, d_out, d_in)
+    assert (new_a.shape, new_b.shape) == ((k, d_in), (d_out, k))
+    assert new_a.dtype == new_b.dtype == torch.float64
+
+    dense = b @ a
+    sizes = torch.linalg.svdvals(dense)
+    # Both sides are float64, their singular values of different matrices.
+    close = {"rel": 1e-9, "abs": 1e-12 * float(sizes[0])}
+    lost = float((sizes[k:] ** 2).sum() ** 0.5)
+    assert float((new_b @ new_a - dense).norm()) == pytest.approx(lost, **close)
+    for side in (new_a.norm(dim=1), new_b.norm(dim=0)):
+        assert torch.allclose(side**2, sizes[:k], rtol=1e-9, atol=close["abs"])
+
+
+def test_reduced_keeps_what_needs_no_more_ranks() -> None:
+    a, b = torch.randn(2, 9), torch.randn(7, 2)
+    twice_a, twice_b = torch.cat([a, a]), torch.cat([b, -0.5 * b], dim=1)  # 4 columns, rank 2
+    new_a, new_b = lowrank.reduced(twice_a, twice_b, 2)
+    assert torch.allclose(new_b @ new_a, 0.5 * b.double() @ a.double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_reduced_says_nan_of_what_is_not_finite(bad: float) -> None:
+    a, b = torch.ones(4, 9), torch.ones(7, 4)
+    b[2, 3] = bad
+    new_a, new_b = lowrank.reduced(a, b, 2)
+    assert (new_a.shape, new_b.shape) == ((2, 9), (7, 2))
+    assert new_a.isnan().all() and new_b.isnan().all()
+
+
+@given(
+    rows=st.integers(1, 48), k=st.integers(0, 48), power=st.integers(-140, 120), seed=st.integers(0, 2**32)
+)
+def test_component_is_the_orthogonal_projection(rows: int, k: int, power: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(rows, min(k, rows), generator=generator).double()).Q
+    x = torch.randn(rows, 3, generator=generator) * 2.0**power
+    found = lowrank.component(x, basis.float())
+    expected = basis @ (basis.T @ x.double())
+    assert found.dtype == torch.float64
+    # A float32 basis, 6e-8 per value, is met twice.
+    assert float((found - expected).norm()) <= 1e-6 * float(x.double().norm())
+
+
 @given(st.floats(1e-12, 1e12))
 def test_a_cosine_never_leaves_its_range(size: float) -> None:
     assert lowrank.cosine(size, size * (1 + 1e-15), size) == 1.0

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from safelora_vllm.errors import PolicyError
+from safelora_vllm.gate import GateSettings
 from safelora_vllm.methods import METHODS, ModuleDelta
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.store import PublishedStore
 from tests import reference
-from tests.tiny import Pair, key, lora, module_shapes
+from tests.refusing import codes, judge
+from tests.tiny import K0, Draft, Pair, key, lora, module_shapes
 
 # A cosine's error is that of Ĉ B: up to 6e-8 per float32 value and 4e-3 per bfloat16 one, whose
 # random signs average out over the values of Ĉ. That is why these modules are not smaller: on a
@@ -65,7 +68,7 @@ def test_safe_lora_multiplies_b_by_the_operator(
     form: tuple[str, str], deltas: dict[str, ModuleDelta], pair: Pair
 ) -> None:
     for name, delta in deltas.items():
-        a, b = METHODS["safe-lora"](delta, Policy())
+        a, b = METHODS["safe-lora"](delta, Policy(method="safe-lora"))
         expected = reference.projected(pair.v(name), delta.a, delta.b)
         assert reference.ratio(b.double() @ a.double() - expected, expected) < WEIGHTS[form[0]]
         original = delta.b.double() @ delta.a.double()
@@ -89,12 +92,121 @@ def test_input_removal_takes_the_dominant_inputs_from_a(
         assert b is delta.b
 
 
-def test_no_energy_takes_nothing_and_too_much_is_refused(deltas: dict[str, ModuleDelta]) -> None:
+def test_no_energy_takes_nothing_from_a(deltas: dict[str, ModuleDelta]) -> None:
     delta = next(iter(deltas.values()))
     a, _ = METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.0))
     assert torch.equal(a, delta.a)
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHOD_NAMES if Policy(method=name).has_effect("energy")]
+)
+def test_more_energy_than_the_cache_keeps_is_refused(method: str, deltas: dict[str, ModuleDelta]) -> None:
     with pytest.raises(PolicyError, match=r"energy 0\.99 is above .* --max-energy 0\.99"):
-        METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.99))
+        METHODS[method](next(iter(deltas.values())), Policy(method=method, energy=0.99))
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.95])
+def test_csulora_damps_what_is_not_in_both_bases(
+    energy: float, deltas: dict[str, ModuleDelta], pair: Pair
+) -> None:
+    policy = Policy(method="csulora", energy=energy)
+    for name, delta in deltas.items():
+        a, b = METHODS["csulora"](delta, policy)
+        assert (a.shape, b.shape) == (delta.a.shape, delta.b.shape)
+        whole = reference.damped(pair.v(name), delta.a, delta.b, energy)
+        expected, found = reference.truncated(whole, RANK), b.double() @ a.double()
+        original = delta.b.double() @ delta.a.double()
+        # The bases and what is served are float32, 6e-8 per value. A small gap between the last singular
+        # value that is kept and the first that is not makes it more: 3e-7 was seen.
+        assert reference.ratio(found - expected, original) < 2e-6
+        # In the distance to the nearest matrix such errors are squared.
+        assert reference.ratio(found - whole, original) == pytest.approx(
+            reference.ratio(expected - whole, original), abs=1e-9
+        )
+        served = delta.served(a, b)
+        assert served.retained == pytest.approx(reference.ratio(expected, original), abs=2e-6)
+        assert served.coherence == pytest.approx(1.0, abs=1e-6)  # singular vectors do not cancel
+
+
+def test_csulora_keeps_one_block_whole_and_damps_a_lonely_other_one_to_a_21st(
+    cache: ProjectorCache, pair: Pair
+) -> None:
+    """λ = E/(0 + 0.05 E) = 20 where all of the delta is in one of the three."""
+    policy = Policy(method="csulora", energy=0.6)
+    left, right = reference.bases(pair.v(K0), policy.energy)
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(RANK, 96, generator=generator).double()
+    b = torch.randn(32, RANK, generator=generator).double()
+    sides_a = {True: a @ right @ right.T, False: a - a @ right @ right.T}
+    sides_b = {True: left @ left.T @ b, False: b - left @ left.T @ b}
+    for output, side_b in sides_b.items():
+        for input_, side_a in sides_a.items():
+            delta = ModuleDelta(side_a, side_b, cache.projector(K0))
+            new_a, new_b = METHODS["csulora"](delta, policy)
+            gamma = 1.0 if output and input_ else 1 / 21
+            original = delta.b.double() @ delta.a.double()
+            # As above: float32 bases and factors.
+            assert reference.ratio(new_b.double() @ new_a.double() - gamma * original, original) < 2e-6
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.8])
+def test_csulora_of_nothing_is_nothing(energy: float, cache: ProjectorCache) -> None:
+    for a, b in ((torch.ones(2, 96), torch.zeros(32, 2)), (torch.zeros(2, 96), torch.zeros(32, 2))):
+        new = METHODS["csulora"](
+            ModuleDelta(a, b, cache.projector(K0)), Policy(method="csulora", energy=energy)
+        )
+        assert not any(side.any() for side in new)
+
+
+def test_csulora_of_more_ranks_than_a_side_has(cache: ProjectorCache, pair: Pair) -> None:
+    policy, rank = Policy(method="csulora", energy=0.8), 40
+    generator = torch.Generator().manual_seed(5)
+    a, b = torch.randn(rank, 96, generator=generator), torch.randn(32, rank, generator=generator)
+    delta = ModuleDelta(a, b, cache.projector(K0))
+    new_a, new_b = METHODS["csulora"](delta, policy)
+    assert (new_a.shape, new_b.shape) == ((32, 96), (32, 32))  # of K0's shape: nothing is cut off
+    expected = reference.damped(pair.v(K0), delta.a, delta.b, policy.energy)
+    assert reference.ratio(new_b.double() @ new_a.double() - expected, expected) < 2e-6  # as above
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("power", [-121, -40, 41, 120])
+def test_a_methods_answer_grows_with_the_adapter(
+    method: str, power: int, deltas: dict[str, ModuleDelta]
+) -> None:
+    """No sum or product of a method overflows or vanishes before the adapter does."""
+    policy = Policy(method=method, select="all", energy=0.8)
+    for delta in deltas.values():
+        scaled = ModuleDelta(delta.a, delta.b * 2.0**power, delta.projector)
+        plain, found = (reference.product(*METHODS[method](d, policy)) for d in (delta, scaled))
+        # Powers of two are exact, but for the roots of odd ones: two more roundings to float32.
+        assert reference.ratio(found * 2.0**-power - plain, plain) < 2e-7
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_and_raises_nothing(
+    method: str, bad: float, deltas: dict[str, ModuleDelta]
+) -> None:
+    delta = deltas[K0]
+    for side in "ab":
+        factors = {"a": delta.a.clone(), "b": delta.b.clone()}
+        factors[side][1, 1] = bad
+        spoiled = ModuleDelta(**factors, projector=delta.projector)
+        a, b = METHODS[method](spoiled, Policy(method=method, energy=0.8))
+        assert not torch.isfinite(b @ a).all()
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_values_that_do_not_fit_the_served_dtype_are_refused(
+    method: str, cache: ProjectorCache, tmp_path: Path, store: PublishedStore
+) -> None:
+    draft = Draft()
+    for side in "AB":
+        draft.tensors[key(K0, side)] = 1e9 * draft.tensors[key(K0, side)]
+    settings = GateSettings(cache, Policy(method=method, energy=0.8), dtype=torch.float16)
+    assert codes(judge(draft.write(tmp_path / "huge"), settings, store)) == {"non_finite"}
 
 
 def test_threshold_decisions_are_those_of_float64(
@@ -106,7 +218,7 @@ def test_threshold_decisions_are_those_of_float64(
         deltas = measured(cache, seed)
         exact = {name: reference.similarity(pair.v(name), d.a, d.b) for name, d in deltas.items()}
         for threshold in (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
-            policy = Policy(threshold=threshold)
+            policy = Policy(method="safe-lora", threshold=threshold)
             chosen = policy.selects({name: delta.similarity for name, delta in deltas.items()})
             for name, similarity in exact.items():
                 if abs(similarity - threshold) > band:
@@ -127,7 +239,7 @@ def test_number_decisions_are_those_of_float64(
         order = sorted(exact, key=lambda name: exact[name])
         for number in range(1, len(order)):
             if exact[order[number]] - exact[order[number - 1]] > 2 * band:
-                policy = Policy(select="number", number=number)
+                policy = Policy(method="safe-lora", select="number", number=number)
                 chosen = policy.selects({name: delta.similarity for name, delta in deltas.items()})
                 assert chosen == set(order[:number])
                 compared += 1
@@ -139,7 +251,7 @@ def test_all_selects_every_module_but_those_without_a_delta(deltas: dict[str, Mo
     zero = ModuleDelta(deltas[empty].a, torch.zeros_like(deltas[empty].b), deltas[empty].projector)
     assert zero.similarity is None and zero.served(zero.a, zero.b).retained is None
     similarities = {name: delta.similarity for name, delta in {**deltas, empty: zero}.items()}
-    assert Policy(select="all").selects(similarities) == set(deltas) - {empty}
+    assert Policy(method="safe-lora", select="all").selects(similarities) == set(deltas) - {empty}
 
 
 def test_similarity_does_not_depend_on_the_scale(deltas: dict[str, ModuleDelta]) -> None:

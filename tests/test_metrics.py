@@ -95,7 +95,7 @@ def test_a_gate_counts_its_answers() -> None:
     registry = CollectorRegistry()
     metrics = GateMetrics(registry)
     stages = Stages({"read": 0.002, "project": 0.2})
-    refused = Report.refused("x", "", "c", Policy(), refuse("dora", "…"))
+    refused = Report.refused("x", "", "c", Policy(method="safe-lora"), refuse("dora", "…"))
     metrics.record(Admission(REPORT, "k", None, False, stages))
     metrics.record(Admission(REPORT, "k", None, True, Stages({"read": 0.004})))
     metrics.record(Admission(refused, None, None, False, Stages()))

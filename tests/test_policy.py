@@ -11,26 +11,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import METHOD_NAMES, Policy
 
 _SIMILARITIES = st.dictionaries(
     st.text("abc.", min_size=1, max_size=4), st.none() | st.floats(-1, 1), min_size=1, max_size=20
 )
 
 
-def test_the_defaults_are_the_papers_and_a_cap() -> None:
+def test_the_defaults() -> None:
     assert dataclasses.asdict(Policy()) == {
-        "method": "safe-lora",
-        "select": "threshold",
+        "method": "input-removal",
+        "select": "all",
         "threshold": 0.35,
         "number": 10,
-        "energy": 0.8,
+        "energy": 0.2,
         "max_relative_norm": 1.0,
         "mode": "enforce",
     }
-    assert Policy(method="input-removal").select == "all"
+    assert {method for method in METHOD_NAMES if Policy(method=method).select != "all"} == {"safe-lora"}
     assert Policy(method="input-removal", select="threshold").select == "threshold"
     assert Policy().enforcing and not Policy(mode="audit").enforcing
+
+
+def test_safe_loras_defaults_are_the_papers() -> None:
+    paper = Policy(method="safe-lora")
+    assert (paper.select, paper.threshold, paper.number) == ("threshold", 0.35, 10)
+
+
+def test_another_method_has_its_own_modules_unless_they_are_given() -> None:
+    safe = Policy().with_values({"method": "safe-lora"})
+    assert safe == Policy(method="safe-lora") and safe.select == "threshold"
+    assert safe.with_values({"method": "input-removal"}) == Policy()
+    assert safe.with_values({"method": "csulora", "select": "number"}).select == "number"
+    chosen = Policy(method="safe-lora", select="all")
+    assert chosen.with_values({"threshold": 0.5}).select == "all"
 
 
 @pytest.mark.parametrize(
@@ -59,10 +73,15 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"number": 5}, "number has no effect with select 'threshold'"),
+        ({"number": 5}, "number has no effect with select 'all'"),
+        ({"method": "safe-lora", "number": 5}, "number has no effect with select 'threshold'"),
         ({"select": "all", "threshold": 0.2}, "threshold has no effect with select 'all'"),
-        ({"energy": 0.5}, "energy has no effect with method 'safe-lora'"),
-        ({"method": "input-removal", "threshold": 0.5}, "give select 'threshold' too"),
+        (
+            {"method": "safe-lora", "energy": 0.5},
+            "energy has no effect with method 'safe-lora'; "
+            "give method 'input-removal' or 'csulora' too, or leave energy out",
+        ),
+        ({"threshold": 0.5}, "give select 'threshold' too"),
     ],
 )
 def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
@@ -72,16 +91,42 @@ def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> No
 
 def test_values_with_effect_pass() -> None:
     for values in (
-        {"threshold": 0.4},
+        {"method": "safe-lora", "threshold": 0.4},
+        {"energy": 0.3},
         {"select": "number", "number": 5},
-        {"method": "input-removal", "energy": 0.9},
+        *({"method": method, "energy": 0.9} for method in METHOD_NAMES if method != "safe-lora"),
     ):
         Policy.from_mapping(values).check_effective(values)
 
 
+def test_energy_has_an_effect_on_all_methods_but_one() -> None:
+    assert {m for m in METHOD_NAMES if not Policy(method=m).has_effect("energy")} == {"safe-lora"}
+    assert all(Policy(method=method).has_effect("max_relative_norm") for method in METHOD_NAMES)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_policy_is_as_strict_as_itself_and_stricter_than_a_choice_of_modules(method: str) -> None:
+    everything, some = Policy(method=method, select="all"), Policy(method=method, select="number")
+    assert everything.at_least_as_strict(everything) and everything.at_least_as_strict(some)
+    assert not some.at_least_as_strict(everything)
+    for other in set(METHOD_NAMES) - {method}:
+        assert not everything.at_least_as_strict(Policy(method=other, select="all"))
+
+
+def test_more_energy_is_stricter_for_input_removal() -> None:
+    less, more = (Policy(method="input-removal", energy=energy) for energy in (0.7, 0.9))
+    assert more.at_least_as_strict(less) and not less.at_least_as_strict(more)
+
+
+def test_more_energy_is_another_rule_for_csulora() -> None:
+    less, more = (Policy(method="csulora", energy=energy) for energy in (0.7, 0.9))
+    assert not more.at_least_as_strict(less) and not less.at_least_as_strict(more)
+    assert less.at_least_as_strict(Policy(method="csulora", energy=0.7, max_relative_norm=2.0))
+
+
 def test_the_id_depends_on_every_field() -> None:
     others = [
-        Policy(method="input-removal", select="threshold"), Policy(select="all"), Policy(threshold=0.4),
+        Policy(method="safe-lora", select="all"), Policy(select="threshold"), Policy(threshold=0.4),
         Policy(number=11), Policy(energy=0.7), Policy(max_relative_norm=2.0), Policy(mode="audit"),
     ]  # fmt: skip
     assert len({policy.id for policy in (Policy(), *others)}) == 1 + len(dataclasses.fields(Policy))
@@ -95,13 +140,13 @@ def test_equal_policies_have_one_id() -> None:
 
 @given(_SIMILARITIES, st.floats(-1, 1))
 def test_threshold_takes_what_is_not_above_it(similarities: dict[str, float | None], tau: float) -> None:
-    chosen = Policy(threshold=tau).selects(similarities)
+    chosen = Policy(method="safe-lora", threshold=tau).selects(similarities)
     assert chosen == {n for n in similarities if similarities[n] is not None and similarities[n] <= tau}
 
 
 @given(_SIMILARITIES, st.integers(0, 25))
 def test_number_takes_the_least_similar(similarities: dict[str, float | None], number: int) -> None:
-    chosen = Policy(select="number", number=number).selects(similarities)
+    chosen = Policy(method="safe-lora", select="number", number=number).selects(similarities)
     known = {n: s for n, s in similarities.items() if s is not None}
     assert chosen <= set(known) and len(chosen) == min(number, len(known))
     rest = [s for n, s in known.items() if n not in chosen]
@@ -109,10 +154,10 @@ def test_number_takes_the_least_similar(similarities: dict[str, float | None], n
 
 
 def test_equal_similarities_are_taken_in_the_order_of_names() -> None:
-    policy = Policy(select="number", number=2)
+    policy = Policy(method="safe-lora", select="number", number=2)
     assert policy.selects({"c": 0.5, "a": 0.5, "b": 0.5}) == {"a", "b"}
     assert policy.selects({"b": 0.5, "a": 0.5, "c": 0.5}) == {"a", "b"}
 
 
 def test_the_paper_projects_at_equality() -> None:
-    assert Policy(threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}
+    assert Policy(method="safe-lora", threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}

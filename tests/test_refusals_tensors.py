@@ -61,10 +61,10 @@ def test_rslora_scales_what_would_else_pass(
     tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
-    report = judge(draft.write(tmp_path / "a"), GateSettings(cache, Policy()), store).report
+    report = judge(draft.write(tmp_path / "a"), GateSettings(cache, Policy(method="safe-lora")), store).report
     largest = max(report.values("relative_norm"))
     # α/√4 is twice α/4: between the two norms the first passes and the second does not.
-    settings = GateSettings(cache, Policy(max_relative_norm=1.5 * largest))
+    settings = GateSettings(cache, Policy(method="safe-lora", max_relative_norm=1.5 * largest))
     assert judge(tmp_path / "a", settings, store).report.accepted
     draft.config["use_rslora"] = True
     report = judge(draft.write(tmp_path / "b"), settings, PublishedStore(tmp_path / "empty")).report
@@ -80,7 +80,9 @@ def test_a_scale_beyond_float32_is_refused_in_audit_mode_too(
 ) -> None:
     draft = Draft()
     draft.config.update(changes)
-    admission = judge(draft.write(tmp_path / "a"), GateSettings(cache, Policy(mode="audit")), store)
+    admission = judge(
+        draft.write(tmp_path / "a"), GateSettings(cache, Policy(method="safe-lora", mode="audit")), store
+    )
     assert not admission.report.accepted and "non_finite" in codes(admission)
 
 
@@ -88,7 +90,7 @@ def test_values_that_the_served_dtype_cannot_hold(
     tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
-    policy = Policy(threshold=-1.0, max_relative_norm=1e30)
+    policy = Policy(method="safe-lora", threshold=-1.0, max_relative_norm=1e30)
     half = GateSettings(cache, policy, dtype=torch.float16)
     draft.tensors[_A] *= 1e-7
     draft.tensors[_B] *= 1e7  # float16 ends at 65504, but the sides are balanced

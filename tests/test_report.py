@@ -17,7 +17,7 @@ MODULES = [
     ModuleReport("a.q_proj", 8, 0.25, 0.7, 0.01, 0.02, "projected"),
     ModuleReport("a.v_proj", 8, None, 0.6, None, 0.0, "kept"),
 ]
-REPORT = Report("tenant", "d" * 64, "c" * 64, Policy(), True, [], MODULES)
+REPORT = Report("tenant", "d" * 64, "c" * 64, Policy(method="safe-lora"), True, [], MODULES)
 
 
 def test_golden_json() -> None:
@@ -26,7 +26,7 @@ def test_golden_json() -> None:
         "digest": "d" * 64,
         "projectors": "c" * 64,
         "policy": {
-            "method": "safe-lora", "select": "threshold", "threshold": 0.35, "number": 10, "energy": 0.8,
+            "method": "safe-lora", "select": "threshold", "threshold": 0.35, "number": 10, "energy": 0.2,
             "max_relative_norm": 1.0, "mode": "enforce",
         },
         "accepted": True,
@@ -47,7 +47,11 @@ def test_golden_json() -> None:
 
 def test_there_and_back() -> None:
     refused = Report.refused(
-        "x", "d", "c", Policy(mode="audit"), AdapterRefused([Reason("a", "b"), Reason("a", "c")])
+        "x",
+        "d",
+        "c",
+        Policy(method="safe-lora", mode="audit"),
+        AdapterRefused([Reason("a", "b"), Reason("a", "c")]),
     )
     for report in (REPORT, refused):
         assert Report.from_dict(json.loads(report.to_json())) == report
@@ -63,7 +67,7 @@ def test_columns_and_counts() -> None:
 def test_nan_never_becomes_json() -> None:
     bad = ModuleReport("a", 1, math.nan, 0.5, 1.0, 1.0, "kept")
     with pytest.raises(ValueError, match="JSON"):
-        Report("x", "d", "c", Policy(), True, [], [bad]).to_json()
+        Report("x", "d", "c", Policy(method="safe-lora"), True, [], [bad]).to_json()
 
 
 def test_a_refusal_lists_each_code_once_in_order_and_needs_one() -> None:
@@ -92,6 +96,8 @@ def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
 
 
 def test_markup_in_a_tenants_strings_is_shown_not_interpreted() -> None:
-    report = Report.refused("[bold]x[/bold]", "", "c", Policy(), refuse("code", "[red]detail[/red]"))
+    report = Report.refused(
+        "[bold]x[/bold]", "", "c", Policy(method="safe-lora"), refuse("code", "[red]detail[/red]")
+    )
     text = printed(report)
     assert "[bold]x[/bold]: refused" in text and "[code] [red]detail[/red]" in text

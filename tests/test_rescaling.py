@@ -16,7 +16,7 @@ import torch
 from safelora_vllm import lowrank
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.gate import Admission, GateSettings, admit
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.refusing import judge
@@ -44,7 +44,11 @@ def answer(power: int, settings: GateSettings, folder: Path) -> Admission:
 
 
 @pytest.mark.parametrize("power", POWERS)
-@pytest.mark.parametrize("policy", [Policy(select="all"), Policy(threshold=0.4)], ids=["all", "threshold"])
+@pytest.mark.parametrize(
+    "policy",
+    [Policy(method="safe-lora", select="all"), Policy(method="safe-lora", threshold=0.4)],
+    ids=["all", "threshold"],
+)
 @pytest.mark.parametrize("kind", CACHES, ids="-".join)
 def test_a_rescaled_adapter_is_refused_or_treated_like_the_original(
     kind: tuple[str, str], policy: Policy, power: int,
@@ -65,13 +69,13 @@ def test_a_rescaled_adapter_is_refused_or_treated_like_the_original(
 
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("method", ["safe-lora", "input-removal"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_what_is_served_does_not_depend_on_how_the_author_split_it(
     method: str, dtype: torch.dtype, power: int, build_cache: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     """Down to the bits: near the ends of a dtype, rounding would leave other weights than were measured."""
     cache = ProjectorCache(build_cache("bfloat16", "auto"))
-    settings = GateSettings(cache, Policy(method=method), dtype=dtype)
+    settings = GateSettings(cache, Policy(method=method, energy=0.8), dtype=dtype)
     plain, found = (answer(p, settings, tmp_path / str(p)) for p in (0, power))
     assert plain.folder is not None and found.folder is not None
     assert (found.folder / WEIGHTS).read_bytes() == (plain.folder / WEIGHTS).read_bytes()
@@ -82,7 +86,9 @@ def test_what_is_served_does_not_depend_on_how_the_author_split_it(
 def test_a_moderate_imbalance_is_served(
     power: int, build_cache: Callable[[str, str], Path], tmp_path: Path, store: PublishedStore
 ) -> None:
-    settings = GateSettings(ProjectorCache(build_cache("bfloat16", "dense")), Policy(select="all"))
+    settings = GateSettings(
+        ProjectorCache(build_cache("bfloat16", "dense")), Policy(method="safe-lora", select="all")
+    )
     folder = rescaled(power).write(tmp_path / "adapter")
     assert admit(folder, "tenant", settings, store).report.accepted
 

@@ -9,6 +9,7 @@ import pytest
 from safelora_vllm.errors import GuardError, PolicyError
 from safelora_vllm.integration.serve import _check_rules, _refuse_other_front_ends
 from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
 
 
@@ -31,9 +32,10 @@ def test_rules_that_cannot_hold(
         _check_rules(cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), policy))
 
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
-    check(method="input-removal", energy=0.9)
-    with pytest.raises(PolicyError, match="build it again with --max-energy"):
-        check(method="input-removal", energy=0.9999)
+    for method in set(METHOD_NAMES) - {"safe-lora"}:
+        check(method=method, energy=0.9)
+        with pytest.raises(PolicyError, match="build it again with --max-energy"):
+            check(method=method, energy=0.9999)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with pytest.raises(GuardError, match="unset it"):
         check()

@@ -28,7 +28,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
@@ -47,6 +47,7 @@ def config(cache: ProjectorCache, pair: Pair, tmp_path_factory: pytest.TempPathF
         projectors=str(cache.folder),
         store=str(folder / "store"),
         model=str(pair.aligned),
+        policy={"method": "safe-lora"},
         niceness=0,
     )
 
@@ -101,7 +102,7 @@ def test_state_names_cache_policy_and_process(
 ) -> None:
     state = client.call("state")
     assert state == process.state
-    assert (state["projectors"], state["policy"]) == (cache.id, Policy().id)
+    assert (state["projectors"], state["policy"]) == (cache.id, Policy(method="safe-lora").id)
     assert state["pid"] != os.getpid()
 
 
@@ -262,7 +263,11 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
     wrong: list[tuple[dict[str, Any], type[SafeLoRAError], str]] = [
         ({"projectors": str(tmp_path)}, ProjectorCacheError, "no projector cache in"),
         ({"model": str(pair.base)}, ProjectorCacheError, "another aligned model"),
-        ({"policy": {"method": "input-removal", "energy": 0.99}}, PolicyError, "energy 0.99 is above"),
+        *(
+            ({"policy": {"method": method, "energy": 0.99}}, PolicyError, "energy 0.99 is above")
+            for method in METHOD_NAMES
+            if method != "safe-lora"
+        ),
         ({"policy": {"unknown": 1}}, PolicyError, "unknown policy keys"),
     ]
     for changes, kind, message in wrong:

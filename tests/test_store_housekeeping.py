@@ -55,7 +55,7 @@ def put(root: Path, number: int, name: str | None = None, nbytes: int = 1000) ->
     """Keep and publish a content, and serve it under a name if there is one. Returns its digest."""
     digest = digest_of(number, nbytes)
     RawStore(root).keep(digest, files(number, nbytes))
-    report = Report("", digest, "projectors", Policy(), True, [], [])
+    report = Report("", digest, "projectors", Policy(method="safe-lora"), True, [], [])
     PublishedStore(root).publish(key_of(digest), files(number, nbytes), report)
     if name is not None:
         new = Version(0, digest, nbytes, rank=4, created=float(number), by="tenant")
@@ -147,7 +147,7 @@ def test_copies_of_older_versions_may_go(root: Path) -> None:
 def test_every_copy_of_a_live_content_stays(root: Path) -> None:
     """A content is published once for each policy; which of them is served is not looked at."""
     digest = put(root, 0, "x")
-    report = Report("", digest, "projectors", Policy(mode="audit"), True, [], [])
+    report = Report("", digest, "projectors", Policy(method="safe-lora", mode="audit"), True, [], [])
     PublishedStore(root).publish("f" * 64, files(0), report)
     for copy in (root / "published").iterdir():
         os.utime(copy / "report.json", (1000, 1000))

@@ -124,9 +124,9 @@ class Manager:
             loosened = not wanted.at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
                 raise UsageError(
-                    "this policy is less strict than the server's, or of another method, which cannot be "
-                    'compared; give both "override": true and a "reason", which the report and the audit '
-                    "log keep"
+                    "this policy is less strict than the server's, or cannot be compared with it (another "
+                    'method, or another energy of csulora); give both "override": true and a "reason", '
+                    "which the report and the audit log keep"
                 )
             answer = await self._judge(
                 who, name, "policy", "ensure", digest=record.live.digest, policy=values, override=loosened

@@ -101,8 +101,8 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
         PolicyError: more energy than the cache has. GuardError: a store or a variable opens a way around.
     """
     policy = Policy.from_mapping(settings.policy)
-    if policy.method == "input-removal":
-        cache.projector(next(iter(cache.modules))).input_basis(policy.energy)
+    if policy.has_effect("energy"):
+        cache.projector(next(iter(cache.modules))).directions(policy.energy)
     check_store(settings.store)
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         raise GuardError(

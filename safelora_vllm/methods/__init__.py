@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from safelora_vllm.methods import input_removal, safe_lora
+from safelora_vllm.methods import csulora, input_removal, safe_lora
 from safelora_vllm.methods.delta import ModuleDelta, Served
 from safelora_vllm.policy import Policy
 
@@ -19,6 +19,9 @@ Method = Callable[[ModuleDelta, Policy], tuple[Tensor, Tensor]]
 METHODS: dict[str, Method] = {
     "safe-lora": safe_lora.project,
     "input-removal": input_removal.project,
+    "csulora": csulora.project,
 }
+# Those that read the projectors' output bases, which take memory that the others do not need.
+READ_OUTPUT_BASES = {"csulora"}
 
-__all__ = ["METHODS", "Method", "ModuleDelta", "Served"]
+__all__ = ["METHODS", "READ_OUTPUT_BASES", "Method", "ModuleDelta", "Served"]

@@ -15,6 +15,5 @@ from safelora_vllm.policy import Policy
 
 def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
     """New (A, B): A' (r, d_in) without its component in R, B (d_out, r) as it was."""
-    basis = delta.projector.input_basis(policy.energy)
-    a, scale = lowrank.unit(delta.a.to(basis.dtype))
-    return delta.rounded((a - (a @ basis) @ basis.T) * scale), delta.b
+    inputs = delta.projector.input_basis(policy.energy)
+    return delta.rounded(delta.a - lowrank.component(delta.a.T, inputs).T), delta.b

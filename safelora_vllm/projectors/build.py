@@ -44,7 +44,7 @@ class BuildOptions:
 
     modules: names or last parts of names (``q_proj``); empty means all linear layers.
     dtype: of Ĉ or V in the cache. form: ``auto`` takes dense where d_out ≤ d_in.
-    max_energy: share of ‖V‖_F² up to which input directions are kept for input-removal.
+    max_energy: share of ‖V‖_F² up to which its singular vectors are kept; no policy can have more.
     """
 
     modules: tuple[str, ...] = ()
@@ -229,33 +229,49 @@ def build_module(
         tensors["projector"] = ((small if wide else delta @ delta.T) / norm).to(dtype)
     else:
         tensors["delta"] = delta.to(dtype)
-    tensors["input_basis"], tensors["input_energy"] = _input_basis(delta, small, wide, options.max_energy)
+    tensors |= _bases(delta, small, wide, options.max_energy)
     figures = {"shape": (d_out, d_in), "form": form, "norm": norm, "aligned_norm": aligned_norm}
     figures["null_similarity"] = null_similarity
     return figures, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
 
 
-def _input_basis(delta: Tensor, small: Tensor, wide: bool, max_energy: float) -> tuple[Tensor, Tensor]:
-    """R (d_in, k) and the energy shares (k,), from the eigenvectors of V's smaller Gram matrix."""
+def _bases(delta: Tensor, small: Tensor, wide: bool, max_energy: float) -> dict[str, Tensor]:
+    """L (d_out, k), R (d_in, k) and the energy shares (k,), from V's smaller Gram matrix.
+
+    Its eigenvectors are V's singular vectors of one side. V takes each to its partner on the other side, and
+    QR, which goes from the first column to the last, makes those orthonormal and keeps their order.
+    """
     values, vectors = torch.linalg.eigh(small)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     shares = values.cumsum(0) / values.sum()
     k = min(int((shares < max_energy - 1e-9).sum()) + 1, len(shares))
-    vectors = vectors[:, :k]
-    if wide:  # the eigenvectors are V's left singular vectors; Vᵀ takes them to the right ones
-        vectors = torch.linalg.qr(delta.T @ vectors).Q
-    return vectors.to(torch.float32), shares[:k]
+    near = vectors[:, :k]
+    far = torch.linalg.qr((delta.T if wide else delta) @ near).Q
+    left, right = (near, far) if wide else (far, near)
+    bases = {"input_basis": right.to(torch.float32), "output_basis": left.to(torch.float32)}
+    return {**bases, "energy": shares[:k]}
 
 
 def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: BuildOptions) -> None:
+    """Refuse a disk that is too small.
+
+    How many singular vectors hold the energy is not known yet: at most its share of them, for the largest
+    come first.
+    """
     element = DTYPES[options.dtype].itemsize
     shapes = [aligned.tensors[f"{name}.weight"].shape for name in names]
     sides = [(rows, rows if options.form == "dense" else min(rows, cols)) for rows, cols in shapes]
     if options.form == "factored":
         sides = [(rows, cols) for rows, cols in shapes]
     needed = sum(rows * cols * element for rows, cols in sides)
+    for rows, cols in shapes:
+        kept = math.ceil(options.max_energy * min(rows, cols))
+        needed += kept * ((rows + cols) * torch.float32.itemsize + torch.float64.itemsize)
     if (free := shutil.disk_usage(parent).free) < needed:
-        raise UsageError(f"the cache needs about {needed:,} bytes, {parent} has {free:,} free")
+        raise UsageError(
+            f"the cache needs up to {needed:,} bytes, {parent} has {free:,} free; free some, or give "
+            "fewer --modules or a smaller --max-energy"
+        )
 
 
 def _partial_prefix(out: Path) -> str:

@@ -4,8 +4,9 @@ For every module the shards hold
 
 - ``NAME.projector``, Ĉ = V Vᵀ/‖V‖_F (d_out, d_out), form ``dense``; or ``NAME.delta``, V (d_out,
   d_in), form ``factored``, where V (Vᵀ B)/‖V‖_F is the cheaper product;
-- ``NAME.input_basis``, R (d_in, k) float32, V's dominant right singular vectors as columns, and
-  ``NAME.input_energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
+- ``NAME.input_basis``, R (d_in, k), and ``NAME.output_basis``, L (d_out, k), both float32: V's dominant
+  right and left singular vectors as columns, those of the largest singular value first, up to their signs;
+- ``NAME.energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
 
 The manifest holds the figures of `ModuleEntry`, the identities of both checkpoints, and each shard's
 sha256. The manifest's own sha256 is the cache's id: same id, same projections.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ from torch import Tensor
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
 from safelora_vllm.filestate import FileState, file_state
 from safelora_vllm.projectors.manifest import MANIFEST, ModuleEntry, parse_manifest
+
+ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values
 
 
 class Projector:
@@ -43,16 +47,35 @@ class Projector:
         delta = self._tensor("delta")
         return (delta @ (delta.T @ b.to(delta.dtype))) / self.entry.norm
 
-    def input_basis(self, energy: float) -> Tensor:
-        """R (d_in, k): the fewest right singular vectors of V that hold ``energy`` of ‖V‖_F²."""
-        shares = self._tensor("input_energy")
-        k = int((shares < energy - 1e-9).sum()) + 1 if energy > 0 else 0
-        if k > len(shares):
+    @cached_property
+    def energies(self) -> Tensor:
+        """The shares of ‖V‖_F² that its first 1…n singular values hold, (n,) float64, rising.
+
+        The cache ends them where its ``--max-energy`` is reached.
+        """
+        return self._tensor("energy")
+
+    def directions(self, energy: float) -> int:
+        """k, the fewest singular values of V that hold ``energy`` of ‖V‖_F².
+
+        Raises:
+            PolicyError: the cache keeps less than that.
+        """
+        k = int((self.energies < energy - ENERGY_ROUNDING).sum()) + 1 if energy > 0 else 0
+        if k > len(self.energies):
             raise PolicyError(
-                f"energy {energy} is above the {float(shares[-1]):.3f} that the projector cache "
+                f"energy {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
                 f"keeps for {self.entry.name}; build it again with --max-energy {energy} or more"
             )
-        return self._tensor("input_basis")[:, :k]
+        return k
+
+    def input_basis(self, energy: float) -> Tensor:
+        """R (d_in, k): the fewest right singular vectors of V that hold ``energy`` of ‖V‖_F²."""
+        return self._tensor("input_basis")[:, : self.directions(energy)]
+
+    def output_basis(self, energy: float) -> Tensor:
+        """L (d_out, k): the left singular vectors that belong to `input_basis`."""
+        return self._tensor("output_basis")[:, : self.directions(energy)]
 
     def _tensor(self, part: str) -> Tensor:
         return self._cache.tensor(f"{self.entry.name}.{part}", self.entry.shard, self._device)
@@ -117,16 +140,20 @@ class ProjectorCache:
                 "converted copy of that model, say so with --trust-served-model"
             )
 
-    def load(self, device: str | torch.device, max_bytes: int | None = None) -> None:
+    def load(
+        self, device: str | torch.device, max_bytes: int | None = None, output_bases: bool = True
+    ) -> None:
         """Keep tensors on ``device``, in the manifest's order, up to ``max_bytes`` of them.
+
+        ``output_bases``: those too, which not every method reads.
 
         What does not fit is read from the shards at each use, and a shard whose file changed is verified
         again before that.
         """
         used = 0
         for entry in self.modules.values():
-            parts = ["projector" if entry.form == "dense" else "delta"]
-            for part in [*parts, "input_basis", "input_energy"]:
+            parts = ["projector" if entry.form == "dense" else "delta", "input_basis", "energy"]
+            for part in parts + ["output_basis"] * output_bases:
                 key = f"{entry.name}.{part}"
                 tensor = self._read(key, entry.shard).to(device)
                 if max_bytes is not None and used + tensor.nbytes > max_bytes:

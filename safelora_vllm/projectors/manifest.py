@@ -11,7 +11,7 @@ from typing import Any
 from safelora_vllm.errors import ProjectorCacheError
 
 FORMAT = "safelora-projectors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 

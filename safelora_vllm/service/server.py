@@ -26,6 +26,7 @@ from safelora_vllm.adapters.read import Limits
 from safelora_vllm.allowance import Allowance
 from safelora_vllm.errors import GateUnavailable, QuotaExceeded, SafeLoRAError
 from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.methods import READ_OUTPUT_BASES
 from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -55,10 +56,11 @@ class GateService:
         cache.verify()
         if not config.trust_served_model:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
-        cache.load(config.device, config.projector_bytes)
+        policy = Policy.from_mapping(config.policy)
+        cache.load(config.device, config.projector_bytes, policy.method in READ_OUTPUT_BASES)
         self._settings = GateSettings(
             cache=cache,
-            policy=Policy.from_mapping(config.policy),
+            policy=policy,
             device=torch.device(config.device),
             dtype=getattr(torch, config.dtype),
             limits=Limits(weights_bytes=_weights_bytes(config, cache), max_rank=config.max_rank),
@@ -207,9 +209,9 @@ def _weights_bytes(config: GateConfig, cache: ProjectorCache) -> int:
 
 def _check_energy(settings: GateSettings) -> None:
     """Find out now, not at the first adapter, whether the cache can serve the policy's energy."""
-    if settings.policy.method == "input-removal":
+    if settings.policy.has_effect("energy"):
         for name in settings.cache.modules:
-            settings.cache.projector(name, settings.device).input_basis(settings.policy.energy)
+            settings.cache.projector(name, settings.device).directions(settings.policy.energy)
 
 
 class _Handler(socketserver.StreamRequestHandler):

@@ -59,7 +59,9 @@ def gate() -> GateSettings:
     """A gate that projects every module of the tiny model."""
     pair = write_pair(scratch() / "pair")
     build(pair.base, pair.aligned, scratch() / "cache")
-    return GateSettings(ProjectorCache(scratch() / "cache"), Policy(select="all"), limits=LIMITS)
+    return GateSettings(
+        ProjectorCache(scratch() / "cache"), Policy(method="safe-lora", select="all"), limits=LIMITS
+    )
 
 
 @cache

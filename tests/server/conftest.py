@@ -99,7 +99,8 @@ def server(
     base = tmp_path_factory.getbasetemp()
     command = guarded(
         aligned, projectors, store,
-        "--select=all", f"--api-key={INFERENCE_KEY}", f"--lora-modules=static={adapters['static']}",
+        "--method=safe-lora", "--select=all",
+        f"--api-key={INFERENCE_KEY}", f"--lora-modules=static={adapters['static']}",
         f"--keys={write_keys(base / 'keys.toml')}", f"--adapter-root={base}", "--max-adapter-bytes=40MB",
         "--max-loras=2", "--max-cpu-loras=2", "--max-lora-rank=16",
     )  # fmt: skip

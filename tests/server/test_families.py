@@ -97,7 +97,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
         options = slots.options(
             pair.projectors,
             root / family / "store",
-            {"select": "all"},
+            {"method": "safe-lora", "select": "all"},
             dtype="float32",
             max_lora_rank=8,
             **slots.IN_PROCESS,

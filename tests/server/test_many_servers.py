@@ -42,8 +42,8 @@ def command(aligned: Path, projectors: Path, store: Path, *options: str) -> list
     """Nothing is projected, so that answers tell the adapters apart; in float32, since in bfloat16 a token
     depends on what else is in its batch."""
     return guarded(
-        aligned, projectors, store, "--select=number", "--number=0", "--max-loras=4",
-        "--max-cpu-loras=64", "--max-lora-rank=16", "--dtype=float32", *options,
+        aligned, projectors, store, "--method=safe-lora", "--select=number", "--number=0",
+        "--max-loras=4", "--max-cpu-loras=64", "--max-lora-rank=16", "--dtype=float32", *options,
     )  # fmt: skip
 
 

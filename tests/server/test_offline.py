@@ -15,7 +15,8 @@ from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
     model, projectors, store, good, bad = sys.argv[1:]
-    section = {"projectors": projectors, "store": store, "policy": {"select": "all"}}
+    policy = {"method": "safe-lora", "select": "all"}
+    section = {"projectors": projectors, "store": store, "policy": policy}
     llm = LLM(model, enable_lora=True, max_lora_rank=16, enforce_eager=True, max_model_len=512,
               additional_config={"safelora": section},
               worker_extension_cls="safelora_vllm.integration.required.Guard")

@@ -96,7 +96,7 @@ class Steps:
 def tensor(pair: Pair, made: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> Steps:
     """Two ranks that share each layer, and all that is asked of them."""
     root = tmp_path_factory.mktemp("tensor")
-    policy = {"select": "number", "number": CHOSEN}
+    policy = {"method": "safe-lora", "select": "number", "number": CHOSEN}
     options = slots.options(
         pair.projectors,
         root / "store",
@@ -209,7 +209,7 @@ def test_a_rank_that_cannot_load_in_a_step(tensor: Steps) -> None:
 def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: Path) -> None:
     """Both are guarded and reported, share one gate, and answer alike with an adapter."""
     command = guarded(
-        pair.aligned, pair.projectors, tmp_path / "store", "--select=number",
+        pair.aligned, pair.projectors, tmp_path / "store", "--method=safe-lora", "--select=number",
         f"--number={CHOSEN}", "--data-parallel-size=2",
         "--dtype=float32", "--max-lora-rank=8", "--max-model-len=256",
     )  # fmt: skip
@@ -243,7 +243,7 @@ def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: P
 def pipeline(pair: Pair, made: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory) -> Steps:
     """Two stages of one layer each."""
     root = tmp_path_factory.mktemp("pipeline")
-    policy = {"select": "number", "number": CHOSEN}
+    policy = {"method": "safe-lora", "select": "number", "number": CHOSEN}
     options = slots.options(
         pair.projectors,
         root / "store",

@@ -78,7 +78,7 @@ def loaded(
         for seed, (name, case) in enumerate(CASES.items())
     }
     one_slot = {"max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": MAX_RANK}
-    policy = {"select": "all"}
+    policy = {"method": "safe-lora", "select": "all"}
     settings = slots.options(projectors, root / "store", policy, **one_slot, **slots.IN_PROCESS)
     engine = Engine(str(aligned), settings)
     for lora_id, name in enumerate(CASES, start=1):

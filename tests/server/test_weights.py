@@ -41,8 +41,8 @@ def test_vllm_and_peft_agree(
     if name != "static":  # that one is served from the start, given as --lora-modules
         assert load(admin, name, adapters[name]).status_code == 200
     out = tmp_path / "projected"
-    options = ["--projectors", str(projectors), "--select", "all", "--out", str(out)]
-    assert main(["project", str(adapters[name]), *options]) == 0
+    options = ["--method", "safe-lora", "--select", "all", "--out", str(out)]
+    assert main(["project", str(adapters[name]), "--projectors", str(projectors), *options]) == 0
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     projected = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32), out
