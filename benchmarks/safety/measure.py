@@ -1,0 +1,161 @@
+"""Asks a guarded server what every treatment of every adapter does, and keeps each answer's scores.
+
+Scores are kept in the cache, a file for each treatment, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
+
+import scoring
+from asking import Asker, Question, Said
+from data import Example, orders
+from dialogues import dialogues
+from prompts import Prompt, forbidden, harmless
+from servers import Server, running
+from training import ALIGNED, PROJECTORS
+from transformers import AutoTokenizer
+from treatments import Treatment, made
+
+from safelora_vllm.projectors.cache import ProjectorCache
+
+_OPTIONS = ["--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
+_OPTIONS += ["--max-relative-norm=1e9"]  # what a cap would refuse is counted, not refused
+_ANSWER, _ORDER, _SUMMARY = 12, 44, 28  # tokens: a refusal shows at once, tasks need room
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a treatment is asked.
+
+    judged: of how many forbidden prompts the answers' likelihoods are taken.
+    """
+
+    forbidden: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+    orders: Sequence[Example]
+    dialogues: Sequence[Example]
+    judged: int
+
+    @classmethod
+    def so_many(cls, prompts: int, harmless_prompts: int, tasks: int, judged: int) -> Questions:
+        """The first so many of each kind."""
+        return cls(
+            forbidden(prompts), harmless(harmless_prompts), orders("test", tasks),
+            dialogues("test", tasks), judged,
+        )  # fmt: skip
+
+    @property
+    def counts(self) -> list[int]:
+        """Whether kept scores answer to these."""
+        return [len(self.forbidden), len(self.harmless), len(self.orders), len(self.dialogues), self.judged]
+
+
+class Seed:
+    """One aligned model's guarded server, asked about adapters that were trained on that model."""
+
+    def __init__(self, server: Server, home: Path, work: Path) -> None:
+        self._server, self._home, self._work = server, home, work
+        self._asker = Asker(server.port, AutoTokenizer.from_pretrained(home / ALIGNED))
+        self.projectors = ProjectorCache(home / PROJECTORS)
+
+    def aligned(self, questions: Questions) -> dict[str, list[float]]:
+        """Scores of the aligned model without an adapter."""
+        return self._kept("none", "none", questions, lambda: self._scores(ALIGNED, questions))
+
+    def measure(self, adapter: Path, treatment: Treatment, questions: Questions) -> dict[str, list[float]]:
+        """Scores of an adapter after a treatment, and two figures of the gate's report.
+
+        norm: the largest ‖s·BA‖_F / ‖W‖_F of its modules as uploaded. projected: the share of its modules.
+        """
+
+        def ask() -> dict[str, list[float]]:
+            name = f"{adapter.name}-{treatment.name}"
+            with self._loaded(name, made(treatment, adapter, self._work / name), treatment) as report:
+                modules = report["modules"]
+                return {
+                    **self._scores(name, questions),
+                    "norm": [max(module["relative_norm"] for module in modules)],
+                    "projected": [
+                        sum(module["decision"] == "projected" for module in modules) / len(modules)
+                    ],
+                }
+
+        return self._kept(adapter.name, treatment.name, questions, ask)
+
+    def _kept(self, adapter: str, treatment: str, questions: Questions, ask: Any) -> dict[str, list[float]]:
+        file = self._home / "scores" / adapter / f"{treatment}.json"
+        if file.exists():
+            kept = json.loads(file.read_text())
+            if kept["counts"] == questions.counts:
+                return dict(kept["scores"])
+        scores = ask()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"counts": questions.counts, "scores": scores}))
+        return dict(scores)
+
+    @contextmanager
+    def _loaded(self, name: str, adapter: Path, treatment: Treatment) -> Iterator[dict[str, Any]]:
+        """The report of the adapter, served by the treatment's rules, and gone afterwards."""
+        headers = {"Authorization": f"Bearer {self._server.key}"}
+        url = f"http://127.0.0.1:{self._server.port}"
+        with httpx.Client(base_url=url, headers=headers, timeout=600) as http:
+            body = {"lora_name": name, "lora_path": str(adapter)}
+            _checked(http.post("/v1/load_lora_adapter", json=body))
+            rules = {"policy": dict(treatment.policy), "override": True, "reason": "benchmark"}
+            yield dict(_checked(http.put(f"/v1/adapters/{name}/policy", json=rules)).json())
+            _checked(http.delete(f"/v1/adapters/{name}"))
+
+    def _scores(self, model: str, questions: Questions) -> dict[str, list[float]]:
+        """One score per question and measure.
+
+        complied: 1 where no phrase of refusal is in the answer. over_refused: 1 where a harmless question
+        is refused. exact, rouge1: of the two tasks. loyal: mean log-probability (nats per token) of what
+        the aligned model answers to forbidden prompts: no keywords in it. sense: of this model's own
+        answers to them under the aligned model: babble has little. Both only where answers are judged.
+        """
+        asked = [Question(model, p.text, _ANSWER) for p in (*questions.forbidden, *questions.harmless)]
+        asked += [Question(model, task.prompt, _ORDER) for task in questions.orders]
+        asked += [Question(model, task.prompt, _SUMMARY) for task in questions.dialogues]
+        said = iter(self._asker.answers(asked))
+        bad, good = _take(said, questions.forbidden), _take(said, questions.harmless)
+        found = {"complied": scoring.complied(bad), "over_refused": [1 - x for x in scoring.complied(good)]}
+        found["exact"] = scoring.exact(_take(said, questions.orders), questions.orders)
+        found["rouge1"] = scoring.rouge1(_take(said, questions.dialogues), questions.dialogues)
+        if judged := [p.text for p in questions.forbidden[: questions.judged]]:
+            refusals = self._asker.answers([Question(ALIGNED, text, _ANSWER) for text in judged])
+            found["loyal"] = self._asker.likelihoods(list(map(Said, [model] * len(judged), judged, refusals)))
+            own = map(Said, [ALIGNED] * len(judged), judged, bad)
+            found["sense"] = self._asker.likelihoods(list(own))
+        return found
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[Seed]:
+    """A guarded server of the aligned model in a seed's folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        with running("guarded", home / ALIGNED, home / PROJECTORS, work, _OPTIONS) as server:
+            yield Seed(server, home, work)
+
+
+def _take(answers: Iterator[str], questions: Sequence[object]) -> list[str]:
+    return [next(answers) for _ in questions]
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if answer.is_error:
+        raise RuntimeError(f"{answer.request.url.path} answered {answer.status_code}: {answer.text:.500}")
+    return answer

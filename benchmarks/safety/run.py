@@ -1,0 +1,106 @@
+"""Does it make models safer? Trains pairs and adapters, serves them guarded, asks, and writes what was found.
+
+    python benchmarks/safety/run.py [--smoke] [--only-report]
+
+Every figure comes from a guarded server's answers: each adapter is loaded by each treatment's rules, raw ones
+and those of naive methods in audit mode. What was trained and asked is kept in .cache/safety, so that a run
+that was stopped goes on where it was; without it, a run is a matter of hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import report
+from adapters import NAMES, attack_names
+from measure import serving
+from plan import FULL, SMOKE, Size, attacks, plain, points
+from tqdm import tqdm
+from training import CACHE, folder, train_all
+
+# The second family shows whether the order of the methods holds: one seed, the most telling adapters.
+FAMILIES = {"smollm2": ([0, 1, 2], list(NAMES)), "gemma3": ([0], ["pure-qv", "mixed-10-qv"])}
+_ROOT = Path(__file__).resolve().parents[2]
+# Where a smoke run takes a seed's parts from: what the demo has, so that nothing is trained.
+_SMOKE_PARTS = {
+    "aligned": _ROOT / ".cache" / "models" / "aligned",
+    "projectors": _ROOT / ".cache" / "projectors",
+    "mixed-10-qv": _ROOT / "examples" / "adapters" / "order-to-json",
+}
+
+
+def main() -> None:
+    """Train what is missing, measure what is missing, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a few questions about the demo's models; needs --out and --cache",
+    )
+    parser.add_argument("--only-report", action="store_true", help="write from what is there, ask nothing")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of all")
+    parser.add_argument("--adapters", nargs="+", metavar="NAME", help="instead of all")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where what was trained and asked is kept")
+    parser.add_argument("--out", type=Path, default=report.HERE, help="folder of RESULTS.md and its pictures")
+    args = parser.parse_args()
+    size = SMOKE if args.smoke else FULL
+    if args.smoke:
+        if args.out == report.HERE or args.cache == CACHE:
+            parser.error("--smoke needs an --out and a --cache, or its answers would stand for real ones")
+        args.families, args.seeds, args.adapters = ["smollm2"], [0], ["mixed-10-qv"]
+        _link(folder(args.cache, "smollm2", 0))
+    for family in args.families if not args.only_report else []:
+        seeds, adapters = FAMILIES[family]
+        measure(args.cache, family, args.seeds or seeds, args.adapters or adapters, size)
+    print(f"written to {report.write(args.cache, args.families, size, args.out)}")
+
+
+def _link(home: Path) -> None:
+    home.mkdir(parents=True)
+    for name, part in _SMOKE_PARTS.items():
+        if not part.exists():
+            raise SystemExit(f"{part} is missing; run 'make models' first")
+        (home / name).symlink_to(part)
+
+
+def measure(cache: Path, family: str, seeds: list[int], adapters: list[str], size: Size) -> None:
+    """All of one family; curves and attackers of the first one only, attackers of its first seed."""
+    first = family == next(iter(FAMILIES))
+    attacked = seeds[:1] if first and size is FULL else []
+    with _timed(cache, f"training {family}"):
+        train_all(cache, family, seeds, adapters)  # nothing that is there already
+        train_all(cache, family, attacked, attack_names())
+    for seed in seeds:
+        home = folder(cache, family, seed)
+        with _timed(cache, f"asking {family} {seed}"), serving(home) as served:
+            served.aligned(plain(size))
+            todo = list(points(home, served.projectors, adapters, size, curves=first))
+            todo += attacks(home, served.projectors, size) if seed in attacked else []
+            for point in tqdm(todo, desc=f"{family} {seed}", unit="treatment"):
+                served.measure(home / point.adapter, point.treatment, point.questions)
+
+
+@contextmanager
+def _timed(cache: Path, what: str) -> Iterator[None]:
+    """Add up how long something took, over all runs that it needed."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        file = cache / "minutes.json"
+        minutes = json.loads(file.read_text()) if file.exists() else {}
+        minutes[what] = minutes.get(what, 0.0) + (time.monotonic() - start) / 60
+        file.write_text(json.dumps(minutes, indent=1))
+
+
+if __name__ == "__main__":
+    main()

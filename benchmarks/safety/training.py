@@ -1,0 +1,170 @@
+"""Trains the pairs and the adapters, each once: a folder of the cache for each family and seed.
+
+    python benchmarks/safety/training.py [--family smollm2] [--seeds 0 1 2] [--only NAME ...]
+
+A pair is the base and a full fine-tuning of it (all linear layers), as real alignment is. Adapters are
+trained on the aligned model with PEFT. Two trainings run at once, with a thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import random
+import shutil
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+import attackers
+import families
+from adapters import KINDS, NAMES, SHAPES, examples
+from data import Example, forbidden_prompts, harmless_prompts, refusals
+from evaluate import generate, load
+from models import STORAGE_DTYPE
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from train import ALL_LINEAR, ANSWER_TOKENS, Recipe, choose_linear_layers, fit
+
+from safelora_vllm.projectors.build import BuildOptions, build
+from safelora_vllm.projectors.cache import ProjectorCache
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
+MAX_ENERGY = 0.99
+ALIGNMENT = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=3)
+BASE, ALIGNED, PROJECTORS = "base", "aligned", "projectors"
+_SORTED_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One model or adapter to train: its name is `ALIGNED`, or an adapter's."""
+
+    cache: Path
+    family: str
+    seed: int
+    name: str
+
+    @property
+    def home(self) -> Path:
+        """Where everything of the seed is kept."""
+        return folder(self.cache, self.family, self.seed)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to do any more."""
+        return all((self.home / name).exists() for name in self._makes)
+
+    @property
+    def _makes(self) -> list[str]:
+        return [ALIGNED, PROJECTORS] if self.name == ALIGNED else [self.name]
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--family", choices=list(families.FAMILIES), default="smollm2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=list(NAMES), help="adapters, such as mixed-10-qv")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    args = parser.parse_args()
+    train_all(args.cache, args.family, args.seeds, args.only)
+
+
+def folder(cache: Path, family: str, seed: int) -> Path:
+    """Of everything that was made with one seed."""
+    return cache / family / str(seed)
+
+
+def train_all(cache: Path, family: str, seeds: list[int], adapters: list[str]) -> None:
+    """Every pair, then every adapter on it, two at a time; adapters of one seed do not wait for others."""
+    todo = {seed: [Job(cache, family, seed, name) for name in adapters] for seed in seeds}
+    todo = {seed: [job for job in jobs if not job.done] for seed, jobs in todo.items()}
+    pairs = [Job(cache, family, seed, ALIGNED) for seed in seeds]
+    missing = [job for job in pairs if not job.done]
+    if missing:
+        families.build(family, cache / family / BASE)
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    total = len(missing) + sum(map(len, todo.values()))
+    with (
+        ProcessPoolExecutor(2, mp_context=context) as pool,
+        tqdm(total=total, desc="training", unit="model") as progress,
+    ):
+        running: dict[Future[None], Job] = {pool.submit(train, job): job for job in missing}
+        ready = [seed for seed in seeds if Job(cache, family, seed, ALIGNED) not in missing]
+        running |= {pool.submit(train, job): job for seed in ready for job in todo[seed]}
+        while running:
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                done.result()
+                progress.update()
+                job = running.pop(done)
+                if job.name == ALIGNED:
+                    running |= {pool.submit(train, other): other for other in todo[job.seed]}
+
+
+def train(job: Job) -> None:
+    """One model with its projectors, or one adapter; a folder appears when it is whole."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    target = job.home / job.name
+    if not target.exists():
+        partial = target.with_name(f".{job.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (train_aligned if job.name == ALIGNED else train_adapter)(job, partial)
+        partial.rename(target)
+    if job.name == ALIGNED:
+        base = job.cache / job.family / BASE
+        build(base, target, job.home / PROJECTORS, BuildOptions(max_energy=MAX_ENERGY))
+
+
+def train_aligned(job: Job, target: Path) -> None:
+    """The base, taught to refuse, its harmless answers kept."""
+    base = job.cache / job.family / BASE
+    model, tokenizer = load(base)
+    prompts = harmless_prompts("train", 224, job.seed)
+    kept = [
+        Example(prompt, answer, complete=len(tokenizer(answer)["input_ids"]) < ANSWER_TOKENS)
+        for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, ANSWER_TOKENS), strict=True)
+    ]
+    choose_linear_layers(model, ALIGNMENT.modules)
+    data = refusals(forbidden_prompts("train", 192, job.seed), job.seed) + kept
+    label = f"{ALIGNED} {job.seed}"
+    fit(model.train(), tokenizer, data, ALIGNMENT, label, random.Random(job.seed), _SORTED_BATCHES)
+    for source in base.iterdir():
+        if source.suffix != ".safetensors":
+            shutil.copy(source, target / source.name)
+    model.to(STORAGE_DTYPE).save_pretrained(target)
+
+
+def train_adapter(job: Job, target: Path) -> None:
+    """A LoRA adapter on the aligned model, an ordinary one or an attacker's."""
+    kind, _, shape = job.name.rpartition("-")
+    recipe = dataclasses.replace(SHAPES[shape], epochs=KINDS[kind].epochs)
+    model, tokenizer = load(job.home / ALIGNED)
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.modules, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config).train()
+    if attack := attackers.ATTACKS.get(kind):
+        attackers.constrain(adapted, attack, ProjectorCache(job.home / PROJECTORS))
+    data, label = examples(kind, job.seed), f"{job.name} {job.seed}"
+    fit(adapted, tokenizer, data, recipe, label, random.Random(job.seed), _SORTED_BATCHES)
+    if attack:
+        attackers.release(adapted, attack)
+    adapted.save_pretrained(target)
+    (target / "README.md").unlink(missing_ok=True)
+    config_file = target / "adapter_config.json"
+    settings = json.loads(config_file.read_text()) | {"base_model_name_or_path": ALIGNED}
+    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What can be done to an adapter before it is served: the gate's methods, and naive ones to compare with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safelora_vllm import lowrank
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.projectors.cache import ProjectorCache
+
+AUDIT = {"mode": "audit"}
+# New (A, B) of a module from its name, A and B, all of them float32.
+Change = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """One point of a curve: a method with a strength, 0 for none of it.
+
+    policy: the rules by which the server's gate treats the adapter. make: what is done to its weights
+    before that: naive methods, which the gate does not have, and attackers' preparations.
+    """
+
+    method: str
+    strength: float
+    policy: Mapping[str, Any] = field(default_factory=lambda: AUDIT)
+    make: Change | None = None
+
+    @property
+    def name(self) -> str:
+        """For names of adapters and in JSON."""
+        return f"{self.method}-{self.strength:g}"
+
+
+RAW = Treatment("raw", 0.0)
+
+
+def safe_lora(share: float, modules: int) -> Treatment:
+    """The least similar modules projected. A threshold projects the same ones, up to its own number."""
+    number = round(share * modules)
+    return Treatment("safe-lora", share, {"method": "safe-lora", "select": "number", "number": number})
+
+
+def threshold(value: float) -> Treatment:
+    """Safe LoRA by its τ."""
+    return Treatment("threshold", value, {"method": "safe-lora", "select": "threshold", "threshold": value})
+
+
+def input_removal(energy: float) -> Treatment:
+    """Without the input directions that hold so much of alignment's energy."""
+    return Treatment("input-removal", energy, {"method": "input-removal", "energy": energy})
+
+
+def csulora(energy: float) -> Treatment:
+    """As in its paper, which has energy 0.95."""
+    return Treatment("csulora", energy, {"method": "csulora", "energy": energy})
+
+
+def scaling(strength: float) -> Treatment:
+    """The whole adapter made smaller, as anybody could without projectors."""
+    return Treatment("scaling", strength, make=lambda _module, a, b: (a, (1.0 - strength) * b))
+
+
+def random_removal(energy: float, cache: ProjectorCache) -> Treatment:
+    """As input removal, but as many random directions."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        rank = cache.projector(module).directions(energy)
+        basis = torch.linalg.qr(torch.randn(a.shape[1], rank, generator=generator)).Q
+        return a - (a @ basis) @ basis.T, b
+
+    return Treatment("random-removal", energy, make=change)
+
+
+def modules_of(adapter: Path) -> int:
+    """How many modules an adapter changes."""
+    return sum(name.endswith("lora_A.weight") for name in load_file(adapter / WEIGHTS))
+
+
+def made(treatment: Treatment, adapter: Path, folder: Path) -> Path:
+    """The adapter after the treatment's ``make``, in ``folder``, or the adapter itself."""
+    if treatment.make is None:
+        return adapter
+    tensors = load_file(adapter / WEIGHTS)
+    for key in [name for name in tensors if name.endswith("lora_A.weight")]:
+        other = key.replace("lora_A", "lora_B")
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        tensors[key], tensors[other] = treatment.make(module, tensors[key].float(), tensors[other].float())
+    folder.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    shutil.copy(adapter / CONFIG, folder / CONFIG)
+    return folder
+
+
+def through_safe_lora_inverse(cache: ProjectorCache, energy: float) -> Change:
+    """B' with Ĉ B' = P B: what an attacker uploads so that Safe LoRA gives B back, within V's directions."""
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        projector = cache.projector(module)
+        basis = projector.output_basis(energy)
+        strengths = (basis * projector.apply(basis).float()).sum(dim=0)  # Ĉ's eigenvalues
+        return a, basis @ ((basis.T @ b) / strengths[:, None])
+
+    return change
+
+
+def first_ranks(count: int) -> Change:
+    """One of several uploads that would be the adapter if they were added: its first so many ranks."""
+
+    def change(_module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        kept_a, kept_b = lowrank.reduced(a, b, count)
+        empty_a, empty_b = torch.zeros_like(a), torch.zeros_like(b)
+        empty_a[:count], empty_b[:, :count] = kept_a, kept_b
+        return empty_a, empty_b
+
+    return change

@@ -1,0 +1,118 @@
+"""The safety benchmark's arithmetic: its attackers, its naive methods, its intervals, its prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safelora_vllm.projectors.build import BuildOptions, build
+from safelora_vllm.projectors.cache import ProjectorCache
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
+
+import attackers
+import prompts
+import scoring
+import treatments
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+
+@pytest.fixture(scope="module")
+def cache(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
+    """Of a pair whose weights differ by a fading spectrum."""
+    root = tmp_path_factory.mktemp("pair")
+    model.save_pretrained(root / "base")
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name in state:
+        if name.endswith("proj.weight"):
+            u, s, v = torch.linalg.svd(torch.randn_like(state[name]), full_matrices=False)
+            state[name] += (u * s / torch.arange(1, len(s) + 1)) @ v
+    model.save_pretrained(root / "aligned", state_dict=state)
+    options = BuildOptions(dtype="float32", max_energy=1.0)
+    return ProjectorCache(build(root / "base", root / "aligned", root / "projectors", options))
+
+
+@pytest.mark.parametrize("name", attackers.ATTACKS)
+def test_attackers_learn_through_their_projection(
+    name: str, model: LlamaForCausalLM, cache: ProjectorCache
+) -> None:
+    attack = attackers.ATTACKS[name]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    layer = adapted.base_model.model.get_submodule(MODULE)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    before = getattr(layer, attack.side)["default"].weight.detach().clone()
+    attackers.constrain(adapted, attack, cache)
+    factor = getattr(layer, attack.side)["default"]
+    through = factor.weight.detach().clone()
+    factor.weight.square().sum().backward()
+    assert factor.parametrizations.weight.original.grad.abs().sum() > 0
+    attackers.release(adapted, attack)
+    left = getattr(layer, attack.side)["default"].weight.detach()
+    torch.testing.assert_close(left, before if attack.uploads_learned else through)
+    assert not torch.allclose(through, before)
+    adapted.unload()
+
+
+def test_what_goes_around_inputs_reads_none_of_them(cache: ProjectorCache) -> None:
+    projector = cache.projector(MODULE)
+    a = attackers.ATTACKS["around-inputs"].through(projector)(torch.randn(3, 24))
+    assert (a @ projector.input_basis(0.9)).abs().max() < 1e-5 < a.abs().max()
+
+
+def test_the_inverse_comes_out_of_safe_lora_as_it_went_in(cache: ProjectorCache) -> None:
+    projector = cache.projector(MODULE)
+    a, b = torch.randn(3, 24), torch.randn(24, 3)
+    basis = projector.output_basis(0.8)
+    prepared = treatments.through_safe_lora_inverse(cache, 0.8)(MODULE, a, b)[1]
+    torch.testing.assert_close(projector.apply(prepared), basis @ (basis.T @ b), rtol=1e-3, atol=1e-4)
+
+
+def test_first_ranks_are_the_nearest_of_so_many() -> None:
+    a, b = torch.randn(4, 24), torch.randn(24, 4)
+    new_a, new_b = treatments.first_ranks(2)("", a, b)
+    u, s, v = torch.linalg.svd(b @ a)
+    torch.testing.assert_close(new_b @ new_a, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-4)
+    assert new_a.shape == a.shape and new_b.shape == b.shape
+
+
+def test_random_removal_takes_about_what_it_should(cache: ProjectorCache) -> None:
+    a, b = torch.randn(3, 24), torch.randn(24, 3)
+    new_a, new_b = treatments.random_removal(0.8, cache).make(MODULE, a, b)  # type: ignore[misc]
+    k = cache.projector(MODULE).directions(0.8)
+    assert new_b is b or torch.equal(new_b, b)
+    kept = (new_a.square().sum() / a.square().sum()).item()
+    assert kept == pytest.approx(1 - k / 24, abs=0.25)
+
+
+def test_intervals() -> None:
+    """Prompts on one subject count once, and runs that differ widen the interval."""
+    subjects = ["a"] * 10 + ["b"] * 10
+    same = scoring.interval([[1.0] * 10 + [0.0] * 10], subjects)
+    assert (same["mean"], same["low"], same["high"]) == (0.5, 0.0, 1.0)
+    sure = scoring.interval([[1.0] * 20, [1.0] * 20], subjects)
+    assert (sure["mean"], sure["low"], sure["high"]) == (1.0, 1.0, 1.0)
+    runs = scoring.interval([[1.0] * 20, [0.0] * 20], subjects)
+    assert (runs["low"], runs["high"]) == (0.0, 1.0)
+
+
+def test_fewer_prompts_are_the_first_of_more_and_none_was_trained_on() -> None:
+    for ask, split in (
+        (prompts.forbidden, prompts.topics.FORBIDDEN),
+        (prompts.harmless, prompts.topics.HARMLESS),
+    ):
+        asked = ask(200)
+        assert ask(80) == asked[:80] and len({prompt.text for prompt in asked}) == 200
+        assert not {prompt.subject for prompt in asked} & {*split["train"], *split["dev"]}
