@@ -48,7 +48,7 @@ def build_base(target: Path) -> Path:
 
 def build_from_gguf(target: Path, file: Callable[[], Path]) -> Path:
     """Writes the model of a GGUF file, which is looked for only now, as a Hugging Face model folder."""
-    return build_once(target, lambda folder: _write_plain(file(), folder))
+    return _build_once(target, lambda folder: _write_plain(file(), folder))
 
 
 def build_aligned(base: Path, target: Path, adapter: Path = ADAPTERS / "alignment") -> Path:
@@ -61,7 +61,7 @@ def build_aligned(base: Path, target: Path, adapter: Path = ADAPTERS / "alignmen
         merged = merge(load_file(base / WEIGHTS), adapter)
         save_file(merged, folder / WEIGHTS, metadata={"format": "pt"})
 
-    return build_once(target, write)
+    return _build_once(target, write)
 
 
 def merge(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def _write_plain(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_once(target: Path, write: Callable[[Path], None]) -> Path:
+def _build_once(target: Path, write: Callable[[Path], None]) -> Path:
     """Calls `write` on a temporary folder and renames it, so that `target` is whole or absent."""
     if target.exists():
         return target

@@ -6,20 +6,16 @@ is what was trained. The projection stands in the adapter while it learns, and g
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-sys.path.append(str(Path(__file__).resolve().parent))
-
 from safelora_vllm.projectors.cache import Projector, ProjectorCache
 
-# A factor as it is used, from a factor as it is learned; and back from the first to what is uploaded.
+# A factor as it is used, from a factor as it is learned.
 Through = Callable[[Tensor], Tensor]
 
 
