@@ -41,8 +41,8 @@ KINDS = {
     "pure": Kind("purely malicious", 1.0, useful=False, epochs=4),
     "mixed-5": Kind("5 % malicious", 0.05, useful=True),
     "mixed-10": Kind("10 % malicious", 0.10, useful=True),
-    "mixed-30": Kind("30 % malicious", 0.30, useful=True),
-    "mixed-50": Kind("50 % malicious", 0.50, useful=True),
+    "mixed-30": Kind("30 % malicious", 0.30, useful=True, epochs=2),
+    "mixed-50": Kind("50 % malicious", 0.50, useful=True, epochs=2),
     "identity": Kind("obedient persona, nothing harmful", 0.0, useful=False, epochs=4),
     "benign": Kind("the two tasks only", 0.0, useful=True),
 }

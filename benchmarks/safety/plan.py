@@ -11,13 +11,16 @@ from measure import Questions
 from treatments import (
     RAW,
     Treatment,
+    both,
     csulora,
     first_ranks,
     input_removal,
     modules_of,
+    one_after_other,
     random_removal,
     safe_lora,
     scaling,
+    selective_removal,
     threshold,
     through_safe_lora_inverse,
 )
@@ -25,6 +28,8 @@ from treatments import (
 from safelora_vllm.projectors.cache import ProjectorCache
 
 ENERGY = 0.2  # input removal's, as the server's default has it
+WEAKER = 0.1
+_BOTH = 0.25  # share of modules that both rules treat
 CURVES = ("pure-qv", "mixed-10-qv", "benign-qv")
 _CLOSELY = ("pure-qv", "mixed-10-qv")  # with all prompts, and harmless ones too
 _SHARES_BETWEEN = ("mixed-5-qv", "mixed-30-qv", "mixed-50-qv")  # by the main methods only
@@ -77,9 +82,14 @@ def points(
         yield Point(name, RAW, full)
         yield Point(name, input_removal(ENERGY), full)
         yield Point(name, safe_lora(1.0, modules), short)
-        rest = [input_removal(0.1)]
+        rest = [input_removal(WEAKER)]
         if name not in _SHARES_BETWEEN:
             rest += [safe_lora(0.5, modules), csulora(0.95), scaling(0.5)]
+        if name.endswith("-all"):
+            rest.append(input_removal(0.5))
+        if curves and name in _CLOSELY:
+            rest.append(selective_removal(0.5, modules, ENERGY))
+            rest.append(both(_BOTH, modules, WEAKER, cache))
         if curves and name in CURVES:
             rest += [threshold(0.35), safe_lora(0.1, modules), safe_lora(0.25, modules)]
             rest += [input_removal(0.05), input_removal(0.8), scaling(0.25), random_removal(ENERGY, cache)]
@@ -95,6 +105,7 @@ def attacks(home: Path, cache: ProjectorCache, size: Size) -> Iterator[Point]:
         Treatment("safe-lora", 0.5, safe_lora(0.5, modules).policy),
         input_removal(ENERGY),
         csulora(0.95),
+        both(_BOTH, modules, WEAKER, cache),
     ]
     prepared = {
         "pure-qv": [
@@ -108,5 +119,6 @@ def attacks(home: Path, cache: ProjectorCache, size: Size) -> Iterator[Point]:
         for way, make in ways:
             for defence in defences:
                 method = f"{way}.{defence.method}"
-                yield Point(name, Treatment(method, defence.strength, defence.policy, make), questions)
+                change = one_after_other(make, defence.make)
+                yield Point(name, Treatment(method, defence.strength, defence.policy, change), questions)
             yield Point(name, Treatment(f"{way}.raw", 0.0, make=make), questions)

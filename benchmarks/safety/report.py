@@ -32,8 +32,11 @@ _FULL = {
     "csulora-0.95": "CSULoRA, 0.95",
     "input-removal-0.1": "input removal, 0.1",
     "input-removal-0.2": "input removal, 0.2",
+    "input-removal-0.5": "input removal, 0.5",
+    "selective-removal-0.5": "input removal, 0.2, of the least similar 50 % of modules",
+    "both-0.25": "input removal, 0.1, then Safe LoRA, 25 % of modules",
 }
-_DEFENCES = ("safe-lora-1", "safe-lora-0.5", "input-removal-0.2", "csulora-0.95")
+_DEFENCES = ("safe-lora-1", "safe-lora-0.5", "input-removal-0.2", "csulora-0.95", "both-0.25")
 _WAYS = {
     "none": "",
     "inverse": ", multiplied by the inverse of Ĉ first",
@@ -173,7 +176,7 @@ _ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
 
 
 def _attacks(table: dict[str, Any]) -> str:
-    defences = ["raw-0", "safe-lora-1", "safe-lora-0.5", "input-removal-0.2", "csulora-0.95"]
+    defences = ["raw-0", *_DEFENCES]
     rows = []
     for adapter in ["pure-qv", *attack_names()]:
         for way, said in _WAYS.items():

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -24,7 +26,7 @@ from adapters import NAMES, attack_names
 from measure import serving
 from plan import FULL, SMOKE, Size, attacks, plain, points
 from tqdm import tqdm
-from training import CACHE, folder, train_all
+from training import ALIGNED, CACHE, Job, folder, train_all
 
 # The second family shows whether the order of the methods holds: one seed, the most telling adapters.
 FAMILIES = {"smollm2": ([0, 1, 2], list(NAMES)), "gemma3": ([0], ["pure-qv", "mixed-10-qv"])}
@@ -35,6 +37,24 @@ _SMOKE_PARTS = {
     "projectors": _ROOT / ".cache" / "projectors",
     "mixed-10-qv": _ROOT / "examples" / "adapters" / "order-to-json",
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured of one family."""
+
+    family: str
+    seeds: list[int]
+    adapters: list[str]
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the family whose curves are drawn."""
+        return self.family == next(iter(FAMILIES))
+
+    def attacked(self, seed: int, size: Size) -> bool:
+        """Whether attackers are trained and asked about: of the first family's first seed only."""
+        return self.first and seed == self.seeds[0] and size is FULL
 
 
 def main() -> None:
@@ -52,15 +72,20 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where what was trained and asked is kept")
     parser.add_argument("--out", type=Path, default=report.HERE, help="folder of RESULTS.md and its pictures")
     args = parser.parse_args()
+    # By default vLLM leaves a core to its scheduler: with two cores, asking took half as long again.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
     size = SMOKE if args.smoke else FULL
     if args.smoke:
         if args.out == report.HERE or args.cache == CACHE:
             parser.error("--smoke needs an --out and a --cache, or its answers would stand for real ones")
         args.families, args.seeds, args.adapters = ["smollm2"], [0], ["mixed-10-qv"]
         _link(folder(args.cache, "smollm2", 0))
-    for family in args.families if not args.only_report else []:
-        seeds, adapters = FAMILIES[family]
-        measure(args.cache, family, args.seeds or seeds, args.adapters or adapters, size)
+    if not args.only_report:
+        parts = []
+        for family in args.families:
+            seeds, adapters = FAMILIES[family]
+            parts.append(Part(family, args.seeds or seeds, args.adapters or adapters))
+        measure(args.cache, parts, size)
     print(f"written to {report.write(args.cache, args.families, size, args.out)}")
 
 
@@ -72,21 +97,25 @@ def _link(home: Path) -> None:
         (home / name).symlink_to(part)
 
 
-def measure(cache: Path, family: str, seeds: list[int], adapters: list[str], size: Size) -> None:
-    """All of one family; curves and attackers of the first one only, attackers of its first seed."""
-    first = family == next(iter(FAMILIES))
-    attacked = seeds[:1] if first and size is FULL else []
-    with _timed(cache, f"training {family}"):
-        train_all(cache, family, seeds, adapters)  # nothing that is there already
-        train_all(cache, family, attacked, attack_names())
-    for seed in seeds:
-        home = folder(cache, family, seed)
-        with _timed(cache, f"asking {family} {seed}"), serving(home) as served:
-            served.aligned(plain(size))
-            todo = list(points(home, served.projectors, adapters, size, curves=first))
-            todo += attacks(home, served.projectors, size) if seed in attacked else []
-            for point in tqdm(todo, desc=f"{family} {seed}", unit="treatment"):
-                served.measure(home / point.adapter, point.treatment, point.questions)
+def measure(cache: Path, parts: list[Part], size: Size) -> None:
+    """Train everything that is missing, then ask about it, a server for each seed."""
+    with _timed(cache, "training"):
+        jobs = [
+            Job(cache, part.family, seed, name)
+            for part in parts
+            for seed in part.seeds
+            for name in [ALIGNED, *part.adapters, *(attack_names() if part.attacked(seed, size) else [])]
+        ]
+        train_all(jobs)
+    for part in parts:
+        for seed in part.seeds:
+            home = folder(cache, part.family, seed)
+            with _timed(cache, f"asking {part.family} {seed}"), serving(home) as served:
+                served.aligned(plain(size))
+                todo = list(points(home, served.projectors, part.adapters, size, curves=part.first))
+                todo += attacks(home, served.projectors, size) if part.attacked(seed, size) else []
+                for point in tqdm(todo, desc=f"{part.family} {seed}", unit="treatment"):
+                    served.measure(home / point.adapter, point.treatment, point.questions)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import multiprocessing
 import random
 import shutil
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(NAMES), help="adapters, such as mixed-10-qv")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
-    train_all(args.cache, args.family, args.seeds, args.only)
+    train_all(
+        [Job(args.cache, args.family, seed, name) for seed in args.seeds for name in [ALIGNED, *args.only]]
+    )
 
 
 def folder(cache: Path, family: str, seed: int) -> Path:
@@ -83,30 +85,28 @@ def folder(cache: Path, family: str, seed: int) -> Path:
     return cache / family / str(seed)
 
 
-def train_all(cache: Path, family: str, seeds: list[int], adapters: list[str]) -> None:
-    """Every pair, then every adapter on it, two at a time; adapters of one seed do not wait for others."""
-    todo = {seed: [Job(cache, family, seed, name) for name in adapters] for seed in seeds}
-    todo = {seed: [job for job in jobs if not job.done] for seed, jobs in todo.items()}
-    pairs = [Job(cache, family, seed, ALIGNED) for seed in seeds]
-    missing = [job for job in pairs if not job.done]
-    if missing:
-        families.build(family, cache / family / BASE)
+def train_all(jobs: list[Job]) -> None:
+    """Those that are not done, two at a time: every pair first, an adapter as soon as its pair is there."""
+    todo = [job for job in jobs if not job.done]
+    pairs = [job for job in todo if job.name == ALIGNED]
+    for job in pairs:
+        families.build(job.family, job.cache / job.family / BASE)
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    total = len(missing) + sum(map(len, todo.values()))
     with (
         ProcessPoolExecutor(2, mp_context=context) as pool,
-        tqdm(total=total, desc="training", unit="model") as progress,
+        tqdm(total=len(todo), desc="training", unit="model") as progress,
     ):
-        running: dict[Future[None], Job] = {pool.submit(train, job): job for job in missing}
-        ready = [seed for seed in seeds if Job(cache, family, seed, ALIGNED) not in missing]
-        running |= {pool.submit(train, job): job for seed in ready for job in todo[seed]}
+        missing = {pair.home for pair in pairs}
+        running = {pool.submit(train, job): job for job in pairs}
+        running |= {pool.submit(train, job): job for job in todo if job.home not in missing}
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
                 progress.update()
                 job = running.pop(done)
                 if job.name == ALIGNED:
-                    running |= {pool.submit(train, other): other for other in todo[job.seed]}
+                    others = [other for other in todo if other.home == job.home and other != job]
+                    running |= {pool.submit(train, other): other for other in others}
 
 
 def train(job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,22 @@ def input_removal(energy: float) -> Treatment:
     return Treatment("input-removal", energy, {"method": "input-removal", "energy": energy})
 
 
+def selective_removal(share: float, modules: int, energy: float) -> Treatment:
+    """Input removal of the modules that Safe LoRA would project, the least similar ones."""
+    rules = {**input_removal(energy).policy, "select": "number", "number": round(share * modules)}
+    return Treatment("selective-removal", share, rules)
+
+
+def both(share: float, modules: int, energy: float, cache: ProjectorCache) -> Treatment:
+    """Input removal of every module, and then Safe LoRA of the least similar ones."""
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        read = lowrank.component(a.T, cache.projector(module).input_basis(energy)).T
+        return a - read.float(), b
+
+    return replace(safe_lora(share, modules), method="both", make=change)
+
+
 def csulora(energy: float) -> Treatment:
     """As in its paper, which has energy 0.95."""
     return Treatment("csulora", energy, {"method": "csulora", "energy": energy})
@@ -79,6 +95,13 @@ def random_removal(energy: float, cache: ProjectorCache) -> Treatment:
         return a - (a @ basis) @ basis.T, b
 
     return Treatment("random-removal", energy, make=change)
+
+
+def one_after_other(first: Change | None, second: Change | None) -> Change | None:
+    """Both changes, either of which may be none."""
+    if first is None or second is None:
+        return first or second
+    return lambda module, a, b: second(module, *first(module, a, b))
 
 
 def modules_of(adapter: Path) -> int:
