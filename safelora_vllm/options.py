@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
-from safelora_vllm.policy import METHOD_NAMES, MODES, SELECTIONS, Policy
+from safelora_vllm.policy import DEFAULT_ENERGY, METHOD_NAMES, MODES, SELECTIONS, Policy
 
 _DEFAULT = Policy()
 UNITS = {
@@ -58,7 +58,7 @@ def add_projection_options(parser: argparse.ArgumentParser) -> argparse._Argumen
         type=float,
         metavar="E",
         help="share of the alignment's energy whose directions --method input-removal removes, or "
-        f"--method csulora keeps; default: {_DEFAULT.energy}",
+        f"--method csulora keeps; default: {_DEFAULT.energy}, csulora {DEFAULT_ENERGY['csulora']}",
     )
     return group
 

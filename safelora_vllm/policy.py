@@ -15,11 +15,13 @@ from safelora_vllm.errors import PolicyError
 METHOD_NAMES = ("safe-lora", "input-removal", "csulora")
 SELECTIONS = ("threshold", "number", "all")
 MODES = ("enforce", "audit")
+DEFAULT_ENERGY = {"input-removal": 0.2, "safe-lora": 0.2, "csulora": 0.95}
 _RANGES = (
     ("threshold", -1.0, 1.0),
     ("energy", 0.0, 1.0),
     ("max_relative_norm", 0.0, sys.float_info.max),
 )
+_METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
 # Fields that only mean something together with one of another field's values.
 _CONDITIONS = {
     "threshold": ("select", ("threshold",)),
@@ -40,7 +42,7 @@ class Policy:
     threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
     number: the paper's K.
     energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and R).
-        CSULoRA's paper has 0.95.
+        Default: 0.2; for csulora 0.95, as in its paper.
     max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused. It is the
         defence against an adapter that was multiplied up so that the projection is undone.
     mode: ``enforce``, or ``audit``, which serves the adapter unprojected and only reports.
@@ -50,7 +52,7 @@ class Policy:
     select: str = ""
     threshold: float = 0.35
     number: int = 10
-    energy: float = 0.2
+    energy: float = _METHODS_OWN
     max_relative_norm: float = 1.0
     mode: str = "enforce"
 
@@ -59,6 +61,8 @@ class Policy:
         if not self.select:
             default = "threshold" if self.method == "safe-lora" else "all"
             object.__setattr__(self, "select", default)
+        if self.energy is _METHODS_OWN:
+            object.__setattr__(self, "energy", DEFAULT_ENERGY[self.method])
         _one_of("select", self.select, SELECTIONS)
         _one_of("mode", self.mode, MODES)
         for field, low, high in _RANGES:
@@ -93,8 +97,8 @@ class Policy:
             PolicyError: unknown fields, or values out of range.
         """
         base = dataclasses.asdict(self)
-        if values.get("method", self.method) != self.method and "select" not in values:
-            base["select"] = ""  # each method has its own default
+        if values.get("method", self.method) != self.method:
+            base |= {"select": "", "energy": _METHODS_OWN}  # each method has its own defaults
         return Policy.from_mapping({**base, **values})
 
     def check_effective(self, given: Iterable[str]) -> None:

@@ -38,11 +38,14 @@ def test_safe_loras_defaults_are_the_papers() -> None:
     assert (paper.select, paper.threshold, paper.number) == ("threshold", 0.35, 10)
 
 
-def test_another_method_has_its_own_modules_unless_they_are_given() -> None:
+def test_another_method_has_its_own_defaults_unless_they_are_given() -> None:
     safe = Policy().with_values({"method": "safe-lora"})
     assert safe == Policy(method="safe-lora") and safe.select == "threshold"
     assert safe.with_values({"method": "input-removal"}) == Policy()
     assert safe.with_values({"method": "csulora", "select": "number"}).select == "number"
+    assert Policy(energy=0.5).with_values({"method": "csulora"}).energy == 0.95
+    assert Policy(method="csulora").with_values({"method": "input-removal"}).energy == Policy().energy == 0.2
+    assert Policy(method="csulora", energy=0.5).with_values({"mode": "audit"}).energy == 0.5
     chosen = Policy(method="safe-lora", select="all")
     assert chosen.with_values({"threshold": 0.5}).select == "all"
 

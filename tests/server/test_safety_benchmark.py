@@ -28,7 +28,8 @@ def test_results(out: Path) -> None:
     table = json.loads((out / "results.json").read_text())["families"]["smollm2"][ADAPTER]
     methods = {name.rpartition("-")[0] for name in table}
     assert methods == {
-        "raw", "safe-lora", "threshold", "input-removal", "csulora", "scaling", "random-removal"
+        "raw", "safe-lora", "threshold", "input-removal", "selective-removal", "both", "csulora", "scaling",
+        "random-removal",
     }  # fmt: skip
     raw, off = table["raw-0"], table["safe-lora-1"]
     assert raw["exact"]["mean"] == 1.0 > off["exact"]["mean"]
