@@ -32,10 +32,10 @@ from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import PublishedStore, RawStore
 
 logger = logging.getLogger("vllm.safelora.gate")
-_FORMAT = 3  # raise it when the same input would be published as other bytes
-# ‖BA‖² over Σ_k ‖b_k‖²‖a_k‖²: about 1 and more for trained adapters. Rounding to bfloat16 moves a delta by
-# 2⁻⁹ of the root of the latter, so at this bound by at most 2⁻⁹/√1e-3 = 6 % of its norm.
-_MIN_COHERENCE = 1e-3
+_FORMAT = 4  # raise it when the same input would be published as other bytes
+# ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
+# delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
+_MIN_COHERENCE = 1.5e-3
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ def gram(a: Tensor) -> Tensor:
 class Products(NamedTuple):
     """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²``, and what X and Y would have if no two ranks met.
 
-    A spread is ``Σ_k ‖x_k‖² ‖a_k‖²`` over the ranks k. It is zero only where every rank is zero, and much
-    larger than the norm only where ranks cancel each other.
+    A spread is ``(Σ_k ‖x_k‖ ‖a_k‖)²`` over the ranks k, what the product would have if all ranks were one. It
+    is zero only where every rank is zero; for unrelated ranks r times the product's, and far more where they
+    cancel each other.
     """
 
     xx: float
@@ -43,16 +44,16 @@ def products(x: Tensor, y: Tensor, g: Tensor) -> Products:
     stacked = torch.cat([x.to(torch.float64), y.to(torch.float64)], dim=1)
     blocks = (stacked.T @ stacked).view(2, rank, 2, rank).transpose(1, 2)
     terms = blocks * g
-    sums, spreads = terms.sum(dim=(2, 3)), terms.diagonal(dim1=2, dim2=3).sum(dim=2)
+    sums, spreads = terms.sum(dim=(2, 3)), terms.diagonal(dim1=2, dim2=3).abs().sqrt().sum(dim=2) ** 2
     xx, xy, _, yy, x_spread, _, _, y_spread = torch.cat([sums.flatten(), spreads.flatten()]).tolist()
     return Products(max(xx, 0.0), xy, max(yy, 0.0), x_spread, y_spread)
 
 
 def coherence(norm_squared: float, spread: float) -> float:
-    """``‖X A‖² / Σ_k ‖x_k‖² ‖a_k‖²``: about 1 for unrelated ranks, 0 where they cancel, 1 for nothing.
+    """``‖X A‖² / (Σ_k ‖x_k‖ ‖a_k‖)²``: 1/r for unrelated ranks, 0 where they cancel, 1 for nothing.
 
     What cancels in one arithmetic does not in another: the rounding of the factors, and of activations
-    between them, is relative to the spread, not to the norm.
+    between them, is relative to the spread, not to the norm, and an author can make its errors add up.
     """
     return norm_squared / spread if spread != 0.0 else 1.0
 

@@ -43,8 +43,8 @@ class Policy:
     number: the paper's K.
     energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and R).
         Default: 0.2; for csulora 0.95, as in its paper.
-    max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused. It is the
-        defence against an adapter that was multiplied up so that the projection is undone.
+    max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused: a bound on
+        how far one can be multiplied up so that what the projection leaves is enough.
     mode: ``enforce``, or ``audit``, which serves the adapter unprojected and only reports.
     """
 
@@ -143,6 +143,19 @@ class Policy:
         if self.select == "threshold":
             return self.threshold >= other.threshold
         return self.number >= other.number
+
+    def tightened(self, other: Policy) -> Policy:
+        """This policy, with what of ``other`` is stricter and has the same meaning here."""
+        stricter: dict[str, Any] = {"max_relative_norm": min(self.max_relative_norm, other.max_relative_norm)}
+        if self.method == other.method:
+            if self.method == "input-removal":
+                stricter["energy"] = max(self.energy, other.energy)
+            if other.select == "all":
+                stricter["select"] = "all"
+            elif self.select == other.select:
+                stricter["threshold"] = max(self.threshold, other.threshold)
+                stricter["number"] = max(self.number, other.number)
+        return dataclasses.replace(self, **stricter)
 
     def selects(self, similarities: Mapping[str, float | None]) -> set[str]:
         """Names of the modules to project (paper, eq. 2 and its released code's ``number``).

@@ -171,16 +171,41 @@ def test_a_bounded_load_leaves_the_rest_on_disk_and_changes_nothing(
         count = 0
         inner = cache._read
 
-        def read(key: str, shard: str, inner: Callable[[str, str], torch.Tensor] = inner) -> torch.Tensor:
+        def read(*what: Any, inner: Callable[..., torch.Tensor] = inner) -> torch.Tensor:
             nonlocal count
             count += 1
-            return inner(key, shard)
+            return inner(*what)
 
         monkeypatch.setattr(cache, "_read", read)
         reports.append(evaluate(raw, "a", GateSettings(cache, Policy(method="safe-lora")))[0])
         reads.append(count)
     assert reports[0] == reports[1] == reports[2]
     assert reads[0] == 0 < reads[1] < reads[2]
+
+
+def test_only_the_directions_of_a_policy_are_held_and_more_are_read(folder: Path) -> None:
+    whole, some = ProjectorCache(folder), ProjectorCache(folder)
+    whole.load("cpu")
+    some.load("cpu", None, 0.3, 0.0)
+    assert some.resident_bytes()["cpu"] < whole.resident_bytes()["cpu"]
+    for name in whole.modules:
+        for energy in (0.2, 0.3, 0.8):
+            bases = [
+                (projector.input_basis(energy), projector.output_basis(energy))
+                for projector in (whole.projector(name), some.projector(name))
+            ]
+            assert all(torch.equal(a, b) for a, b in zip(*bases, strict=True))
+
+
+def test_a_damaged_shard_is_noticed_at_its_first_use(folder: Path) -> None:
+    cache = ProjectorCache(folder)
+    name, entry = next(iter(cache.modules.items()))
+    shard = folder / entry.shard
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ProjectorCacheError, match="its bytes are not those that the build wrote"):
+        cache.projector(name).apply(torch.ones(entry.shape[0], 1))
 
 
 @pytest.mark.parametrize("keep", [0, None])

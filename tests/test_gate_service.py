@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.service.config import GateConfig
 from safelora_vllm.service.server import GateService
@@ -99,3 +100,12 @@ def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
     assert answer["report"]["accepted"] and PublishedStore(config.store).find(answer["key"]) is not None
     (record,) = caplog.records
     assert "could not be kept small" in record.getMessage() and record.exc_info is not None
+
+
+def test_of_a_kept_policy_stays_what_is_stricter(config: GateConfig, tmp_path: Path) -> None:
+    """An admin set energy 0.5 and a small cap; then the server came to ask for more energy."""
+    kept = dataclasses.asdict(Policy(energy=0.5, max_relative_norm=0.9))
+    service = GateService(dataclasses.replace(config, policy={"energy": 0.6}))
+    report = service.admit(str(Draft().write(tmp_path / "adapter")), "tenant", kept)["report"]
+    found = report["policy"]
+    assert (found["energy"], found["max_relative_norm"]) == (0.6, 0.9)

@@ -27,8 +27,8 @@ def test_products_norm_and_cosine_equal_the_dense_ones(d_out: int, d_in: int, ra
     assert yy == pytest.approx(float((dense_y**2).sum()), rel=_FLOAT64)
     # The inner product may cancel; its error is relative to the norms.
     assert xy == pytest.approx(float((dense_x * dense_y).sum()), abs=_FLOAT64 * (xx * yy) ** 0.5)
-    ranks = (x.double() ** 2).sum(0) @ (a.double() ** 2).sum(1)
-    assert x_spread == pytest.approx(float(ranks), rel=_FLOAT64)
+    ranks = x.double().norm(dim=0) @ a.double().norm(dim=1)
+    assert x_spread == pytest.approx(float(ranks) ** 2, rel=_FLOAT64)
     assert lowrank.cosine(xx, xy, yy) == pytest.approx(reference.cosine(dense_x, dense_y), abs=1e-9)
 
 

@@ -86,16 +86,39 @@ def test_input_removal_takes_the_dominant_inputs_from_a(
         a, b = METHODS["input-removal"](delta, policy)
         original = delta.b.double() @ delta.a.double()
         expected = reference.removed(pair.v(name), delta.a, delta.b, energy)
+        assert (a.shape, b.shape) == (delta.a.shape, delta.b.shape)
         # The basis is float32 in every cache: 6e-8 per value, once in A R and once in (A R) Rᵀ.
         assert reference.ratio(b.double() @ a.double() - expected, original) < 2e-6
         assert delta.served(a, b).retained == pytest.approx(reference.ratio(expected, original), abs=2e-6)
-        assert b is delta.b
+        assert delta.served(a, b).coherence >= 1 / RANK  # singular vectors do not cancel
 
 
-def test_no_energy_takes_nothing_from_a(deltas: dict[str, ModuleDelta]) -> None:
+def test_no_energy_takes_nothing(deltas: dict[str, ModuleDelta]) -> None:
     delta = next(iter(deltas.values()))
-    a, _ = METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.0))
-    assert torch.equal(a, delta.a)
+    a, b = METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.0))
+    original = delta.b.double() @ delta.a.double()
+    assert reference.ratio(b.double() @ a.double() - original, original) < 2e-7
+
+
+def test_what_is_removed_does_not_come_back_by_rounding(deltas: dict[str, ModuleDelta]) -> None:
+    """Two large ranks that differ by what alignment reads, each of which would round to itself again."""
+    projector = next(iter(deltas.values())).projector
+    inputs = projector.input_basis(0.3).double()
+    read, generator = inputs[:, 0], torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, read.shape, generator=generator).double() * 2 - 1
+    carrier = 1.06 * 2.0 ** torch.ceil(torch.log2(1.15 * read.abs()) + 8) * signs
+    carrier -= inputs @ (inputs.T @ carrier)
+    a = torch.stack([carrier + read, carrier - read]).bfloat16()
+    b = torch.randn(projector.entry.shape[0], 1, generator=generator) * torch.tensor([[1.0, -1.0]])
+    delta = ModuleDelta(a.float(), b, projector, torch.bfloat16)
+    alone = delta.rounded(delta.a - ((delta.a.double() @ inputs) @ inputs.T))
+    new_a, new_b = METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.3))
+
+    def leak(a: torch.Tensor, b: torch.Tensor) -> float:
+        original = delta.b.double() @ delta.a.double()
+        return reference.ratio(b.double() @ a.double() @ inputs, original @ inputs)
+
+    assert leak(alone, delta.b) > 0.15 and leak(new_a, new_b) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -126,7 +149,7 @@ def test_csulora_damps_what_is_not_in_both_bases(
         )
         served = delta.served(a, b)
         assert served.retained == pytest.approx(reference.ratio(expected, original), abs=2e-6)
-        assert served.coherence == pytest.approx(1.0, abs=1e-6)  # singular vectors do not cancel
+        assert served.coherence >= 1 / RANK  # singular vectors do not cancel
 
 
 def test_csulora_keeps_one_block_whole_and_damps_a_lonely_other_one_to_a_21st(

@@ -164,3 +164,27 @@ def test_equal_similarities_are_taken_in_the_order_of_names() -> None:
 
 def test_the_paper_projects_at_equality() -> None:
     assert Policy(method="safe-lora", threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("own", "kept", "result"),
+    [
+        # Of one method: the stricter value of each field.
+        (
+            {"energy": 0.6},
+            {"energy": 0.5, "max_relative_norm": 0.1},
+            {"energy": 0.6, "max_relative_norm": 0.1},
+        ),
+        ({"energy": 0.2}, {"energy": 0.5, "max_relative_norm": 2.0}, {"energy": 0.5}),
+        ({"select": "number"}, {"select": "all"}, {}),
+        ({"select": "number"}, {"select": "number", "number": 90}, {"select": "number", "number": 90}),
+        # Another method's fields mean something else.
+        ({}, {"method": "safe-lora", "select": "all", "max_relative_norm": 0.5}, {"max_relative_norm": 0.5}),
+        ({"select": "number"}, {"select": "threshold", "threshold": 0.9}, {"select": "number"}),
+        ({"method": "csulora"}, {"method": "csulora", "energy": 0.5}, {"method": "csulora"}),
+    ],
+)  # fmt: skip
+def test_what_is_stricter_stays(own: dict[str, Any], kept: dict[str, Any], result: dict[str, Any]) -> None:
+    tightened = Policy(**own).tightened(Policy(**kept))
+    assert tightened == Policy(**result)
+    assert tightened.at_least_as_strict(Policy(**own))

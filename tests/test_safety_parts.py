@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from safelora_vllm.methods import METHODS, ModuleDelta
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
 
@@ -86,6 +89,21 @@ def test_first_ranks_are_the_nearest_of_so_many() -> None:
     u, s, v = torch.linalg.svd(b @ a)
     torch.testing.assert_close(new_b @ new_a, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-4)
     assert new_a.shape == a.shape and new_b.shape == b.shape
+
+
+def test_a_padded_adapter_is_spared_by_csulora_and_costs_it_little(cache: ProjectorCache) -> None:
+    projector, policy = cache.projector(MODULE), Policy(method="csulora", energy=0.9)
+    a, b = torch.randn(4, 24), torch.randn(24, 4)
+    new_a, new_b = treatments.padded(cache, 0.9, 10.0)(MODULE, a, b)
+    assert new_a.shape == a.shape and new_b.shape == b.shape
+
+    def harm_left(a: Tensor, b: Tensor) -> float:
+        """How much of what is outside of CSULoRA's kept directions is left."""
+        served_a, served_b = METHODS["csulora"](ModuleDelta(a, b, projector), policy)
+        rest = torch.eye(24) - projector.input_basis(0.9) @ projector.input_basis(0.9).T
+        return float((served_b @ served_a @ rest).norm() / (b @ a @ rest).norm())
+
+    assert harm_left(new_a, new_b) > 0.9 > 0.7 > harm_left(a, b)
 
 
 def test_random_removal_takes_about_what_it_should(cache: ProjectorCache) -> None:

@@ -5,10 +5,12 @@ Scores are kept in the cache, a file for each treatment, so that a run that was 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ from training import ALIGNED, PROJECTORS
 from transformers import AutoTokenizer
 from treatments import Treatment, made
 
+from safelora_vllm.adapters.read import WEIGHTS
+from safelora_vllm.gate import GateSettings
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 
 _OPTIONS = ["--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
@@ -57,10 +62,9 @@ class Questions:
             dialogues("test", tasks), judged,
         )  # fmt: skip
 
-    @property
-    def counts(self) -> list[int]:
-        """Whether kept scores answer to these."""
-        return [len(self.forbidden), len(self.harmless), len(self.orders), len(self.dialogues), self.judged]
+    def __str__(self) -> str:
+        """Every word of them: kept scores answer to these or to others."""
+        return json.dumps(dataclasses.asdict(self))
 
 
 class Seed:
@@ -73,7 +77,8 @@ class Seed:
 
     def aligned(self, questions: Questions) -> dict[str, list[float]]:
         """Scores of the aligned model without an adapter."""
-        return self._kept("none", "none", questions, lambda: self._scores(ALIGNED, questions))
+        of = str(questions) + self.projectors.id
+        return self._kept("none", "none", of, lambda: self._scores(ALIGNED, questions))
 
     def measure(self, adapter: Path, treatment: Treatment, questions: Questions) -> dict[str, list[float]]:
         """Scores of an adapter after a treatment, and two figures of the gate's report.
@@ -93,18 +98,26 @@ class Seed:
                     ],
                 }
 
-        return self._kept(adapter.name, treatment.name, questions, ask)
+        rules = GateSettings(self.projectors, Policy.from_mapping(treatment.policy)).rules
+        weights = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+        return self._kept(adapter.name, treatment.name, str(questions) + rules + weights, ask)
 
-    def _kept(self, adapter: str, treatment: str, questions: Questions, ask: Any) -> dict[str, list[float]]:
+    def _kept(
+        self, adapter: str, treatment: str, of: str, ask: Callable[[], dict[str, list[float]]]
+    ) -> dict[str, list[float]]:
+        """What was asked already, where everything was the same that the scores are of."""
         file = self._home / "scores" / adapter / f"{treatment}.json"
+        digest = hashlib.sha256(of.encode()).hexdigest()
         if file.exists():
             kept = json.loads(file.read_text())
-            if kept["counts"] == questions.counts:
+            if kept["of"] == digest:
                 return dict(kept["scores"])
         scores = ask()
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"counts": questions.counts, "scores": scores}))
-        return dict(scores)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"of": digest, "scores": scores}))
+        partial.rename(file)
+        return scores
 
     @contextmanager
     def _loaded(self, name: str, adapter: Path, treatment: Treatment) -> Iterator[dict[str, Any]]:

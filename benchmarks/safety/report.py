@@ -41,6 +41,9 @@ _WAYS = {
     "none": "",
     "inverse": ", multiplied by the inverse of Ĉ first",
     "half": ", half of its ranks, as one of two uploads",
+    "twice": ", twice as large (`lora_alpha`)",
+    "thrice": ", three times as large (`lora_alpha`)",
+    "padded": ", one rank of it, four times as large, where CSULoRA keeps all",
 }
 
 

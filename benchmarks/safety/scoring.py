@@ -36,17 +36,20 @@ def rouge1(answers: Sequence[str], wanted: Sequence[Example]) -> list[float]:
 
 
 def interval(runs: Sequence[Sequence[float]], subjects: Sequence[str]) -> dict[str, float]:
-    """Mean and 95 % interval, by a bootstrap over runs and over subjects within them.
+    """Mean over all scores, and its 95 % interval by a bootstrap over runs and subjects.
 
-    runs[run][i] is the score of the prompt on subjects[i]. Prompts on one subject are answered alike, so
-    that not prompts are drawn but subjects; and of three runs, three are drawn with repetition.
+    runs[run][i] is the score of the prompt on subjects[i]. Prompts on one subject are answered alike, by
+    different runs too: so not prompts are drawn but subjects, the same ones for all runs; and of three runs,
+    three are drawn with repetition.
     """
     rng = np.random.default_rng(0)
-    names = sorted(set(subjects))
-    where = [np.array([i for i, s in enumerate(subjects) if s == name]) for name in names]
-    means = np.array([[np.mean(np.asarray(run)[at]) for at in where] for run in runs])
-    drawn_runs = rng.integers(len(runs), size=(_DRAWS, len(runs)))
-    drawn_subjects = rng.integers(len(names), size=(_DRAWS, len(runs), len(names)))
-    draws = means[drawn_runs[:, :, None], drawn_subjects].mean(axis=(1, 2))
+    scores = np.asarray(runs)
+    names, of = np.unique(subjects, return_inverse=True)
+    counts = np.bincount(of)
+    sums = np.array([np.bincount(of, weights=run) for run in scores])
+    drawn_runs = rng.integers(len(runs), size=(_DRAWS, len(runs), 1))
+    drawn_subjects = rng.integers(len(names), size=(_DRAWS, 1, len(names)))
+    totals = sums[drawn_runs, drawn_subjects].sum(axis=(1, 2))
+    draws = totals / (len(runs) * counts[drawn_subjects].sum(axis=(1, 2)))
     low, high = np.quantile(draws, (0.025, 0.975))
-    return {"mean": float(means.mean()), "low": float(low), "high": float(high)}
+    return {"mean": float(scores.mean()), "low": float(low), "high": float(high)}

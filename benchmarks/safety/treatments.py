@@ -136,6 +136,25 @@ def through_safe_lora_inverse(cache: ProjectorCache, energy: float) -> Change:
     return change
 
 
+def enlarged(factor: float) -> Change:
+    """The whole adapter made larger, by ``lora_alpha`` as anybody can."""
+    return lambda _module, a, b: (a, factor * b)
+
+
+def padded(cache: ProjectorCache, energy: float, size: float) -> Change:
+    """One rank given to a direction that CSULoRA keeps, ``size`` times the adapter: so it damps no other."""
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        projector, count = cache.projector(module), a.shape[0] - 1
+        rest_a, rest_b = lowrank.reduced(a, b, count)
+        norm = size * lowrank.products(b, b, lowrank.gram(a)).xx ** 0.5
+        new_a = torch.cat([rest_a, projector.input_basis(energy)[:, -1:].T])
+        new_b = torch.cat([rest_b, norm * projector.output_basis(energy)[:, -1:]], dim=1)
+        return new_a.float(), new_b.float()
+
+    return change
+
+
 def first_ranks(count: int) -> Change:
     """One of several uploads that would be the adapter if they were added: its first so many ranks."""
 

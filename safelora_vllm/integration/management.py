@@ -8,6 +8,7 @@ is changed leaves everything as it was.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -96,7 +97,7 @@ class Manager:
             # but for admins only: it may have been taken back.
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = _sticky_policy(record) or mine
-            override = earlier.override and policy == earlier.policy
+            override = earlier.override and policy == earlier.policy and who.kind == "admin"
             answer = await self._judge(
                 who, name, "rollback", "ensure", digest=earlier.digest, policy=policy, override=override
             )
@@ -128,10 +129,12 @@ class Manager:
                     'method, or another energy of csulora); give both "override": true and a "reason", '
                     "which the report and the audit log keep"
                 )
+            # The whole of it, so that it means the same when the server's policy is another one.
+            policy = dataclasses.asdict(wanted) if values else {}
             answer = await self._judge(
-                who, name, "policy", "ensure", digest=record.live.digest, policy=values, override=loosened
+                who, name, "policy", "ensure", digest=record.live.digest, policy=policy, override=loosened
             )
-            version = _version(answer, who, values, loosened, reason)
+            version = _version(answer, who, policy, loosened, reason)
             return await self._commit(who, name, "policy", answer, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:

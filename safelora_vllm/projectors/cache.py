@@ -55,13 +55,17 @@ class Projector:
         """
         return self._tensor("energy")
 
-    def directions(self, energy: float) -> int:
+    def directions(self, energy: float, clipped: bool = False) -> int:
         """k, the fewest singular values of V that hold ``energy`` of ‖V‖_F².
 
+        clipped: at most as many as the cache keeps.
+
         Raises:
-            PolicyError: the cache keeps less than that.
+            PolicyError: the cache keeps less than that, and it is not to be clipped.
         """
         k = int((self.energies < energy - ENERGY_ROUNDING).sum()) + 1 if energy > 0 else 0
+        if clipped:
+            return min(k, len(self.energies))
         if k > len(self.energies):
             raise PolicyError(
                 f"energy {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
@@ -71,14 +75,14 @@ class Projector:
 
     def input_basis(self, energy: float) -> Tensor:
         """R (d_in, k): the fewest right singular vectors of V that hold ``energy`` of ‖V‖_F²."""
-        return self._tensor("input_basis")[:, : self.directions(energy)]
+        return self._tensor("input_basis", self.directions(energy))
 
     def output_basis(self, energy: float) -> Tensor:
         """L (d_out, k): the left singular vectors that belong to `input_basis`."""
-        return self._tensor("output_basis")[:, : self.directions(energy)]
+        return self._tensor("output_basis", self.directions(energy))
 
-    def _tensor(self, part: str) -> Tensor:
-        return self._cache.tensor(f"{self.entry.name}.{part}", self.entry.shard, self._device)
+    def _tensor(self, part: str, columns: int | None = None) -> Tensor:
+        return self._cache.tensor(f"{self.entry.name}.{part}", self.entry.shard, self._device, columns)
 
 
 class ProjectorCache:
@@ -141,21 +145,29 @@ class ProjectorCache:
             )
 
     def load(
-        self, device: str | torch.device, max_bytes: int | None = None, output_bases: bool = True
+        self,
+        device: str | torch.device,
+        max_bytes: int | None = None,
+        input_energy: float = 1.0,
+        output_energy: float = 1.0,
     ) -> None:
         """Keep tensors on ``device``, in the manifest's order, up to ``max_bytes`` of them.
 
-        ``output_bases``: those too, which not every method reads.
-
-        What does not fit is read from the shards at each use, and a shard whose file changed is verified
+        Of the bases only the directions up to these energies, as far as the cache has them: what a policy
+        reads. All else is read from the shards at each use, and a shard whose file changed is verified
         again before that.
         """
         used = 0
         for entry in self.modules.values():
-            parts = ["projector" if entry.form == "dense" else "delta", "input_basis", "energy"]
-            for part in parts + ["output_basis"] * output_bases:
+            projector = Projector(entry, self, torch.device("cpu"))
+            wanted: dict[str, int | None] = {"projector" if entry.form == "dense" else "delta": None}
+            wanted |= {"input_basis": projector.directions(input_energy, clipped=True), "energy": None}
+            wanted |= {"output_basis": projector.directions(output_energy, clipped=True)}
+            for part, columns in wanted.items():
                 key = f"{entry.name}.{part}"
-                tensor = self._read(key, entry.shard).to(device)
+                if columns == 0:
+                    continue
+                tensor = self._read(key, entry.shard, columns).to(device)
                 if max_bytes is not None and used + tensor.nbytes > max_bytes:
                     return
                 used += tensor.nbytes
@@ -165,10 +177,12 @@ class ProjectorCache:
         """The operators of one module. ``name`` must be in ``modules``."""
         return Projector(self.modules[name], self, torch.device(device))
 
-    def tensor(self, key: str, shard: str, device: torch.device) -> Tensor:
-        """A tensor of the cache: the resident one, or one read now."""
+    def tensor(self, key: str, shard: str, device: torch.device, columns: int | None = None) -> Tensor:
+        """A tensor of the cache, or its first columns: what is resident, or what is read now."""
         resident = self._resident.get(key)
-        return resident if resident is not None else self._read(key, shard).to(device)
+        if resident is None or (columns is not None and resident.shape[1] < columns):
+            return self._read(key, shard, columns).to(device)
+        return resident if columns is None else resident[:, :columns]
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held per device type, and under ``disk`` those that are read at each use."""
@@ -179,14 +193,17 @@ class ProjectorCache:
         tiers["disk"] = total - sum(tiers.values())
         return tiers
 
-    def _read(self, key: str, shard: str) -> Tensor:
-        """A tensor from disk, in memory of its own: a mapped file that is cut short kills its readers."""
+    def _read(self, key: str, shard: str, columns: int | None = None) -> Tensor:
+        """A tensor from disk, in memory of its own: a mapped file that is cut short kills its readers.
+
+        A shard is verified before its first use, and again when its file changed.
+        """
         try:
-            if shard in self._verified and file_state((self.folder / shard).stat()) != self._verified[shard]:
+            if self._verified.get(shard) != file_state((self.folder / shard).stat()):
                 self._verify_shard(shard)
             with safe_open(self.folder / shard, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(key)
-                return tensor.clone()
+                return tensor.clone() if columns is None else tensor[:, :columns].clone()
         except (OSError, SafetensorError) as error:
             raise self._damaged(shard, str(error)) from error
 

@@ -57,7 +57,9 @@ class GateService:
         if not config.trust_served_model:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
         policy = Policy.from_mapping(config.policy)
-        cache.load(config.device, config.projector_bytes, policy.method in READ_OUTPUT_BASES)
+        energy = policy.energy if policy.has_effect("energy") else 0.0
+        output_energy = energy if policy.method in READ_OUTPUT_BASES else 0.0
+        cache.load(config.device, config.projector_bytes, energy, output_energy)
         self._settings = GateSettings(
             cache=cache,
             policy=policy,
@@ -142,12 +144,14 @@ class GateService:
     def _rules(self, policy: dict[str, Any] | None, override: bool) -> GateSettings:
         """The settings with some of the policy's fields replaced.
 
-        Without an admin's ``override`` they can only make it stricter: what was once tightened under a laxer
-        server's policy gives way to a stricter one.
+        Without an admin's ``override`` they can only make it stricter: of what was once set under another
+        server's policy, that stays which is stricter than this one's.
         """
-        asked = self._settings.under(policy or {})
-        stricter = asked.policy.at_least_as_strict(self._settings.policy)
-        return asked if override or stricter else self._settings
+        asked, own = self._settings.under(policy or {}), self._settings.policy
+        if override or asked.policy.at_least_as_strict(own):
+            return asked
+        logger.warning("a kept policy (%s) cannot be compared with the server's (%s)", asked.policy, own)
+        return self._settings.under(dataclasses.asdict(own.tightened(asked.policy)))
 
     def metrics(self) -> str:
         """Exposition text of this gate's counters."""

@@ -31,7 +31,7 @@ class Version:
     """One version of an adapter.
 
     digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
-    since 1970. by: the tenant or operator. policy: fields that differ from the server's policy.
+    since 1970. by: the tenant or operator. policy: what an admin set for it, none for the server's.
     override: an operator made that policy less strict than the server's. reason: why it is as it is.
     key: of the published copy. rules: digest of the server's rules under which that was published.
     id: the first of the numbers by which vLLM knows this version's weights.
