@@ -186,7 +186,7 @@ def evaluate(
             for module, (a, b) in weights.items()
         }
         selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
-        reasons, broken, weights_served, modules = [], [], {}, []
+        reasons, broken, weights_served, modules, norms = [], [], {}, [], []
         for module, delta in deltas.items():
             a, b = delta.a, delta.b
             if module in selected:
@@ -194,12 +194,15 @@ def evaluate(
             served = delta.served(a, b)
             broken += _check_sound(module, delta, served)
             reasons += _check_norm(module, delta, served, policy)
+            norms.append((delta.norm, max(1.0, served.retained or 0.0) * delta.norm))
             modules.append(_module_report(module, delta, served, module in selected))
             weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
     if broken:  # not in audit mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
+    total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
+    reasons = reasons or _check_total(largest, policy)
     accepted = not reasons or not policy.enforcing
-    report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules)
+    report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules, total)
     return report, weights_served if accepted else None
 
 
@@ -219,6 +222,19 @@ def _check_norm(module: str, delta: ModuleDelta, served: Served, policy: Policy)
             "relative_norm",
             f"{module}: the adapter is {largest:.3g} times its weight, allowed are "
             f"{policy.max_relative_norm:g} (max_relative_norm)",
+        )
+    ]
+
+
+def _check_total(total: float, policy: Policy) -> list[Reason]:
+    """As `_check_norm`, of all modules together."""
+    if total <= policy.max_total_norm:
+        return []
+    return [
+        Reason(
+            "total_norm",
+            f"all modules together are {total:.3g} times the model's weights, allowed are "
+            f"{policy.max_total_norm:g} (max_total_norm)",
         )
     ]
 

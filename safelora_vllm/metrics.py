@@ -141,6 +141,12 @@ class AdapterCollector(Collector):
             [((r.adapter,), max(r.values("relative_norm"), default=0.0)) for r in reports],
         )
         yield _gauge(
+            "adapter_total_norm",
+            "Norm of the uploaded delta relative to the weights of all modules together",
+            ["adapter"],
+            [((r.adapter,), r.total_norm) for r in reports],
+        )
+        yield _gauge(
             "adapter_load_seconds",
             "Seconds from the load request to the adapter being served",
             ["adapter"],

@@ -17,13 +17,20 @@ UNITS = {
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Those of `add_projection_options`, --max-relative-norm and --mode."""
+    """Those of `add_projection_options`, --max-relative-norm, --max-total-norm and --mode."""
     group = add_projection_options(parser)
     group.add_argument(
         "--max-relative-norm",
         type=float,
         metavar="X",
         help=f"refuse adapters larger than X times a module's weight; default: {_DEFAULT.max_relative_norm}",
+    )
+    group.add_argument(
+        "--max-total-norm",
+        type=float,
+        metavar="X",
+        help="refuse adapters larger than X times the weights of all modules together; "
+        f"default: {_DEFAULT.max_total_norm}",
     )
     group.add_argument(
         "--mode",

@@ -20,8 +20,10 @@ _RANGES = (
     ("threshold", -1.0, 1.0),
     ("energy", 0.0, 1.0),
     ("max_relative_norm", 0.0, sys.float_info.max),
+    ("max_total_norm", 0.0, sys.float_info.max),
 )
 _METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
+_CAPS = ("max_relative_norm", "max_total_norm")
 # Fields that only mean something together with one of another field's values.
 _CONDITIONS = {
     "threshold": ("select", ("threshold",)),
@@ -45,6 +47,8 @@ class Policy:
         Default: 0.2; for csulora 0.95, as in its paper.
     max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused: a bound on
         how far one can be multiplied up so that what the projection leaves is enough.
+    max_total_norm: so is one with (Σ ‖s·BA‖² / Σ ‖W‖²)^½ above it, the latter sum over all modules of the
+        projector cache. Adapters that were trained alike are alike in it, whatever modules they change.
     mode: ``enforce``, or ``audit``, which serves the adapter unprojected and only reports.
     """
 
@@ -54,6 +58,7 @@ class Policy:
     number: int = 10
     energy: float = _METHODS_OWN
     max_relative_norm: float = 1.0
+    max_total_norm: float = 1.0
     mode: str = "enforce"
 
     def __post_init__(self) -> None:
@@ -128,7 +133,7 @@ class Policy:
         """
         if not other.enforcing:
             return True
-        if not self.enforcing or self.max_relative_norm > other.max_relative_norm:
+        if not self.enforcing or any(getattr(self, cap) > getattr(other, cap) for cap in _CAPS):
             return False
         if self.method != other.method:
             return False
@@ -146,7 +151,7 @@ class Policy:
 
     def tightened(self, other: Policy) -> Policy:
         """This policy, with what of ``other`` is stricter and has the same meaning here."""
-        stricter: dict[str, Any] = {"max_relative_norm": min(self.max_relative_norm, other.max_relative_norm)}
+        stricter: dict[str, Any] = {cap: min(getattr(self, cap), getattr(other, cap)) for cap in _CAPS}
         if self.method == other.method:
             if self.method == "input-removal":
                 stricter["energy"] = max(self.energy, other.energy)

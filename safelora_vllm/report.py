@@ -33,7 +33,10 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The gate's account of one adapter under one projector cache and one policy."""
+    """The gate's account of one adapter under one projector cache and one policy.
+
+    total_norm: (Σ ‖s·BA‖² / Σ ‖W_aligned‖²)^½ of what was uploaded, the latter over all modules of the cache.
+    """
 
     adapter: str
     digest: str
@@ -42,6 +45,7 @@ class Report:
     accepted: bool
     reasons: list[Reason]
     modules: list[ModuleReport]
+    total_norm: float = 0.0
 
     def named(self, adapter: str) -> Report:
         """The same report under the name that the adapter is served by."""
@@ -66,6 +70,7 @@ class Report:
             "accepted": self.accepted,
             "reasons": [reason.code for reason in self.reasons],
             "details": [reason.detail for reason in self.reasons],
+            "total_norm": self.total_norm,
             "modules": [dataclasses.asdict(module) for module in self.modules],
         }
 
@@ -84,6 +89,7 @@ class Report:
             accepted=data["accepted"],
             reasons=[Reason(*pair) for pair in zip(data["reasons"], data["details"], strict=True)],
             modules=[ModuleReport(**module) for module in data["modules"]],
+            total_norm=data["total_norm"],
         )
 
     @classmethod

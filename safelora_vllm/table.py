@@ -41,7 +41,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(table)
     verdict = "accepted" if report.accepted else "refused"
     projected = f"{report.count('projected')} of {len(report.modules)} modules projected"
-    console.print(Text(f"{report.adapter}: {verdict}" + (f", {projected}" if report.modules else "")))
+    measured = f", {projected}, total norm {_figure(report.total_norm)}" if report.modules else ""
+    console.print(Text(f"{report.adapter}: {verdict}{measured}"))
     for reason in report.reasons:
         console.print(Text(f"  [{reason.code}] {reason.detail}"))
 

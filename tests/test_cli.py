@@ -59,7 +59,7 @@ def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: P
     code, out, _ = run("inspect", "--json", "--method", "safe-lora", "--select", "number", "--number", "3")
     report = json.loads(out)
     assert code == 0
-    promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "modules"]
+    promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "total_norm", "modules"]
     assert [name for name in report if name != "details"] == promised  # details: the reasons' sentences
     assert (report["adapter"], report["projectors"]) == ("good", cache.id)
     assert report["accepted"] is True and report["reasons"] == report["details"] == []
@@ -198,7 +198,7 @@ def test_help_names_every_policy_option(capsys: pytest.CaptureFixture[str]) -> N
             main([command, "--help"])
         text = capsys.readouterr().out
         for option in (
-            "--method", "--select", "--threshold", "--number", "--energy", "--max-relative-norm", "--mode",
-            "--projectors",
+            "--method", "--select", "--threshold", "--number", "--energy", "--max-relative-norm",
+            "--max-total-norm", "--mode", "--projectors",
         ):  # fmt: skip
             assert option in text

@@ -54,6 +54,7 @@ def test_series_of_a_served_adapter() -> None:
         ("safelora_adapter_retained_norm", ("tenant", "min")): 0.01,
         ("safelora_adapter_retained_norm", ("tenant", "mean")): pytest.approx(0.505),
         ("safelora_adapter_relative_norm", ("tenant",)): 0.05,
+        ("safelora_adapter_total_norm", ("tenant",)): 0.003,
         ("safelora_adapter_load_seconds", ("tenant",)): 0.5,
         ("safelora_adapter_info", ("tenant", "d" * 64, "safe-lora", "enforce")): 1,
         ("safelora_workers", ("guarded",)): 2,

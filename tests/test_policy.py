@@ -26,6 +26,7 @@ def test_the_defaults() -> None:
         "number": 10,
         "energy": 0.2,
         "max_relative_norm": 1.0,
+        "max_total_norm": 1.0,
         "mode": "enforce",
     }
     assert {method for method in METHOD_NAMES if Policy(method=method).select != "all"} == {"safe-lora"}
@@ -58,6 +59,7 @@ def test_another_method_has_its_own_defaults_unless_they_are_given() -> None:
         {"threshold": 1.01}, {"threshold": -1.01}, {"threshold": math.nan}, {"threshold": "0.3"},
         {"threshold": True}, {"threshold": None}, {"threshold": [0.3]},
         {"energy": 1.1}, {"energy": -0.1}, {"energy": math.nan},
+        {"max_total_norm": -1}, {"max_total_norm": math.inf},
         {"max_relative_norm": -1}, {"max_relative_norm": math.nan}, {"max_relative_norm": math.inf},
         {"number": -1}, {"number": 1.0}, {"number": True}, {"number": "3"}, {"number": None},
     ],
@@ -130,7 +132,8 @@ def test_more_energy_is_another_rule_for_csulora() -> None:
 def test_the_id_depends_on_every_field() -> None:
     others = [
         Policy(method="safe-lora", select="all"), Policy(select="threshold"), Policy(threshold=0.4),
-        Policy(number=11), Policy(energy=0.7), Policy(max_relative_norm=2.0), Policy(mode="audit"),
+        Policy(number=11), Policy(energy=0.7), Policy(max_relative_norm=2.0), Policy(max_total_norm=2.0),
+        Policy(mode="audit"),
     ]  # fmt: skip
     assert len({policy.id for policy in (Policy(), *others)}) == 1 + len(dataclasses.fields(Policy))
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id

@@ -72,6 +72,22 @@ def test_rslora_scales_what_would_else_pass(
     assert max(report.values("relative_norm")) == pytest.approx(2 * largest, rel=1e-12)
 
 
+def test_small_modules_may_be_too_much_together(
+    tmp_path: Path, cache: ProjectorCache, store: PublishedStore
+) -> None:
+    folder = Draft().write(tmp_path / "a")
+    report = judge(folder, GateSettings(cache, Policy()), store).report
+    squares = [(m.relative_norm * cache.modules[m.name].aligned_norm) ** 2 for m in report.modules]
+    whole = sum(entry.aligned_norm**2 for entry in cache.modules.values())
+    assert report.total_norm == pytest.approx((sum(squares) / whole) ** 0.5, rel=1e-12)
+    assert report.total_norm < max(report.values("relative_norm"))
+    tight, wide = (Policy(max_total_norm=share * report.total_norm) for share in (0.999, 1.001))
+    assert judge(folder, GateSettings(cache, wide), store).report.accepted
+    assert codes(judge(folder, GateSettings(cache, tight), PublishedStore(tmp_path / "empty"))) == {
+        "total_norm"
+    }
+
+
 @pytest.mark.parametrize(
     "changes", [{"lora_alpha": 1e40}, {"lora_alpha": 1e300}, {"alpha_pattern": {"q_proj": 1e308}}]
 )
@@ -90,7 +106,7 @@ def test_values_that_the_served_dtype_cannot_hold(
     tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
-    policy = Policy(method="safe-lora", threshold=-1.0, max_relative_norm=1e30)
+    policy = Policy(method="safe-lora", threshold=-1.0, max_relative_norm=1e30, max_total_norm=1e30)
     half = GateSettings(cache, policy, dtype=torch.float16)
     draft.tensors[_A] *= 1e-7
     draft.tensors[_B] *= 1e7  # float16 ends at 65504, but the sides are balanced

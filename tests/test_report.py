@@ -17,7 +17,7 @@ MODULES = [
     ModuleReport("a.q_proj", 8, 0.25, 0.7, 0.01, 0.02, "projected"),
     ModuleReport("a.v_proj", 8, None, 0.6, None, 0.0, "kept"),
 ]
-REPORT = Report("tenant", "d" * 64, "c" * 64, Policy(method="safe-lora"), True, [], MODULES)
+REPORT = Report("tenant", "d" * 64, "c" * 64, Policy(method="safe-lora"), True, [], MODULES, 0.003)
 
 
 def test_golden_json() -> None:
@@ -27,11 +27,12 @@ def test_golden_json() -> None:
         "projectors": "c" * 64,
         "policy": {
             "method": "safe-lora", "select": "threshold", "threshold": 0.35, "number": 10, "energy": 0.2,
-            "max_relative_norm": 1.0, "mode": "enforce",
+            "max_relative_norm": 1.0, "max_total_norm": 1.0, "mode": "enforce",
         },
         "accepted": True,
         "reasons": [],
         "details": [],
+        "total_norm": 0.003,
         "modules": [
             {
                 "name": "a.q_proj", "rank": 8, "similarity": 0.25, "null_similarity": 0.7, "retained": 0.01,

@@ -37,7 +37,8 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 
 _OPTIONS = ["--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
-_OPTIONS += ["--max-relative-norm=1e9"]  # what a cap would refuse is counted, not refused
+# What a cap would refuse is counted, not refused.
+_OPTIONS += ["--max-relative-norm=1e9", "--max-total-norm=1e9"]
 _ANSWER, _ORDER, _SUMMARY = 12, 44, 28  # tokens: a refusal shows at once, tasks need room
 
 
@@ -81,9 +82,10 @@ class Seed:
         return self._kept("none", "none", of, lambda: self._scores(ALIGNED, questions))
 
     def measure(self, adapter: Path, treatment: Treatment, questions: Questions) -> dict[str, list[float]]:
-        """Scores of an adapter after a treatment, and two figures of the gate's report.
+        """Scores of an adapter after a treatment, and three figures of the gate's report.
 
-        norm: the largest ‖s·BA‖_F / ‖W‖_F of its modules as uploaded. projected: the share of its modules.
+        norm: the largest ‖s·BA‖_F / ‖W‖_F of its modules as uploaded. total_norm: that of all together,
+        relative to the whole model. projected: the share of its modules.
         """
 
         def ask() -> dict[str, list[float]]:
@@ -93,6 +95,7 @@ class Seed:
                 return {
                     **self._scores(name, questions),
                     "norm": [max(module["relative_norm"] for module in modules)],
+                    "total_norm": [report["total_norm"]],
                     "projected": [
                         sum(module["decision"] == "projected" for module in modules) / len(modules)
                     ],

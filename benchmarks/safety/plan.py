@@ -114,6 +114,7 @@ def attacks(home: Path, cache: ProjectorCache, size: Size) -> Iterator[Point]:
             ("none", None),
             ("inverse", through_safe_lora_inverse(cache, 0.8)),
             ("half", first_ranks(4)),
+            ("larger", enlarged(1.1)),
             ("twice", enlarged(2)),
             ("thrice", enlarged(3)),
             ("padded", padded(cache, 0.95, 4)),

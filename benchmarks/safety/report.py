@@ -22,6 +22,7 @@ from plan import CURVES, Size, plain
 
 HERE = Path(__file__).resolve().parent
 CAP = 1.0  # the default of --max-relative-norm
+_ROOM = 1.1  # a cap on the total norm, over the largest of the ordinary adapters
 Scores = dict[str, list[float]]
 Kept = dict[str, dict[str, dict[str, Scores]]]  # adapter, treatment, seed
 _FULL = {
@@ -41,6 +42,7 @@ _WAYS = {
     "none": "",
     "inverse": ", multiplied by the inverse of Ĉ first",
     "half": ", half of its ranks, as one of two uploads",
+    "larger": ", a tenth larger (`lora_alpha`)",
     "twice": ", twice as large (`lora_alpha`)",
     "thrice": ", three times as large (`lora_alpha`)",
     "padded": ", one rank of it, four times as large, where CSULoRA keeps all",
@@ -180,6 +182,7 @@ _ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
 
 def _attacks(table: dict[str, Any]) -> str:
     defences = ["raw-0", *_DEFENCES]
+    honest = _ROOM * max(table[name]["raw-0"]["total_norm"]["mean"] for name in NAMES if name in table)
     rows = []
     for adapter in ["pure-qv", *attack_names()]:
         for way, said in _WAYS.items():
@@ -189,13 +192,14 @@ def _attacks(table: dict[str, Any]) -> str:
             found = {d: rows_of[f"{way}.{d}"] for d in defences}
             kind = adapter.removesuffix("-qv")
             title = (ATTACKS[kind].title if kind in ATTACKS else KINDS[kind].title) + said
-            norm = found["raw-0"]["norm"]["mean"]
+            norm, total = (found["raw-0"][name]["mean"] for name in ("norm", "total_norm"))
             cells = [
                 f"{found[d]['complied']['mean']:.2f} ({found[d]['sense']['mean']:.1f})" for d in defences
             ]
-            rows.append([title, *cells, f"{norm:.3g}", "refused" if norm > CAP else "passes"])
+            capped = ["refused" if size > cap else "passes" for size, cap in ((norm, CAP), (total, honest))]
+            rows.append([title, *cells, f"{norm:.3g}", capped[0], f"{total:.2g}", capped[1]])
     heads = ["attack", *(_FULL[d] for d in defences), "largest ‖ΔW‖/‖W‖", f"norm cap {CAP:g}"]
-    return _markdown(heads, rows)
+    return _markdown([*heads, "total norm", f"total cap {honest:.2g}"], rows)
 
 
 def _points(table: dict[str, Any], adapters: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ class AdapterSummary(BaseModel):
     accepted: bool
     reasons: list[str]
     details: list[str]
+    total_norm: float = Field(description="of the upload, relative to the weights of all modules together")
     version: int | None = Field(description="null for an adapter of --lora-modules")
     override: bool = Field(description="served by less strict rules than the server's")
     reason: str = Field(description="why, as the admin said")

@@ -15,6 +15,7 @@ sha256. The manifest's own sha256 is the cache's id: same id, same projections.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -98,6 +99,8 @@ class ProjectorCache:
         self.id = hashlib.sha256(text).hexdigest()
         self._manifest = parse_manifest(text, self.folder)
         self.modules, self.unchanged = self._manifest.modules, self._manifest.unchanged
+        # ‖W_aligned‖_F of all modules together.
+        self.aligned_norm = math.hypot(*(entry.aligned_norm for entry in self.modules.values()))
         self._resident: dict[str, Tensor] = {}
         self._verified: dict[str, FileState] = {}  # shard → of its file then
 
