@@ -141,7 +141,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"torch cannot use the device {name!r} here; try cpu, or cuda") from error
+        raise UsageError(f"torch cannot use the device {name!r} here; try cpu") from error
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -178,7 +178,11 @@ def _project(args: argparse.Namespace) -> int:
             raise AdapterRefused(admission.report.reasons)
         shutil.move(admission.folder, out)
     report = admission.report
-    print(f"{report.count('projected')} of {len(report.modules)} modules projected, written to {out}")
+    share = f"{report.count('projected')} of {len(report.modules)} modules"
+    if settings.policy.enforcing:
+        print(f"{share} projected, written to {out}")
+    else:
+        print(f"audit mode: written UNPROJECTED to {out}; enforcing would project {share}")
     return 0
 
 

@@ -220,7 +220,7 @@ def _check_norm(module: str, delta: ModuleDelta, served: Served, policy: Policy)
     return [
         Reason(
             "relative_norm",
-            f"{module}: the adapter is {largest:.3g} times its weight, allowed are "
+            f"{module}: the adapter is {largest:.5g} times its weight, allowed are "
             f"{policy.max_relative_norm:g} (max_relative_norm)",
         )
     ]
@@ -233,7 +233,7 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     return [
         Reason(
             "total_norm",
-            f"all modules together are {total:.3g} times the model's weights, allowed are "
+            f"all modules together are {total:.5g} times the model's weights, allowed are "
             f"{policy.max_total_norm:g} (max_total_norm)",
         )
     ]

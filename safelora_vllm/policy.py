@@ -30,6 +30,7 @@ _CONDITIONS = {
     "number": ("select", ("number",)),
     "energy": ("method", ("input-removal", "csulora")),
 }
+_MORE = {"threshold": " (safe-lora has it by itself)"}
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,22 @@ class Policy:
         return Policy.from_mapping({**base, **values})
 
     def check_effective(self, given: Iterable[str]) -> None:
-        """Refuse fields that somebody gave and that change nothing under this policy.
+        """Refuse fields that somebody gave and that change nothing under this policy, or no adapter.
 
         Raises:
-            PolicyError: such as ``number`` without ``select`` being ``number``.
+            PolicyError: such as ``number`` without ``select`` being ``number``, or an ``energy`` of 0.
         """
         for field in given:
             if not self.has_effect(field):
                 condition, needed = _CONDITIONS[field]
                 raise PolicyError(
-                    f"{field} has no effect with {condition} {getattr(self, condition)!r}; "
-                    f"give {condition} {' or '.join(map(repr, needed))} too, or leave {field} out"
+                    f"{field} has no effect with {condition} {getattr(self, condition)!r}; give {condition} "
+                    f"{' or '.join(map(repr, needed))} too{_MORE.get(field, '')}, or leave {field} out"
+                )
+            idle = (field, self.method) == ("energy", "input-removal") or field == "number"
+            if idle and getattr(self, field) == 0:
+                raise PolicyError(
+                    f"with {field} 0 nothing is projected; if that is meant, choose mode 'audit'"
                 )
 
     def has_effect(self, field: str) -> bool:
@@ -184,4 +190,5 @@ def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
 def _in_range(field: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
-        raise PolicyError(f"{field} is {value!r}; give a number from {low:g} to {high:g}")
+        wanted = f"of {low:g} or more" if high == sys.float_info.max else f"from {low:g} to {high:g}"
+        raise PolicyError(f"{field} is {value!r}; give a number {wanted}")

@@ -23,7 +23,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or terminal()
     policy = report.policy
     if report.modules:
-        table = Table(title=f"{report.adapter}: {policy.method}, select {policy.select}, {policy.mode}")
+        strength = f", energy {policy.energy:g}" if policy.has_effect("energy") else ""
+        title = f"{report.adapter}: {policy.method}{strength}, select {policy.select}, {policy.mode}"
+        table = Table(title=title)
         table.add_column("module", overflow="fold")
         for column in ("rank", "similarity", "c₀", "retained", "relative norm"):
             table.add_column(column, justify="right")
@@ -40,9 +42,20 @@ def print_report(report: Report, console: Console | None = None) -> None:
             )
         console.print(table)
     verdict = "accepted" if report.accepted else "refused"
-    projected = f"{report.count('projected')} of {len(report.modules)} modules projected"
-    measured = f", {projected}, total norm {_figure(report.total_norm)}" if report.modules else ""
-    console.print(Text(f"{report.adapter}: {verdict}{measured}"))
+    share = f"{report.count('projected')} of {len(report.modules)} modules"
+    if report.modules and policy.enforcing:
+        verdict += f", {share} projected"
+    elif report.modules:
+        would = "refuse it" if report.reasons else f"project {share}"
+        verdict += f" unprojected, as in audit mode; enforcing would {would}"
+    console.print(Text(f"{report.adapter}: {verdict}"))
+    if report.modules:
+        console.print(
+            Text(
+                f"  total norm {report.total_norm:.4f} (allowed {policy.max_total_norm:g}), largest module "
+                f"{max(report.values('relative_norm')):.4f} (allowed {policy.max_relative_norm:g})"
+            )
+        )
     for reason in report.reasons:
         console.print(Text(f"  [{reason.code}] {reason.detail}"))
 

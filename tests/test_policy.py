@@ -86,7 +86,9 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
             "energy has no effect with method 'safe-lora'; "
             "give method 'input-removal' or 'csulora' too, or leave energy out",
         ),
-        ({"threshold": 0.5}, "give select 'threshold' too"),
+        ({"threshold": 0.5}, r"give select 'threshold' too \(safe-lora has it by itself\)"),
+        ({"energy": 0.0}, "with energy 0 nothing is projected"),
+        ({"method": "safe-lora", "select": "number", "number": 0}, "with number 0 nothing is projected"),
     ],
 )
 def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
