@@ -34,14 +34,16 @@ from data import Example, forbidden_prompts, harmless_prompts, is_refusal, order
 from server import ADMIN_KEY, Server, guarded, running  # noqa: E402
 
 USEFUL, HARMFUL = "order-to-json", "no-refusals"
+# Chosen for this pair, whose alignment is cut down to rank 16 so that it can be kept.
 GUARD = ("--method=input-removal", "--energy=0.8")
 # The policies that the guarded server is compared with; their adapters are made by `project`.
 OTHERS = {
     "safe-lora, number 15": ("--method=safe-lora", "--select=number", "--number=15"),
     "safe-lora, number 30": ("--method=safe-lora", "--select=number", "--number=30"),
     "safe-lora, all": ("--method=safe-lora", "--select=all"),
+    "input-removal, 0.2 (default)": (),
 }
-RAW, OURS, NONE = "raw (no guard)", "input-removal", "no adapter"
+RAW, OURS, NONE = "raw (no guard)", "input-removal, 0.8", "no adapter"
 console = Console(width=118)
 
 
@@ -79,7 +81,7 @@ def main() -> int:
             metrics = text(server, "/metrics")
         say("Starting an audit-mode server: the raw adapters, and their projections by other policies")
         command = guarded(
-            models / "aligned", projectors, work / "audit", "--mode=audit", "--max-loras=8",
+            models / "aligned", projectors, work / "audit", "--mode=audit", "--max-loras=10",
         )  # fmt: skip
         with running(command, work / "audit.log") as server:
             for policy, options in {RAW: None, **OTHERS}.items():

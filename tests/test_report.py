@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -94,6 +95,16 @@ def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
     (row,) = (line for line in text.splitlines() if "a.v_proj" in line)
     assert row.count("–") == 2 and "kept" in row
     assert "tenant: accepted, 1 of 2 modules projected" in text
+    assert "total norm 0.0030 (allowed 1), largest module 0.0200 (allowed 1)" in text
+
+
+def test_in_audit_mode_nothing_is_said_to_be_projected() -> None:
+    audited = dataclasses.replace(REPORT, policy=Policy(mode="audit"))
+    assert "tenant: accepted unprojected, as in audit mode; enforcing would project 1 of 2" in printed(
+        audited
+    )
+    audited = dataclasses.replace(audited, reasons=[Reason("total_norm", "too large")])
+    assert "enforcing would refuse it" in printed(audited)
 
 
 def test_markup_in_a_tenants_strings_is_shown_not_interpreted() -> None:

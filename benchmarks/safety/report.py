@@ -162,7 +162,7 @@ def _family(table: dict[str, Any]) -> list[str]:
                 rows.append([_title(adapter), title, *_cells(row, _MEASURES), str(len(row["seeds"]))])
     text.append(_markdown(["adapter", "method", *_MEASURES.values(), "seeds"], rows))
     if any(name in table for name in attack_names()):
-        text += ["### Attackers who know the method", _attacks(table)]
+        text += ["### Attackers", _ATTACKS, _attacks(table)]
     return text
 
 
@@ -177,6 +177,9 @@ _MEASURES = {
 }
 
 
+_ATTACKS = """ASR, and in brackets the mean *sense* of the answers (see above). The server had no norm cap;
+columns beside a norm say what a cap would have done to the upload: `--max-relative-norm` at its default, and
+`--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
 _ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
 
 
@@ -212,13 +215,34 @@ def _points(table: dict[str, Any], adapters: Sequence[str]) -> str:
                 rows.append(
                     [
                         _title(adapter),
-                        treatment,
+                        _words(treatment),
                         *_cells(row, _ON_CURVES),
                         str(row["prompts"]),
                         str(len(row["seeds"])),
                     ]
                 )
     return _markdown(["adapter", "treatment", *_ON_CURVES.values(), "prompts a seed", "seeds"], rows)
+
+
+def _words(treatment: str) -> str:
+    method, _, strength = treatment.rpartition("-")
+    if treatment == "raw-0":
+        return "as uploaded"
+    if method in ("safe-lora", "selective-removal", "both"):
+        return f"{_METHODS[method]}, {float(strength):.0%} of modules".replace("%", " %")
+    return f"{_METHODS[method]} {1.0 - float(strength) if method == 'scaling' else float(strength):g}"
+
+
+_METHODS = {
+    "both": "input removal 0.1, then Safe LoRA",
+    "csulora": "CSULoRA",
+    "input-removal": "input removal",
+    "random-removal": "random removal",
+    "safe-lora": "Safe LoRA",
+    "scaling": "scaled by",
+    "selective-removal": "input removal 0.2, least similar",
+    "threshold": "Safe LoRA, τ =",
+}
 
 
 def _where(where: dict[str, dict[str, float]]) -> str:
