@@ -133,6 +133,7 @@ def _print(policy: Policy, calibration: Calibration, found: dict[str, Any] | Non
     if found:
         print(f"Every module keeps {found['share']:g} or more of a random adapter's effect with")
         print(f"  {found['options']}")
+        print("This is an upper bound: trained adapters read alignment's inputs more than random ones do.")
         if found["limited_by_cache"]:
             print("The cache keeps no larger energy; for more, build it with a larger --max-energy.")
 
