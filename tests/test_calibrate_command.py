@@ -99,7 +99,7 @@ def test_keep_random_prints_options_that_work(run: Run, projectors: list[Project
     code, out, _ = run("--keep-random", "0.9")
     assert code == 0 and f"\n  --method input-removal --energy {energy:g}\n" in out
     assert f"input-removal, energy {energy:g}, select all" in out and "--max-energy" not in out
-    given = out.rsplit("  ", 1)[1].split()
+    (given,) = (line.split() for line in out.splitlines() if line.startswith("  --"))
     _, again, _ = run(*given)
     assert rows(again) == rows(out)
 

@@ -133,9 +133,9 @@ def _print(policy: Policy, calibration: Calibration, found: dict[str, Any] | Non
     if found:
         print(f"Every module keeps {found['share']:g} or more of a random adapter's effect with")
         print(f"  {found['options']}")
-        print("This is an upper bound: trained adapters read alignment's inputs more than random ones do.")
         if found["limited_by_cache"]:
             print("The cache keeps no larger energy; for more, build it with a larger --max-energy.")
+        print("An upper bound: trained adapters lose more than random ones.")
 
 
 def _in_words(policy: Policy) -> str:
