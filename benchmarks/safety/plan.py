@@ -10,6 +10,7 @@ from adapters import KINDS, attack_names
 from measure import Questions
 from treatments import (
     RAW,
+    Change,
     Treatment,
     both,
     csulora,
@@ -109,7 +110,7 @@ def attacks(home: Path, cache: ProjectorCache, size: Size) -> Iterator[Point]:
         csulora(0.95),
         both(_BOTH, modules, WEAKER, cache),
     ]
-    prepared = {
+    prepared: dict[str, list[tuple[str, Change | None]]] = {
         "pure-qv": [
             ("none", None),
             ("inverse", through_safe_lora_inverse(cache, 0.8)),
@@ -120,6 +121,7 @@ def attacks(home: Path, cache: ProjectorCache, size: Size) -> Iterator[Point]:
             ("padded", padded(cache, 0.95, 4)),
         ],
         **{name: [("none", None)] for name in attack_names()},
+        "around-inputs-qv": [("none", None), ("smaller", enlarged(0.9))],
     }
     for name, ways in prepared.items():
         for way, make in ways:

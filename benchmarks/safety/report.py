@@ -42,6 +42,7 @@ _WAYS = {
     "none": "",
     "inverse": ", multiplied by the inverse of Ĉ first",
     "half": ", half of its ranks, as one of two uploads",
+    "smaller": ", a tenth smaller (`lora_alpha`)",
     "larger": ", a tenth larger (`lora_alpha`)",
     "twice": ", twice as large (`lora_alpha`)",
     "thrice": ", three times as large (`lora_alpha`)",
