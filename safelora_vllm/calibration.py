@@ -27,6 +27,7 @@ from safelora_vllm.projectors.manifest import ModuleEntry
 
 _STEPS = 100  # energies are searched in hundredths
 _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_NUMBERS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of all modules
 _ENERGIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -79,12 +80,12 @@ class Method:
     """How a method is calibrated.
 
     effect: of some modules, the names of those that are projected, and the policy.
-    strength: the policy's field that a ladder raises. ladder: policies of rising strength.
+    ladder: policies of rising strength. strength: the field of a policy that its ladder raises.
     """
 
     effect: Callable[[Sequence[Projector], Collection[str], Policy], Effect]
-    strength: str
     ladder: Callable[[Sequence[Projector], Policy], list[Policy]]
+    strength: Callable[[Policy], str]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def calibrate(projectors: Sequence[Projector], policy: Policy) -> Calibration:
     return Calibration(
         types={name: effect(group, policy) for name, group in groups.items()},
         whole=effect(projectors, policy),
-        strength=method.strength,
+        strength=method.strength(policy),
         ladder=[(rung, effect(projectors, rung)) for rung in method.ladder(projectors, policy)],
     )
 
@@ -224,8 +225,16 @@ def _safe_lora(
     )
 
 
-def _thresholds(_projectors: Sequence[Projector], policy: Policy) -> list[Policy]:
+def _shares(projectors: Sequence[Projector], policy: Policy) -> list[Policy]:
+    """Of how many modules are projected: by number if the policy counts them, else by threshold."""
+    if policy.select == "number":
+        numbers = sorted({math.ceil(share * len(projectors)) for share in _NUMBERS})
+        return [dataclasses.replace(policy, number=number) for number in numbers]
     return [dataclasses.replace(policy, select="threshold", threshold=value) for value in _THRESHOLDS]
+
+
+def _share(policy: Policy) -> str:
+    return "number" if policy.select == "number" else "threshold"
 
 
 def _spread(figures: Iterable[float]) -> Spread:
@@ -243,6 +252,6 @@ def _check_figures(entry: ModuleEntry) -> None:
 
 
 METHODS = {
-    "safe-lora": Method(_safe_lora, "threshold", _thresholds),
-    "input-removal": Method(_input_removal, "energy", _energies),
+    "safe-lora": Method(_safe_lora, _shares, _share),
+    "input-removal": Method(_input_removal, _energies, lambda _policy: "energy"),
 }

@@ -233,6 +233,13 @@ def test_ladders_rise_and_take_more_with_each_rung(projectors: list[Projector]) 
     assert counts[0] == 0 < counts[-1] and safe.ladder[6][1] == safe.whole
 
 
+def test_a_policy_that_counts_modules_has_a_ladder_of_counts(projectors: list[Projector]) -> None:
+    found = calibrate(projectors, Policy(method="safe-lora", select="number", number=2))
+    numbers = [policy.number for policy, _ in found.ladder]
+    assert found.strength == "number" and numbers == sorted(set(numbers)) and numbers[-1] == len(projectors)
+    assert [effect.projected for _, effect in found.ladder] == numbers
+
+
 def test_nothing_but_the_energies_is_read(cache: ProjectorCache, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, read = ProjectorCache(cache.folder), []
     original = fresh.tensor

@@ -175,6 +175,18 @@ def test_a_store_that_is_not_there(action: tuple[str, ...], run: Run, tmp_path: 
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("action", [("ls",), ("gc",), ("verify",), ("rm", "x")], ids=" ".join)
+def test_a_folder_of_other_things_is_no_store(action: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "other" / "things").mkdir(parents=True)
+    code, out, error = run(*action, store=tmp_path / "other")
+    assert code == 2 and out == "" and "there is no adapter store" in error
+
+
+def test_an_empty_folder_is_a_sound_store(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("verify", store=tmp_path / "empty")[:2] == (0, "the adapter store is sound\n")
+
+
 def test_the_default_store_is_the_server_s(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ from safelora_vllm.store.names import REMEDY, AdapterRecord, NameStore
 from safelora_vllm.store.published import REPORT, PublishedStore
 from safelora_vllm.store.raw import RawStore
 
-_PLACES = ("incoming", "names", "published", "raw")
+PLACES = ("incoming", "names", "published", "raw")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def verify(
     published = PublishedStore(root)
     checks += [_check_published(published, key) for key in published.all()]
     problems += [problem for check in progress(checks) if (problem := check()) is not None]
-    for place in _PLACES:
+    for place in PLACES:
         for path in leftovers(Path(root) / place, stale_seconds, place == "incoming"):
             problems.append(Problem(str(path), "a killed process left it behind", "gc removes it"))
     return problems
@@ -141,7 +141,7 @@ def verify(
 
 def clean(root: str | Path, stale_seconds: float = STALE_SECONDS) -> None:
     """Remove what killed processes left behind, in all of the store's folders."""
-    for place in _PLACES:
+    for place in PLACES:
         remove_leftovers(Path(root) / place, stale_seconds, place == "incoming")
 
 
@@ -151,7 +151,7 @@ def check_store(root: str | Path) -> None:
     Raises:
         GuardError: with the folder and what to do.
     """
-    for folder in (Path(root), *(Path(root) / place for place in _PLACES)):
+    for folder in (Path(root), *(Path(root) / place for place in PLACES)):
         if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
             raise GuardError(
                 f"every user may write to {folder}, and so decide what is served; take that away with "
