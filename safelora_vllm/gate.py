@@ -200,7 +200,7 @@ def evaluate(
     if broken:  # not in audit mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
-    reasons = reasons or _check_total(largest, policy)
+    reasons += _check_total(largest, policy)
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules, total)
     return report, weights_served if accepted else None
@@ -220,8 +220,8 @@ def _check_norm(module: str, delta: ModuleDelta, served: Served, policy: Policy)
     return [
         Reason(
             "relative_norm",
-            f"{module}: the adapter is {largest:.5g} times its weight, allowed are "
-            f"{policy.max_relative_norm:g} (max_relative_norm)",
+            f"{module}: the adapter is {largest:.8g} times its weight, allowed are "
+            f"{policy.max_relative_norm:.8g} (max_relative_norm)",
         )
     ]
 
@@ -233,8 +233,8 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     return [
         Reason(
             "total_norm",
-            f"all modules together are {total:.5g} times the model's weights, allowed are "
-            f"{policy.max_total_norm:g} (max_total_norm)",
+            f"all modules together are {total:.8g} times the model's weights, allowed are "
+            f"{policy.max_total_norm:.8g} (max_total_norm)",
         )
     ]
 

@@ -23,7 +23,7 @@ _RANGES = (
     ("max_total_norm", 0.0, sys.float_info.max),
 )
 _METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
-_CAPS = ("max_relative_norm", "max_total_norm")
+CAPS = ("max_relative_norm", "max_total_norm")
 # Fields that only mean something together with one of another field's values.
 _CONDITIONS = {
     "threshold": ("select", ("threshold",)),
@@ -64,7 +64,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHOD_NAMES)
-        if not self.select:
+        if self.select == "":
             default = "threshold" if self.method == "safe-lora" else "all"
             object.__setattr__(self, "select", default)
         if self.energy is _METHODS_OWN:
@@ -73,9 +73,9 @@ class Policy:
         _one_of("mode", self.mode, MODES)
         for field, low, high in _RANGES:
             _in_range(field, getattr(self, field), low, high)
-            object.__setattr__(self, field, float(getattr(self, field)))  # 1 and 1.0 are one policy
+            object.__setattr__(self, field, float(getattr(self, field)) + 0.0)  # 1 and 1.0, 0.0 and -0.0
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 0:
-            raise PolicyError(f"number is {self.number!r}; give a whole number of modules, 0 or more")
+            raise PolicyError(f"number is {_short(self.number)}; give a whole number of modules, 0 or more")
 
     @property
     def enforcing(self) -> bool:
@@ -91,6 +91,8 @@ class Policy:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Policy:
         """A policy from a configuration's mapping. Unknown keys are an error, not ignored."""
+        if not isinstance(values, Mapping):
+            raise PolicyError(f'the policy is {values!r:.80}; give an object such as {{"energy": 0.2}}')
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise PolicyError(f"unknown policy keys {unknown}; known are {sorted(known)}")
@@ -139,7 +141,7 @@ class Policy:
         """
         if not other.enforcing:
             return True
-        if not self.enforcing or any(getattr(self, cap) > getattr(other, cap) for cap in _CAPS):
+        if not self.enforcing or any(getattr(self, cap) > getattr(other, cap) for cap in CAPS):
             return False
         if self.method != other.method:
             return False
@@ -157,13 +159,13 @@ class Policy:
 
     def tightened(self, other: Policy) -> Policy:
         """This policy, with what of ``other`` is stricter and has the same meaning here."""
-        stricter: dict[str, Any] = {cap: min(getattr(self, cap), getattr(other, cap)) for cap in _CAPS}
+        stricter: dict[str, Any] = {cap: min(getattr(self, cap), getattr(other, cap)) for cap in CAPS}
         if self.method == other.method:
             if self.method == "input-removal":
                 stricter["energy"] = max(self.energy, other.energy)
-            if other.select == "all":
-                stricter["select"] = "all"
-            elif self.select == other.select:
+            if self.select != other.select:
+                stricter["select"] = "all"  # a number and a threshold may choose other modules
+            else:
                 stricter["threshold"] = max(self.threshold, other.threshold)
                 stricter["number"] = max(self.number, other.number)
         return dataclasses.replace(self, **stricter)
@@ -184,11 +186,16 @@ class Policy:
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise PolicyError(f"{field} is {value!r}; choose one of {', '.join(allowed)}")
+        raise PolicyError(f"{field} is {_short(value)}; choose one of {', '.join(allowed)}")
 
 
 def _in_range(field: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
-        wanted = f"of {low:g} or more" if high == sys.float_info.max else f"from {low:g} to {high:g}"
-        raise PolicyError(f"{field} is {value!r}; give a number {wanted}")
+        above = high == sys.float_info.max
+        wanted = f"finite number of {low:g} or more" if above else f"number from {low:g} to {high:g}"
+        raise PolicyError(f"{field} is {_short(value)}; give a {wanted}")
+
+
+def _short(value: object) -> str:
+    return "a very large number" if isinstance(value, int) and abs(value) > 2**63 else f"{value!r:.80}"

@@ -52,8 +52,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.modules:
         console.print(
             Text(
-                f"  total norm {report.total_norm:.4f} (allowed {policy.max_total_norm:g}), largest module "
-                f"{max(report.values('relative_norm')):.4f} (allowed {policy.max_relative_norm:g})"
+                f"  total norm {report.total_norm:.4g} (allowed {policy.max_total_norm:g}), largest module "
+                f"{max(report.values('relative_norm')):.4g} (allowed {policy.max_relative_norm:g})"
             )
         )
     for reason in report.reasons:

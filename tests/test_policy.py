@@ -55,7 +55,8 @@ def test_another_method_has_its_own_defaults_unless_they_are_given() -> None:
     "values",
     [
         {"method": "none"}, {"method": ""}, {"method": None}, {"method": ["safe-lora"]},
-        {"select": "some"}, {"select": True}, {"mode": "off"}, {"mode": ""},
+        {"select": "some"}, {"select": True}, {"select": None}, {"select": []}, {"select": 0},
+        {"mode": "off"}, {"mode": ""}, {"number": -(10**4000)}, {"energy": 10**4000},
         {"threshold": 1.01}, {"threshold": -1.01}, {"threshold": math.nan}, {"threshold": "0.3"},
         {"threshold": True}, {"threshold": None}, {"threshold": [0.3]},
         {"energy": 1.1}, {"energy": -0.1}, {"energy": math.nan},
@@ -144,6 +145,7 @@ def test_the_id_depends_on_every_field() -> None:
 def test_equal_policies_have_one_id() -> None:
     assert Policy(threshold=1, max_relative_norm=2) == Policy(threshold=1.0, max_relative_norm=2.0)
     assert Policy(threshold=1, max_relative_norm=2).id == Policy(threshold=1.0, max_relative_norm=2.0).id
+    assert Policy(energy=0.0).id == Policy(energy=-0.0).id == Policy(energy=0).id
 
 
 @given(_SIMILARITIES, st.floats(-1, 1))
@@ -185,7 +187,10 @@ def test_the_paper_projects_at_equality() -> None:
         ({"select": "number"}, {"select": "number", "number": 90}, {"select": "number", "number": 90}),
         # Another method's fields mean something else.
         ({}, {"method": "safe-lora", "select": "all", "max_relative_norm": 0.5}, {"max_relative_norm": 0.5}),
-        ({"select": "number"}, {"select": "threshold", "threshold": 0.9}, {"select": "number"}),
+        # A number and a threshold may choose other modules; all of them is as strict as both.
+        ({"select": "number"}, {"select": "threshold", "threshold": 0.9}, {"select": "all"}),
+        ({"select": "threshold"}, {"select": "number"}, {"select": "all"}),
+        ({"select": "all"}, {"select": "threshold"}, {"select": "all"}),
         ({"method": "csulora"}, {"method": "csulora", "energy": 0.5}, {"method": "csulora"}),
     ],
 )  # fmt: skip
@@ -193,3 +198,9 @@ def test_what_is_stricter_stays(own: dict[str, Any], kept: dict[str, Any], resul
     tightened = Policy(**own).tightened(Policy(**kept))
     assert tightened == Policy(**result)
     assert tightened.at_least_as_strict(Policy(**own))
+
+
+@pytest.mark.parametrize("values", [None, [], 5, "energy", [["energy", 0.2]]], ids=repr)
+def test_a_policy_is_an_object(values: Any) -> None:
+    with pytest.raises(PolicyError, match="give an object"):
+        Policy.from_mapping(values)

@@ -86,6 +86,9 @@ def test_small_modules_may_be_too_much_together(
     assert codes(judge(folder, GateSettings(cache, tight), PublishedStore(tmp_path / "empty"))) == {
         "total_norm"
     }
+    both = Policy(max_total_norm=0.0, max_relative_norm=0.0)
+    refused = judge(folder, GateSettings(cache, both), PublishedStore(tmp_path / "empty"))
+    assert codes(refused) == {"relative_norm", "total_norm"}, "all that is wrong is told at once"
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
     (row,) = (line for line in text.splitlines() if "a.v_proj" in line)
     assert row.count("–") == 2 and "kept" in row
     assert "tenant: accepted, 1 of 2 modules projected" in text
-    assert "total norm 0.0030 (allowed 1), largest module 0.0200 (allowed 1)" in text
+    assert "total norm 0.003 (allowed 1), largest module 0.02 (allowed 1)" in text
 
 
 def test_in_audit_mode_nothing_is_said_to_be_projected() -> None:

@@ -48,6 +48,7 @@ GOLDEN = """{
     "threshold": 0.5
    },
    "override": true,
+   "standing": {},
    "reason": "asked",
    "key": "",
    "rules": "",
@@ -293,6 +294,7 @@ DAMAGED = {
     "version text": golden(version="1"), "digest short": golden(digest="a"), "digest": golden(digest=1),
     "bytes": golden(bytes=1.5), "created": golden(created="now"), "nan": golden(created=float("nan")),
     "by": golden(by=None), "policy": golden(policy=[]), "override": golden(override=1),
+    "standing": golden(standing=[]),
     "unknown field": golden(later=1),
     "versions twice": golden(versions=json.loads(GOLDEN)["versions"] * 2),
 }  # fmt: skip

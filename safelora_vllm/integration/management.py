@@ -34,7 +34,7 @@ from safelora_vllm.errors import (
 from safelora_vllm.integration.quotas import allowed, check_quota
 from safelora_vllm.integration.serving import Serving
 from safelora_vllm.metrics import ServedAdapter
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, Version
 
@@ -74,13 +74,13 @@ class Manager:
             previous = await self._record(name)
             if previous is not None and not replace:
                 raise _taken(name)
-            policy = _sticky_policy(previous)
+            policy = previous.live.standing if previous else {}
             allowance = await asyncio.to_thread(allowed, self.serving.names, who, name, previous)
             answer = await self._judge(
                 who, name, action, "admit", path=str(source), policy=policy, allowance=allowance
             )
             return await self._commit(
-                who, name, action, answer, previous, _version(answer, who, policy), start
+                who, name, action, answer, previous, _version(answer, who, policy, policy), start
             )
 
     async def roll_back(self, who: Principal, name: str, number: int) -> ServedAdapter:
@@ -96,12 +96,13 @@ class Manager:
             # A stricter policy set since then stays. One that an admin loosened for that content comes back,
             # but for admins only: it may have been taken back.
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
-            policy = _sticky_policy(record) or mine
+            policy = record.live.standing or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
+            standing = record.live.standing if override else policy
             answer = await self._judge(
                 who, name, "rollback", "ensure", digest=earlier.digest, policy=policy, override=override
             )
-            version = _version(answer, who, policy, override, f"rollback to version {number}")
+            version = _version(answer, who, policy, standing, override, f"rollback to version {number}")
             return await self._commit(who, name, "rollback", answer, record, version, start)
 
     async def set_policy(
@@ -129,12 +130,16 @@ class Manager:
                     'method, or another energy of csulora); give both "override": true and a "reason", '
                     "which the report and the audit log keep"
                 )
-            # The whole of it, so that it means the same when the server's policy is another one.
+            # All of the rule, so that it means the same when the server's policy is another one. A cap that
+            # nobody overrode is the server's, whatever that will be.
             policy = dataclasses.asdict(wanted) if values else {}
+            if loosened:
+                policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
+            standing = record.live.standing if loosened else policy
             answer = await self._judge(
                 who, name, "policy", "ensure", digest=record.live.digest, policy=policy, override=loosened
             )
-            version = _version(answer, who, policy, loosened, reason)
+            version = _version(answer, who, policy, standing, loosened, reason)
             return await self._commit(who, name, "policy", answer, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
@@ -288,13 +293,13 @@ class Manager:
             logger.error("%s of %r by %s is not in the audit log: %s", action, name, who.key_id, error)
 
 
-def _sticky_policy(record: AdapterRecord | None) -> dict[str, Any]:
-    """What an admin tightened stays in force for new content; what was loosened was for the old one."""
-    return {} if record is None or record.live.override else record.live.policy
-
-
 def _version(
-    answer: dict[str, Any], who: Principal, policy: dict[str, Any], override: bool = False, reason: str = ""
+    answer: dict[str, Any],
+    who: Principal,
+    policy: dict[str, Any],
+    standing: dict[str, Any],
+    override: bool = False,
+    reason: str = "",
 ) -> Version:
     modules = answer["report"]["modules"]
     return Version(
@@ -306,6 +311,7 @@ def _version(
         by=who.key_id,
         policy=policy,
         override=override,
+        standing=standing,
         reason=reason,
         key=answer["key"],
         rules=answer["rules"],

@@ -14,6 +14,20 @@ from safelora_vllm.store import default_root
 
 SECTION = "safelora"
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "projectors": str,
+    "store": str,
+    "policy": Mapping,
+    "trust_served_model": bool,
+    "projector_bytes": (int, type(None)),
+    "max_adapter_bytes": int,
+    "store_bytes": (int, type(None)),
+    "keys": (str, type(None)),
+    "adapter_roots": list,
+    "concurrent_uploads": int,
+    "allow_hub": bool,
+}
+_CURE = "see README, Configuration, for what it may be"
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ class ServerSettings:
         """Read the section.
 
         Raises:
-            GuardError: no section, no ``projectors`` in it, or a key that is not known.
+            GuardError: no section, no ``projectors`` in it, an unknown key, or a value of another type.
             PolicyError: values out of range, or without effect.
         """
         section = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
@@ -60,6 +74,9 @@ class ServerSettings:
         known = {entry.name for entry in dataclasses.fields(cls)}
         if unknown := sorted(set(section) - known):
             raise GuardError(f"unknown safelora settings {unknown}; known are {sorted(known)}")
+        for key, value in section.items():
+            if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and _TYPES[key] is not bool):
+                raise GuardError(f"the safelora setting {key} is {value!r:.80}; {_CURE}")
         settings = cls(**section)
         Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings

@@ -18,7 +18,8 @@ def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
     """New A (r, d_in) and B (d_out, r); fewer ranks where a side of the module is smaller than r.
 
     The product is factorised anew before it is rounded: with the author's ranks, two large ones that nearly
-    cancel could be made to round so that what was removed comes back.
+    cancel could be made to round so that what was removed comes back. So only single roundings bring it back:
+    in bfloat16 up to 2⁻⁸ of what is left, where an author chose his values for it.
     """
     inputs = delta.projector.input_basis(policy.energy)
     left = delta.a - lowrank.component(delta.a.T, inputs).T

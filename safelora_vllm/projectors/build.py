@@ -207,6 +207,8 @@ def build_module(
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Figures and tensors of one module, or None where alignment did not change it (V = 0).
 
+    None too where W_aligned = 0: no adapter has a size relative to it.
+
     The Gram matrix of V's smaller side gives everything: Ĉ where that side is the output, c₀, and
     the singular values and vectors. All in float64 before the cast.
     """
@@ -216,7 +218,7 @@ def build_module(
     norm, aligned_norm = float(delta.norm()), float(after.norm())
     if not (math.isfinite(norm) and math.isfinite(aligned_norm)):
         raise CheckpointError(f"{name}.weight has NaN or infinite values; download the model again")
-    if norm == 0.0:
+    if norm == 0.0 or aligned_norm == 0.0:
         return None
     d_out, d_in = delta.shape
     wide = d_out <= d_in

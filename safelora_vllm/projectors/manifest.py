@@ -42,7 +42,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """modules, shards: by name. aligned: fingerprint of that model. unchanged: modules with V = 0."""
+    """modules, shards: by name. aligned: fingerprint of that model. unchanged: modules
+    without a projector, as V = 0 (or W_aligned = 0) there.
+    """
 
     modules: dict[str, ModuleEntry]
     shards: dict[str, Shard]

@@ -21,8 +21,8 @@ _FORMAT = 1
 _LONGEST = 255  # bytes of a file name, in all of Linux's file systems
 _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
-    "by": (str,), "policy": (dict,), "override": (bool,), "reason": (str,), "key": (str,), "rules": (str,),
-    "id": (int,),
+    "by": (str,), "policy": (dict,), "override": (bool,), "standing": (dict,),
+    "reason": (str,), "key": (str,), "rules": (str,), "id": (int,),
 }  # fmt: skip
 
 
@@ -32,7 +32,8 @@ class Version:
 
     digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
     since 1970. by: the tenant or operator. policy: what an admin set for it, none for the server's.
-    override: an operator made that policy less strict than the server's. reason: why it is as it is.
+    override: an operator made that policy less strict than the server's. standing: the policy that the name's
+    next content gets; an override is for its own content and leaves it as it was. reason: why it is as it is.
     key: of the published copy. rules: digest of the server's rules under which that was published.
     id: the first of the numbers by which vLLM knows this version's weights.
     """
@@ -45,6 +46,7 @@ class Version:
     by: str
     policy: dict[str, Any] = field(default_factory=dict)
     override: bool = False
+    standing: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     key: str = ""
     rules: str = ""

@@ -17,6 +17,7 @@ from server import Server
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.audit import AuditLog
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.store import NameStore
 from tests.corpus.target import Target, sound
 from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, client, metric_samples, say, upload, write_adapter
 from tests.tiny import Q0
@@ -171,8 +172,11 @@ def test_policy_of_one_adapter(admin: httpx.Client, adapters: dict[str, Path], s
     assert loose.status_code == 200
     assert sum(m["decision"] == "projected" for m in loose.json()["modules"]) == 3
     assert (loose.json()["override"], loose.json()["reason"]) == (True, "a trusted author")
+    overridden = NameStore(store).get("judged").live.policy
+    assert overridden["number"] == 3 and "max_total_norm" not in overridden, "caps that were not named"
     replaced = upload(admin, "judged", adapters["other"], replace=True).json()
     assert {m["decision"] for m in replaced["modules"]} == {"projected"}, "an override is for its content"
+    assert replaced["policy"]["max_relative_norm"] == 0.5, "and leaves what holds for the name"
     put(policy={"max_relative_norm": 0.5})
     replaced = upload(admin, "judged", adapters["qv"], replace=True).json()
     assert replaced["policy"]["max_relative_norm"] == 0.5, "a stricter policy is for the name"
