@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def main() -> int:
                     folder = HERE / "adapters" / name
                     if options is not None:
                         folder = project(folder, projectors, work / f"{policy}-{name}", options)
-                    served = f"{name}-{list(OTHERS).index(policy) if options else 'raw'}"
+                    served = f"{name}-{'raw' if options is None else list(OTHERS).index(policy)}"
                     load(server, served, folder)
                     answers[policy, name] = ask(server, served, prompts_for(name, questions))
     show_answers(answers, questions)
@@ -113,8 +114,11 @@ def load(server: Server, name: str, folder: Path) -> None:
         body,
         {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=120):
-        console.print(Text(f"  loaded {name}", style="green"))
+    try:
+        with urllib.request.urlopen(request, timeout=120):
+            console.print(Text(f"  loaded {name}", style="green"))
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{name} was not loaded ({error}): {error.read().decode()}") from None
 
 
 def ask(server: Server, model: str, prompts: Iterable[str]) -> dict[str, str]:

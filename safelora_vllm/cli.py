@@ -171,8 +171,12 @@ def _project(args: argparse.Namespace) -> int:
     if out.exists():
         raise UsageError(f"{out} exists; remove it or give another --out")
     settings = _gate_settings(args)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".project-") as scratch:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=".project-")
+    except OSError as error:
+        raise UsageError(f"{out.parent} cannot be written ({error.strerror}); give another --out") from error
+    with folder as scratch:
         admission = admit(args.adapter, Path(args.adapter).resolve().name, settings, PublishedStore(scratch))
         if admission.folder is None:
             raise AdapterRefused(admission.report.reasons)

@@ -122,10 +122,12 @@ class Policy:
                     f"{field} has no effect with {condition} {getattr(self, condition)!r}; give {condition} "
                     f"{' or '.join(map(repr, needed))} too{_MORE.get(field, '')}, or leave {field} out"
                 )
-            idle = (field, self.method) == ("energy", "input-removal") or field == "number"
-            if idle and getattr(self, field) == 0:
+            # Ĉ has no negative eigenvalues, so no similarity is below 0.
+            idle = (field, self.method) == ("energy", "input-removal") or field in ("number", "threshold")
+            if idle and getattr(self, field) <= 0:
                 raise PolicyError(
-                    f"with {field} 0 nothing is projected; if that is meant, choose mode 'audit'"
+                    f"with {field} {getattr(self, field):g} nothing is projected; if that is meant, choose "
+                    "mode 'audit'"
                 )
 
     def has_effect(self, field: str) -> bool:

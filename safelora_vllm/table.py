@@ -44,7 +44,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     verdict = "accepted" if report.accepted else "refused"
     share = f"{report.count('projected')} of {len(report.modules)} modules"
     if report.modules and policy.enforcing:
-        verdict += f", {share} projected"
+        verdict += f", {share} {'projected' if report.accepted else 'would have been projected'}"
     elif report.modules:
         would = "refuse it" if report.reasons else f"project {share}"
         verdict += f" unprojected, as in audit mode; enforcing would {would}"

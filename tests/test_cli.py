@@ -45,6 +45,14 @@ def test_inspect_prints_a_table_and_the_verdict(run: Run) -> None:
     assert code == 0 and "good: accepted" in out and "projected" in out and "kept" in out
     code, out, _ = run("inspect", adapter="bad")
     assert code == 3 and "bad: refused" in out and "[dora]" in out and "[bias]" in out
+    code, out, _ = run("inspect", "--max-total-norm", "1e-9")
+    assert code == 3 and "modules would have been projected" in out and "[total_norm]" in out
+
+
+def test_project_into_what_is_no_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, error = run("project", "--out", str(tmp_path / "file" / "out"))
+    assert (code, out) == (2, "") and "cannot be written" in error and "another --out" in error
 
 
 @pytest.mark.parametrize("command", ["inspect", "project", "serve"])

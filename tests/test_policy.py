@@ -90,6 +90,8 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
         ({"threshold": 0.5}, r"give select 'threshold' too \(safe-lora has it by itself\)"),
         ({"energy": 0.0}, "with energy 0 nothing is projected"),
         ({"method": "safe-lora", "select": "number", "number": 0}, "with number 0 nothing is projected"),
+        ({"method": "safe-lora", "threshold": 0}, "with threshold 0 nothing is projected"),
+        ({"method": "safe-lora", "threshold": -1}, "with threshold -1 nothing is projected"),
     ],
 )
 def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
