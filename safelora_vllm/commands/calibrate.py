@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         metavar="SHARE",
         help="find input-removal's largest energy that leaves every module this share of a random "
-        "adapter's effect, e.g. 0.9",
+        "adapter's effect, e.g. 0.99",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     add_projection_options(parser)
