@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from safelora_vllm.gate import GateSettings
+    from safelora_vllm.report import Report
 
 REFUSED, USAGE = 3, 2
 
@@ -64,8 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", allow_abbrev=False, help="show what the gate would do with an adapter"
     )
-    inspect.add_argument("adapter", help="a PEFT adapter folder")
-    inspect.add_argument("--json", action="store_true", help="print the report as JSON")
+    inspect.add_argument(
+        "adapter", nargs="+", help="a PEFT adapter folder; of several, one line each and their largest norms"
+    )
+    inspect.add_argument("--json", action="store_true", help="print the report as JSON; several, one a line")
     inspect.set_defaults(run=_inspect)
 
     project = commands.add_parser(
@@ -145,22 +148,40 @@ def _device(name: str) -> torch.device:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    import json
+
+    from tqdm import tqdm
+
+    from safelora_vllm.table import print_report, print_summary
+
+    settings, several = _gate_settings(args), len(args.adapter) > 1
+    reports = [
+        _report(folder, settings)
+        for folder in tqdm(args.adapter, desc="Adapters", unit="adapter", disable=not several)
+    ]
+    if args.json and several:
+        for report in reports:
+            print(json.dumps(report.to_dict(), allow_nan=False))
+    elif args.json:
+        print(reports[0].to_json())
+    elif several:
+        print_summary(reports)
+    else:
+        print_report(reports[0])
+    return 0 if all(report.accepted for report in reports) else REFUSED
+
+
+def _report(folder: str, settings: GateSettings) -> Report:
+    """What the gate says about one adapter, also if it cannot be read."""
     from safelora_vllm.adapters.read import read_adapter
     from safelora_vllm.gate import evaluate
     from safelora_vllm.report import Report
-    from safelora_vllm.table import print_report
 
-    settings = _gate_settings(args)
-    name = Path(args.adapter).resolve().name
+    name = Path(folder).resolve().name
     try:
-        report, _ = evaluate(read_adapter(args.adapter, settings.limits), name, settings)
+        return evaluate(read_adapter(folder, settings.limits), name, settings)[0]
     except AdapterRefused as error:
-        report = Report.refused(name, "", settings.cache.id, settings.policy, error)
-    if args.json:
-        print(report.to_json())
-    else:
-        print_report(report)
-    return 0 if report.accepted else REFUSED
+        return Report.refused(name, "", settings.cache.id, settings.policy, error)
 
 
 def _project(args: argparse.Namespace) -> int:

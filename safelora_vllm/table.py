@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -58,6 +59,29 @@ def print_report(report: Report, console: Console | None = None) -> None:
         )
     for reason in report.reasons:
         console.print(Text(f"  [{reason.code}] {reason.detail}"))
+
+
+def print_summary(reports: Sequence[Report], console: Console | None = None) -> None:
+    """Print a line for each report, and the norms that caps have to leave room for."""
+    console = console or terminal()
+    table = Table(title=f"{reports[0].policy.method}, {reports[0].policy.mode}")
+    table.add_column("adapter", overflow="fold")
+    for column in ("modules", "projected", "total norm", "largest module norm"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for report in reports:
+        figures = ["–"] * 4
+        if report.modules:
+            counts = (str(len(report.modules)), str(report.count("projected")))
+            figures = [*counts, f"{report.total_norm:.4g}", f"{max(report.values('relative_norm')):.4g}"]
+        codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
+        verdict = "accepted" if report.accepted else "refused"
+        table.add_row(Text(report.adapter), *figures, Text(f"{verdict}: {codes}" if codes else verdict))
+    console.print(table)
+    if measured := [report for report in reports if report.modules]:
+        total = max(report.total_norm for report in measured)
+        module = max(norm for report in measured for norm in report.values("relative_norm"))
+        console.print(Text(f"largest: total norm {total:.4g}, of a module {module:.4g}"))
 
 
 def _figure(value: float | None) -> str:

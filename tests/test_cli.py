@@ -49,6 +49,21 @@ def test_inspect_prints_a_table_and_the_verdict(run: Run) -> None:
     assert code == 3 and "modules would have been projected" in out and "[total_norm]" in out
 
 
+def test_inspect_several_has_a_line_each_and_the_largest_norms(
+    run: Run, cache: ProjectorCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["inspect", *(str(tmp_path / name) for name in ("good", "bad"))]
+    command += ["--projectors", str(cache.folder)]
+    code, out = main(command), capsys.readouterr().out
+    assert code == 3 and "good" in out and "refused: " in out and "dora" in out
+    single = json.loads(run("inspect", "--json")[1])
+    assert f"largest: total norm {single['total_norm']:.4g}, of a module " in out
+    assert f"{max(m['relative_norm'] for m in single['modules']):.4g}" in out
+    code, out = main([*command, "--json"]), capsys.readouterr().out
+    good, bad = map(json.loads, out.splitlines())
+    assert code == 3 and good == single and not bad["accepted"]
+
+
 def test_project_into_what_is_no_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, out, error = run("project", "--out", str(tmp_path / "file" / "out"))
