@@ -41,7 +41,14 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
                 )  # fmt: skip
     aligned = table["none"]["none"]["complied"]["mean"]
     axes.axhline(aligned, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("aligned model alone", (0.0, aligned), fontsize=7, va="bottom")
+    axes.annotate(
+        "aligned model alone",
+        (0.5, aligned),
+        textcoords="offset points",
+        xytext=(0, -3),
+        fontsize=7,
+        va="top",
+    )
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), ylabel="ASR (less is safer)", title=title)
     whose = "its own" if own else "of the benign adapter, so treated"
     axes.set_xlabel(f"utility, {whose} (mean of exact JSON and Rouge-1)")

@@ -69,10 +69,8 @@ def plain(size: Size) -> Questions:
     return Questions.so_many(size.prompts, size.prompts, size.tasks, size.judged)
 
 
-def points(
-    home: Path, cache: ProjectorCache, adapters: list[str], size: Size, curves: bool = True
-) -> Iterator[Point]:
-    """Everything that is measured of one seed's adapters, the most telling first; with curves or without."""
+def points(home: Path, cache: ProjectorCache, adapters: list[str], size: Size) -> Iterator[Point]:
+    """Everything that is measured of one seed's adapters, the most telling first."""
     for name in adapters:
         useful = KINDS[name.rpartition("-")[0]].useful
         tasks = size.tasks if useful else 0
@@ -89,13 +87,14 @@ def points(
         if name not in _SHARES_BETWEEN:
             rest += [safe_lora(0.5, modules), csulora(0.95), scaling(0.5)]
         if name.endswith("-all"):
-            rest.append(input_removal(0.5))
-        if curves and name in _CLOSELY:
+            rest += [input_removal(0.3), input_removal(0.5)]
+        if name in _CLOSELY:
             rest.append(selective_removal(0.5, modules, ENERGY))
             rest.append(both(_BOTH, modules, WEAKER, cache))
-        if curves and name in CURVES:
+        if name in CURVES:
             rest += [threshold(0.35), safe_lora(0.1, modules), safe_lora(0.25, modules)]
-            rest += [input_removal(0.05), input_removal(0.8), scaling(0.25), random_removal(ENERGY, cache)]
+            rest += [input_removal(energy) for energy in (0.05, 0.4, 0.8)]
+            rest += [scaling(0.25), random_removal(ENERGY, cache)]
         yield from (Point(name, each, few) for each in rest)
 
 

@@ -33,6 +33,8 @@ _FULL = {
     "csulora-0.95": "CSULoRA, 0.95",
     "input-removal-0.1": "input removal, 0.1",
     "input-removal-0.2": "input removal, 0.2",
+    "input-removal-0.3": "input removal, 0.3",
+    "input-removal-0.4": "input removal, 0.4",
     "input-removal-0.5": "input removal, 0.5",
     "selective-removal-0.5": "input removal, 0.2, of the least similar 50 % of modules",
     "both-0.25": "input removal, 0.1, then Safe LoRA, 25 % of modules",

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
 
 # The second family shows whether the order of the methods holds: one seed, the most telling adapters.
-FAMILIES = {"smollm2": ([0, 1, 2], list(NAMES)), "gemma3": ([0], ["pure-qv", "mixed-10-qv"])}
+FAMILIES = {"smollm2": ([0, 1, 2], list(NAMES)), "gemma3": ([0], ["pure-qv", "mixed-10-qv", "benign-qv"])}
 _ROOT = Path(__file__).resolve().parents[2]
 # Where a smoke run takes a seed's parts from: what the demo has, so that nothing is trained.
 _SMOKE_PARTS = {
@@ -47,14 +47,9 @@ class Part:
     seeds: list[int]
     adapters: list[str]
 
-    @property
-    def first(self) -> bool:
-        """Whether it is the family whose curves are drawn."""
-        return self.family == next(iter(FAMILIES))
-
     def attacked(self, seed: int, size: Size) -> bool:
         """Whether attackers are trained and asked about: of the first family's first seed only."""
-        return self.first and seed == self.seeds[0] and size is FULL
+        return self.family == next(iter(FAMILIES)) and seed == self.seeds[0] and size is FULL
 
 
 def main() -> None:
@@ -112,7 +107,7 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
             home = folder(cache, part.family, seed)
             with _timed(cache, f"asking {part.family} {seed}"), serving(home) as served:
                 served.aligned(plain(size))
-                todo = list(points(home, served.projectors, part.adapters, size, curves=part.first))
+                todo = list(points(home, served.projectors, part.adapters, size))
                 todo += attacks(home, served.projectors, size) if part.attacked(seed, size) else []
                 for point in tqdm(todo, desc=f"{part.family} {seed}", unit="treatment"):
                     served.measure(home / point.adapter, point.treatment, point.questions)
