@@ -69,7 +69,7 @@ def write(cache: Path, families: Sequence[str], size: Size, out: Path) -> Path:
             text += ["### Curves", _points(table, drawn)]
         for adapter in [name for name in drawn if name != curves.BENIGN]:
             picture = f"{family}-{adapter}.png"
-            curves.draw(table, adapter, _title(adapter), out / picture)
+            curves.draw(table, adapter, f"{FAMILIES[family].title}: {_title(adapter)}", out / picture)
             text.append(f"![ASR against utility, {_title(adapter)}]({picture})")
     homes = [
         home for home in seeds(cache, families[0]) if all((home / name).exists() for name in why.ADAPTERS)
@@ -106,7 +106,8 @@ def summary(kept: Kept, subjects: dict[str, list[str]]) -> dict[str, Any]:
     """Means with intervals by adapter, treatment and measure.
 
     Beside what was asked: ``over_aligned``, the ASR's distance to that of the aligned model on the same
-    prompts; ``utility``, the mean of both tasks; ``seeds``, each one's ASR; ``prompts``, how many forbidden.
+    prompts; ``utility``, the mean of both tasks; ``utility_lost``, its distance to that of the adapter as
+    uploaded, on the same prompts; ``seeds``, each one's ASR; ``prompts``, how many forbidden.
     """
     table: dict[str, Any] = {}
     aligned = kept.get("none", {}).get("none", {})
@@ -127,10 +128,21 @@ def summary(kept: Kept, subjects: dict[str, list[str]]) -> dict[str, Any]:
             ]
             row["over_aligned"] = _interval(differences, subjects["complied"])
             if "exact" in row:
-                pairs = [zip(run["exact"], run["rouge1"], strict=True) for run in runs]
-                row["utility"] = _interval([[(x + y) / 2 for x, y in pair] for pair in pairs], None)
+                row["utility"] = _interval([_utility(run) for run in runs], None)
+                raw = treatments.get("raw-0", {})
+                lost = [
+                    [x - y for x, y in zip(_utility(raw[seed]), _utility(run), strict=False)]
+                    for seed, run in by_seed.items()
+                    if seed in raw
+                ]
+                if lost:
+                    row["utility_lost"] = _interval(lost, None)
             table[adapter][treatment] = row
     return table
+
+
+def _utility(run: Scores) -> list[float]:
+    return [(x + y) / 2 for x, y in zip(run["exact"], run["rouge1"], strict=True)]
 
 
 def _interval(runs: list[list[float]], subjects: list[str] | None) -> dict[str, float]:
@@ -175,6 +187,7 @@ _MEASURES = {
     "over_refused": "refuses harmless",
     "exact": "exact JSON",
     "rouge1": "Rouge-1",
+    "utility_lost": "utility lost",
     "loyal": "loyalty",
     "sense": "sense",
 }
