@@ -145,7 +145,7 @@ def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
     loud = Draft()
     loud.config["lora_alpha"] = 10_000
     report = admit(loud.write(tmp_path / "loud"), "loud", audit, store).report
-    assert report.accepted and {reason.code for reason in report.reasons} == {"relative_norm"}
+    assert report.accepted and {reason.code for reason in report.reasons} == {"relative_norm", "total_norm"}
     dora = Draft()
     dora.config["use_dora"] = True
     assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted

@@ -67,8 +67,9 @@ def test_ls_json_has_all_versions(run: Run, root: Path) -> None:
     assert stored is not None
     assert records[0] == json.loads(json.dumps(dataclasses.asdict(stored)))
     assert list(records[0]) == ["name", "current", "versions"]
-    assert list(records[0]["versions"][0])[:9] == [
-        "version", "digest", "bytes", "rank", "created", "by", "policy", "override", "reason",
+    assert list(records[0]["versions"][0])[:10] == [
+        "version", "digest", "bytes", "rank", "created", "by", "policy", "override", "standing",
+            "reason",
     ]  # fmt: skip
 
 
