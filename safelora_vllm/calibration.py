@@ -80,12 +80,11 @@ class Method:
     """How a method is calibrated.
 
     effect: of some modules, the names of those that are projected, and the policy.
-    ladder: policies of rising strength. strength: the field of a policy that its ladder raises.
+    ladder: the field of a policy that it raises, and policies of rising strength.
     """
 
     effect: Callable[[Sequence[Projector], Collection[str], Policy], Effect]
-    ladder: Callable[[Sequence[Projector], Policy], list[Policy]]
-    strength: Callable[[Policy], str]
+    ladder: Callable[[Sequence[Projector], Policy], tuple[str, list[Policy]]]
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,12 @@ def calibrate(projectors: Sequence[Projector], policy: Policy) -> Calibration:
     groups: dict[str, list[Projector]] = {}
     for projector in projectors:
         groups.setdefault(projector.entry.name.rpartition(".")[2], []).append(projector)
+    strength, rungs = method.ladder(projectors, policy)
     return Calibration(
         types={name: effect(group, policy) for name, group in groups.items()},
         whole=effect(projectors, policy),
-        strength=method.strength(policy),
-        ladder=[(rung, effect(projectors, rung)) for rung in method.ladder(projectors, policy)],
+        strength=strength,
+        ladder=[(rung, effect(projectors, rung)) for rung in rungs],
     )
 
 
@@ -205,10 +205,10 @@ def _input_removal(
     )
 
 
-def _energies(projectors: Sequence[Projector], policy: Policy) -> list[Policy]:
+def _energies(projectors: Sequence[Projector], policy: Policy) -> tuple[str, list[Policy]]:
     largest = largest_energy(projectors)
     rungs = [*(energy for energy in _ENERGIES if energy < largest), largest]
-    return [dataclasses.replace(policy, energy=energy) for energy in rungs]
+    return "energy", [dataclasses.replace(policy, energy=energy) for energy in rungs]
 
 
 def _safe_lora(
@@ -225,16 +225,13 @@ def _safe_lora(
     )
 
 
-def _shares(projectors: Sequence[Projector], policy: Policy) -> list[Policy]:
+def _shares(projectors: Sequence[Projector], policy: Policy) -> tuple[str, list[Policy]]:
     """Of how many modules are projected: by number if the policy counts them, else by threshold."""
     if policy.select == "number":
         numbers = sorted({math.ceil(share * len(projectors)) for share in _NUMBERS})
-        return [dataclasses.replace(policy, number=number) for number in numbers]
-    return [dataclasses.replace(policy, select="threshold", threshold=value) for value in _THRESHOLDS]
-
-
-def _share(policy: Policy) -> str:
-    return "number" if policy.select == "number" else "threshold"
+        return "number", [dataclasses.replace(policy, number=number) for number in numbers]
+    by_threshold = dataclasses.replace(policy, select="threshold")
+    return "threshold", [dataclasses.replace(by_threshold, threshold=value) for value in _THRESHOLDS]
 
 
 def _spread(figures: Iterable[float]) -> Spread:
@@ -252,6 +249,6 @@ def _check_figures(entry: ModuleEntry) -> None:
 
 
 METHODS = {
-    "safe-lora": Method(_safe_lora, _shares, _share),
-    "input-removal": Method(_input_removal, _energies, lambda _policy: "energy"),
+    "safe-lora": Method(_safe_lora, _shares),
+    "input-removal": Method(_input_removal, _energies),
 }

@@ -75,7 +75,7 @@ class Policy:
             _in_range(field, getattr(self, field), low, high)
             object.__setattr__(self, field, float(getattr(self, field)) + 0.0)  # 1 and 1.0, 0.0 and -0.0
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 0:
-            raise PolicyError(f"number is {_short(self.number)}; give a whole number of modules, 0 or more")
+            raise PolicyError(f"number is {self.number!r:.80}; give a whole number of modules, 0 or more")
 
     @property
     def enforcing(self) -> bool:
@@ -122,7 +122,7 @@ class Policy:
                     f"{field} has no effect with {condition} {getattr(self, condition)!r}; give {condition} "
                     f"{' or '.join(map(repr, needed))} too{_MORE.get(field, '')}, or leave {field} out"
                 )
-            # Ĉ has no negative eigenvalues, so no similarity is below 0.
+            # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
             idle = (field, self.method) == ("energy", "input-removal") or field in ("number", "threshold")
             if idle and getattr(self, field) <= 0:
                 raise PolicyError(
@@ -188,7 +188,7 @@ class Policy:
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise PolicyError(f"{field} is {_short(value)}; choose one of {', '.join(allowed)}")
+        raise PolicyError(f"{field} is {value!r:.80}; choose one of {', '.join(allowed)}")
 
 
 def _in_range(field: str, value: object, low: float, high: float) -> None:
@@ -196,8 +196,4 @@ def _in_range(field: str, value: object, low: float, high: float) -> None:
     if not number or not low <= value <= high:  # type: ignore[operator]
         above = high == sys.float_info.max
         wanted = f"finite number of {low:g} or more" if above else f"number from {low:g} to {high:g}"
-        raise PolicyError(f"{field} is {_short(value)}; give a {wanted}")
-
-
-def _short(value: object) -> str:
-    return "a very large number" if isinstance(value, int) and abs(value) > 2**63 else f"{value!r:.80}"
+        raise PolicyError(f"{field} is {value!r:.80}; give a {wanted}")

@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety
 
 import attackers
 import prompts
+import report
 import scoring
 import treatments
 
@@ -136,3 +137,20 @@ def test_fewer_prompts_are_the_first_of_more_and_none_was_trained_on() -> None:
         asked = ask(200)
         assert ask(80) == asked[:80] and len({prompt.text for prompt in asked}) == 200
         assert not {prompt.subject for prompt in asked} & {*split["train"], *split["dev"]}
+
+
+def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
+    def kept(complied: list[float], exact: list[float]) -> dict[str, list[float]]:
+        return {"complied": complied, "exact": exact, "rouge1": exact}
+
+    alone = {"none": {"none": {"0": kept([0.0, 1.0], []), "1": kept([0.0, 0.0], [])}}}
+    treated = {
+        "raw-0": {"0": kept([1.0, 1.0], [1.0, 1.0, 0.0]), "1": kept([1.0, 1.0], [0.0, 1.0, 0.0])},
+        "scaling-0.5": {"0": kept([0.0, 1.0], [1.0, 0.0]), "1": kept([1.0, 0.0], [0.0, 1.0])},
+    }
+    for seed in alone["none"]["none"].values():
+        del seed["exact"], seed["rouge1"]
+    rows = report.summary({**alone, "mixed": treated}, {"complied": ["a", "b"]})["mixed"]
+    assert rows["raw-0"]["utility_lost"]["mean"] == 0.0
+    assert rows["scaling-0.5"]["utility_lost"]["mean"] == pytest.approx(0.25)  # not 1/2 − 1/2: the first two
+    assert rows["scaling-0.5"]["over_aligned"]["mean"] == pytest.approx(0.25)

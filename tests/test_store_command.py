@@ -68,8 +68,8 @@ def test_ls_json_has_all_versions(run: Run, root: Path) -> None:
     assert records[0] == json.loads(json.dumps(dataclasses.asdict(stored)))
     assert list(records[0]) == ["name", "current", "versions"]
     assert list(records[0]["versions"][0])[:10] == [
-        "version", "digest", "bytes", "rank", "created", "by", "policy", "override", "standing",
-            "reason",
+        "version", "digest", "bytes", "rank", "created", "by", "policy", "override",
+        "underlying", "reason",
     ]  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class Manager:
                 who, name, action, "admit", path=str(source), policy=policy, allowance=allowance
             )
             return await self._commit(
-                who, name, action, answer, previous, _version(answer, who, policy, policy), start
+                who, name, action, answer, previous, _version(answer, who, policy), start
             )
 
     async def roll_back(self, who: Principal, name: str, number: int) -> ServedAdapter:
@@ -98,11 +98,11 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.standing or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
-            standing = record.live.standing if override else policy
             answer = await self._judge(
                 who, name, "rollback", "ensure", digest=earlier.digest, policy=policy, override=override
             )
-            version = _version(answer, who, policy, standing, override, f"rollback to version {number}")
+            reason = f"rollback to version {number}"
+            version = _version(answer, who, policy, override, record.live.standing, reason)
             return await self._commit(who, name, "rollback", answer, record, version, start)
 
     async def set_policy(
@@ -135,11 +135,10 @@ class Manager:
             policy = dataclasses.asdict(wanted) if values else {}
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
-            standing = record.live.standing if loosened else policy
             answer = await self._judge(
                 who, name, "policy", "ensure", digest=record.live.digest, policy=policy, override=loosened
             )
-            version = _version(answer, who, policy, standing, loosened, reason)
+            version = _version(answer, who, policy, loosened, record.live.standing, reason)
             return await self._commit(who, name, "policy", answer, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
@@ -297,10 +296,11 @@ def _version(
     answer: dict[str, Any],
     who: Principal,
     policy: dict[str, Any],
-    standing: dict[str, Any],
     override: bool = False,
+    before: dict[str, Any] | None = None,
     reason: str = "",
 ) -> Version:
+    """before: the policy that held for the name's next content, which an override leaves in force."""
     modules = answer["report"]["modules"]
     return Version(
         version=0,
@@ -311,7 +311,7 @@ def _version(
         by=who.key_id,
         policy=policy,
         override=override,
-        standing=standing,
+        underlying=before or {} if override else {},
         reason=reason,
         key=answer["key"],
         rules=answer["rules"],

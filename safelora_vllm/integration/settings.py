@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from safelora_vllm.errors import GuardError
 from safelora_vllm.policy import Policy
@@ -14,20 +17,6 @@ from safelora_vllm.store import default_root
 
 SECTION = "safelora"
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "projectors": str,
-    "store": str,
-    "policy": Mapping,
-    "trust_served_model": bool,
-    "projector_bytes": (int, type(None)),
-    "max_adapter_bytes": int,
-    "store_bytes": (int, type(None)),
-    "keys": (str, type(None)),
-    "adapter_roots": list,
-    "concurrent_uploads": int,
-    "allow_hub": bool,
-}
-_CURE = "see README, Configuration, for what it may be"
 
 
 @dataclass(frozen=True)
@@ -74,10 +63,15 @@ class ServerSettings:
         known = {entry.name for entry in dataclasses.fields(cls)}
         if unknown := sorted(set(section) - known):
             raise GuardError(f"unknown safelora settings {unknown}; known are {sorted(known)}")
-        for key, value in section.items():
-            if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and _TYPES[key] is not bool):
-                raise GuardError(f"the safelora setting {key} is {value!r:.80}; {_CURE}")
-        settings = cls(**section)
+        try:
+            # As JSON, which is strict about values, but not about a mapping where the dataclass is wanted.
+            text = json.dumps(section, default=str)
+            settings: ServerSettings = TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            found = [
+                f"{wrong['loc'][0]} is {wrong['input']!r:.80}: {wrong['msg']}" for wrong in error.errors()
+            ]
+            raise GuardError(f"safelora settings: {'; '.join(found)}; see README, Configuration") from None
         Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings
 

@@ -21,7 +21,7 @@ _FORMAT = 1
 _LONGEST = 255  # bytes of a file name, in all of Linux's file systems
 _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
-    "by": (str,), "policy": (dict,), "override": (bool,), "standing": (dict,),
+    "by": (str,), "policy": (dict,), "override": (bool,), "underlying": (dict,),
     "reason": (str,), "key": (str,), "rules": (str,), "id": (int,),
 }  # fmt: skip
 
@@ -32,10 +32,10 @@ class Version:
 
     digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
     since 1970. by: the tenant or operator. policy: what an admin set for it, none for the server's.
-    override: an operator made that policy less strict than the server's. standing: the policy that the name's
-    next content gets; an override is for its own content and leaves it as it was. reason: why it is as it is.
-    key: of the published copy. rules: digest of the server's rules under which that was published.
-    id: the first of the numbers by which vLLM knows this version's weights.
+    override: an operator made that policy less strict than the server's. underlying: what an override leaves
+    in force for the name's next content. reason: why it is as it is. key: of the published copy. rules:
+    digest of the server's rules under which that was published. id: the first of the numbers by which
+    vLLM knows this version's weights.
     """
 
     version: int
@@ -46,11 +46,16 @@ class Version:
     by: str
     policy: dict[str, Any] = field(default_factory=dict)
     override: bool = False
-    standing: dict[str, Any] = field(default_factory=dict)
+    underlying: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     key: str = ""
     rules: str = ""
     id: int = 0
+
+    @property
+    def standing(self) -> dict[str, Any]:
+        """The policy that the name's next content gets: an override is for its own content only."""
+        return self.underlying if self.override else self.policy
 
 
 @dataclass(frozen=True)

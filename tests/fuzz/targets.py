@@ -225,7 +225,7 @@ def seeds(target: str) -> list[bytes]:
     )
     version = {
         "version": 1, "digest": "0" * 64, "bytes": 1, "rank": 1, "created": 1.0, "by": "acme", "policy": {},
-        "override": False, "standing": {}, "reason": "", "key": "", "rules": "", "id": 1,
+        "override": False, "underlying": {}, "reason": "", "key": "", "rules": "", "id": 1,
     }  # fmt: skip
     saved = {"format": 1, "name": "acme/chat", "current": 1, "versions": [version]}
     return {
