@@ -18,8 +18,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from safelora_vllm.integration.callers import CallerMiddleware
 from safelora_vllm.integration.endpoint import SafeLoRAEndpoint
+from safelora_vllm.integration.middleware import AccessMiddleware
 from safelora_vllm.service.client import GateProcess
 from safelora_vllm.service.config import GateConfig
 
@@ -70,7 +70,7 @@ def main() -> None:
         await endpoint.init_state(NoEngine(gate, socket), app.state, args)
 
     endpoint.attach_router(app)
-    app.add_middleware(CallerMiddleware)
+    app.add_middleware(AccessMiddleware)
     app.router.on_startup.append(start)
     uvicorn.run(app, host="127.0.0.1", port=given.port, log_level="warning")
     os._exit(0)

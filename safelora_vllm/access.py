@@ -18,7 +18,7 @@ from typing import Any, Literal
 from safelora_vllm.errors import KeysError, QuotaExceeded, UsageError
 
 logger = logging.getLogger("vllm.safelora.access")
-Kind = Literal["admin", "tenant", "inference", "anonymous", "stranger"]
+Kind = Literal["admin", "tenant", "inference", "metrics", "anonymous", "stranger"]
 RESERVED = ("versions", "rollback", "policy")  # what routes append to an adapter's name
 # Types of parts of a chat message: vLLM gives chats with such a part the adapter of that name.
 MODALITIES = ("text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool")
@@ -89,7 +89,7 @@ class Principal:
 
     def may_use(self, name: str) -> bool:
         """Whether he may see the adapter and generate with it. Shared names have no slash."""
-        if self.kind == "stranger":
+        if self.kind in ("metrics", "stranger"):
             return False
         owner, slash, _ = name.partition("/")
         return self.kind == "admin" or self.sees_all or not slash or owner == self.tenant
@@ -118,23 +118,36 @@ class KeyRing:
     keys read last stay in force, so an edit gone wrong locks nobody out.
     """
 
-    def __init__(self, keys_file: Path | None, admin: bytes | None, inference: frozenset[bytes]) -> None:
+    def __init__(
+        self,
+        keys_file: Path | None,
+        admin: bytes | None,
+        inference: frozenset[bytes],
+        metrics: bytes | None = None,
+    ) -> None:
         """The arguments of `open`, secrets as digests."""
-        self._file, self._admin, self._inference = keys_file, admin, inference
+        self._file, self._admin, self._inference, self._metrics = keys_file, admin, inference, metrics
         self._lock = threading.Lock()
         self._complaint = ""
         self._stamp = _stamp(keys_file) if keys_file else None
         self._known = self._read()
 
     @classmethod
-    def open(cls, keys_file: Path | None, admin_key: str | None, inference_keys: Sequence[str]) -> KeyRing:
-        """Take the keys from the file, from ``SAFELORA_ADMIN_API_KEY`` and from vLLM's ``--api-key``.
+    def open(
+        cls,
+        keys_file: Path | None,
+        admin_key: str | None,
+        inference_keys: Sequence[str],
+        metrics_key: str | None = None,
+    ) -> KeyRing:
+        """Take the keys from the file, from the environment and from vLLM's ``--api-key``.
 
         Raises:
             KeysError: the file cannot be read or used, or two keys have one secret.
         """
         inference = frozenset(_sha256(key) for key in inference_keys if key)
-        return cls(keys_file, _sha256(admin_key) if admin_key else None, inference)
+        admin, metrics = (_sha256(key) if key else None for key in (admin_key, metrics_key))
+        return cls(keys_file, admin, inference, metrics)
 
     def identify(self, token: str | None) -> Principal:
         """Whose key a bearer token is; `STRANGER` for nobody's.
@@ -189,6 +202,8 @@ class KeyRing:
         found = [(digest, inference) for digest in self._inference]
         if self._admin:
             found.append((self._admin, Principal("admin", ENVIRONMENT)))
+        if self._metrics:
+            found.append((self._metrics, Principal("metrics", "metrics")))
         try:
             for digest, principal in [*found, *_entries(tables)]:
                 other = keys.setdefault(digest, principal)

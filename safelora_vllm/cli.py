@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", help="the aligned model: folder or hub id")
     serve.add_argument("--adapter-store", metavar="DIR", help="where published adapters live")
     serve.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
+    serve.add_argument("--metrics-key", help="or SAFELORA_METRICS_KEY; without one /metrics needs no key")
     serve.add_argument("--keys", metavar="FILE", help="TOML file with admin and tenant keys")
     serve.add_argument(
         "--adapter-root",
@@ -98,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--store-bytes", type=size, metavar="N", help="budget of the published copies")
     serve.add_argument("--concurrent-uploads", type=int, metavar="N", help="per API server; default: 8")
     serve.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
+    serve.add_argument(
+        "--private-docs", action="store_true", help="/openapi.json, /docs and /redoc need a key (any)"
+    )
     serve.add_argument(
         "--trust-served-model",
         action="store_true",
@@ -213,14 +217,15 @@ def _project(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
     from safelora_vllm.integration.serve import serve
-    from safelora_vllm.integration.settings import ServerSettings
+    from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, ServerSettings
     from safelora_vllm.policy import Policy
     from safelora_vllm.store import default_root
 
     policy = policy_values(args)
     Policy.from_mapping(policy).check_effective(policy)
-    if args.admin_api_key:
-        os.environ["SAFELORA_ADMIN_API_KEY"] = args.admin_api_key
+    for name, key in ((ADMIN_KEY, args.admin_api_key), (METRICS_KEY, args.metrics_key)):
+        if key:
+            os.environ[name] = key
     root = Path(args.adapter_store) if args.adapter_store else default_root()
     given = {
         name: value
@@ -235,6 +240,7 @@ def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
         keys=str(Path(args.keys).resolve()) if args.keys else None,
         adapter_roots=[str(Path(root).resolve()) for root in args.adapter_root],
         allow_hub=args.allow_hub,
+        private_docs=args.private_docs,
         **given,
     )
     serve(args.model, settings, vllm_options)

@@ -67,8 +67,16 @@ class ChangedMeanwhile(SafeLoRAError):
     """Somebody else changed the adapter while this change was judged."""
 
 
+class Unauthorized(SafeLoRAError):
+    """The key is missing, wrong, or one that may not do this."""
+
+
 class Forbidden(SafeLoRAError):
     """The key is known, but may not do this."""
+
+
+class UnknownRoute(SafeLoRAError):
+    """The server has no route for this method and path."""
 
 
 class QuotaExceeded(SafeLoRAError):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safelora_vllm.errors import GuardError, PolicyError
-from safelora_vllm.integration.serve import _check_rules, _refuse_other_front_ends
+from safelora_vllm.integration.serve import _check_rules, _refuse_options
 from safelora_vllm.integration.settings import ServerSettings
 from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -15,14 +15,14 @@ from safelora_vllm.projectors.cache import ProjectorCache
 
 def test_front_ends_without_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
-    _refuse_other_front_ends(["--port", "8000", "--grpc-web-is-no-option"])
+    _refuse_options(["--port", "8000", "--grpc-web-is-no-option"])
     with pytest.raises(GuardError, match="--grpc starts a front end"):
-        _refuse_other_front_ends(["--port", "8000", "--grpc"])
+        _refuse_options(["--port", "8000", "--grpc"])
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
-    _refuse_other_front_ends([])
+    _refuse_options([])
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(GuardError, match="VLLM_USE_RUST_FRONTEND"):
-        _refuse_other_front_ends([])
+        _refuse_options([])
 
 
 def test_rules_that_cannot_hold(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 from argparse import Namespace
@@ -16,14 +17,16 @@ from safelora_vllm.access import KeyRing
 from safelora_vllm.audit import AuditLog
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.integration import seams
-from safelora_vllm.integration.callers import Access, CallerMiddleware
 from safelora_vllm.integration.errors_http import error_response
 from safelora_vllm.integration.management import Manager
+from safelora_vllm.integration.middleware import AccessMiddleware, Door
+from safelora_vllm.integration.route_access import RouteAccess, check_routes
 from safelora_vllm.integration.routes import router
 from safelora_vllm.integration.serving import Serving
-from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings, new_admin_key
+from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, ServerSettings, new_admin_key
 from safelora_vllm.integration.uploads import Slots
 
+logger = logging.getLogger("vllm.safelora.endpoint")
 NO_LORA = ServerSettings(projectors="")
 
 
@@ -34,19 +37,27 @@ class SafeLoRAEndpoint:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and the middleware that tells callers apart."""
+        """Add the routes, and the middleware that decides who may call which."""
         args = app.state.args
         lora = getattr(args, "enable_lora", False)
         settings = ServerSettings.from_additional_config(args.additional_config) if lora else NO_LORA
         inference = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        metrics_key = os.environ.get(METRICS_KEY) or None
         keys = KeyRing.open(
-            Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference
+            Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference, metrics_key
         )
-        access = Access(keys, secrets.token_urlsafe(32))
+        access = RouteAccess(lora, metrics_key is not None, settings.private_docs)
+        door = Door(keys, secrets.token_urlsafe(32), access)
         if inference:
-            args.api_key = [*inference, access.inner_key]
-        seams.add_middleware(args, CallerMiddleware)
-        app.state.safelora_access = access
+            args.api_key = [*inference, door.inner_key]
+        else:
+            logger.warning(
+                "no --api-key is set: everybody who reaches this server may use the base model and %s. "
+                "Changes need an admin or a tenant key",
+                "adapters without a tenant" if settings.keys else "all adapters",
+            )
+        seams.add_middleware(args, AccessMiddleware)
+        app.state.safelora_door = door
         app.state.safelora_slots = Slots(settings.concurrent_uploads)
         seams.attach_first(app, router)
         self._app = app
@@ -59,10 +70,11 @@ class SafeLoRAEndpoint:
         """Start serving adapters, if this server has an engine with LoRA.
 
         Raises:
-            GuardError: a worker is not guarded, or the middleware is not where it has to be; the server
-            does not start.
+            GuardError: a worker is not guarded, the middleware is not where it has to be, or the server's
+            routes cannot be told apart; the server does not start.
         """
-        seams.check_middleware(self._app, CallerMiddleware)
+        seams.check_middleware(self._app, AccessMiddleware)
+        check_routes(self._app.router.routes)
         if engine_client is None or not getattr(args, "enable_lora", False):
             return
         settings = ServerSettings.from_additional_config(args.additional_config)

@@ -19,7 +19,9 @@ from safelora_vllm.errors import (
     QuotaExceeded,
     SafeLoRAError,
     StoreDamaged,
+    Unauthorized,
     UnknownAdapter,
+    UnknownRoute,
     UsageError,
 )
 from safelora_vllm.integration.callers import caller
@@ -33,15 +35,12 @@ class NotServing(SafeLoRAError):
     """This server was started without LoRA."""
 
 
-class Unauthorized(SafeLoRAError):
-    """The key is missing, wrong, or one that manages nothing."""
-
-
 _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     Unauthorized: (401, "AuthenticationError"),
     Forbidden: (403, "PermissionDeniedError"),
     QuotaExceeded: (403, "QuotaExceededError"),
     UnknownAdapter: (404, "NotFoundError"),
+    UnknownRoute: (404, "NotFoundError"),
     AdapterNotFound: (404, "NotFoundError"),
     UploadTimeout: (408, "RequestTimeoutError"),
     AlreadyLoaded: (409, "ConflictError"),
@@ -56,7 +55,11 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     NotServing: (503, "ServiceUnavailableError"),
 }
 _PATH = re.compile(r"(?<!\S)/\S*")
-_RETRY_SECONDS = {429: "1", 503: "2"}
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "2"},
+}
 
 
 def error_response(error: SafeLoRAError) -> JSONResponse:
@@ -76,8 +79,7 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     if isinstance(error, AdapterRefused):
         body["reasons"] = error.codes
         body["details"] = [reason.detail for reason in error.reasons]
-    headers = {"Retry-After": _RETRY_SECONDS[status]} if status in _RETRY_SECONDS else None
-    return JSONResponse({"error": body}, status_code=status, headers=headers)
+    return JSONResponse({"error": body}, status_code=status, headers=_HEADERS.get(status))
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -17,9 +17,9 @@ from starlette.types import Message
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from safelora_vllm.access import Principal
-from safelora_vllm.errors import Forbidden
+from safelora_vllm.errors import Forbidden, GuardError
 from safelora_vllm.integration.callers import caller
-from safelora_vllm.integration.errors_http import NotServing, Unauthorized, documented
+from safelora_vllm.integration.errors_http import NotServing, documented
 from safelora_vllm.integration.management import Manager
 from safelora_vllm.integration.schemas import (
     UPLOAD_BODY,
@@ -44,34 +44,15 @@ _CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
 _PLAIN = {**_CHANGES, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-def require_caller() -> Principal:
-    """The caller, for routes that only look."""
+def identified() -> Principal:
+    """The caller. Whether they may call the route was decided before, by `route_access`.
+
+    Raises:
+        GuardError: nobody asked, as the middleware is not there.
+    """
     principal = caller()
-    assert principal is not None, "the caller middleware is not installed"
-    return principal
-
-
-def require_manager() -> Principal:
-    """An admin or a tenant.
-
-    Raises:
-        Unauthorized: neither.
-    """
-    principal = require_caller()
-    if principal.kind not in ("admin", "tenant"):
-        raise Unauthorized("this needs an admin or a tenant key as 'Authorization: Bearer …'")
-    return principal
-
-
-def require_admin() -> Principal:
-    """An admin.
-
-    Raises:
-        Unauthorized: no key that manages anything. Forbidden: a tenant's.
-    """
-    principal = require_manager()
-    if principal.kind != "admin":
-        raise Forbidden("this needs an admin key; tenants use /v1/adapters")
+    if principal is None:
+        raise GuardError("a request came past the middleware that checks keys; nothing is done")
     return principal
 
 
@@ -87,9 +68,7 @@ def manager(request: Request) -> Manager:
     return current
 
 
-Looks = Annotated[Principal, Depends(require_caller)]
-Manages = Annotated[Principal, Depends(require_manager)]
-Admin = Annotated[Principal, Depends(require_admin)]
+Caller = Annotated[Principal, Depends(identified)]
 Managed = Annotated[Manager, Depends(manager)]
 
 
@@ -124,7 +103,7 @@ router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
 
 
 @router.post("/v1/load_lora_adapter", response_model=None, responses=_PLAIN)
-async def load_lora_adapter(body: LoadRequest, who: Admin, managed: Managed) -> Response:
+async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed) -> Response:
     """Vet and project an adapter folder on the server, keep it, and serve it. vLLM's own call."""
     path = managed.check_root(body.lora_path)
     await managed.add(who, body.lora_name, path, replace=body.load_inplace, action="load")
@@ -132,7 +111,7 @@ async def load_lora_adapter(body: LoadRequest, who: Admin, managed: Managed) -> 
 
 
 @router.post("/v1/unload_lora_adapter", response_model=None, responses=_PLAIN)
-async def unload_lora_adapter(body: UnloadRequest, who: Admin, managed: Managed) -> Response:
+async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed) -> Response:
     """Stop serving an adapter and free its weights. vLLM's own call."""
     await managed.remove(who, body.lora_name, action="unload")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -145,7 +124,7 @@ async def unload_lora_adapter(body: UnloadRequest, who: Admin, managed: Managed)
     responses={**_CHANGES, **documented(408, 413, 429)},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
-async def upload_adapter(who: Manages, managed: Managed, request: Request, replace: bool = False) -> Any:
+async def upload_adapter(who: Caller, managed: Managed, request: Request, replace: bool = False) -> Any:
     """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
     the old weights, later ones use the new."""
     with request.app.state.safelora_slots.take(who.tenant):
@@ -179,7 +158,7 @@ async def _add_by_path(who: Principal, managed: Manager, request: Request, repla
 
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))
-async def list_adapters(who: Looks, managed: Managed) -> Any:
+async def list_adapters(who: Caller, managed: Managed) -> Any:
     """All adapters that the caller may use; the modules of each are in its own report."""
     served: list[ServedAdapter] = list(managed.serving.served.values())
     return {"data": [summary_of(adapter) for adapter in served if who.may_use(adapter.report.adapter)]}
@@ -188,7 +167,7 @@ async def list_adapters(who: Looks, managed: Managed) -> Any:
 @router.get(
     "/v1/adapters/{name:path}/versions", response_model=VersionList, responses=documented(401, 404, 503)
 )
-async def list_versions(name: str, who: Looks, managed: Managed) -> Any:
+async def list_versions(name: str, who: Caller, managed: Managed) -> Any:
     """What has been served under a name."""
     record = await managed.versions(who, name)
     versions = [version_info(version) for version in record.versions]
@@ -200,14 +179,14 @@ async def list_versions(name: str, who: Looks, managed: Managed) -> Any:
     response_model=AdapterReport,
     responses={**_CHANGES, **documented(429)},
 )
-async def roll_back(name: str, body: Rollback, who: Manages, managed: Managed, request: Request) -> Any:
+async def roll_back(name: str, body: Rollback, who: Caller, managed: Managed, request: Request) -> Any:
     """Serve an earlier version's content again, as a new version."""
     with request.app.state.safelora_slots.take(who.tenant):
         return report_of(await managed.roll_back(who, name, body.version))
 
 
 @router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=_CHANGES)
-async def set_policy(name: str, body: PolicyChange, who: Admin, managed: Managed) -> Any:
+async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Managed) -> Any:
     """Judge an adapter by other rules than the server's, from what was uploaded."""
     return report_of(await managed.set_policy(who, name, body.policy, body.override, body.reason))
 
@@ -215,13 +194,13 @@ async def set_policy(name: str, body: PolicyChange, who: Admin, managed: Managed
 @router.get(
     "/v1/adapters/{name:path}", response_model=AdapterReport, responses=documented(401, 404, 422, 503)
 )
-async def get_adapter(name: str, who: Looks, managed: Managed) -> Any:
+async def get_adapter(name: str, who: Caller, managed: Managed) -> Any:
     """The report of one served adapter."""
     return report_of(managed.find(who, name))
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)
-async def delete_adapter(name: str, who: Manages, managed: Managed) -> Any:
+async def delete_adapter(name: str, who: Caller, managed: Managed) -> Any:
     """Stop serving an adapter, on every server, and forget its versions. Running requests end on it."""
     await managed.remove(who, name)
     return {"id": name}

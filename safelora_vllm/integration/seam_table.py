@@ -206,7 +206,8 @@ SEAMS = (
         "never: public",
         (
             Hold("vllm.config.vllm", "VllmConfig", fields=(
-                "additional_config", "instance_id", "model_config", "load_config", "lora_config")),
+                "additional_config", "instance_id", "model_config", "load_config", "lora_config",
+                "weight_transfer_config")),
             Hold("vllm.config.model", "ModelConfig", fields=("model", "revision")),
             Hold("vllm.config.lora", "LoRAConfig", fields=("lora_dtype", "max_lora_rank")),
             Hold("vllm.config.load", "LoadConfig", fields=("load_format",)),

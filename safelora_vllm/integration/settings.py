@@ -17,6 +17,11 @@ from safelora_vllm.store import default_root
 
 SECTION = "safelora"
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
+METRICS_KEY = "SAFELORA_METRICS_KEY"
+WEIGHT_TRANSFER = (
+    "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
+    "was not built for; leave it out, and start a new server for a new model"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class ServerSettings:
     the worker's device; the rest is read from disk at each use. max_adapter_bytes: largest upload.
     store_bytes: budget of the published copies in the store. keys: the keys file. adapter_roots: folders
     that loads by path may read; none means every folder for ``load_lora_adapter`` and none for uploads.
-    concurrent_uploads: per API server. allow_hub: whether uploads may name a hub repository.
+    concurrent_uploads: per API server. allow_hub: whether uploads may name a hub repository. private_docs:
+    whether the API's documentation needs a key.
     """
 
     projectors: str
@@ -43,6 +49,7 @@ class ServerSettings:
     adapter_roots: list[str] = field(default_factory=list)
     concurrent_uploads: int = 8
     allow_hub: bool = False
+    private_docs: bool = False
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:

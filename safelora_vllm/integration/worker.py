@@ -25,7 +25,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
 from safelora_vllm.filestate import FileState
 from safelora_vllm.integration import seams
-from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.integration.settings import WEIGHT_TRANSFER, ServerSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
@@ -87,6 +87,8 @@ class WorkerGuard:
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: "
                 "safelora has its own"
             )
+        if vllm_config.weight_transfer_config is not None:
+            raise GuardError(WEIGHT_TRANSFER)
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()
         self._accepted: dict[tuple[str, int, str], str] = {}

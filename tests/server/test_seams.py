@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration import plugin, seam_checks, seams
-from safelora_vllm.integration.callers import CallerMiddleware
+from safelora_vllm.integration.middleware import AccessMiddleware
 from safelora_vllm.integration.seam_table import SEAMS, Hold, Seam
 from safelora_vllm.integration.serving_map import ServingMap
 
@@ -137,15 +137,15 @@ def test_callers_are_told_apart_outside_of_the_key_check() -> None:
     class AuthenticationMiddleware:
         """As vLLM's is called."""
 
-    ours, keys = Middleware(CallerMiddleware), Middleware(AuthenticationMiddleware)
+    ours, keys = Middleware(AccessMiddleware), Middleware(AuthenticationMiddleware)
     for right in ([ours], [ours, keys]):
         app = FastAPI()
         app.user_middleware = right
-        seams.check_middleware(app, CallerMiddleware)
+        seams.check_middleware(app, AccessMiddleware)
     for wrong in ([], [keys], [keys, ours]):
         app.user_middleware = wrong
         with pytest.raises(GuardError, match="seam 'middleware'"):
-            seams.check_middleware(app, CallerMiddleware)
+            seams.check_middleware(app, AccessMiddleware)
 
 
 def test_our_routes_come_first() -> None:

@@ -1,0 +1,301 @@
+"""Who may call which route of the server, vLLM's and ours. Routes that are not listed need an admin key.
+
+What a request asks for is decided by the server's own router, not by comparing paths: the entry in the
+table is that of the route that would run. Imports no vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from starlette.datastructures import QueryParams
+from starlette.routing import BaseRoute, Match, Mount, Route, WebSocketRoute
+from starlette.types import Scope
+
+from safelora_vllm.access import Kind, Principal
+from safelora_vllm.errors import Forbidden, GuardError, SafeLoRAError, Unauthorized, UnknownRoute
+
+
+class Access(Enum):
+    """Who may call a route. Each value is what the documentation says."""
+
+    ANYBODY = "anybody"
+    DOCS = "anybody; with `--private-docs` any key"
+    METRICS = "anybody; with a metrics key that key, admin"
+    USERS = "whoever may use a model: inference, tenant, admin; anybody without `--api-key`"
+    TENANTS = "tenant, admin"
+    MONITORS = "metrics key, admin"
+    ADMINS = "admin"
+
+
+_LISTED: dict[Access, str] = {
+    Access.ANYBODY: """
+        GET /health
+        GET /ping
+        POST /ping
+        GET /version
+    """,
+    Access.DOCS: """
+        GET /openapi.json
+        GET /docs
+        GET /docs/oauth2-redirect
+        GET /redoc
+        * /static/*
+    """,
+    Access.METRICS: """
+        GET /metrics
+        * /metrics/*
+    """,
+    Access.USERS: """
+        GET /v1/models
+        POST /v1/completions
+        POST /v1/completions/render
+        POST /v1/completions/derender
+        POST /v1/chat/completions
+        POST /v1/chat/completions/batch
+        POST /v1/chat/completions/render
+        POST /v1/chat/completions/derender
+        POST /v1/responses
+        POST /v1/responses/render
+        GET /v1/responses/{response_id}
+        POST /v1/responses/{response_id}/cancel
+        POST /v1/messages
+        POST /v1/messages/count_tokens
+        POST /v1/messages/render
+        POST /v1/systemone
+        POST /v1/audio/transcriptions
+        POST /v1/audio/translations
+        WEBSOCKET /v1/realtime
+        POST /v1/embeddings
+        POST /v2/embed
+        POST /v1/score
+        POST /score
+        POST /v1/rerank
+        POST /v2/rerank
+        POST /rerank
+        POST /classify
+        POST /pooling
+        POST /cohere/v2/chat
+        POST /cohere/v2/chat/render
+        POST /generative_scoring
+        POST /inference/v1/generate
+        POST /invocations
+        POST /tokenize
+        POST /detokenize
+        GET /tokenizer_info
+        GET /v1/adapters
+        GET /v1/adapters/{name:path}
+        GET /v1/adapters/{name:path}/versions
+    """,
+    Access.TENANTS: """
+        POST /v1/adapters
+        DELETE /v1/adapters/{name:path}
+        POST /v1/adapters/{name:path}/rollback
+    """,
+    Access.MONITORS: """
+        GET /load
+    """,
+    Access.ADMINS: """
+        PUT /v1/adapters/{name:path}/policy
+        POST /v1/load_lora_adapter
+        POST /v1/unload_lora_adapter
+        GET /kv_event_sources
+        GET /server_info
+        GET /get_world_size
+        POST /collective_rpc
+        POST /inference/v1/abort_requests
+        POST /abort_requests
+        POST /pause
+        POST /resume
+        GET /is_paused
+        POST /sleep
+        POST /wake_up
+        GET /is_sleeping
+        POST /release_kv_cache_memory
+        POST /reset_prefix_cache
+        POST /reset_mm_cache
+        POST /reset_encoder_cache
+        POST /start_profile
+        POST /stop_profile
+        POST /scale_elastic_ep
+        POST /is_scaling_elastic_ep
+        POST /fault_tolerance/apply
+        GET /fault_tolerance/status
+        GET /weight_info
+        POST /weight_checker
+        POST /update_weight_version
+        POST /init_weight_transfer_engine
+        POST /shutdown_weight_transfer_engine
+        POST /start_weight_update
+        POST /start_draft_weight_update
+        POST /update_weights
+        POST /finish_weight_update
+    """,
+}
+# "METHOD /template" → who may. A mounted application is one entry, "* /prefix/*".
+TABLE: dict[str, Access] = {
+    " ".join(line.split()): access for access, lines in _LISTED.items() for line in lines.strip().splitlines()
+}
+
+_ANY_KEY: frozenset[Kind] = frozenset(("admin", "tenant", "inference", "metrics"))
+_EVERYBODY: frozenset[Kind] = _ANY_KEY | {"anonymous", "stranger"}
+_MAY: dict[Access, frozenset[Kind]] = {
+    Access.ANYBODY: _EVERYBODY,
+    Access.DOCS: _EVERYBODY,
+    Access.METRICS: _EVERYBODY,
+    Access.USERS: frozenset(("admin", "tenant", "inference", "anonymous")),
+    Access.TENANTS: frozenset(("admin", "tenant")),
+    Access.MONITORS: frozenset(("admin", "metrics")),
+    Access.ADMINS: frozenset(("admin",)),
+}
+_NEEDED = {
+    Access.DOCS: "a key",
+    Access.METRICS: "the metrics key or an admin key",
+    Access.USERS: "a key that may use models",
+    Access.TENANTS: "an admin or a tenant key",
+    Access.MONITORS: "the metrics key or an admin key",
+    Access.ADMINS: "an admin key",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A route that even admins may not call while adapters are guarded.
+
+    reason: why, and what to do instead. harmless: whether these query parameters and this body (None where
+    ``reads_body`` is false) do no harm; without it nothing is harmless.
+    """
+
+    reason: str
+    harmless: Callable[[QueryParams, object], bool] = lambda _query, _body: False
+    reads_body: bool = False
+
+
+# Methods of vLLM's workers that change neither weights nor adapters.
+RPC_METHODS = (
+    "check_health", "compute_weight_checksums", "get_compilation_match_table", "get_encoder_timing_stats",
+    "get_kv_cache_spec", "get_model_inspection", "get_supported_tasks", "list_loras", "profile",
+    "reset_encoder_cache", "reset_mm_cache", "safelora_attest", "synchronize_device",
+)  # fmt: skip
+_NEW_WEIGHTS = Refusal(
+    "new weights would not be those that the projector cache was built for. Build a cache for the new model "
+    "(safelora-vllm build) and start a server with both"
+)
+REFUSED: dict[str, Refusal] = {
+    "POST /init_weight_transfer_engine": _NEW_WEIGHTS,
+    "POST /shutdown_weight_transfer_engine": _NEW_WEIGHTS,
+    "POST /start_weight_update": _NEW_WEIGHTS,
+    "POST /start_draft_weight_update": _NEW_WEIGHTS,
+    "POST /update_weights": _NEW_WEIGHTS,
+    "POST /finish_weight_update": _NEW_WEIGHTS,
+    "POST /sleep": Refusal(
+        "sleep level 2 discards the weights, and what is loaded afterwards was not compared with the "
+        "projector cache. Use level=1 or level=0, or stop the server",
+        lambda query, _: set(query.getlist("level")) <= {"0", "1"},
+    ),
+    "POST /weight_checker": Refusal(
+        'the action "reset" overwrites the weights. Use "checksum" or "compare"',
+        lambda _, body: isinstance(body, dict) and body.get("action") in ("checksum", "compare"),
+        reads_body=True,
+    ),
+    "POST /collective_rpc": Refusal(
+        "this worker method may change weights or adapters without the gate. Manage adapters with "
+        f"/v1/adapters. Methods that can be called: {', '.join(RPC_METHODS)}",
+        lambda _, body: isinstance(body, dict) and body.get("method") in RPC_METHODS,
+        reads_body=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RouteAccess:
+    """The check of one server; all requests share one instance.
+
+    guarding: whether adapters are guarded (``--enable-lora``), so that `REFUSED` holds. private_metrics: a
+    metrics key is set. private_docs: the API's documentation needs a key.
+    """
+
+    guarding: bool = True
+    private_metrics: bool = False
+    private_docs: bool = False
+
+    def check(self, principal: Principal, routes: Sequence[BaseRoute], scope: Scope) -> Refusal | None:
+        """Whether a caller may make this request of a server with these routes.
+
+        Returns:
+            What may still stand against the request: it depends on query and body. None for most routes.
+
+        Raises:
+            Unauthorized: no key, or one that may not do this. Forbidden: a tenant's key that may not.
+            UnknownRoute: nothing would run, and the caller may use models.
+        """
+        name = find(routes, scope)
+        if name is None and scope.get("method") == "OPTIONS":
+            return None  # a browser's preflight, which has no key: CORS middleware or a 405 answers it
+        access = TABLE.get(name, Access.ADMINS) if name else Access.ADMINS
+        if principal.kind not in self.may(access):
+            if name is None and principal.kind in self.may(Access.USERS):
+                raise UnknownRoute(f"there is no {_method(scope)} {scope['path']!r:.200} on this server")
+            raise _denied(principal, access)
+        return REFUSED.get(name) if name and self.guarding else None
+
+    def may(self, access: Access) -> frozenset[Kind]:
+        """The kinds of callers that have this access here."""
+        if access is Access.METRICS and self.private_metrics:
+            return _MAY[Access.MONITORS]
+        if access is Access.DOCS and self.private_docs:
+            return _ANY_KEY
+        return _MAY[access]
+
+
+def find(routes: Sequence[BaseRoute], scope: Scope) -> str | None:
+    """The table's name of the route that runs for a request, or to which the router redirects it.
+
+    None: nothing would run. Source: ``Router.app`` in ``starlette/routing.py``.
+    """
+    for route in routes:
+        if route.matches(scope)[0] is Match.FULL:
+            return name_of(route, _method(scope))
+    path: str = scope["path"]
+    if scope["type"] == "http" and not any(route.matches(scope)[0] is Match.PARTIAL for route in routes):
+        toggled = {**scope, "path": path.rstrip("/") if path.endswith("/") else f"{path}/"}
+        for route in routes:
+            if route.matches(toggled)[0] is Match.FULL:
+                return name_of(route, _method(scope))
+    return None
+
+
+def check_routes(routes: Sequence[BaseRoute]) -> None:
+    """Whether `find` understands the routes of this server's web framework.
+
+    Raises:
+        GuardError: it does not find ours, so that every route would need an admin key.
+    """
+    found = find(routes, {"type": "http", "method": "GET", "path": "/v1/adapters"})
+    if found not in TABLE:
+        raise GuardError(
+            f"GET /v1/adapters is {found} to the server's router (seam 'routes'), so routes cannot be told "
+            "apart and nothing is served. Install the FastAPI that vLLM asks for"
+        )
+
+
+def name_of(route: BaseRoute, method: str) -> str:
+    """What a route is called in `TABLE`. Kinds of routes that are not known here are not listed there."""
+    if isinstance(route, Mount):
+        return f"* {route.path}/*"
+    if isinstance(route, Route | WebSocketRoute):
+        return f"{method} {route.path}"
+    return f"{method} {type(route).__name__}"
+
+
+def _method(scope: Scope) -> str:
+    if scope["type"] == "websocket":
+        return "WEBSOCKET"
+    return "GET" if scope["method"] == "HEAD" else str(scope["method"])
+
+
+def _denied(principal: Principal, access: Access) -> SafeLoRAError:
+    sentence = f"this needs {_NEEDED[access]} as 'Authorization: Bearer KEY'"
+    return Forbidden(sentence) if principal.kind == "tenant" else Unauthorized(sentence)
