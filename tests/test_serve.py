@@ -44,3 +44,11 @@ def test_rules_that_cannot_hold(
     (tmp_path / "store" / "raw").chmod(0o777)
     with pytest.raises(GuardError, match="chmod o-w"):
         check()
+
+
+@pytest.mark.parametrize("option", ["--weight-transfer-config", "--weight_transfer_config={}"])
+def test_new_weights_are_refused(option: str) -> None:
+    with pytest.raises(GuardError, match="weight transfer"):
+        _refuse_options([option])
+    with pytest.raises(GuardError, match="weight transfer"):
+        _refuse_options(["--weight-transfer-config.backend", "nccl"])

@@ -21,6 +21,9 @@ CACHE = Path(__file__).parents[2] / ".cache"
 INFERENCE_KEY = "an-inference-key"
 TENANT_KEYS = {"acme": "acme-secret-for-this-test", "globex": "globex-secret-for-this-test"}
 Q_V = ("q_proj", "v_proj")
+# Shows what passes the access check and reaches the application (`route_spy`).
+SPY = "--middleware=tests.server.route_spy.RouteSpy"
+SPY_PATH = {"PYTHONPATH": str(Path(__file__).parents[2])}
 ALL = (*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -102,9 +105,9 @@ def server(
         "--method=safe-lora", "--select=all",
         f"--api-key={INFERENCE_KEY}", f"--lora-modules=static={adapters['static']}",
         f"--keys={write_keys(base / 'keys.toml')}", f"--adapter-root={base}", "--max-adapter-bytes=40MB",
-        "--max-loras=2", "--max-cpu-loras=2", "--max-lora-rank=16",
+        "--max-loras=2", "--max-cpu-loras=2", "--max-lora-rank=16", SPY,
     )  # fmt: skip
-    with running(command, tmp_path_factory.mktemp("log") / "server.log") as started:
+    with running(command, tmp_path_factory.mktemp("log") / "server.log", SPY_PATH) as started:
         yield started
 
 
@@ -126,7 +129,7 @@ def admin(server: Server) -> Iterator[httpx.Client]:
 
 
 def client(server: Server, key: str) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.Client(base_url=server.url, headers=headers, timeout=120)
 
 

@@ -112,6 +112,12 @@ def test_plain_vllm_guarded(
         header = {"Authorization": f"Bearer {keys[0]}"}
         assert httpx.post(url, json=body, headers=header, timeout=60).status_code == 200
         assert httpx.get(f"{server.url}/v1/adapters/x").json()["modules"]
+        # Without an inference key the base model is open, as in vLLM. Nothing else is.
+        assert log.read_text().count("no --api-key is set") == 1
+        question = {"model": "aligned", "prompt": "x"}
+        assert httpx.post(f"{server.url}/tokenize", json=question).status_code == 200
+        assert httpx.get(f"{server.url}/load").status_code == 401
+        assert httpx.get(f"{server.url}/none").status_code == 404
 
 
 def test_a_changed_seam_of_the_api_server_does_not_start(
