@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from safelora_vllm import __version__
 from safelora_vllm.commands import audit, calibrate, store
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
-from safelora_vllm.options import add_policy_options, policy_values, size
+from safelora_vllm.options import add_policy_options, policy_values, route_access, size
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
     serve.add_argument(
         "--private-docs", action="store_true", help="/openapi.json, /docs and /redoc need a key (any)"
+    )
+    serve.add_argument(
+        "--route-access",
+        action="append",
+        default=[],
+        type=route_access,
+        metavar="'METHOD /path=WHO'",
+        help="who may call a route of another plugin: anybody, users or tenants; default: admins",
     )
     serve.add_argument(
         "--trust-served-model",
@@ -241,6 +249,7 @@ def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
         adapter_roots=[str(Path(root).resolve()) for root in args.adapter_root],
         allow_hub=args.allow_hub,
         private_docs=args.private_docs,
+        route_access=dict(args.route_access),
         **given,
     )
     serve(args.model, settings, vllm_options)

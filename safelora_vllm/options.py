@@ -82,3 +82,13 @@ def size(text: str) -> int:
     if not found or (found[2] or "") not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give bytes, or e.g. 500MB, 10GB, 1.5GiB")
     return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def route_access(text: str) -> tuple[str, str]:
+    """Both halves of ``METHOD /path=WHO``; their values are checked where routes are known."""
+    name, equals, word = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not valid: expected 'METHOD /path=WHO', as in 'GET /x=users'"
+        )
+    return name.strip(), word.strip()

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from safelora_vllm.access import KeyRing, Kind, Principal
-from safelora_vllm.errors import Forbidden, GuardError, Unauthorized, UnknownRoute
+from safelora_vllm.errors import Forbidden, GuardError, Unauthorized, UnknownRoute, UsageError
 from safelora_vllm.integration.callers import caller
 from safelora_vllm.integration.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.route_access import (
@@ -32,6 +32,7 @@ from safelora_vllm.integration.route_access import (
     Access,
     RouteAccess,
     check_routes,
+    granted,
 )
 
 KINDS: tuple[Kind, ...] = ("admin", "tenant", "inference", "metrics", "anonymous", "stranger")
@@ -340,6 +341,30 @@ def test_without_a_guard_admins_may_do_what_vllm_lets_them() -> None:
     with TestClient(application(guarding=False)) as http:
         assert call(http, "admin", "POST", "/update_weights", json={}).status_code == 200
         assert call(http, "inference", "POST", "/update_weights", json={}).status_code == 401
+
+
+def test_an_operator_lists_routes_of_their_own() -> None:
+    more = granted({"GET /invented": "users", "* /mine/*": "anybody", "POST /mine": "tenants"})
+    access = RouteAccess(more=more)
+    assert [access.access(name) for name in ("GET /invented", "* /mine/*", "POST /mine")] == [
+        Access.USERS, Access.ANYBODY, Access.TENANTS,
+    ]  # fmt: skip
+    assert access.access("POST /invented") is Access.ADMINS
+    assert access.access("GET /health") is Access.ANYBODY
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "message"),
+    [
+        ("/invented", "users", "not a valid route"), ("GET invented", "users", "not a valid route"),
+        ("ANY /invented", "users", "not a valid route"), ("* /mine", "users", "not a valid route"),
+        ("GET /a b", "users", "not a valid route"), ("GET /invented", "admins", "not who may call"),
+        ("GET /invented", "", "not who may call"), ("POST /sleep", "users", "its access already: admin"),
+    ],
+)  # fmt: skip
+def test_what_an_operator_cannot_list(name: str, word: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        granted({name: word})
 
 
 def test_tenants_are_forbidden_what_others_need_a_key_for() -> None:

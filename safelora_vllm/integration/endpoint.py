@@ -20,7 +20,7 @@ from safelora_vllm.integration import seams
 from safelora_vllm.integration.errors_http import error_response
 from safelora_vllm.integration.management import Manager
 from safelora_vllm.integration.middleware import AccessMiddleware, Door
-from safelora_vllm.integration.route_access import RouteAccess, check_routes
+from safelora_vllm.integration.route_access import RouteAccess, check_routes, granted
 from safelora_vllm.integration.routes import router
 from safelora_vllm.integration.serving import Serving
 from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, ServerSettings, new_admin_key
@@ -46,7 +46,9 @@ class SafeLoRAEndpoint:
         keys = KeyRing.open(
             Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference, metrics_key
         )
-        access = RouteAccess(lora, metrics_key is not None, settings.private_docs)
+        access = RouteAccess(
+            lora, metrics_key is not None, settings.private_docs, granted(settings.route_access)
+        )
         door = Door(keys, secrets.token_urlsafe(32), access)
         if inference:
             args.api_key = [*inference, door.inner_key]

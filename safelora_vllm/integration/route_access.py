@@ -6,8 +6,9 @@ table is that of the route that would run. Imports no vllm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from starlette.datastructures import QueryParams
@@ -15,7 +16,14 @@ from starlette.routing import BaseRoute, Match, Mount, Route, WebSocketRoute
 from starlette.types import Scope
 
 from safelora_vllm.access import Kind, Principal
-from safelora_vllm.errors import Forbidden, GuardError, SafeLoRAError, Unauthorized, UnknownRoute
+from safelora_vllm.errors import (
+    Forbidden,
+    GuardError,
+    SafeLoRAError,
+    Unauthorized,
+    UnknownRoute,
+    UsageError,
+)
 
 
 class Access(Enum):
@@ -209,17 +217,23 @@ REFUSED: dict[str, Refusal] = {
 }
 
 
+# What an operator may give a route that is not in the table, by the name that settings use.
+_GRANTS = {"anybody": Access.ANYBODY, "users": Access.USERS, "tenants": Access.TENANTS}
+_ROUTE_NAME = re.compile(r"(GET|POST|PUT|PATCH|DELETE|WEBSOCKET) /\S*|\* /\S+/\*")
+
+
 @dataclass(frozen=True)
 class RouteAccess:
     """The check of one server; all requests share one instance.
 
     guarding: whether adapters are guarded (``--enable-lora``), so that `REFUSED` holds. private_metrics: a
-    metrics key is set. private_docs: the API's documentation needs a key.
+    metrics key is set. private_docs: the API's documentation needs a key. more: entries besides `TABLE`.
     """
 
     guarding: bool = True
     private_metrics: bool = False
     private_docs: bool = False
+    more: Mapping[str, Access] = field(default_factory=dict)
 
     def check(self, principal: Principal, routes: Sequence[BaseRoute], scope: Scope) -> Refusal | None:
         """Whether a caller may make this request of a server with these routes.
@@ -234,12 +248,16 @@ class RouteAccess:
         name = find(routes, scope)
         if name is None and scope.get("method") == "OPTIONS":
             return None  # a browser's preflight, which has no key: CORS middleware or a 405 answers it
-        access = TABLE.get(name, Access.ADMINS) if name else Access.ADMINS
+        access = self.access(name) if name else Access.ADMINS
         if principal.kind not in self.may(access):
             if name is None and principal.kind in self.may(Access.USERS):
                 raise UnknownRoute(f"there is no {_method(scope)} {scope['path']!r:.200} on this server")
             raise _denied(principal, access)
         return REFUSED.get(name) if name and self.guarding else None
+
+    def access(self, name: str) -> Access:
+        """What a route needs: its entry in `TABLE`, or the operator's, or else an admin key."""
+        return TABLE.get(name) or self.more.get(name, Access.ADMINS)
 
     def may(self, access: Access) -> frozenset[Kind]:
         """The kinds of callers that have this access here."""
@@ -248,6 +266,25 @@ class RouteAccess:
         if access is Access.DOCS and self.private_docs:
             return _ANY_KEY
         return _MAY[access]
+
+
+def granted(entries: Mapping[str, str]) -> dict[str, Access]:
+    """An operator's entries for routes of their own plugins, "METHOD /path" → who may.
+
+    Raises:
+        UsageError: not the form of a route, not one of the words, or a route that has its entry in `TABLE`.
+    """
+    for name, word in entries.items():
+        if not _ROUTE_NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r:.200} is not a valid route: expected METHOD /path as the application has it, with "
+                "GET, POST, PUT, PATCH, DELETE or WEBSOCKET, or '* /prefix/*' for a mounted application"
+            )
+        if word not in _GRANTS:
+            raise UsageError(f"{word!r:.80} is not who may call {name}: use {', '.join(_GRANTS)}")
+        if name in TABLE:
+            raise UsageError(f"{name} has its access already: {TABLE[name].value}. Leave it out")
+    return {name: _GRANTS[word] for name, word in entries.items()}
 
 
 def find(routes: Sequence[BaseRoute], scope: Scope) -> str | None:

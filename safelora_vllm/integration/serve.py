@@ -11,6 +11,7 @@ from typing import Any
 from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.integration import seam_checks
+from safelora_vllm.integration.route_access import granted
 from safelora_vllm.integration.settings import (
     ADMIN_KEY,
     METRICS_KEY,
@@ -37,7 +38,8 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     """Check what can be checked at once, then hand over to vLLM's serve command.
 
     Raises:
-        UsageError: vLLM is not installed, or its options are not what it takes.
+        UsageError: vLLM is not installed, its options are not what it takes, or access to a route that cannot
+        be given.
         ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
         PolicyError: more energy than the cache has.
         GuardError: a vLLM that is not guarded.
@@ -46,6 +48,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     if not settings.trust_served_model:
         cache.check_model(Checkpoint(model).fingerprint(), model)
     _check_rules(cache, settings)
+    granted(settings.route_access)
     if settings.keys:
         ring = KeyRing.open(Path(settings.keys), os.environ.get(ADMIN_KEY), [], os.environ.get(METRICS_KEY))
         if not ring.has_admin:

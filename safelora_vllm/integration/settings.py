@@ -35,7 +35,8 @@ class ServerSettings:
     store_bytes: budget of the published copies in the store. keys: the keys file. adapter_roots: folders
     that loads by path may read; none means every folder for ``load_lora_adapter`` and none for uploads.
     concurrent_uploads: per API server. allow_hub: whether uploads may name a hub repository. private_docs:
-    whether the API's documentation needs a key.
+    whether the API's documentation needs a key. route_access: "METHOD /path" of a route that this package
+    does not know → who may call it, one of anybody, users, tenants.
     """
 
     projectors: str
@@ -50,6 +51,7 @@ class ServerSettings:
     concurrent_uploads: int = 8
     allow_hub: bool = False
     private_docs: bool = False
+    route_access: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:
