@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,26 @@ from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
 
 
-def test_front_ends_without_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def options(**given: object) -> argparse.Namespace:
+    """As vLLM's parser gives them."""
+    return argparse.Namespace(**{"enable_lora": True, "weight_transfer_config": None, "grpc": False, **given})
+
+
+def test_options_that_leave_a_way_around(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
-    _refuse_options(["--port", "8000", "--grpc-web-is-no-option"])
+    _refuse_options(options())
+    _refuse_options(argparse.Namespace(enable_lora=True))  # a vLLM without the other two
     with pytest.raises(GuardError, match="--grpc starts a front end"):
-        _refuse_options(["--port", "8000", "--grpc"])
+        _refuse_options(options(grpc=True))
+    with pytest.raises(GuardError, match="weight transfer"):
+        _refuse_options(options(weight_transfer_config={"backend": "nccl"}))
+    with pytest.raises(GuardError, match="--no-enable-lora"):
+        _refuse_options(options(enable_lora=False))
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
-    _refuse_options([])
+    _refuse_options(options())
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(GuardError, match="VLLM_USE_RUST_FRONTEND"):
-        _refuse_options([])
+        _refuse_options(options())
 
 
 def test_rules_that_cannot_hold(
@@ -44,11 +55,3 @@ def test_rules_that_cannot_hold(
     (tmp_path / "store" / "raw").chmod(0o777)
     with pytest.raises(GuardError, match="chmod o-w"):
         check()
-
-
-@pytest.mark.parametrize("option", ["--weight-transfer-config", "--weight_transfer_config={}"])
-def test_new_weights_are_refused(option: str) -> None:
-    with pytest.raises(GuardError, match="weight transfer"):
-        _refuse_options([option])
-    with pytest.raises(GuardError, match="weight transfer"):
-        _refuse_options(["--weight-transfer-config.backend", "nccl"])

@@ -21,9 +21,10 @@ from safelora_vllm.integration.errors_http import error_response
 from safelora_vllm.integration.management import Manager
 from safelora_vllm.integration.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.route_access import RouteAccess, check_routes, granted
+from safelora_vllm.integration.route_table import Access
 from safelora_vllm.integration.routes import router
 from safelora_vllm.integration.serving import Serving
-from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, ServerSettings, new_admin_key
+from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.integration.uploads import Slots
 
 logger = logging.getLogger("vllm.safelora.endpoint")
@@ -40,15 +41,17 @@ class SafeLoRAEndpoint:
         """Add the routes, and the middleware that decides who may call which."""
         args = app.state.args
         lora = getattr(args, "enable_lora", False)
-        settings = ServerSettings.from_additional_config(args.additional_config) if lora else NO_LORA
+        described = lora or SECTION in (args.additional_config or {})
+        settings = ServerSettings.from_additional_config(args.additional_config) if described else NO_LORA
         inference = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         metrics_key = os.environ.get(METRICS_KEY) or None
         keys = KeyRing.open(
             Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference, metrics_key
         )
-        access = RouteAccess(
-            lora, metrics_key is not None, settings.private_docs, granted(settings.route_access)
-        )
+        more = granted(settings.route_access)
+        if getattr(args, "enable_offline_docs", False):
+            more["* /static/*"] = Access.DOCS
+        access = RouteAccess(lora, metrics_key is not None, settings.private_docs, more)
         door = Door(keys, secrets.token_urlsafe(32), access)
         if inference:
             args.api_key = [*inference, door.inner_key]

@@ -97,7 +97,7 @@ async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
         answers = await seams.ask_all_workers(engine_client)
     except (AttributeError, NotImplementedError) as error:  # how vLLM says that workers have no such method
         raise GuardError(f"the workers have not loaded the safelora plugin ({error})") from error
-    if not answers or not all(answer.get("guarded") for answer in answers):
+    if not answers or not all(isinstance(answer, dict) and answer.get("guarded") for answer in answers):
         raise GuardError(
             f"not every worker is guarded ({answers}); no adapter is served. Set VLLM_PLUGINS=safelora "
             "where the workers run, and start with --enable-lora"

@@ -36,7 +36,6 @@ _LISTED: dict[Access, str] = {
         GET /docs
         GET /docs/oauth2-redirect
         GET /redoc
-        * /static/*
     """,
     Access.METRICS: """
         GET /metrics
@@ -147,16 +146,22 @@ class Refusal:
     reads_body: bool = False
 
 
-# Methods of vLLM's workers that change neither weights nor adapters.
-RPC_METHODS = (
-    "check_health", "compute_weight_checksums", "get_compilation_match_table", "get_encoder_timing_stats",
-    "get_kv_cache_spec", "get_model_inspection", "get_supported_tasks", "list_loras", "profile",
-    "reset_encoder_cache", "reset_mm_cache", "safelora_attest", "synchronize_device",
-)  # fmt: skip
+# Methods that every worker has, that change nothing and cannot fail: vLLM leaves the answers of the ranks
+# behind one that failed, or was late, unread, and takes them for the answers to its next questions.
+RPC_METHODS = ("check_health", "get_model_inspection", "get_supported_tasks", "list_loras", "safelora_attest")
 _NEW_WEIGHTS = Refusal(
     "new weights would not be those that the projector cache was built for. Build a cache for the new model "
     "(safelora-vllm build) and start a server with both"
 )
+
+
+def _is_harmless_call(body: object) -> bool:
+    """Whether the body of ``/collective_rpc`` calls one of `RPC_METHODS`, so that it cannot fail either."""
+    if not isinstance(body, dict) or body.get("method") not in RPC_METHODS:
+        return False
+    return not body.get("args") and not body.get("kwargs") and body.get("timeout") is None
+
+
 REFUSED: dict[str, Refusal] = {
     "POST /init_weight_transfer_engine": _NEW_WEIGHTS,
     "POST /shutdown_weight_transfer_engine": _NEW_WEIGHTS,
@@ -175,9 +180,9 @@ REFUSED: dict[str, Refusal] = {
         reads_body=True,
     ),
     "POST /collective_rpc": Refusal(
-        "this worker method may change weights or adapters without the gate. Manage adapters with "
-        f"/v1/adapters. Methods that can be called: {', '.join(RPC_METHODS)}",
-        lambda _, body: isinstance(body, dict) and body.get("method") in RPC_METHODS,
+        "a worker method may change weights or adapters without the gate. Manage adapters with /v1/adapters. "
+        f"Methods that can be called, with no args, kwargs or timeout: {', '.join(RPC_METHODS)}",
+        lambda _, body: _is_harmless_call(body),
         reads_body=True,
     ),
 }

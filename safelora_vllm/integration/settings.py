@@ -16,6 +16,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.store import default_root
 
 SECTION = "safelora"
+PLUGIN = "safelora"  # in VLLM_PLUGINS
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
 METRICS_KEY = "SAFELORA_METRICS_KEY"
 WEIGHT_TRANSFER = (

@@ -25,7 +25,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
 from safelora_vllm.filestate import FileState
 from safelora_vllm.integration import seams
-from safelora_vllm.integration.settings import WEIGHT_TRANSFER, ServerSettings
+from safelora_vllm.integration.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.service.client import GateClient, GateProcess
@@ -86,6 +86,11 @@ class WorkerGuard:
             raise GuardError(
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: "
                 "safelora has its own"
+            )
+        if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
+            raise GuardError(
+                f"VLLM_PLUGINS does not name {PLUGIN}, so vLLM has not loaded what checks callers' keys. "
+                f"Set VLLM_PLUGINS={PLUGIN} (with the other plugins that you use, comma-separated)"
             )
         if vllm_config.weight_transfer_config is not None:
             raise GuardError(WEIGHT_TRANSFER)

@@ -170,6 +170,7 @@ GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lo
         [[GUARDED], AttributeError("no attribute 'safelora_attest'")],
         [[GUARDED, {"guarded": False}]],
         [[GUARDED], [{**GUARDED, "policy": "other"}]],
+        [[GUARDED, ["generate"]]],
         [[GUARDED], [{**GUARDED, "projectors": "other"}]],
     ],
 )

@@ -94,6 +94,7 @@ def test_no_route_of_vllm_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         found = {name for route in vllm_routes(monkeypatch) for name in names(described(route))}
     assert len(found) > 50
     assert found - set(TABLE) <= {
+        "* /static/*",  # listed with --enable-offline-docs only
         # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING, which the guard refuses
         "POST /adapters", "DELETE /adapters/{adapter_name}",
     }, found - set(TABLE)  # fmt: skip
@@ -203,7 +204,15 @@ def test_odd_request_lines_and_hosts(dev_server: Server) -> None:
             assert status in (400, 401), (target, named, status)
 
 
-def test_a_weight_transfer_is_refused_at_start() -> None:
+def test_what_workers_refuse_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = SimpleNamespace(weight_transfer_config=object())
+    monkeypatch.setenv("VLLM_PLUGINS", "other,safelora")
     with pytest.raises(GuardError, match="weight transfer"):
+        WorkerGuard(config, torch.device("cpu"))
+    for plugins in ("", "safelora2", "other"):  # without the middleware nobody checks keys
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        with pytest.raises(GuardError, match="VLLM_PLUGINS does not name safelora"):
+            WorkerGuard(config, torch.device("cpu"))
+    monkeypatch.delenv("VLLM_PLUGINS")
+    with pytest.raises(GuardError, match="VLLM_PLUGINS does not name safelora"):
         WorkerGuard(config, torch.device("cpu"))
