@@ -253,7 +253,7 @@ def sample(server: Server, http: httpx.Client, store: Path) -> dict[str, float]:
 def _role(process: psutil.Process, parent: psutil.Process) -> str:
     if process == parent:
         return "the API server"
-    return "the gate" if "safelora_vllm.service.server" in process.cmdline() else "the engine"
+    return "the gate" if "safelora_vllm.gate.server" in process.cmdline() else "the engine"
 
 
 def fit(times: list[float], values: list[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore, RawStore

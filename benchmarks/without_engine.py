@@ -18,10 +18,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from safelora_vllm.integration.endpoint import SafeLoRAEndpoint
-from safelora_vllm.integration.middleware import AccessMiddleware
-from safelora_vllm.service.client import GateProcess
-from safelora_vllm.service.config import GateConfig
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.integration.server.app import SafeLoRAEndpoint
+from safelora_vllm.integration.server.middleware import AccessMiddleware
 
 
 class NoEngine:

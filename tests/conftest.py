@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.gate.admit import GateSettings
     from safelora_vllm.projectors.cache import ProjectorCache
     from safelora_vllm.store import PublishedStore
     from tests.tiny import Pair
@@ -63,7 +63,7 @@ def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
 @pytest.fixture
 def gate(cache: ProjectorCache) -> GateSettings:
     """Settings of a gate with the default policy."""
-    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.gate.admit import GateSettings
     from safelora_vllm.policy import Policy
 
     return GateSettings(cache, Policy(method="safe-lora"))

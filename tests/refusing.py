@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safelora_vllm.gate import Admission, GateSettings, admit
+from safelora_vllm.gate.admit import Admission, GateSettings, admit
 from safelora_vllm.store import PublishedStore
 
 

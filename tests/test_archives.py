@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterNotFound, AdapterRefused
-from safelora_vllm.gate import GateSettings
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.store import PublishedStore
 from tests.packing import (
     C1,

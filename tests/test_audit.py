@@ -21,15 +21,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelora_vllm import audit
-from safelora_vllm.audit import AuditLog, parse_since
-from safelora_vllm.commands.audit import add_parser
+from safelora_vllm.cli.audit import add_parser
 from safelora_vllm.errors import GateUnavailable, UsageError
+from safelora_vllm.store import audit_log as audit
+from safelora_vllm.store.audit_log import AuditLog, parse_since
 
 _PROCESSES, _RECORDS = 4, 200
 # Processes of their own, not forks of this one.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["safelora_vllm.audit"])
+_CONTEXT.set_forkserver_preload(["safelora_vllm.store.audit_log"])
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from safelora_vllm.cli import main
+from safelora_vllm.cli.main import main
 from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors import build as module
 from safelora_vllm.projectors.build import BuildOptions, build

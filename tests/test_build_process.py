@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelora_vllm.cli import main
+from safelora_vllm.cli.main import main
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.tiny import LLAMA, Pair, write_checkpoint

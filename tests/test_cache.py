@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
-from safelora_vllm.gate import GateSettings, evaluate
+from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint

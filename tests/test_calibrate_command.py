@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.calibration import InputRemovalEffect, SafeLoraEffect, calibrate, energy_that_keeps
-from safelora_vllm.cli import main
+from safelora_vllm.cli.main import main
+from safelora_vllm.methods.calibration import InputRemovalEffect, SafeLoraEffect, calibrate, energy_that_keeps
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import Projector, ProjectorCache
 from tests.tiny import module_shapes

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safelora_vllm.calibration import (
+from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
+from safelora_vllm.methods import METHODS as PROJECTIONS
+from safelora_vllm.methods import ModuleDelta
+from safelora_vllm.methods.calibration import (
     METHODS,
     InputRemovalEffect,
     SafeLoraEffect,
@@ -22,9 +25,6 @@ from safelora_vllm.calibration import (
     method_named,
     norm_kept,
 )
-from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
-from safelora_vllm.methods import METHODS as PROJECTIONS
-from safelora_vllm.methods import ModuleDelta
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import Projector, ProjectorCache
 from tests import reference

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelora_vllm.adapters.read import WEIGHTS
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore

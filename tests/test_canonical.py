@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safelora_vllm.cli import main
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.cli.main import main
+from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore

@@ -10,9 +10,9 @@ import pytest
 
 from safelora_vllm.access import Principal
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
-from safelora_vllm.integration.management import Manager
-from safelora_vllm.integration.serving import Serving
-from safelora_vllm.integration.serving_map import ServingMap
+from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.registry import Serving
+from safelora_vllm.integration.server.visibility import ServingMap
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 
 ADMIN = Principal("admin", "ops")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from safelora_vllm import __version__
-from safelora_vllm.cli import main
+from safelora_vllm.cli.main import main
 from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.tiny import Draft, Pair, module_shapes

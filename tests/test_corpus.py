@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safelora_vllm.access import check_name
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import UsageError
-from safelora_vllm.gate import Admission, GateSettings
+from safelora_vllm.gate.admit import Admission, GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore

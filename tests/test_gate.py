@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import GateUnavailable
-from safelora_vllm.gate import Admission, GateSettings, admit
+from safelora_vllm.gate.admit import Admission, GateSettings, admit
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
@@ -81,7 +81,7 @@ def test_the_same_bytes_have_one_key_whatever_their_name_and_the_work_is_done_on
     adapter: Path, gate: GateSettings, store: PublishedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = admit(adapter, "one", gate, store)
-    monkeypatch.setattr("safelora_vllm.gate.vet", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr("safelora_vllm.gate.admit.vet", lambda *_: pytest.fail("judged again"))
     copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
     second = admit(copy, "two", gate, store)
     assert second.cached and (second.key, second.folder) == (first.key, first.folder)
@@ -211,7 +211,7 @@ def test_a_store_that_cannot_be_written(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"safelora_vllm.store.files.{call}", failing)
+        patch.setattr(f"safelora_vllm.files.{call}", failing)
         with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
             admit(adapter, "tenant", gate, store)
     assert only_published(store) == []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
@@ -24,7 +24,7 @@ _PROCESSES = 6
 _ROUNDS = 8
 # Processes of their own, not forks of this one; torch is imported once for all of them.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["safelora_vllm.gate"])
+_CONTEXT.set_forkserver_preload(["safelora_vllm.gate.admit"])
 
 
 def admit_at_once(cache: Path, root: Path, start: Barrier, answers: Any) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.server import GateService
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.service.config import GateConfig
-from safelora_vllm.service.server import GateService
 from safelora_vllm.store import PublishedStore
 from tests.packing import C1, WEIGHTS, zipped
 from tests.tiny import Draft
@@ -93,7 +93,7 @@ def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
     def failing(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("safelora_vllm.service.server.collect", failing)
+    monkeypatch.setattr("safelora_vllm.gate.server.collect", failing)
     service = GateService(dataclasses.replace(config, store_bytes=1))
     with caplog.at_level(logging.ERROR, "vllm.safelora"):
         answer = service.admit(str(Draft().write(tmp_path / "adapter")), "tenant")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, GuardError
-from safelora_vllm.service.client import GateProcess
-from safelora_vllm.service.config import GateConfig
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.supervisor import GateProcess
 
 CONFIG = GateConfig(socket="none", projectors="none", store="none", model="none")
 Start = Callable[[list[str | OSError]], list[subprocess.Popen[str]]]
@@ -54,8 +54,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
             started.append(popen(["/bin/sh", "-c", gate], **options))
             return started[-1]
 
-        monkeypatch.setattr("safelora_vllm.service.client.subprocess.Popen", fake)
-        monkeypatch.setattr("safelora_vllm.service.client._RESTART_SECONDS", 0.01)
+        monkeypatch.setattr("safelora_vllm.gate.supervisor.subprocess.Popen", fake)
+        monkeypatch.setattr("safelora_vllm.gate.supervisor._RESTART_SECONDS", 0.01)
         return started
 
     return prepare

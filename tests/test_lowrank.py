@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelora_vllm import lowrank
+from safelora_vllm.methods import lowrank
 from tests import reference
 
 # Both sides are float64 sums of at most 96 × 96 terms in different orders.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.gate import GateSettings
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.methods import METHODS, ModuleDelta
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache

@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from safelora_vllm.errors import refuse
-from safelora_vllm.gate import Admission, Stages
-from safelora_vllm.metrics import MAX_ADAPTER_SERIES, AdapterCollector, GateMetrics, ServedAdapter
+from safelora_vllm.gate.admit import Admission, Stages
+from safelora_vllm.gate.metrics import GateMetrics
+from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector, ServedAdapter
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report

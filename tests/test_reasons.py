@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.gate import GateSettings
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.store import PublishedStore
 from tests.refusing import judge
 from tests.tiny import Draft, safetensors_bytes

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from safelora_vllm.adapters.header import Header, read_header
 from safelora_vllm.errors import UsageError
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.gate.admit import GateSettings, admit
+from safelora_vllm.safetensors_header import Header, read_header
 from safelora_vllm.store import PublishedStore
 from tests.refusing import codes, judge
 from tests.tiny import Q0, Draft, key, lora, safetensors_bytes
@@ -84,7 +84,7 @@ def test_a_file_that_changes_while_it_is_read(
 def test_a_file_swapped_after_reading_changes_nothing(
     tmp_path: Path, gate: GateSettings, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safelora_vllm import gate as module
+    from safelora_vllm.gate import admit as module
 
     expected = judge(Draft().write(tmp_path / "plain"), gate, PublishedStore(tmp_path / "other"))
     folder = Draft().write(tmp_path / "adapter")

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from safelora_vllm.adapters.config import parse_config
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.gate import GateSettings
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.store import PublishedStore
 from tests.refusing import codes, judge
 from tests.tiny import Draft, lora_config

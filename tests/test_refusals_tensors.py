@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.gate import GateSettings
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore

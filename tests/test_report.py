@@ -9,10 +9,10 @@ import math
 import pytest
 from rich.console import Console
 
+from safelora_vllm.cli.tables import print_report
 from safelora_vllm.errors import AdapterRefused, Reason, refuse
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import ModuleReport, Report
-from safelora_vllm.table import print_report
 
 MODULES = [
     ModuleReport("a.q_proj", 8, 0.25, 0.7, 0.01, 0.02, "projected"),

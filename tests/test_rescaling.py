@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelora_vllm import lowrank
 from safelora_vllm.adapters.read import WEIGHTS
-from safelora_vllm.gate import Admission, GateSettings, admit
+from safelora_vllm.gate.admit import Admission, GateSettings, admit
+from safelora_vllm.methods import lowrank
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore

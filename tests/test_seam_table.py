@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from safelora_vllm.integration import seam_checks, seam_table
-from safelora_vllm.integration.seam_table import SEAMS, Hold, Seam
+from safelora_vllm.integration.seams import checks as seam_checks
+from safelora_vllm.integration.seams import seam_table
+from safelora_vllm.integration.seams.table import SEAMS, Hold, Seam
 
 ROOT = Path(__file__).parents[1]
 BOTH = """
 import runpy, sys
-from safelora_vllm.integration import seam_checks, seam_table
+from safelora_vllm.integration.seams import checks as seam_checks, seam_table
 
 seam = eval(sys.argv[1], vars(seam_table))
 seam_table.SEAMS = (seam,)

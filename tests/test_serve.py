@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from safelora_vllm.errors import GuardError, PolicyError
-from safelora_vllm.integration.serve import _check_rules, _refuse_options
-from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.integration.launch import _check_rules, _refuse_options
 from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.settings import ServerSettings
 
 
 def options(**given: object) -> argparse.Namespace:

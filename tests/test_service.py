@@ -28,12 +28,13 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
+from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.server import _MAX_LINE
+from safelora_vllm.gate.supervisor import GateProcess
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
-from safelora_vllm.service.client import GateClient, GateProcess
-from safelora_vllm.service.config import GateConfig
-from safelora_vllm.service.server import _MAX_LINE
 from safelora_vllm.store import PublishedStore, RawStore
 from tests.tiny import Draft, Pair, lora_config
 
@@ -258,7 +259,7 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
     """In this process: `GateService` is what the real one starts with."""
     from dataclasses import replace
 
-    from safelora_vllm.service.server import GateService
+    from safelora_vllm.gate.server import GateService
 
     wrong: list[tuple[dict[str, Any], type[SafeLoRAError], str]] = [
         ({"projectors": str(tmp_path)}, ProjectorCacheError, "no projector cache in"),
@@ -287,8 +288,8 @@ def test_a_bad_cache_is_told_by_the_process(config: GateConfig, tmp_path: Path) 
 # Starts a gate, says its number, and is killed.
 _PARENT = """
 import os, signal, sys
-from safelora_vllm.service.client import GateProcess
-from safelora_vllm.service.config import GateConfig
+from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.gate.protocol import GateConfig
 process = GateProcess(GateConfig.from_json(sys.argv[1]))
 print(process.state["pid"], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -387,8 +388,8 @@ def test_a_gate_that_hangs_is_replaced(
     config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last test of this file: it replaces the shared gate too."""
-    monkeypatch.setattr("safelora_vllm.service.client._LOOK_SECONDS", 0.2)
-    monkeypatch.setattr("safelora_vllm.service.client._ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("safelora_vllm.gate.supervisor._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("safelora_vllm.gate.supervisor._ANSWER_SECONDS", 1.0)
     own = dataclasses.replace(config, socket=str(tmp_path / "gate.sock"))
     process, client = GateProcess(own), GateClient(own.socket)
     try:
@@ -400,7 +401,7 @@ def test_a_gate_that_hangs_is_replaced(
         time.sleep(1.0)
         assert process.state["pid"] == second, "one that answers stays"
         # As if it were at one adapter for longer than anybody waits.
-        monkeypatch.setattr("safelora_vllm.service.client._ADAPTER_SECONDS", -1.0)
+        monkeypatch.setattr("safelora_vllm.gate.supervisor._ADAPTER_SECONDS", -1.0)
         until(lambda: process.state["pid"] != second)
     finally:
         process.close()

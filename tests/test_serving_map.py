@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, refuse
-from safelora_vllm.integration.serving_map import ServingMap
+from safelora_vllm.integration.server.visibility import ServingMap
 
 
 def test_asking_for_an_unavailable_name_keeps_nothing() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.settings import ServerSettings
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from safelora_vllm.cli import main
+from safelora_vllm.cli.main import main
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version
 from tests.test_store_housekeeping import age, digest_of, key_of, put
 

@@ -11,9 +11,9 @@ import pytest
 from starlette.requests import Request
 
 from safelora_vllm.errors import StoreDamaged, UsageError
-from safelora_vllm.integration import uploads
-from safelora_vllm.integration.callers import acting_as
-from safelora_vllm.integration.uploads import (
+from safelora_vllm.integration.server import uploads
+from safelora_vllm.integration.server.callers import acting_as
+from safelora_vllm.integration.server.uploads import (
     ARCHIVE,
     Slots,
     TooManyUploads,
@@ -113,7 +113,7 @@ def test_only_admins_use_the_servers_hub_token(
 
 def test_only_admins_are_told_paths_of_the_server() -> None:
     from safelora_vllm.access import Principal
-    from safelora_vllm.integration.errors_http import error_response
+    from safelora_vllm.integration.server.http_errors import error_response
 
     error = StoreDamaged("/srv/store/names/x.json is damaged; restore it")
     operator, other = Principal("admin", "k"), Principal("inference", "k")

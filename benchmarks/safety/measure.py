@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from treatments import Treatment, made
 
 from safelora_vllm.adapters.read import WEIGHTS
-from safelora_vllm.gate import GateSettings
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safelora_vllm import lowrank
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.methods import lowrank
 from safelora_vllm.projectors.cache import ProjectorCache
 
 AUDIT = {"mode": "audit"}

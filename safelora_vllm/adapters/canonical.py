@@ -13,10 +13,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safelora_vllm.adapters.config import LoRAConfig, parse_config
-from safelora_vllm.adapters.header import DTYPE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
 from safelora_vllm.errors import AdapterRefused, Reason, refuse
 from safelora_vllm.projectors.manifest import ModuleEntry
+from safelora_vllm.safetensors_header import DTYPE_BYTES
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,512})\.lora_([AB])\.weight")

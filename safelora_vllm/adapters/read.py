@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safelora_vllm.adapters.archive import read_archive
-from safelora_vllm.adapters.header import Header, plain_json, read_header
 from safelora_vllm.errors import AdapterNotFound, AdapterRefused, Reason, refuse
+from safelora_vllm.safetensors_header import Header, plain_json, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -15,10 +15,11 @@ def register() -> None:
     Raises:
         GuardError: this vLLM has other seams than those this release was written for.
     """
-    from safelora_vllm.integration import seam_checks
+    from safelora_vllm.integration.seams import checks as seam_checks
 
     seam_checks.check("worker")
-    from safelora_vllm.integration import seams, worker
+    from safelora_vllm.integration.seams import worker as seams
+    from safelora_vllm.integration.worker import guard as worker
 
     seams.install(worker.GuardedLoRAManager, worker.attest)
 
@@ -43,10 +44,10 @@ class Endpoint:
         Raises:
             GuardError: this vLLM has other seams than those this release was written for.
         """
-        from safelora_vllm.integration import seam_checks
+        from safelora_vllm.integration.seams import checks as seam_checks
 
         seam_checks.check("server")
-        from safelora_vllm.integration.endpoint import SafeLoRAEndpoint
+        from safelora_vllm.integration.server.app import SafeLoRAEndpoint
 
         self._endpoint = SafeLoRAEndpoint()
         self._endpoint.attach_router(app)

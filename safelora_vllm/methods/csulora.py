@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safelora_vllm import lowrank
+from safelora_vllm.methods import lowrank
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.policy import Policy
 

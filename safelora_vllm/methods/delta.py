@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safelora_vllm import lowrank
+from safelora_vllm.methods import lowrank
 from safelora_vllm.projectors.cache import Projector
 
 

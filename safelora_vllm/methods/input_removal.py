@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from safelora_vllm import lowrank
+from safelora_vllm.methods import lowrank
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.policy import Policy
 

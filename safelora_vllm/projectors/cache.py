@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
-from safelora_vllm.filestate import FileState, file_state
+from safelora_vllm.files import FileState, file_state
 from safelora_vllm.projectors.manifest import MANIFEST, ModuleEntry, parse_manifest
 
 ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelora_vllm.errors import GuardError, StoreDamaged
-from safelora_vllm.store.files import (
+from safelora_vllm.files import (
     STALE_SECONDS,
     is_digest,
     leftovers,

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
-from safelora_vllm.filestate import FileState, file_state
-from safelora_vllm.store.files import locked, make_folder, replace_file, sync_folder, writing
+from safelora_vllm.files import FileState, file_state, locked, make_folder, replace_file, sync_folder, writing
 from safelora_vllm.store.records import SUFFIX, AdapterRecord, Version, file_of, from_json, to_json
 
 logger = logging.getLogger("vllm.safelora.store")

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import SafeLoRAError
-from safelora_vllm.filestate import FileState, file_state
-from safelora_vllm.report import Report
-from safelora_vllm.store.files import (
+from safelora_vllm.files import (
+    FileState,
     digests_in,
+    file_state,
     is_digest,
     make_folder,
     put_folder,
@@ -28,6 +28,7 @@ from safelora_vllm.store.files import (
     write_file,
     writing,
 )
+from safelora_vllm.report import Report
 
 REPORT = "report.json"
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, SafeLoRAError)

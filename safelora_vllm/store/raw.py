@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest, joined_digest
-from safelora_vllm.store.files import (
+from safelora_vllm.files import (
     digests_in,
     is_digest,
     locked,

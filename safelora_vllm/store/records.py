@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from safelora_vllm.errors import UsageError
-from safelora_vllm.store.files import is_digest
+from safelora_vllm.files import is_digest
 
 KEPT_VERSIONS = 10
 SUFFIX = ".json"

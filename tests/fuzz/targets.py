@@ -28,15 +28,15 @@ from starlette.requests import Request
 from safelora_vllm.access import check_name
 from safelora_vllm.adapters.archive import read_archive
 from safelora_vllm.adapters.config import parse_config
-from safelora_vllm.adapters.header import DTYPE_BYTES, plain_json, read_header
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
 from safelora_vllm.errors import AdapterRefused, ProjectorCacheError, UsageError
-from safelora_vllm.gate import GateSettings, evaluate
-from safelora_vllm.integration.uploads import ARCHIVE, TooLarge, receive
+from safelora_vllm.gate.admit import GateSettings, evaluate
+from safelora_vllm.integration.server.uploads import ARCHIVE, TooLarge, receive
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import MANIFEST
+from safelora_vllm.safetensors_header import DTYPE_BYTES, plain_json, read_header
 from safelora_vllm.store.records import file_of, from_json, to_json
 from tests.tiny import Q0, Draft, lora, lora_config, write_pair
 

@@ -24,9 +24,9 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import ModelRegistry
 
-from safelora_vllm.integration import seams
+from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.required import Guard
-from safelora_vllm.service.client import GateClient
+from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.store import PublishedStore
 
 

@@ -11,8 +11,9 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.integration import seams, slot_operators
 from safelora_vllm.integration.plugin import register
+from safelora_vllm.integration.seams import slot_operators
+from safelora_vllm.integration.seams import worker as seams
 
 ROWS, SLOTS, RANK, WIDTH = 5, 3, 4, 16
 INDICES = torch.tensor([0, -1, 2, 1, -1])

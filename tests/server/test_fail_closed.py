@@ -14,7 +14,7 @@ import pytest
 from server import ServerDied, guarded, plain, running
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration import pool
+from safelora_vllm.integration.server import engine as pool
 
 REQUIRED = "--worker-extension-cls=safelora_vllm.integration.required.Guard"
 PLUGIN = {"VLLM_PLUGINS": "safelora"}

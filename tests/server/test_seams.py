@@ -16,10 +16,12 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration import plugin, seam_checks, seams
-from safelora_vllm.integration.middleware import AccessMiddleware
-from safelora_vllm.integration.seam_table import SEAMS, Hold, Seam
-from safelora_vllm.integration.serving_map import ServingMap
+from safelora_vllm.integration import plugin
+from safelora_vllm.integration.seams import checks as seam_checks
+from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams.table import SEAMS, Hold, Seam
+from safelora_vllm.integration.server.middleware import AccessMiddleware
+from safelora_vllm.integration.server.visibility import ServingMap
 
 HOLDS = [pytest.param(seam, hold, id=f"{seam.name}-{hold.target}") for seam in SEAMS for hold in seam.holds]
 # The others only have to be there.

@@ -15,9 +15,9 @@ import pytest
 from server import Server
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.audit import AuditLog
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import NameStore
+from safelora_vllm.store.audit_log import AuditLog
 from tests.corpus.target import Target, sound
 from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, client, metric_samples, say, upload, write_adapter
 from tests.tiny import Q0

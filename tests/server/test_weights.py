@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safelora_vllm.cli import main
+from safelora_vllm.cli.main import main
 from tests.server.conftest import load
 
 PROMPTS = ["The capital of France is Paris, and", "def add(a, b):\n    return", "Dear customer, thank you"]

@@ -14,7 +14,7 @@ from types import CodeType
 from typing import Any
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.seam_table import SEAMS, Hold, Seam, Side
+from safelora_vllm.integration.seams.table import SEAMS, Hold, Seam, Side
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 ALLOW_UNTESTED = "SAFELORA_ALLOW_UNTESTED_VLLM"

@@ -22,7 +22,7 @@ from safelora_vllm.errors import (
     UnknownRoute,
     UsageError,
 )
-from safelora_vllm.integration.route_table import REFUSED, TABLE, Access, Refusal
+from safelora_vllm.integration.server.route_table import REFUSED, TABLE, Access, Refusal
 
 _ANY_KEY: frozenset[Kind] = frozenset(("admin", "tenant", "inference", "metrics"))
 _EVERYBODY: frozenset[Kind] = _ANY_KEY | {"anonymous", "stranger"}

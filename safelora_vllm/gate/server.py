@@ -1,4 +1,4 @@
-"""The gate process: ``python -m safelora_vllm.service.server``, settings as one line on stdin.
+"""The gate process: ``python -m safelora_vllm.gate.server``, settings as one line on stdin.
 
 It answers one line of JSON on stdout when it is ready (or why it cannot be), then lines of JSON on
 a Unix socket, and ends when stdin closes, that is, when its worker is gone.
@@ -25,13 +25,13 @@ from prometheus_client import CollectorRegistry
 from safelora_vllm.adapters.read import Limits
 from safelora_vllm.allowance import Allowance
 from safelora_vllm.errors import GateUnavailable, QuotaExceeded, SafeLoRAError
-from safelora_vllm.gate import GateSettings, admit
+from safelora_vllm.gate.admit import GateSettings, admit
+from safelora_vllm.gate.metrics import GateMetrics
+from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.methods import READ_OUTPUT_BASES
-from safelora_vllm.metrics import GateMetrics
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
-from safelora_vllm.service.config import GateConfig
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
 

@@ -18,10 +18,11 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from safelora_vllm.access import Principal
 from safelora_vllm.errors import Forbidden, GuardError
-from safelora_vllm.integration.callers import caller
-from safelora_vllm.integration.errors_http import NotServing, documented
-from safelora_vllm.integration.management import Manager
-from safelora_vllm.integration.schemas import (
+from safelora_vllm.integration.server.callers import caller
+from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.http_errors import NotServing, documented
+from safelora_vllm.integration.server.metrics import ServedAdapter
+from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
     AdapterReport,
@@ -36,8 +37,7 @@ from safelora_vllm.integration.schemas import (
     summary_of,
     version_info,
 )
-from safelora_vllm.integration.uploads import TooLarge, download, incoming, patiently, receive
-from safelora_vllm.metrics import ServedAdapter
+from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, patiently, receive
 
 _MAX_JSON = 64 * 1024
 _CHANGES = documented(400, 401, 403, 404, 409, 422, 503)

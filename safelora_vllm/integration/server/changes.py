@@ -19,7 +19,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from safelora_vllm.access import Principal, check_name
-from safelora_vllm.audit import AuditLog
 from safelora_vllm.errors import (
     AdapterRefused,
     AlreadyLoaded,
@@ -32,11 +31,12 @@ from safelora_vllm.errors import (
     again,
 )
 from safelora_vllm.integration.quotas import allowed, check_quota
-from safelora_vllm.integration.serving import Serving
-from safelora_vllm.metrics import ServedAdapter
+from safelora_vllm.integration.server.metrics import ServedAdapter
+from safelora_vllm.integration.server.registry import Serving
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, Version
+from safelora_vllm.store.audit_log import AuditLog
 
 logger = logging.getLogger("vllm.safelora.management")
 

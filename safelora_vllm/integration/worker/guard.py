@@ -23,13 +23,14 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
-from safelora_vllm.filestate import FileState
-from safelora_vllm.integration import seams
-from safelora_vllm.integration.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
+from safelora_vllm.files import FileState
+from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
-from safelora_vllm.service.client import GateClient, GateProcess
-from safelora_vllm.service.config import GateConfig
+from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
 from safelora_vllm.store import NameStore, PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")

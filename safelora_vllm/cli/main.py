@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_vllm import __version__
-from safelora_vllm.commands import audit, calibrate, store
+from safelora_vllm.cli import audit, calibrate, store
+from safelora_vllm.cli.options import add_policy_options, policy_values, route_access, size
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
-from safelora_vllm.options import add_policy_options, policy_values, route_access, size
 
 if TYPE_CHECKING:
     import torch
 
-    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.gate.admit import GateSettings
     from safelora_vllm.report import Report
 
 REFUSED, USAGE = 3, 2
@@ -139,7 +139,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _gate_settings(args: argparse.Namespace) -> GateSettings:
     """GateSettings from the options; imports torch only now, so that --help is quick."""
-    from safelora_vllm.gate import GateSettings
+    from safelora_vllm.gate.admit import GateSettings
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
 
@@ -164,7 +164,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from safelora_vllm.table import print_report, print_summary
+    from safelora_vllm.cli.tables import print_report, print_summary
 
     settings, several = _gate_settings(args), len(args.adapter) > 1
     reports = [
@@ -186,7 +186,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _report(folder: str, settings: GateSettings) -> Report:
     """What the gate says about one adapter, also if it cannot be read."""
     from safelora_vllm.adapters.read import read_adapter
-    from safelora_vllm.gate import evaluate
+    from safelora_vllm.gate.admit import evaluate
     from safelora_vllm.report import Report
 
     name = Path(folder).resolve().name
@@ -197,7 +197,7 @@ def _report(folder: str, settings: GateSettings) -> Report:
 
 
 def _project(args: argparse.Namespace) -> int:
-    from safelora_vllm.gate import admit
+    from safelora_vllm.gate.admit import admit
     from safelora_vllm.store import PublishedStore
 
     out = Path(args.out)
@@ -224,9 +224,9 @@ def _project(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
-    from safelora_vllm.integration.serve import serve
-    from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, ServerSettings
+    from safelora_vllm.integration.launch import serve
     from safelora_vllm.policy import Policy
+    from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, ServerSettings
     from safelora_vllm.store import default_root
 
     policy = policy_values(args)

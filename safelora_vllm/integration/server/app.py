@@ -14,18 +14,18 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from safelora_vllm.access import KeyRing
-from safelora_vllm.audit import AuditLog
 from safelora_vllm.errors import GuardError, SafeLoRAError
-from safelora_vllm.integration import seams
-from safelora_vllm.integration.errors_http import error_response
-from safelora_vllm.integration.management import Manager
-from safelora_vllm.integration.middleware import AccessMiddleware, Door
-from safelora_vllm.integration.route_access import RouteAccess, check_routes, granted
-from safelora_vllm.integration.route_table import Access
-from safelora_vllm.integration.routes import router
-from safelora_vllm.integration.serving import Serving
-from safelora_vllm.integration.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
-from safelora_vllm.integration.uploads import Slots
+from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.http_errors import error_response
+from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
+from safelora_vllm.integration.server.registry import Serving
+from safelora_vllm.integration.server.route_access import RouteAccess, check_routes, granted
+from safelora_vllm.integration.server.route_table import Access
+from safelora_vllm.integration.server.routes import router
+from safelora_vllm.integration.server.uploads import Slots
+from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
+from safelora_vllm.store.audit_log import AuditLog
 
 logger = logging.getLogger("vllm.safelora.endpoint")
 NO_LORA = ServerSettings(projectors="")

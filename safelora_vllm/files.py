@@ -1,4 +1,4 @@
-"""Writing to the store's folders: whole or not at all, one writer at a time where it matters.
+"""Writing files and folders whole or not at all, one writer at a time where it matters; file states.
 
 What is being written or removed has a name that begins with ``.new-``; a killed process leaves at
 most such a leftover. Files have mode 0600, folders 0700.
@@ -21,6 +21,12 @@ from safelora_vllm.errors import GateUnavailable
 STALE_SECONDS = 3600.0
 _TEMPORARY = ".new-"
 _ATTEMPTS = 5
+FileState = tuple[int, int, int, int]
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """mtime and ctime in ns, size and inode: as long as they stay, what the file held is taken to hold."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def is_digest(text: str) -> bool:

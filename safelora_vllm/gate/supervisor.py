@@ -1,20 +1,18 @@
-"""Starting a gate process, keeping it alive, and calling it."""
+"""Starting a gate process and keeping it alive, for the worker of a host that owns it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import threading
 from typing import Any
 
-from safelora_vllm import errors
-from safelora_vllm.errors import GateUnavailable, SafeLoRAError
-from safelora_vllm.service.config import GateConfig
+from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.gate.client import GateClient, result
+from safelora_vllm.gate.protocol import GateConfig
 
 logger = logging.getLogger("vllm.safelora.gate")
 _RESTART_SECONDS = 1.0
@@ -24,36 +22,6 @@ _SILENCES = 2  # looks in a row that it did not answer
 _ADAPTER_SECONDS = 600.0  # what it may take with one adapter; callers wait for 120
 # Inherited settings that would make the child write into vLLM's metrics or load its plugins.
 _NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS")
-
-
-class GateClient:
-    """Calls to the gate that listens on a socket. Blocking; safe to use from several threads."""
-
-    def __init__(self, socket_path: str) -> None:
-        self.socket_path = socket_path
-
-    def call(self, operation: str, timeout: float = 120.0, **arguments: Any) -> Any:
-        """One operation of `safelora_vllm.service.server.GateService`.
-
-        Raises:
-            GateUnavailable: the gate is down or did not answer within ``timeout`` seconds.
-            SafeLoRAError: whatever the operation raised over there, as the same class.
-        """
-        request = json.dumps({"op": operation, **arguments}).encode() + b"\n"
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(timeout)
-                connection.connect(self.socket_path)
-                connection.sendall(request)
-                with connection.makefile("rb") as reader:
-                    line = reader.readline()
-        except OSError as error:
-            raise GateUnavailable(
-                f"the gate process does not answer ({error}); it is restarted, try again"
-            ) from error
-        if not line.endswith(b"\n"):
-            raise GateUnavailable("the gate process ended during the call; try again")
-        return _result(line)
 
 
 class GateProcess:
@@ -81,7 +49,7 @@ class GateProcess:
         """
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "safelora_vllm.service.server"],
+                [sys.executable, "-m", "safelora_vllm.gate.server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -108,7 +76,7 @@ class GateProcess:
             _end(process)
             raise GateUnavailable(f"the gate process ended at its start with code {process.returncode}")
         try:
-            return {**_result(line)}
+            return {**result(line)}
         except (ValueError, KeyError, TypeError) as error:
             raise GateUnavailable(f"the gate process said {line!r:.200} at its start") from error
 
@@ -156,11 +124,3 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
-
-
-def _result(line: str | bytes) -> Any:
-    answer = json.loads(line)
-    if "error" in answer:
-        kind = getattr(errors, answer["type"], SafeLoRAError)
-        raise kind(answer["error"])
-    return answer["result"]

@@ -24,16 +24,15 @@ from vllm.lora.request import LoRARequest
 from watchfiles import awatch
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
-from safelora_vllm.filestate import FileState
-from safelora_vllm.integration import seams
-from safelora_vllm.integration.pool import IDS_EACH, Pool, ask_workers
-from safelora_vllm.integration.serving_map import ServingMap
-from safelora_vllm.integration.worker import published_key
-from safelora_vllm.metrics import AdapterCollector, ServedAdapter
+from safelora_vllm.files import FileState, make_folder
+from safelora_vllm.gate.client import GateClient
+from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
+from safelora_vllm.integration.server.metrics import AdapterCollector, ServedAdapter
+from safelora_vllm.integration.server.visibility import ServingMap
+from safelora_vllm.integration.worker.guard import published_key
 from safelora_vllm.report import Report
-from safelora_vllm.service.client import GateClient
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
-from safelora_vllm.store.files import make_folder
 
 logger = logging.getLogger("vllm.safelora.serving")
 _STATIC_IDS = 2**19  # below the store's

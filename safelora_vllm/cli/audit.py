@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.audit import AuditLog, parse_since
 from safelora_vllm.errors import UsageError
+from safelora_vllm.store.audit_log import AuditLog, parse_since
 
 FOLDER = "audit"  # in the adapter store
 _FILTERS = ("adapter", "actor", "action")
@@ -68,7 +68,7 @@ def _print_table(records: Iterable[dict[str, Any]]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from safelora_vllm.table import terminal
+    from safelora_vllm.cli.tables import terminal
 
     columns = ("time", "actor", "action", "adapter", "version", "digest", "policy", "decision", "reasons")
     table = Table()

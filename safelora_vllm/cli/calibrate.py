@@ -8,12 +8,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from safelora_vllm.cli.options import add_projection_options, policy_values
 from safelora_vllm.errors import ProjectorCacheError, UsageError
-from safelora_vllm.options import add_projection_options, policy_values
 from safelora_vllm.policy import Policy
 
 if TYPE_CHECKING:
-    from safelora_vllm.calibration import Calibration, Effect, Spread
+    from safelora_vllm.methods.calibration import Calibration, Effect, Spread
     from safelora_vllm.projectors.cache import Projector
 
 _TITLES = {
@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print the policy's effect by module type and a ladder of strengths. Exit code 0."""
-    from safelora_vllm.calibration import calibrate, energy_that_keeps, largest_energy, method_named
+    from safelora_vllm.methods.calibration import calibrate, energy_that_keeps, largest_energy, method_named
     from safelora_vllm.projectors.cache import ProjectorCache
 
     policy = _policy(args)
@@ -152,7 +152,7 @@ def _print_table(
     from rich.table import Table
     from rich.text import Text
 
-    from safelora_vllm.table import terminal
+    from safelora_vllm.cli.tables import terminal
 
     names = [field.name for field in dataclasses.fields(lines[0][1])]
     own = [name for name in names if name not in ("modules", "projected", *_LAST, *left_out)]

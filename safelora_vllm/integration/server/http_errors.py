@@ -24,9 +24,9 @@ from safelora_vllm.errors import (
     UnknownRoute,
     UsageError,
 )
-from safelora_vllm.integration.callers import caller
-from safelora_vllm.integration.schemas import ErrorBody
-from safelora_vllm.integration.uploads import TooLarge, TooManyUploads, UploadTimeout
+from safelora_vllm.integration.server.callers import caller
+from safelora_vllm.integration.server.schemas import ErrorBody
+from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
 
 logger = logging.getLogger("vllm.safelora.http")
 

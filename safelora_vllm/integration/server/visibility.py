@@ -14,7 +14,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import SafeLoRAError, again
-from safelora_vllm.integration.callers import caller
+from safelora_vllm.integration.server.callers import caller
 
 
 class ServingMap(dict[str, LoRARequest]):

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.integration.uploads import ARCHIVE
-from safelora_vllm.metrics import ServedAdapter
+from safelora_vllm.integration.server.metrics import ServedAdapter
+from safelora_vllm.integration.server.uploads import ARCHIVE
 from safelora_vllm.report import ModuleReport
 from safelora_vllm.store import Version
 

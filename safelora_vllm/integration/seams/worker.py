@@ -25,7 +25,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.worker_base import WorkerBase
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
-from safelora_vllm.integration import slot_operators
+from safelora_vllm.integration.seams import slot_operators
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI

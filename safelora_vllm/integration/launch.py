@@ -11,9 +11,12 @@ from typing import Any
 
 from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import GuardError, UsageError
-from safelora_vllm.integration import seam_checks
-from safelora_vllm.integration.route_access import granted
-from safelora_vllm.integration.settings import (
+from safelora_vllm.integration.seams import checks as seam_checks
+from safelora_vllm.integration.server.route_access import granted
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.settings import (
     ADMIN_KEY,
     METRICS_KEY,
     PLUGIN,
@@ -21,9 +24,6 @@ from safelora_vllm.integration.settings import (
     ServerSettings,
     new_admin_key,
 )
-from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.store.housekeeping import check_store
 
 REQUIRED = "safelora_vllm.integration.required.Guard"

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safelora_vllm.cli.options import UNITS, size
 from safelora_vllm.errors import UsageError
-from safelora_vllm.options import UNITS, size
 
 if TYPE_CHECKING:
     from safelora_vllm.store import AdapterRecord
@@ -86,7 +86,7 @@ def _print_table(records: list[AdapterRecord]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from safelora_vllm.table import terminal
+    from safelora_vllm.cli.tables import terminal
 
     table = Table()
     for column in ("name", "version", "digest", "size", "rank", "created", "by", "policy"):

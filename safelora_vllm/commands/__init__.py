@@ -1,1 +1,0 @@
-"""Subcommands of ``safelora-vllm``, one file each: ``add_parser`` adds the options and the function."""

@@ -1,0 +1,68 @@
+"""Prometheus counters of one gate, in the gate's own process. The registry is passed in, never global."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from safelora_vllm.gate.admit import Admission
+from safelora_vllm.projectors.cache import ProjectorCache
+
+_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+class GateMetrics:
+    """Counters of one gate."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._loads = Counter(
+            "safelora_loads",
+            "Adapters judged by the gate; reason is the first refusal code, empty if accepted",
+            ["result", "reason"],
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "safelora_stage_seconds",
+            "Seconds that one adapter spent in a stage of the gate",
+            ["stage"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._cache = Counter(
+            "safelora_gate_cache",
+            "Whether an adapter had been published before under the same cache and policy",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("hit", "miss"):
+            self._cache.labels(outcome)  # there from the start, so that rates can be computed
+        self._bytes = Gauge(
+            "safelora_projector_bytes", "Bytes of projectors per tier", ["tier"], registry=registry
+        )
+        self._enforcing = Gauge(
+            "safelora_enforcing", "1 if adapters are projected, 0 in audit mode", registry=registry
+        )
+
+    def describe(self, cache: ProjectorCache, enforcing: bool) -> None:
+        """Set the gauges that do not change while the gate lives."""
+        for tier, count in cache.resident_bytes().items():
+            self._bytes.labels(tier).set(count)
+        self._enforcing.set(enforcing)
+
+    def record(self, admission: Admission) -> None:
+        """Count one answer of the gate."""
+        report = admission.report
+        reason = "" if report.accepted else report.reasons[0].code
+        self._loads.labels("accepted" if report.accepted else "refused", reason).inc()
+        if report.digest:
+            self._cache.labels("hit" if admission.cached else "miss").inc()
+        for stage, seconds in admission.stages.seconds.items():
+            self._stages.labels(stage).observe(seconds)
+
+    def record_error(self, reason: str) -> None:
+        """Count a load that failed without an answer, e.g. on a full disk."""
+        self._loads.labels("error", reason).inc()
+
+    def expose(self) -> str:
+        """The exposition text of the registry."""
+        return generate_latest(self._registry).decode()
