@@ -11,8 +11,7 @@ import pytest
 from safelora_vllm.access import Principal
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
 from safelora_vllm.integration.server.changes import Manager
-from safelora_vllm.integration.server.registry import Serving
-from safelora_vllm.integration.server.visibility import ServingMap
+from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 
 ADMIN = Principal("admin", "ops")
@@ -21,9 +20,9 @@ ADMIN = Principal("admin", "ops")
 @pytest.fixture
 def managed(tmp_path: Path) -> Manager:
     """Management of a store, without gate and engine."""
-    serving: Any = SimpleNamespace(names=NameStore(tmp_path))
+    reconciler: Any = SimpleNamespace(names=NameStore(tmp_path))
     audit: Any = None
-    return Manager(serving, audit, lambda _: False)
+    return Manager(reconciler, audit, lambda _: False)
 
 
 def version(digit: str, **policy: object) -> Version:
@@ -38,11 +37,11 @@ def test_a_change_of_what_is_no_longer_there(managed: Manager) -> None:
         managed._update(ADMIN, "chat", first, version("2"))  # judged before the policy was tightened
     with pytest.raises(AlreadyLoaded):
         managed._update(ADMIN, "chat", None, version("2"))
-    assert managed.serving.names.get("chat") == tightened
-    managed.serving.names.update("chat", lambda _: None)
+    assert managed.reconciler.names.get("chat") == tightened
+    managed.reconciler.names.update("chat", lambda _: None)
     with pytest.raises(ChangedMeanwhile):
         managed._update(ADMIN, "chat", tightened, version("2"))
-    assert managed.serving.names.get("chat") is None
+    assert managed.reconciler.names.get("chat") is None
 
 
 def test_a_stored_adapter_with_the_base_models_name_is_not_served(
@@ -53,8 +52,8 @@ def test_a_stored_adapter_with_the_base_models_name_is_not_served(
     for name in ("aligned", "chat"):
         names.update(name, lambda _, name=name: AdapterRecord(name).with_version(version("1")))
     pool, state = cast(Any, SimpleNamespace(names=names)), {"rules": "others"}
-    serving = Serving(pool, ServingMap(), nothing, state, {}, PublishedStore(tmp_path), "aligned".__eq__)
+    reconciler = Reconciler(pool, nothing, state, {}, PublishedStore(tmp_path), "aligned".__eq__)
     for _ in range(2):
-        changed, records = serving._read_changes()
+        changed, records = reconciler._read_changes()
         assert list(records) == [record.name for record, _ in changed] == ["chat"]
     assert caplog.text.count("'aligned' is not served: the server itself has that name") == 1

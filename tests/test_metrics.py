@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -11,10 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from safelora_vllm.errors import refuse
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import GateMetrics
-from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector, ServedAdapter
+from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector
+from safelora_vllm.integration.server.registry import Entry, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
+from safelora_vllm.store import Version
 from tests.test_report import REPORT
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
@@ -32,14 +35,21 @@ def parsed(text: str) -> Samples:
     return samples
 
 
-def served(*names: str) -> list[ServedAdapter]:
+def served(*names: str) -> list[Entry]:
     """Served adapters with one projected and two kept modules each."""
     more = ModuleReport("a.k_proj", 8, 0.75, 0.6, 1.0, 0.05, "kept")
     report = dataclasses.replace(REPORT, modules=[*REPORT.modules, more])
-    return [ServedAdapter(report.named(name), 0.5) for name in names]
+    return [entry(report.named(name), 0.5) for name in names]
 
 
-def scrape(adapters: list[ServedAdapter], **workers: int) -> Samples:
+def entry(report: Report, seconds: float) -> Entry:
+    """What the registry has of a served adapter."""
+    version = Version(1, "d" * 64, 1, 8, 0.0, "ops", load_seconds=seconds)
+    request: Any = None
+    return Entry(report.adapter, 0, version, served=Served(request, report))
+
+
+def scrape(adapters: list[Entry], **workers: int) -> Samples:
     """A scrape of these adapters."""
     return parsed(AdapterCollector(lambda: adapters, lambda: workers).expose())
 
@@ -85,7 +95,7 @@ def test_the_number_of_adapter_series_is_capped_but_all_are_counted() -> None:
 def test_no_adapters_and_adapters_without_figures() -> None:
     assert scrape([]) == {("safelora_adapters", ()): 0}
     empty = dataclasses.replace(REPORT, modules=REPORT.modules[1:])  # a delta of zero
-    names = {name for name, _ in scrape([ServedAdapter(empty, 0.1)])}
+    names = {name for name, _ in scrape([entry(empty, 0.1)])}
     assert "safelora_adapter_similarity" not in names and "safelora_adapter_modules" in names
 
 

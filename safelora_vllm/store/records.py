@@ -23,6 +23,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
     "by": (str,), "policy": (dict,), "override": (bool,), "underlying": (dict,),
     "reason": (str,), "key": (str,), "rules": (str,), "id": (int,),
+    "load_seconds": (int, float),
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ class Version:
     override: an operator made that policy less strict than the server's. underlying: what an override leaves
     in force for the name's next content. reason: why it is as it is. key: of the published copy. rules:
     digest of the server's rules under which that was published. id: the first of the numbers by which
-    vLLM knows this version's weights.
+    vLLM knows this version's weights. load_seconds: from the request to the change of the name.
     """
 
     version: int
@@ -51,6 +52,7 @@ class Version:
     key: str = ""
     rules: str = ""
     id: int = 0
+    load_seconds: float = 0.0
 
     @property
     def standing(self) -> dict[str, Any]:

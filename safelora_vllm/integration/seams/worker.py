@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -205,7 +205,7 @@ def in_flight(engine_client: Any, request: LoRARequest) -> int:
     return sum(getattr(state.lora_request, "lora_int_id", None) == request.lora_int_id for state in states)
 
 
-def replace_map(models: Any, mine: dict[str, LoRARequest]) -> dict[str, LoRARequest]:
+def replace_map(models: Any, mine: Mapping[str, LoRARequest]) -> dict[str, LoRARequest]:
     """Let vLLM's routes look adapters up in ``mine``; gives what they had.
 
     Raises:

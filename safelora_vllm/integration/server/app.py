@@ -19,7 +19,7 @@ from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
-from safelora_vllm.integration.server.registry import Serving
+from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.route_access import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.route_table import Access
 from safelora_vllm.integration.server.routes import router
@@ -84,10 +84,10 @@ class SafeLoRAEndpoint:
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
-        state.safelora = serving = await Serving.start(engine_client, models)
+        state.safelora = reconciler = await Reconciler.start(engine_client, models)
         state.safelora_manager = Manager(
-            serving,
-            await asyncio.to_thread(AuditLog, serving.names.root / "audit"),
+            reconciler,
+            await asyncio.to_thread(AuditLog, reconciler.names.root / "audit"),
             models.is_base_model,
             tuple(Path(root).resolve() for root in settings.adapter_roots),
             settings.max_adapter_bytes,

@@ -28,11 +28,11 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UnknownAdapter,
     UsageError,
-    again,
 )
 from safelora_vllm.integration.quotas import allowed, check_quota
-from safelora_vllm.integration.server.metrics import ServedAdapter
-from safelora_vllm.integration.server.registry import Serving
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, Version
@@ -49,7 +49,7 @@ class Manager:
     that is received. hub: whether uploads may name a hub repository.
     """
 
-    serving: Serving
+    reconciler: Reconciler
     audit: AuditLog
     is_base_model: Callable[[str], bool]
     roots: tuple[Path, ...] = ()
@@ -59,7 +59,7 @@ class Manager:
 
     async def add(
         self, who: Principal, name: str, source: Path, *, replace: bool = False, action: str = "upload"
-    ) -> ServedAdapter:
+    ) -> Entry:
         """Let a folder or archive pass the gate and serve it under ``name``, as a new version.
 
         Raises:
@@ -75,7 +75,7 @@ class Manager:
             if previous is not None and not replace:
                 raise _taken(name)
             policy = previous.live.standing if previous else {}
-            allowance = await asyncio.to_thread(allowed, self.serving.names, who, name, previous)
+            allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
             answer = await self._judge(
                 who, name, action, "admit", path=str(source), policy=policy, allowance=allowance
             )
@@ -83,7 +83,7 @@ class Manager:
                 who, name, action, answer, previous, _version(answer, who, policy), start
             )
 
-    async def roll_back(self, who: Principal, name: str, number: int) -> ServedAdapter:
+    async def roll_back(self, who: Principal, name: str, number: int) -> Entry:
         """Serve an earlier version's content again, as a new version.
 
         Raises:
@@ -107,7 +107,7 @@ class Manager:
 
     async def set_policy(
         self, who: Principal, name: str, values: dict[str, Any], override: bool, reason: str
-    ) -> ServedAdapter:
+    ) -> Entry:
         """Judge an adapter by other rules than the server's. Empty ``values``: by the server's again.
 
         Raises:
@@ -118,7 +118,7 @@ class Manager:
         """
         async with self._changing(who, name, "policy") as start:
             record = await self._known(who, name)
-            default = Policy.from_mapping(self.serving.state["policy_values"])
+            default = Policy.from_mapping(self.reconciler.state["policy_values"])
             wanted = default.with_values(values)
             wanted.check_effective(field for field in values if values[field] != getattr(default, field))
             loosened = not wanted.at_least_as_strict(default)
@@ -145,33 +145,29 @@ class Manager:
         Raises:
             UnknownAdapter, Forbidden.
         """
-        if name in self.serving.static and who.kind == "admin":
+        if self._static(name) and who.kind == "admin":
             raise UsageError(f"{name} comes from --lora-modules; start the server without it")
         async with self._changing(who, name, action):
             await self._known(who, name)
-            await asyncio.to_thread(self.serving.names.update, name, lambda _: None)
-            await self.serving.sync()
+            await asyncio.to_thread(self.reconciler.names.update, name, lambda _: None)
+            await self.reconciler.sync()
             await self._log(who, action, name, decision="removed")
 
-    def find(self, who: Principal, name: str) -> ServedAdapter:
+    def find(self, who: Principal, name: str) -> Entry:
         """A served adapter that the caller may see.
 
         Raises:
             UnknownAdapter. GateUnavailable or AdapterRefused: it cannot be served at the moment.
         """
-        if not who.may_use(name):
-            raise _unknown(name)
-        if problem := self.serving.map.unavailable.get(name):
-            raise again(problem)
-        if name not in self.serving.served:
-            raise _unknown(name)
-        return self.serving.served[name]
+        entry = look_up(self.reconciler.registry, who, name)
+        entry.current()
+        return entry
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
         record = await self._record(name) if who.may_use(name) else None
         if record is None:
-            raise _unknown(name)
+            raise unknown(name)
         return record
 
     def check_root(self, path: str) -> Path:
@@ -198,8 +194,13 @@ class Manager:
             raise Forbidden(f"this key may not change {name!r:.200}; tenants change TENANT/NAME only")
         if self.is_base_model(name):
             raise UsageError(f"{name!r:.200} is the base model's name; choose another")
-        if name in self.serving.static:
+        if self._static(name):
             raise AlreadyLoaded(f"{name} comes from --lora-modules; choose another name")
+
+    def _static(self, name: str) -> bool:
+        """Whether a name comes from ``--lora-modules``."""
+        entry = self.reconciler.registry.get(name)
+        return entry is not None and entry.folder is not None
 
     @asynccontextmanager
     async def _changing(self, who: Principal, name: str, action: str) -> AsyncIterator[float]:
@@ -216,12 +217,12 @@ class Manager:
                 raise
 
     async def _record(self, name: str) -> AdapterRecord | None:
-        return await asyncio.to_thread(self.serving.names.get, name)
+        return await asyncio.to_thread(self.reconciler.names.get, name)
 
     async def _known(self, who: Principal, name: str) -> AdapterRecord:
         record = await self._record(name) if who.may_use(name) else None
         if record is None:
-            raise _unknown(name)
+            raise unknown(name)
         if not who.may_manage(name):
             raise Forbidden(f"this key may use {name}, but not change it")
         return record
@@ -230,12 +231,12 @@ class Manager:
         self, who: Principal, name: str, action: str, operation: str, **arguments: Any
     ) -> dict[str, Any]:
         """The gate's answer; a refusal goes to the audit log and to the caller."""
-        answer = await self.serving.ask_gate(operation, name=name, **arguments)
+        answer = await self.reconciler.ask_gate(operation, name=name, **arguments)
         report = Report.from_dict(answer["report"])
         if not report.accepted:
             await self._log(who, action, name, **_told(report, "refused"))
             raise AdapterRefused(report.reasons)
-        return {**answer, "id": await self.serving.pool.new_id()}
+        return {**answer, "id": await self.reconciler.pool.new_id()}
 
     async def _commit(
         self,
@@ -246,9 +247,9 @@ class Manager:
         before: AdapterRecord | None,
         new: Version,
         start: float,
-    ) -> ServedAdapter:
+    ) -> Entry:
         """Load what was judged and make it the newest version of what ``before`` still is."""
-        pool, report = self.serving.pool, Report.from_dict(answer["report"])
+        pool, report = self.reconciler.pool, Report.from_dict(answer["report"])
         request = pool.request(name, answer["key"], answer["id"])
         try:
             await pool.load(request)
@@ -256,17 +257,18 @@ class Manager:
             await self._log(who, action, name, **{**_told(report, "refused"), "reasons": error.codes})
             raise
         try:
-            record = await asyncio.to_thread(self._update, who, name, before, new)
+            timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
+            record = await asyncio.to_thread(self._update, who, name, before, timed)
         except SafeLoRAError:
             await pool.release(request, wanted=lambda _: False)
             raise
-        await self.serving.sync()
+        await self.reconciler.sync()
         live = record.live
         await self._log(
             who, action, name, version=live.version, override=live.override, reason=live.reason,
             **_told(report, "accepted"),
         )  # fmt: skip
-        return self.serving.timed(name, time.perf_counter() - start)
+        return self.find(who, name)
 
     def _update(self, who: Principal, name: str, before: AdapterRecord | None, new: Version) -> AdapterRecord:
         def change(record: AdapterRecord | None) -> AdapterRecord:
@@ -276,10 +278,10 @@ class Manager:
                     raise _taken(name)
                 raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
             after = (record or AdapterRecord(name)).with_version(new)
-            check_quota(self.serving.names, who, after)
+            check_quota(self.reconciler.names, who, after)
             return after
 
-        record = self.serving.names.update(name, change)
+        record = self.reconciler.names.update(name, change)
         assert record is not None
         return record
 

@@ -6,32 +6,18 @@ The series of an adapter that was unloaded is not built any more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from safelora_vllm.report import Report
-from safelora_vllm.store import Version
+from safelora_vllm.integration.server.registry import Entry
 
 MAX_ADAPTER_SERIES = 500
 
 
-@dataclass(frozen=True)
-class ServedAdapter:
-    """A served adapter's report and the seconds from its request to its being served.
-
-    version: what the store has of it; None for an adapter that is not in the store.
-    """
-
-    report: Report
-    load_seconds: float
-    version: Version | None = None
-
-
 class AdapterCollector(Collector):
-    """Series of the adapters served now, and of the workers' states.
+    """Series of the registry's adapters that are served now, and of the workers' states.
 
     At most ``MAX_ADAPTER_SERIES`` adapters get series, in the order of their loading;
     ``safelora_adapters`` always counts all of them.
@@ -39,17 +25,17 @@ class AdapterCollector(Collector):
 
     def __init__(
         self,
-        served: Callable[[], Sequence[ServedAdapter]],
+        entries: Callable[[], Sequence[Entry]],
         workers: Callable[[], dict[str, int]],
     ) -> None:
-        self._served, self._workers = served, workers
+        self._entries, self._workers = entries, workers
 
     def collect(self) -> Iterator[Metric]:
         """Metric families of a snapshot (prometheus_client's custom collector interface)."""
-        adapters = list(self._served())
+        adapters = [(entry.served.report, entry.load_seconds) for entry in self._entries() if entry.served]
         yield _gauge("adapters", "Adapters served now", [], [((), float(len(adapters)))])
         shown = adapters[:MAX_ADAPTER_SERIES]
-        reports = [adapter.report for adapter in shown]
+        reports = [report for report, _ in shown]
         yield _gauge(
             "adapter_modules",
             "Modules of a served adapter by decision",
@@ -87,7 +73,7 @@ class AdapterCollector(Collector):
             "adapter_load_seconds",
             "Seconds from the load request to the adapter being served",
             ["adapter"],
-            [((adapter.report.adapter,), adapter.load_seconds) for adapter in shown],
+            [((report.adapter,), seconds) for report, seconds in shown],
         )
         yield _gauge(
             "adapter_info",

@@ -2,7 +2,7 @@
 
 It stands outside of vLLM's own key check. It decides once per request who the caller is and whether they
 may call the route. A caller with an admin or a tenant key goes on with a key that vLLM knows (made at start,
-never leaves the process), so that vLLM's check stays what it is. It also brings the serving map up to date
+never leaves the process), so that vLLM's check stays what it is. It also brings the registry up to date
 with the adapter store, so that a change acknowledged by another API server is in force for every request
 that begins later.
 """
@@ -58,9 +58,9 @@ class AccessMiddleware:
             if principal.kind in ("admin", "tenant"):
                 scope = {**scope, "headers": list(scope["headers"])}
                 MutableHeaders(scope=scope)["Authorization"] = f"Bearer {door.inner_key}"
-            serving = getattr(app.state, "safelora", None)
-            if serving is not None:
-                await serving.refresh()
+            reconciler = getattr(app.state, "safelora", None)
+            if reconciler is not None:
+                await reconciler.refresh()
             await self.app(scope, receive, send)
 
 

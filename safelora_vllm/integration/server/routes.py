@@ -21,7 +21,6 @@ from safelora_vllm.errors import Forbidden, GuardError
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
-from safelora_vllm.integration.server.metrics import ServedAdapter
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
@@ -38,6 +37,7 @@ from safelora_vllm.integration.server.schemas import (
     version_info,
 )
 from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, patiently, receive
+from safelora_vllm.integration.server.visibility import visible
 
 _MAX_JSON = 64 * 1024
 _CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
@@ -130,7 +130,7 @@ async def upload_adapter(who: Caller, managed: Managed, request: Request, replac
     with request.app.state.safelora_slots.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
             return await _add_by_path(who, managed, request, replace)
-        async with incoming(managed.serving.names.root) as folder:
+        async with incoming(managed.reconciler.names.root) as folder:
             may_use = functools.partial(managed.check, who)
             received = await receive(request, folder, managed.max_adapter_bytes, may_use)
             source = folder
@@ -160,8 +160,8 @@ async def _add_by_path(who: Principal, managed: Manager, request: Request, repla
 @router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))
 async def list_adapters(who: Caller, managed: Managed) -> Any:
     """All adapters that the caller may use; the modules of each are in its own report."""
-    served: list[ServedAdapter] = list(managed.serving.served.values())
-    return {"data": [summary_of(adapter) for adapter in served if who.may_use(adapter.report.adapter)]}
+    entries = visible(managed.reconciler.registry, who).values()
+    return {"data": [summary_of(entry) for entry in entries if entry.served]}
 
 
 @router.get(

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.integration.server.metrics import ServedAdapter
+from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.uploads import ARCHIVE
 from safelora_vllm.report import ModuleReport
 from safelora_vllm.store import Version
@@ -134,16 +134,16 @@ class Removed(BaseModel):
     deleted: bool = True
 
 
-def report_of(served: ServedAdapter) -> dict[str, Any]:
-    """The body of `AdapterReport`."""
-    return {**summary_of(served), "modules": served.report.to_dict()["modules"]}
+def report_of(entry: Entry) -> dict[str, Any]:
+    """The body of `AdapterReport`, of an adapter that is served."""
+    return {**summary_of(entry), "modules": entry.current().report.to_dict()["modules"]}
 
 
-def summary_of(served: ServedAdapter) -> dict[str, Any]:
-    """The body of `AdapterSummary`."""
-    live = served.version
+def summary_of(entry: Entry) -> dict[str, Any]:
+    """The body of `AdapterSummary`, of an adapter that is served."""
+    live = entry.version
     return {
-        **replace(served.report, modules=[]).to_dict(),
+        **replace(entry.current().report, modules=[]).to_dict(),
         "version": live.version if live else None,
         "override": live.override if live else False,
         "reason": live.reason if live else "",

@@ -1,72 +1,69 @@
-"""vLLM's map of adapter names, through which each caller sees only what he may use.
+"""What a caller may see of the registry. The one place where that is decided, for our routes and for vLLM's.
 
 Every vLLM route that takes a model name looks it up in ``OpenAIServingModels.lora_requests``, whatever
-its URL is, so this is the one place where names are hidden. Source: ``_check_model`` and
+its URL is, so that mapping is replaced by `CallersRequests`. Source: ``_check_model`` and
 ``_maybe_get_adapters`` in ``vllm/entrypoints/serve/engine/serving.py``, ``show_available_models`` in
 ``vllm/entrypoints/openai/models/serving.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from vllm.lora.request import LoRARequest
-
-from safelora_vllm.errors import SafeLoRAError, again
+from safelora_vllm.access import Principal
+from safelora_vllm.errors import UnknownAdapter
 from safelora_vllm.integration.server.callers import caller
+from safelora_vllm.integration.server.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 
-class ServingMap(dict[str, LoRARequest]):
-    """Name → LoRARequest. Reading it as a dict shows the current caller's part; `everything` all of it.
+def visible(registry: Registry, who: Principal | None) -> dict[str, Entry]:
+    """The entries that a caller may use; all of them for work that no request asked for."""
+    return {name: entry for name, entry in registry.items() if who is None or who.may_use(name)}
 
-    unavailable: names that exist but cannot be served now, with the error that their users get.
+
+def look_up(registry: Registry, who: Principal | None, name: str) -> Entry:
+    """The entry of a name.
+
+    Raises:
+        UnknownAdapter: there is none that this caller may use.
+    """
+    entry = registry.get(name)
+    if entry is None or not (who is None or who.may_use(name)):
+        raise unknown(name)
+    return entry
+
+
+def unknown(name: str) -> UnknownAdapter:
+    """The answer for names that do not exist, and for those that do not exist for this caller."""
+    return UnknownAdapter(f"there is no adapter {name!r:.200}")
+
+
+class CallersRequests(Mapping[str, "LoRARequest"]):
+    """Name → LoRARequest of what the current caller may use and what is served.
+
+    A name that exists but cannot be served now raises its error when it is looked up.
     """
 
-    def __init__(self, requests: Iterable[tuple[str, LoRARequest]] = ()) -> None:
-        super().__init__(requests)
-        self.unavailable: dict[str, SafeLoRAError] = {}
-
-    def everything(self) -> dict[str, LoRARequest]:
-        """A plain copy, whoever is calling."""
-        return dict(dict.items(self))
-
-    def __contains__(self, name: object) -> bool:
-        if not (isinstance(name, str) and visible(name)):
-            return False
-        if name in self.unavailable:
-            raise again(self.unavailable[name])
-        return dict.__contains__(self, name)
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
 
     def __getitem__(self, name: str) -> LoRARequest:
-        if not visible(name):
-            raise KeyError(name)
-        return dict.__getitem__(self, name)
+        try:
+            entry = look_up(self._registry, caller(), name)
+        except UnknownAdapter:
+            raise KeyError(name) from None
+        return entry.current().request
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """As of a dict."""
-        return dict.get(self, name, default) if visible(name) else default
+    def __contains__(self, name: object) -> bool:
+        """As `Mapping` has it, but for names that are no strings."""
+        return isinstance(name, str) and super().__contains__(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in dict.keys(self) if visible(name)])
+        return iter([name for name, entry in visible(self._registry, caller()).items() if entry.served])
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def keys(self) -> Any:
-        """The visible names."""
-        return dict.fromkeys(self).keys()
-
-    def values(self) -> Any:
-        """The visible requests."""
-        return {name: dict.__getitem__(self, name) for name in self}.values()
-
-    def items(self) -> Any:
-        """The visible pairs."""
-        return {name: dict.__getitem__(self, name) for name in self}.items()
-
-
-def visible(name: str) -> bool:
-    """Whether the current caller may use an adapter of this name."""
-    principal = caller()
-    return principal is None or principal.may_use(name)
+        return sum(1 for _ in self)
