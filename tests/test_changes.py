@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import pytest
 
-from safelora_vllm.access import Principal
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from safelora_vllm.tenants.principal import Principal
 
 ADMIN = Principal("admin", "ops")
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelora_vllm.access import check_name
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import UsageError
 from safelora_vllm.gate.admit import Admission, GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.tenants.principal import check_name
 from tests.corpus import CORPUS, NAME, ROWS, TAKEN, Hostile, Target
 from tests.refusing import codes, judge
 from tests.tiny import Pair, key

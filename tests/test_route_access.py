@@ -21,12 +21,13 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from safelora_vllm.access import KeyRing, Kind, Principal
 from safelora_vllm.errors import Forbidden, GuardError, Unauthorized, UnknownRoute, UsageError
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.route_access import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.route_table import REFUSED, RPC_METHODS, TABLE, Access
+from safelora_vllm.tenants.keys import KeyRing
+from safelora_vllm.tenants.principal import Kind, Principal
 
 KINDS: tuple[Kind, ...] = ("admin", "tenant", "inference", "metrics", "anonymous", "stranger")
 # Written down once more, as what has to hold, whatever the table says.

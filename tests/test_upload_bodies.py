@@ -112,8 +112,8 @@ def test_only_admins_use_the_servers_hub_token(
 
 
 def test_only_admins_are_told_paths_of_the_server() -> None:
-    from safelora_vllm.access import Principal
     from safelora_vllm.integration.server.http_errors import error_response
+    from safelora_vllm.tenants.principal import Principal
 
     error = StoreDamaged("/srv/store/names/x.json is damaged; restore it")
     operator, other = Principal("admin", "k"), Principal("inference", "k")

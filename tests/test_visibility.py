@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.access import STRANGER, Principal
 from safelora_vllm.errors import GateUnavailable, SafeLoRAError, UnknownAdapter, refuse
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
 from safelora_vllm.integration.server.visibility import CallersRequests, look_up, visible
+from safelora_vllm.tenants.principal import UNAUTHENTICATED, Principal
 
 ACME = Principal("tenant", "acme/ci", "acme")
 EVERYBODY = [
@@ -20,7 +20,7 @@ EVERYBODY = [
     (Principal("inference", "inference"), {"shared"}),
     (Principal("inference", "inference", sees_all=True), {"shared", "acme/a", "globex/a"}),
     (Principal("metrics", "metrics"), set()),
-    (STRANGER, set()),
+    (UNAUTHENTICATED, set()),
     (None, {"shared", "acme/a", "globex/a"}),
 ]
 

@@ -23,13 +23,13 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.allowance import Allowance
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.methods import METHODS, ModuleDelta, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import PublishedStore, RawStore
+from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
 _FORMAT = 4  # raise it when the same input would be published as other bytes

@@ -23,7 +23,6 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.allowance import Allowance
 from safelora_vllm.errors import GateUnavailable, QuotaExceeded, SafeLoRAError
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.gate.metrics import GateMetrics
@@ -34,6 +33,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
+from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
@@ -90,7 +90,7 @@ class GateService:
         """Run the gate on one adapter folder or archive.
 
         policy, override: see `_rules`. keep: store the content too, so that it can be judged again without
-        its uploader. allowance: fields of `safelora_vllm.allowance.Allowance`.
+        its uploader. allowance: fields of `safelora_vllm.tenants.quotas.Allowance`.
         """
         settings = self._rules(policy, override)
         raw, room = self._raw if keep else None, Allowance(**allowance) if allowance else None

@@ -9,7 +9,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.integration.seams import checks as seam_checks
 from safelora_vllm.integration.server.route_access import granted
@@ -25,6 +24,7 @@ from safelora_vllm.settings import (
     new_admin_key,
 )
 from safelora_vllm.store.housekeeping import check_store
+from safelora_vllm.tenants.keys import KeyRing
 
 REQUIRED = "safelora_vllm.integration.required.Guard"
 _DEFAULT_GROUPS = (

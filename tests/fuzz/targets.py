@@ -25,7 +25,6 @@ import safetensors
 from safetensors import SafetensorError
 from starlette.requests import Request
 
-from safelora_vllm.access import check_name
 from safelora_vllm.adapters.archive import read_archive
 from safelora_vllm.adapters.config import parse_config
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
@@ -38,6 +37,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import MANIFEST
 from safelora_vllm.safetensors_header import DTYPE_BYTES, plain_json, read_header
 from safelora_vllm.store.records import file_of, from_json, to_json
+from safelora_vllm.tenants.principal import check_name
 from tests.tiny import Q0, Draft, lora, lora_config, write_pair
 
 LIMITS = Limits(config_bytes=65536, weights_bytes=65536, header_bytes=65536)

@@ -21,11 +21,11 @@ from starlette.routing import BaseRoute
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from safelora_vllm.access import Kind
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.server.route_access import RouteAccess
 from safelora_vllm.integration.server.route_table import REFUSED, TABLE, Access
 from safelora_vllm.integration.worker.guard import WorkerGuard
+from safelora_vllm.tenants.principal import Kind
 from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, TENANT_KEYS, client, say, write_keys
 from tests.server.route_spy import INVENTED, PASSED, described
 

@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from safelora_vllm.access import KeyRing
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.server.changes import Manager
@@ -26,6 +25,7 @@ from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import Slots
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
 NO_LORA = ServerSettings(projectors="")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from safelora_vllm.access import Principal
+from safelora_vllm.tenants.principal import Principal
 
 _caller: ContextVar[Principal | None] = ContextVar("safelora_caller", default=None)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from safelora_vllm.access import Principal, check_name
 from safelora_vllm.errors import (
     AdapterRefused,
     AlreadyLoaded,
@@ -29,7 +28,6 @@ from safelora_vllm.errors import (
     UnknownAdapter,
     UsageError,
 )
-from safelora_vllm.integration.quotas import allowed, check_quota
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.visibility import look_up, unknown
@@ -37,6 +35,8 @@ from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.tenants.principal import Principal, check_name
+from safelora_vllm.tenants.quotas import allowed, check_quota
 
 logger = logging.getLogger("vllm.safelora.management")
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from starlette.routing import BaseRoute, Match, Mount, Route, WebSocketRoute
 from starlette.types import Scope
 
-from safelora_vllm.access import Kind, Principal
 from safelora_vllm.errors import (
     Forbidden,
     GuardError,
@@ -23,6 +22,7 @@ from safelora_vllm.errors import (
     UsageError,
 )
 from safelora_vllm.integration.server.route_table import REFUSED, TABLE, Access, Refusal
+from safelora_vllm.tenants.principal import Kind, Principal
 
 _ANY_KEY: frozenset[Kind] = frozenset(("admin", "tenant", "inference", "metrics"))
 _EVERYBODY: frozenset[Kind] = _ANY_KEY | {"anonymous", "stranger"}

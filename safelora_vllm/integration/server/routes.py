@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from starlette.types import Message
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from safelora_vllm.access import Principal
 from safelora_vllm.errors import Forbidden, GuardError
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
@@ -38,6 +37,7 @@ from safelora_vllm.integration.server.schemas import (
 )
 from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, patiently, receive
 from safelora_vllm.integration.server.visibility import visible
+from safelora_vllm.tenants.principal import Principal
 
 _MAX_JSON = 64 * 1024
 _CHANGES = documented(400, 401, 403, 404, 409, 422, 503)

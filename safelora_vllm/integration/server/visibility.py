@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from safelora_vllm.access import Principal
 from safelora_vllm.errors import UnknownAdapter
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.registry import Entry, Registry
+from safelora_vllm.tenants.principal import Principal
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

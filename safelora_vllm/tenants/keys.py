@@ -1,4 +1,4 @@
-"""Who a caller is and what he may do: keys, principals, quotas, and whose an adapter's name is."""
+"""Keys: where they come from, whose they are, and what becomes of a keys file that is edited."""
 
 from __future__ import annotations
 
@@ -13,94 +13,16 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from safelora_vllm.errors import KeysError, QuotaExceeded, UsageError
+from safelora_vllm.errors import KeysError
+from safelora_vllm.tenants.principal import PART, PART_RULE, UNAUTHENTICATED, Principal
+from safelora_vllm.tenants.quotas import LIMITS, Quota
 
-logger = logging.getLogger("vllm.safelora.access")
-Kind = Literal["admin", "tenant", "inference", "metrics", "anonymous", "stranger"]
-RESERVED = ("versions", "rollback", "policy")  # what routes append to an adapter's name
-# Types of parts of a chat message: vLLM gives chats with such a part the adapter of that name.
-MODALITIES = ("text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool")
+logger = logging.getLogger("vllm.safelora.keys")
 ENVIRONMENT = "admin/environment"
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_PART_RULE = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit"
 _SECRET = re.compile(r"[!-~][ -~]{14,}[!-~]")  # what an HTTP header carries unchanged
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
-_LIMITS = {"max_adapters": "adapters", "max_bytes": "bytes", "max_rank": "rank"}
-
-
-def check_name(name: str) -> None:
-    """Check that an adapter can have this name: NAME (shared by all) or TENANT/NAME.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    parts = name.split("/", 2)
-    if len(parts) > 2 or not all(map(_PART.fullmatch, parts)):
-        raise UsageError(
-            f"{name!r:.200} is no adapter name; expected is NAME or TENANT/NAME, each of {_PART_RULE}"
-        )
-    if name in MODALITIES:
-        raise UsageError(f"vLLM would use an adapter {name!r} for other models' chats; choose another name")
-    if len(parts) == 2 and parts[1] in RESERVED:
-        raise UsageError(f"an adapter {name!r:.200} would hide a route; choose another word after the '/'")
-
-
-@dataclass(frozen=True)
-class Quota:
-    """A tenant's limits; ``None`` is no limit. adapters: loaded ones. bytes: their files. rank: of each."""
-
-    adapters: int | None = None
-    bytes: int | None = None
-    rank: int | None = None
-
-    def check(self, adapters: int, total_bytes: int, rank: int) -> None:
-        """Compare with the figures as they would be with the new adapter, whose rank is ``rank``.
-
-        Raises:
-            QuotaExceeded: at least one is above its limit; all of them are named.
-        """
-        figures = {"max_adapters": adapters, "max_bytes": total_bytes, "max_rank": rank}
-        over = [
-            f"{figure} would be needed of {limit} {allowed}"
-            for limit, figure in figures.items()
-            if (allowed := getattr(self, _LIMITS[limit])) is not None and figure > allowed
-        ]
-        if over:
-            raise QuotaExceeded(
-                f"over the tenant's quota: {'; '.join(over)}. Unload an adapter, load a smaller one, "
-                "or ask the operator to raise the limit in the keys file"
-            )
-
-
-@dataclass(frozen=True)
-class Principal:
-    """A caller that was identified. ``key_id`` names his key and is not secret.
-
-    sees_all: may use every adapter. `KeyRing` sets it for callers without a tenant where there are none.
-    """
-
-    kind: Kind
-    key_id: str
-    tenant: str | None = None
-    quota: Quota = Quota()
-    sees_all: bool = False
-
-    def may_use(self, name: str) -> bool:
-        """Whether he may see the adapter and generate with it. Shared names have no slash."""
-        if self.kind in ("metrics", "stranger"):
-            return False
-        owner, slash, _ = name.partition("/")
-        return self.kind == "admin" or self.sees_all or not slash or owner == self.tenant
-
-    def may_manage(self, name: str) -> bool:
-        """Whether he may load, replace and unload the adapter."""
-        owner, slash, _ = name.partition("/")
-        return self.kind == "admin" or (bool(slash) and owner == self.tenant)
-
-
-STRANGER = Principal("stranger", "stranger")
 
 
 @dataclass(frozen=True)
@@ -150,7 +72,7 @@ class KeyRing:
         return cls(keys_file, admin, inference, metrics)
 
     def identify(self, token: str | None) -> Principal:
-        """Whose key a bearer token is; `STRANGER` for nobody's.
+        """Whose key a bearer token is; `UNAUTHENTICATED` for nobody's.
 
         Without inference keys vLLM serves everybody and ignores the header, so anyone unknown is
         the anonymous principal then. The time taken does not depend on which key it is.
@@ -215,7 +137,7 @@ class KeyRing:
         except KeysError as error:
             raise KeysError(f"keys file {self._file}: {error}" if self._file else str(error)) from None
         others = Principal("anonymous", "anonymous", sees_all=self._file is None)
-        return _Known(keys, STRANGER if self._inference else others)
+        return _Known(keys, UNAUTHENTICATED if self._inference else others)
 
 
 def _sha256(secret: str) -> bytes:
@@ -264,8 +186,8 @@ def _entries(tables: dict[str, Any]) -> Iterator[tuple[bytes, Principal]]:
         if tenant == "admin":
             raise KeysError("no tenant can be called admin, as its keys would look like the operator's")
         entry = f"tenants.{tenant}"
-        _check_known(entry, _table(entry, table), (*_LIMITS, "keys"))
-        limits = {_LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in _LIMITS if key in table}
+        _check_known(entry, _table(entry, table), (*LIMITS, "keys"))
+        limits = {LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in LIMITS if key in table}
         for name, digest in _digests(f"{entry}.keys", table.get("keys", {})):
             yield digest, Principal("tenant", f"{tenant}/{name}", tenant, Quota(**limits))
 
@@ -296,8 +218,8 @@ def _check_known(entry: str, table: dict[str, Any], known: tuple[str, ...]) -> N
 
 
 def _check_part(entry: str, name: str) -> None:
-    if not _PART.fullmatch(name):
-        raise KeysError(f"{entry} has an entry called {name!r:.200}; a name is {_PART_RULE}")
+    if not PART.fullmatch(name):
+        raise KeysError(f"{entry} has an entry called {name!r:.200}; a name is {PART_RULE}")
 
 
 def _limit(entry: str, value: object) -> int:

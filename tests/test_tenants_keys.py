@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelora_vllm.access import STRANGER, KeyRing, Principal, Quota, check_name
 from safelora_vllm.errors import KeysError, QuotaExceeded, UsageError
+from safelora_vllm.tenants.keys import KeyRing
+from safelora_vllm.tenants.principal import UNAUTHENTICATED, Principal, check_name
+from safelora_vllm.tenants.quotas import Quota
 
 ALICE, BOB, CI, NIGHTLY, OTHER = (f"{who} has a long secret" for who in ("alice", "bob", "ci", "cron", "x"))
 ADMIN, INFERENCE = "the environment's admin key", "an inference key of vLLM"
@@ -60,12 +62,12 @@ def test_every_key_has_its_principal(write: Write) -> None:
         NIGHTLY: Principal("tenant", "acme/nightly", "acme", QUOTA),
         OTHER: Principal("tenant", "b.2/ci", "b.2", Quota()),
         INFERENCE: Principal("inference", "inference"),
-        "": STRANGER,
-        None: STRANGER,
-        "unknown": STRANGER,
-        ALICE + " ": STRANGER,
-        "sha256:" + hashlib.sha256(BOB.encode()).hexdigest(): STRANGER,
-        "\ud800 ключ": STRANGER,
+        "": UNAUTHENTICATED,
+        None: UNAUTHENTICATED,
+        "unknown": UNAUTHENTICATED,
+        ALICE + " ": UNAUTHENTICATED,
+        "sha256:" + hashlib.sha256(BOB.encode()).hexdigest(): UNAUTHENTICATED,
+        "\ud800 ключ": UNAUTHENTICATED,
     }.items():
         assert ring.identify(token) == expected, token
 
@@ -91,7 +93,7 @@ def test_without_tenants_inference_keys_see_every_adapter() -> None:
         (Principal("tenant", "acme/ci", "acme"), ["a", "acme/a"], ["acme/a"]),
         (Principal("tenant", "a/ci", "a"), ["a"], []),
         (Principal("inference", "inference"), ["a"], []),
-        (STRANGER, [], []),
+        (UNAUTHENTICATED, [], []),
         (Principal("anonymous", "anonymous"), ["a"], []),
         (Principal("inference", "inference", sees_all=True), ["a", "acme/a", "acme2/a"], []),
         (Principal("anonymous", "anonymous", sees_all=True), ["a", "acme/a", "acme2/a"], []),
@@ -233,20 +235,20 @@ def test_two_keys_are_changed_one_after_the_other(write: Write) -> None:
     first = Principal("tenant", "acme/a", "acme")
     second = Principal("tenant", "acme/b", "acme")
     ring = KeyRing.open(write(f'[tenants.acme.keys]\na = "{CI}"\n'), None, [INFERENCE])
-    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (first, STRANGER)
+    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (first, UNAUTHENTICATED)
     write(f'[tenants.acme.keys]\na = "{CI}"\nb = "{NIGHTLY}"\n')
     assert (ring.identify(CI), ring.identify(NIGHTLY)) == (first, second)
     write(f'[tenants.acme.keys]\nb = "{NIGHTLY}"\n')
-    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (STRANGER, second)
+    assert (ring.identify(CI), ring.identify(NIGHTLY)) == (UNAUTHENTICATED, second)
     write("")
-    assert ring.identify(NIGHTLY) == STRANGER
+    assert ring.identify(NIGHTLY) == UNAUTHENTICATED
     assert not ring.identify(INFERENCE).sees_all, "a file without tenants opens nothing"
 
 
 def test_a_file_gone_wrong_leaves_the_old_keys_in_force_and_is_logged_once(
     write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "vllm.safelora.access")
+    caplog.set_level(logging.INFO, "vllm.safelora.keys")
     file = write(FILE)
     ring = KeyRing.open(file, None, [INFERENCE])
     alice = Principal("admin", "admin/alice")
@@ -254,8 +256,8 @@ def test_a_file_gone_wrong_leaves_the_old_keys_in_force_and_is_logged_once(
     def logged(times: int = 3) -> list[tuple[int, str]]:
         caplog.clear()
         assert [ring.identify(ALICE) for _ in range(times)] == [alice] * times
-        assert ring.identify(NIGHTLY[::-1]) == STRANGER
-        assert {record.name for record in caplog.records} <= {"vllm.safelora.access"}
+        assert ring.identify(NIGHTLY[::-1]) == UNAUTHENTICATED
+        assert {record.name for record in caplog.records} <= {"vllm.safelora.keys"}
         return [(record.levelno, record.getMessage()) for record in caplog.records]
 
     assert logged() == []
@@ -289,7 +291,7 @@ def test_a_file_that_could_not_be_read_is_read_at_the_next_call(
         patch.setattr(Path, "open", no_descriptor)
         assert ring.identify(ALICE) == ring.identify(ALICE) == Principal("admin", "admin/alice")
     assert len(caplog.records) == 1
-    assert ring.identify(ALICE) == STRANGER != ring.identify(NIGHTLY)
+    assert ring.identify(ALICE) == UNAUTHENTICATED != ring.identify(NIGHTLY)
 
 
 def test_secrets_show_nowhere(write: Write, caplog: pytest.LogCaptureFixture) -> None:

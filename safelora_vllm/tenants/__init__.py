@@ -1,0 +1,1 @@
+"""Who callers are, what their keys let them do, and what their quotas leave."""

@@ -1,0 +1,114 @@
+"""A tenant's quota against what the store keeps of theirs: all versions of all names, each content once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelora_vllm.errors import QuotaExceeded
+from safelora_vllm.report import Report
+from safelora_vllm.store import AdapterRecord, NameStore
+from safelora_vllm.store.records import KEPT_VERSIONS
+
+if TYPE_CHECKING:
+    from safelora_vllm.tenants.principal import Principal
+
+LIMITS = {
+    "max_adapters": "adapters",
+    "max_bytes": "bytes",
+    "max_rank": "rank",
+}  # keys file → Quota
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A tenant's limits; ``None`` is no limit. adapters: loaded ones. bytes: their files. rank: of each."""
+
+    adapters: int | None = None
+    bytes: int | None = None
+    rank: int | None = None
+
+    def check(self, adapters: int, total_bytes: int, rank: int) -> None:
+        """Compare with the figures as they would be with the new adapter, whose rank is ``rank``.
+
+        Raises:
+            QuotaExceeded: at least one is above its limit; all of them are named.
+        """
+        figures = {"max_adapters": adapters, "max_bytes": total_bytes, "max_rank": rank}
+        over = [
+            f"{figure} would be needed of {limit} {allowed}"
+            for limit, figure in figures.items()
+            if (allowed := getattr(self, LIMITS[limit])) is not None and figure > allowed
+        ]
+        if over:
+            raise QuotaExceeded(
+                f"over the tenant's quota: {'; '.join(over)}. Unload an adapter, load a smaller one, "
+                "or ask the operator to raise the limit in the keys file"
+            )
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a tenant's quota leaves. bytes: for content that is not among ``owned`` digests. rank: largest."""
+
+    bytes: int | None = None
+    owned: Sequence[str] = ()
+    rank: int | None = None
+
+    def check_bytes(self, digest: str, nbytes: int) -> None:
+        """Raises QuotaExceeded where the content is new and too large."""
+        if self.bytes is not None and digest not in self.owned and nbytes > self.bytes:
+            raise QuotaExceeded(
+                f"over the tenant's quota: the adapter has {nbytes:,} bytes, {max(0, self.bytes):,} are left "
+                "of max_bytes. Remove an adapter, or ask the operator to raise the limit in the keys file"
+            )
+
+    def check_rank(self, report: Report) -> None:
+        """Raises QuotaExceeded where a module's rank is too large."""
+        rank = max((module.rank for module in report.modules), default=0)
+        if self.rank is not None and rank > self.rank:
+            raise QuotaExceeded(
+                f"over the tenant's quota: the adapter has rank {rank}, max_rank is {self.rank}. Train it "
+                "with a smaller one, or ask the operator to raise the limit in the keys file"
+            )
+
+
+def check_quota(names: NameStore, who: Principal, record: AdapterRecord) -> None:
+    """Whether a name may get this record.
+
+    Raises:
+        QuotaExceeded: it may not; admins have no quota.
+    """
+    if who.tenant is not None:
+        own = {**_own(names, who.tenant), record.name: record}
+        who.quota.check(len(own), sum(_sizes(own).values()), record.live.rank)
+
+
+def allowed(
+    names: NameStore, who: Principal, name: str, previous: AdapterRecord | None
+) -> dict[str, Any] | None:
+    """What is left for new content of a name: the fields of `safelora_vllm.allowance.Allowance`. None: all.
+
+    Raises:
+        QuotaExceeded: there is no room for another adapter.
+    """
+    if who.tenant is None:
+        return None
+    own = _own(names, who.tenant)
+    if previous is not None:  # its oldest version goes when there is one more
+        own[name] = AdapterRecord(name, 0, previous.versions[1 - KEPT_VERSIONS :])
+    who.quota.check(len({*own, name}), 0, 0)
+    sizes = _sizes(own)
+    if who.quota.bytes is None:
+        return {"rank": who.quota.rank}
+    return {"bytes": who.quota.bytes - sum(sizes.values()), "owned": list(sizes), "rank": who.quota.rank}
+
+
+def _own(names: NameStore, tenant: str) -> dict[str, AdapterRecord]:
+    return {name: record for name, record in names.all().items() if name.startswith(f"{tenant}/")}
+
+
+def _sizes(records: Mapping[str, AdapterRecord]) -> dict[str, int]:
+    """Digest → bytes of all contents."""
+    return {version.digest: version.bytes for record in records.values() for version in record.versions}
