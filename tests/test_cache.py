@@ -105,6 +105,25 @@ def test_a_module_entry_without_a_key_is_refused(name: str, folder: Path) -> Non
         ProjectorCache(folder)
 
 
+@pytest.mark.parametrize("place", ["../{}", "./{}", "{}/", "more/{}", "/{}", "..//{}"])
+def test_a_shard_elsewhere_is_refused(place: str, folder: Path) -> None:
+    """Though the file is there, with the bytes that the manifest names."""
+    shard = next(folder.glob("*.safetensors")).name
+    (folder / "more").mkdir()
+    shutil.copy(folder / shard, folder.parent)
+    shutil.copy(folder / shard, folder / "more")
+    name = place.format(f"{folder.parent}/{shard}"[1:] if place == "/{}" else shard)
+
+    def move(manifest: dict[str, Any]) -> None:
+        manifest["shards"][name] = manifest["shards"].pop(shard)
+        for entry in manifest["modules"]:
+            entry["shard"] = name if entry["shard"] == shard else entry["shard"]
+
+    rewrite(folder, move)
+    with pytest.raises(ProjectorCacheError, match="is no file beside the manifest"):
+        ProjectorCache(folder)
+
+
 def test_no_cache_there_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ProjectorCacheError, match=r"no projector cache in .*safelora-vllm build"):
         ProjectorCache(tmp_path / "none")
@@ -127,6 +146,18 @@ def test_energy_up_to_what_was_kept(side: str, cache: ProjectorCache) -> None:
         assert torch.allclose(kept.T @ kept, torch.eye(kept.shape[1]), atol=1e-5)
         with pytest.raises(PolicyError, match=r"build it again with --max-energy 0\.999 or more"):
             basis(0.999)
+
+
+def test_a_share_that_is_reached_up_to_rounding_is_reached(cache: ProjectorCache) -> None:
+    """A share is a sum of float64 values, whose last digits depend on the machine: 1e-9 is left to them."""
+    for name in cache.modules:
+        projector = cache.projector(name)
+        for k, share in enumerate(projector.energies.tolist(), start=1):
+            assert [projector.directions(share + d, clipped=True) for d in (-5e-10, 0.0, 5e-10)] == [k] * 3
+        first, second = projector.energies[:2].tolist()
+        assert second - first > 1e-8
+        assert [projector.directions(first + d) for d in (5e-9, -5e-9)] == [2, 1]
+        assert projector.directions(1e-12) == 1 and projector.directions(0.0) == 0
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,12 @@ from safetensors.torch import load_file
 from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.gate import Admission, GateSettings, admit
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.policy import CAPS, METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 from tests import reference
-from tests.tiny import Draft, Pair, key, lora, module_shapes
+from tests.tiny import Q0, UP0, Draft, Pair, key, lora, lora_config, module_shapes
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json")
 
@@ -149,6 +152,60 @@ def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
     dora = Draft()
     dora.config["use_dora"] = True
     assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_a_cap_holds_for_what_the_projection_enlarges(
+    cap: str, enlarging: ProjectorCache, store: PublishedStore, tmp_path: Path
+) -> None:
+    """One module is enlarged, one made smaller, both from 0.2 of their weights. The larger figure counts."""
+    draft = Draft(lora_config(r=1, lora_alpha=1), lora([UP0, Q0], rank=1))
+    for module, column in ((UP0, 0), (Q0, -1)):
+        b = enlarging.projector(module).output_basis(0.95)[:, column, None]
+        size = 0.2 * enlarging.modules[module].aligned_norm / float(draft.tensors[key(module, "A")].norm())
+        draft.change(key(module, "B"), size * b)
+    folder = draft.write(tmp_path / "adapter")
+
+    def judged(**caps: float) -> Report:
+        policy = Policy(method="safe-lora", select="all", **{**dict.fromkeys(CAPS, 1e6), **caps})
+        return admit(folder, "tenant", GateSettings(enlarging, policy), store).report
+
+    free = judged()
+    retained = {module.name: module.retained or 0.0 for module in free.modules}
+    assert free.accepted and retained[UP0] > 2 and retained[Q0] < 0.5
+    up, q = (0.2 * enlarging.modules[module].aligned_norm for module in (UP0, Q0))
+    came, served, told = {
+        "max_relative_norm": (0.2, 0.2 * retained[UP0], UP0),
+        "max_total_norm": (
+            math.hypot(up, q) / enlarging.aligned_norm,
+            math.hypot(up * retained[UP0], q) / enlarging.aligned_norm,
+            "all modules together",
+        ),
+    }[cap]
+    # The adapter's float32 values are off by 6e-8 of theirs.
+    assert free.total_norm == pytest.approx(math.hypot(up, q) / enlarging.aligned_norm, rel=1e-6)
+    assert came < served / 1.5 and judged(**{cap: served * 1.0001}).accepted
+    for limit in (served * 0.9999, (came + served) / 2):
+        report = judged(**{cap: limit})
+        (reason,) = report.reasons
+        assert not report.accepted and reason.code == cap.removeprefix("max_")
+        (figure,) = re.findall(rf"^{told}.* ([\d.]+) times", reason.detail)
+        assert float(figure) == pytest.approx(served, rel=1e-6)
+        assert report.total_norm == free.total_norm, "what is reported is what came"
+
+
+def test_a_cap_holds_for_what_came_where_the_projection_makes_it_smaller(
+    gate: GateSettings, store: PublishedStore, tmp_path: Path
+) -> None:
+    folder = Draft().write(tmp_path / "adapter")
+    everything = Policy(method="safe-lora", select="all")
+    report = admit(folder, "tenant", dataclasses.replace(gate, policy=everything), store).report
+    most = max(report.values("relative_norm"))
+    assert report.accepted and max(report.values("retained")) < 0.9
+    for cap, figure in (("max_relative_norm", most), ("max_total_norm", report.total_norm)):
+        for share, accepted in ((0.9999, False), (1.0, True)):
+            settings = gate.under({"select": "all", cap: share * figure})
+            assert admit(folder, "tenant", settings, store).report.accepted is accepted
 
 
 def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
 from safelora_vllm.store import AdapterRecord, NameStore, Version
+from safelora_vllm.store.names import FIRST_ID, LAST_ID
 from safelora_vllm.store.records import file_of
 
 A, B = "a" * 64, "b" * 64
@@ -420,3 +421,34 @@ def test_a_thousand_names_are_looked_at_in_milliseconds(names: NameStore) -> Non
         names.all()
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.03  # measured: 4 ms; the rest is for a slow and busy machine
+
+
+def test_numbers_are_given_once(names: NameStore) -> None:
+    """Also to another process, and after a restart. vLLM counts its own from 1."""
+    assert [names.reserve_ids(count) for count in (1, 10)] == [2**20, 2**20 + 1]
+    assert NameStore(names.root).reserve_ids(5) == FIRST_ID + 11
+    assert (names.root / "ids").read_text() == str(FIRST_ID + 16)
+
+
+def test_numbers_end_before_32_bits_do(names: NameStore) -> None:
+    assert LAST_ID == 2**31 - 1
+    names.reserve_ids(1)
+    file = names.root / "ids"
+    file.write_text(str(LAST_ID - 100))
+    with pytest.raises(GateUnavailable, match=r"all adapter ids are used up; start with a new store"):
+        names.reserve_ids(101)
+    assert file.read_text() == str(LAST_ID - 100), "nothing was given"
+    assert names.reserve_ids(100) == LAST_ID - 100
+    with pytest.raises(GateUnavailable, match="used up"):
+        names.reserve_ids(1)
+
+
+@pytest.mark.parametrize("text", ["", "many", "1.5", "\xff"])
+def test_a_damaged_count_gives_no_numbers(text: str, names: NameStore) -> None:
+    names.reserve_ids(1)
+    (names.root / "ids").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        StoreDamaged, match=r"holds no number; restore it from a backup, or start with a new store$"
+    ):
+        names.reserve_ids(1)
+    assert (names.root / "ids").read_bytes() == text.encode("latin-1")
