@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safelora_vllm.gate import GateSettings, evaluate
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.manifest import parse_manifest
 from tests.tiny import Draft, Pair, module_shapes
 
 _MANIFEST_KEYS = [
@@ -84,7 +86,11 @@ def test_another_format_or_version_is_refused(name: str, value: object, folder: 
         ProjectorCache(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "\\xff", '{"format": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, "[]", "null", '"text"', "\\xff", '{"format": "x"}'],
+    ids=lambda text: text[:9],
+)
 def test_a_damaged_manifest_is_refused(text: str, folder: Path) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ProjectorCacheError, match=r"manifest\.json is damaged"):
@@ -102,6 +108,66 @@ def test_a_manifest_without_a_key_that_is_used_is_refused(name: str, folder: Pat
 def test_a_module_entry_without_a_key_is_refused(name: str, folder: Path) -> None:
     rewrite(folder, lambda manifest: manifest["modules"][0].pop(name))
     with pytest.raises(ProjectorCacheError, match="is damaged"):
+        ProjectorCache(folder)
+
+
+_ENTRY_VALUES: dict[str, list[Any]] = {
+    "name": [5, None, ["x"]],
+    "shape": [
+        [0, 96], [96, 0], [96, -1], [2**31, 96], [96, 2**31], [96.0, 96], [True, 96], [96], [96, 96, 1], 96,
+    ],
+    "form": ["sparse", "", None],
+    "shard": ["other.safetensors", "manifest.json", "", None],
+    "later": [1],
+    **{
+        figure: [math.nan, math.inf, -1e-9, -1, True, "1", None]
+        for figure in ("norm", "aligned_norm", "null_similarity")
+    },
+}  # fmt: skip
+_SHARD_VALUES: dict[str, list[Any]] = {
+    "tensor_bytes": [-1, 1.0, True, "1", None], "sha256": [5, None], "later": [1],
+}  # fmt: skip
+_MANIFEST_VALUES: dict[str, list[Any]] = {
+    "aligned": ["x", {"fingerprint": 5}, {"fingerprint": None}, {}],
+    "unchanged_modules": [[5], None, [["x"]]],
+    "modules": [{"x": 1}, [1]],
+    "shards": [[], {"x": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (where, name, value)
+        for where, table in (("module", _ENTRY_VALUES), ("shard", _SHARD_VALUES), ("top", _MANIFEST_VALUES))
+        for name, values in table.items()
+        for value in values
+    ],
+    ids=str,
+)
+def test_a_manifest_with_another_value_is_refused(
+    where: str, name: str, value: Any, cache: ProjectorCache
+) -> None:
+    manifest = json.loads((cache.folder / "manifest.json").read_bytes())
+    places = {"module": manifest["modules"][-1], "shard": next(iter(manifest["shards"].values()))}
+    places.get(where, manifest)[name] = value
+    with pytest.raises(ProjectorCacheError, match=r"manifest\.json is damaged .*; build the cache again"):
+        parse_manifest(json.dumps(manifest).encode(), cache.folder)
+
+
+def test_the_largest_and_smallest_values_of_a_manifest(cache: ProjectorCache) -> None:
+    manifest = json.loads((cache.folder / "manifest.json").read_bytes())
+    entry, shard = manifest["modules"][0], next(iter(manifest["shards"].values()))
+    entry |= {"shape": [1, 2**31 - 1], "norm": 0, "aligned_norm": 0.0, "null_similarity": 1e308}
+    shard["tensor_bytes"] = 0
+    found = parse_manifest(json.dumps(manifest).encode(), cache.folder).modules[entry["name"]]
+    assert (found.shape, found.norm, found.aligned_norm) == ((1, 2**31 - 1), 0, 0.0)
+
+
+def test_a_module_that_is_there_twice_is_refused(folder: Path) -> None:
+    """With other figures, either of which could be the wrong one."""
+    rewrite(folder, lambda manifest: manifest["modules"].append({**manifest["modules"][0], "norm": 1.0}))
+    with pytest.raises(ProjectorCacheError, match=r"is damaged .*twice"):
         ProjectorCache(folder)
 
 

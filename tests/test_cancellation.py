@@ -112,6 +112,20 @@ def test_ranks_may_cancel_down_to_the_bound(
         assert reason.code == "cancellation" and f"to {coherence:.1e} of their squared norm" in reason.detail
 
 
+@pytest.mark.parametrize("module", ["model.layers.0.mlp.down_proj", Q1, "model.layers.1.self_attn.v_proj"])
+def test_one_module_that_cancels_is_enough(
+    module: str, cache: ProjectorCache, tmp_path: Path, store: PublishedStore
+) -> None:
+    draft = Draft()
+    for side, column in (("A", draft.tensors[key(module, "A")]), ("B", draft.tensors[key(module, "B")].T)):
+        column[1:] = 0.0
+        column[1] = column[0] if side == "A" else -column[0]
+    settings = GateSettings(cache, Policy(method="safe-lora"))
+    report = judge(draft.write(tmp_path / "evil"), settings, store).report
+    (reason,) = report.reasons
+    assert reason.code == "cancellation" and reason.detail.startswith(f"{module}: ")
+
+
 def of_large_values(b: Tensor, a: Tensor) -> Draft:
     """An adapter of one module, both of whose sides have float16's largest values."""
     tensors = {key(Q1, "A"): a * (6e4 / a.abs().max()), key(Q1, "B"): b * (6e4 / b.abs().max())}

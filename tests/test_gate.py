@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelora_vllm.adapters.read import Limits
+from safelora_vllm.adapters.read import WEIGHTS, Limits
 from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.policy import CAPS, METHOD_NAMES, Policy
@@ -25,6 +25,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 from tests import reference
+from tests.refusing import judge
 from tests.tiny import Q0, UP0, Draft, Pair, key, lora, lora_config, module_shapes
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json")
@@ -61,7 +62,7 @@ def test_an_accepted_adapter_is_published_with_its_report(
     assert not admission.cached and set(admission.stages.seconds) == {
         "read", "lookup", "vet", "project", "publish",
     }  # fmt: skip
-    tensors = lora()
+    tensors, served = lora(), load_file(folder / WEIGHTS)
     modules = {module.name: module for module in admission.report.modules}
     decisions = set()
     for name in module_shapes():
@@ -72,8 +73,10 @@ def test_an_accepted_adapter_is_published_with_its_report(
         exact = reference.similarity(v, a, b)
         assert found.similarity == pytest.approx(exact, abs=1e-6) and abs(exact - 0.35) > 1e-6
         assert found.decision == ("projected" if exact <= 0.35 else "kept")
-        kept = 1.0 if found.decision == "kept" else reference.ratio(reference.projected(v, a, b), original)
-        assert found.retained == pytest.approx(kept, rel=2e-6)
+        expected = original if found.decision == "kept" else reference.projected(v, a, b)
+        assert found.retained == pytest.approx(reference.ratio(expected, original), rel=2e-6)
+        product = reference.product(*(served[key(name, side)] for side in "AB"))
+        assert reference.ratio(product - expected, expected) < 2e-6
         assert found.relative_norm == pytest.approx(reference.ratio(original, pair.w(name)), rel=1e-9)
         assert found.null_similarity == pytest.approx(reference.null_similarity(v)) and found.rank == 4
         decisions.add(found.decision)
@@ -168,7 +171,7 @@ def test_a_cap_holds_for_what_the_projection_enlarges(
 
     def judged(**caps: float) -> Report:
         policy = Policy(method="safe-lora", select="all", **{**dict.fromkeys(CAPS, 1e6), **caps})
-        return admit(folder, "tenant", GateSettings(enlarging, policy), store).report
+        return judge(folder, GateSettings(enlarging, policy), PublishedStore(store.root / policy.id)).report
 
     free = judged()
     retained = {module.name: module.retained or 0.0 for module in free.modules}
@@ -187,11 +190,24 @@ def test_a_cap_holds_for_what_the_projection_enlarges(
     assert came < served / 1.5 and judged(**{cap: served * 1.0001}).accepted
     for limit in (served * 0.9999, (came + served) / 2):
         report = judged(**{cap: limit})
-        (reason,) = report.reasons
-        assert not report.accepted and reason.code == cap.removeprefix("max_")
-        (figure,) = re.findall(rf"^{told}.* ([\d.]+) times", reason.detail)
+        assert not report.accepted
+        assert [reason.code for reason in report.reasons] == [cap.removeprefix("max_")]
+        (figure,) = re.findall(rf"^{told}.* ([\d.]+) times", report.reasons[0].detail)
         assert float(figure) == pytest.approx(served, rel=1e-6)
         assert report.total_norm == free.total_norm, "what is reported is what came"
+
+
+@pytest.mark.parametrize("mode", ["enforce", "audit"])
+def test_a_cap_holds_for_modules_that_are_not_projected(
+    mode: str, gate: GateSettings, store: PublishedStore, tmp_path: Path
+) -> None:
+    draft = Draft()
+    draft.tensors[key(Q0, "B")] *= 20
+    settings = gate.under({"select": "number", "number": 0, "max_total_norm": 9.0, "mode": mode})
+    report = judge(draft.write(tmp_path / "adapter"), settings, store).report
+    assert report.accepted is (mode == "audit") and report.count("kept") == len(module_shapes())
+    (reason,) = report.reasons
+    assert reason.code == "relative_norm" and reason.detail.startswith(Q0)
 
 
 def test_a_cap_holds_for_what_came_where_the_projection_makes_it_smaller(
@@ -212,6 +228,15 @@ def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:
     """What was accepted before vLLM's --max-lora-rank was lowered is judged again."""
     lower = dataclasses.replace(gate, limits=Limits(max_rank=4))
     assert lower.rules != gate.rules and lower.key("0" * 64) != gate.key("0" * 64)
+
+
+def test_another_way_of_publishing_is_another_rule(
+    gate: GateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an older release published is made again, by the newer one's formulas."""
+    rules = gate.rules
+    monkeypatch.setattr("safelora_vllm.gate._FORMAT", 10**6)
+    assert gate.rules != rules
 
 
 def test_one_log_line_per_decision(

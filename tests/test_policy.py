@@ -216,6 +216,10 @@ def test_equal_similarities_are_taken_in_the_order_of_names() -> None:
     assert policy.selects({"b": 0.5, "a": 0.5, "c": 0.5}) == {"a", "b"}
 
 
+def test_a_similarity_that_is_not_a_number_is_below_every_threshold() -> None:
+    assert Policy(method="safe-lora", threshold=-1).selects({"a": math.nan, "b": 1.0, "c": None}) == {"a"}
+
+
 def test_the_paper_projects_at_equality() -> None:
     assert Policy(method="safe-lora", threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}
 
@@ -238,13 +242,33 @@ def test_the_paper_projects_at_equality() -> None:
         ({"select": "number"}, {"select": "threshold", "threshold": 0.9}, {"select": "all"}),
         ({"select": "threshold"}, {"select": "number"}, {"select": "all"}),
         ({"select": "all"}, {"select": "threshold"}, {"select": "all"}),
+        # CSULoRA's energies cannot be compared.
         ({"method": "csulora"}, {"method": "csulora", "energy": 0.5}, {"method": "csulora"}),
+        (
+            {"method": "csulora", "energy": 0.5}, {"method": "csulora"}, {"method": "csulora", "energy": 0.5},
+        ),
+        # It enforces, whatever the other does.
+        ({}, {"mode": "audit", "max_relative_norm": 0.5}, {"max_relative_norm": 0.5}),
     ],
 )  # fmt: skip
 def test_what_is_stricter_stays(own: dict[str, Any], kept: dict[str, Any], result: dict[str, Any]) -> None:
     tightened = Policy(**own).tightened(Policy(**kept))
     assert tightened == Policy(**result)
     assert tightened.at_least_as_strict(Policy(**own))
+
+
+@pytest.mark.parametrize(
+    ("select", "field", "stricter", "laxer"),
+    [
+        ("all", "energy", 0.5, 0.3), ("threshold", "threshold", 0.9, 0.4), ("number", "number", 9, 2),
+        ("all", "max_relative_norm", 0.4, 0.5), ("all", "max_total_norm", 0.4, 0.5),
+    ],
+)  # fmt: skip
+def test_the_stricter_value_stays_whichever_side_has_it(
+    select: str, field: str, stricter: Any, laxer: Any
+) -> None:
+    strict, lax = (Policy(select=select, **{field: value}) for value in (stricter, laxer))
+    assert strict.tightened(lax) == lax.tightened(strict) == strict
 
 
 @pytest.mark.parametrize("values", [None, [], 5, "energy", [["energy", 0.2]]], ids=repr)
