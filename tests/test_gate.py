@@ -210,6 +210,20 @@ def test_a_cap_holds_for_modules_that_are_not_projected(
     assert reason.code == "relative_norm" and reason.detail.startswith(Q0)
 
 
+@pytest.mark.parametrize(
+    "values", [{"select": "all"}, {"threshold": 1.0}, {"select": "number", "number": 99}]
+)
+def test_a_module_without_a_delta_is_never_projected(
+    values: dict[str, object], gate: GateSettings, store: PublishedStore, tmp_path: Path
+) -> None:
+    draft = Draft()
+    draft.change(key(Q0, "B"), torch.zeros_like(draft.tensors[key(Q0, "B")]))
+    report = judge(draft.write(tmp_path / "adapter"), gate.under(values), store).report
+    assert report.accepted
+    kept = [module for module in report.modules if module.decision == "kept"]
+    assert [(m.name, m.similarity, m.retained, m.relative_norm) for m in kept] == [(Q0, None, None, 0.0)]
+
+
 def test_a_cap_holds_for_what_came_where_the_projection_makes_it_smaller(
     gate: GateSettings, store: PublishedStore, tmp_path: Path
 ) -> None:

@@ -455,6 +455,39 @@ def test_only_what_changed_is_read_again(names: NameStore, monkeypatch: pytest.M
     assert opened == ["b.json"] and set(found) == {"a", "b"} and found["b"].live.digest == B
 
 
+def test_a_record_from_a_backup_is_seen_though_it_is_old(names: NameStore) -> None:
+    put(names, "x", A)
+    settle(names)
+    names.all()
+    text = (names.folder / "x.json").read_text()
+    (names.folder / "x.json").write_text(text.replace(A, B))  # of the same size
+    settle(names)
+    assert names.all()["x"].live.digest == B
+
+
+@pytest.mark.parametrize(("age", "read"), [(-1, True), (0, True), (99_999_999, True), (100_000_001, False)])
+def test_a_record_is_read_at_each_look_for_a_tenth_of_a_second(
+    age: int, read: bool, names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then a second write may leave it in the same state. Ages in ns; a clock may be behind."""
+    put(names, "x", A)
+    now = time.time_ns()
+    os.utime(names.folder / "x.json", ns=(now, now - age))
+    opened: list[str] = []
+    real = os.open
+
+    def counting(path: Any, *arguments: Any) -> int:
+        opened.append(Path(path).name)
+        return real(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: now)
+        names.all()
+        patch.setattr(os, "open", counting)
+        names.all()
+    assert opened == ["x.json"] * read
+
+
 def test_a_second_change_within_a_tick_is_seen(names: NameStore) -> None:
     """Same size, same mtime, and an inode that was given away again: only its age tells."""
     put(names, "x", A)
