@@ -23,7 +23,7 @@ from safelora_vllm.gate import Admission, GateSettings, admit
 from safelora_vllm.policy import CAPS, METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
-from safelora_vllm.store import PublishedStore
+from safelora_vllm.store import PublishedStore, RawStore
 from tests import reference
 from tests.refusing import judge
 from tests.tiny import Q0, UP0, Draft, Pair, key, lora, lora_config, module_shapes
@@ -93,6 +93,16 @@ def test_the_same_bytes_have_one_key_whatever_their_name_and_the_work_is_done_on
     assert second.cached and (second.key, second.folder) == (first.key, first.folder)
     assert second.report == first.report.named("two")
     assert b"one" not in (published(first) / "report.json").read_bytes()  # names are not content
+
+
+def test_a_known_adapter_counts_as_used_now_and_is_kept_too(
+    adapter: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    report, raw = published(admit(adapter, "one", gate, store)) / "report.json", RawStore(store.root)
+    os.utime(report, (1000, 1000))
+    second = admit(adapter, "two", gate, store, raw)
+    assert second.cached and report.stat().st_mtime > 1000
+    assert raw.damaged(second.report.digest) is None
 
 
 def test_another_policy_dtype_cache_or_model_has_another_key(
