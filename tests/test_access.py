@@ -79,6 +79,30 @@ def test_without_inference_keys_strangers_are_anonymous(tenants: bool, write: Wr
     assert ring.identify(ADMIN) == Principal("admin", "admin/environment")
 
 
+@pytest.mark.parametrize("text", ["", "[tenants]\n", f'[admin]\nalice = "{ALICE}"\n'])
+def test_a_keys_file_without_tenants_opens_no_tenants_adapters(text: str, write: Write) -> None:
+    """Emptied by mistake, or before its tenants: what the store has of tenants stays theirs."""
+    for inference, kind in (([], "anonymous"), ([INFERENCE], "inference")):
+        found = KeyRing.open(write(text), None, inference).identify(INFERENCE)
+        assert (found.kind, found.sees_all) == (kind, False)
+        assert found.may_use("a") and not found.may_use("acme/a")
+        ring = KeyRing.open(write(FILE), None, inference)
+        write(text)
+        assert ring.identify(INFERENCE) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "admin_key", "expected"),
+    [
+        ("", None, False), ("", "", False), ("", ADMIN, True), (f'[admin]\na = "{ALICE}"\n', None, True),
+        (f'[tenants.acme.keys]\nci = "{CI}"\n', None, False),
+        (f'[tenants.acme.keys]\nci = "{CI}"\n', ADMIN, True),
+    ],
+)  # fmt: skip
+def test_whether_there_is_an_admin(text: str, admin_key: str | None, expected: bool, write: Write) -> None:
+    assert KeyRing.open(write(text), admin_key, [INFERENCE]).has_admin is expected
+
+
 def test_without_tenants_inference_keys_see_every_adapter() -> None:
     found = KeyRing.open(None, None, [INFERENCE]).identify(INFERENCE)
     assert found.sees_all and found.may_use("acme/a") and not found.may_manage("a")
@@ -114,7 +138,8 @@ def test_names_that_an_adapter_can_have(name: str) -> None:
     [
         "", "/", "a/", "/a", "a/b/c", "a//b", ".", "..", "a/..", "../a", ".a", "-a", "_a", "a b", "a\n",
         "\na", "a\x00", "é", "٣", "a\\b", "a%2fb", "x" * 129, "a/versions", "a/rollback", "a/policy",
-        "\ud800", "/" * 100_000, "text", "image", "audio", "input",
+        "\ud800", "/" * 100_000,
+        "text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool",
     ],
     ids=lambda name: repr(name)[:20],
 )  # fmt: skip
