@@ -100,6 +100,8 @@ def test_what_is_left_for_new_content(tmp_path: Path) -> None:
         assert set(allowed(store, tenant, name, store.get(name))["owned"]) == owned
         assert allowed(store, principal(rank=8), name, store.get(name)) == {"rank": 8}
         assert allowed(store, principal(), name, store.get(name)) == {"rank": None}
+        none = allowed(store, principal(bytes=0), name, store.get(name))
+        assert none is not None and none["bytes"] == -70, "a limit of nothing is a limit"
         assert allowed(store, admin, name, store.get(name)) is None
 
 
