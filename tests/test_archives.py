@@ -115,6 +115,13 @@ def among_others(packer: Packer) -> bytes:
     return packer(*((name, bytes(9000)) for name in names), *in_folder("a"))
 
 
+def with_extra(extra: bytes) -> bytes:
+    """A zip whose weights have an extra field, with another member behind them."""
+    info = zip_info(WEIGHTS)
+    info.extra = extra
+    return zipped(C1, (info, W), ("x", b""))
+
+
 NUMBERS = [(f"{number}", b"") for number in range(1999)]
 FOLDER = header("a", tarfile.DIRTYPE)
 ACCEPTED: dict[str, bytes] = {
@@ -128,10 +135,12 @@ ACCEPTED: dict[str, bytes] = {
     "tar-pax-size": raw_tar(*pax(pax_line(b"size", b"%d" % len(C))), header(CONFIG, size=9), *files()[1:]),
     "tar-pax-global-comment": raw_tar(*pax(pax_line(b"comment", b"ab"), kind=b"g"), *files()),
     "tar-folders": tar(FOLDER, *in_folder("a")),
+    "tar-folder-with-a-size": raw_tar(header("a", tarfile.DIRTYPE, size=1024), *files()),
     "tar-pipe-beside": tar(C1, header("pipe", tarfile.FIFOTYPE), W1),
     "zip-stored": STORED,
     "zip-streamed": streamed(C1, W1),
     "zip-64": zip64(C1, W1),
+    "zip-extra-field": with_extra(struct.pack("<HH60x", 0x9999, 60)),
     "zip-folders": zipped(("a/", b""), *in_folder("a")),
     "zip-backslashes": zipped(("a\\" + CONFIG, C), ("a\\" + WEIGHTS, W)),
     "zip-other-compression-beside": zipped((zip_info("README", method=zipfile.ZIP_LZMA), b"x"), C1, W1),
@@ -222,6 +231,13 @@ def named(name: bytes, *before: bytes) -> bytes:
     return raw_tar(*pax(*before, pax_line(b"path", name)), header("x"), *files())
 
 
+def with_checksum(block: bytes) -> bytes:
+    """A tar header whose sum fits again."""
+    return block[:148] + b"%06o\0 " % (sum(block[:148]) + 8 * 32 + sum(block[156:])) + block[156:]
+
+
+# The header of the second file, as `with_checksums` writes it.
+LATER = with_checksums(TAR)[512 + len(C) + -len(C) % 512 :][:512]
 LINKS = {"symbolic": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE}
 KINDS = {"fifo": b"6", "block": tarfile.BLKTYPE, "character": tarfile.CHRTYPE, "folder": tarfile.DIRTYPE}
 SPARSE = tarfile.GNUTYPE_SPARSE
@@ -275,6 +291,11 @@ TARS: dict[str, dict[str, Archive]] = {
         "size-negative": raw_tar(header("x", size=-512), *files()),
         "size-wanted-negative": raw_tar(header(CONFIG, size=-1), *files()[1:]),
         "size-beyond-the-end": raw_tar(*files()[:2], header(WEIGHTS, size=900_000), W),
+        "later-header-without-magic": with_checksums(TAR).replace(
+            LATER, with_checksum(LATER[:257] + bytes(8) + LATER[265:])
+        ),
+        "pax-behind-the-last": raw_tar(*files(), *pax(pax_line(b"comment", b"x"))),
+        "sparse-pax-global": raw_tar(*pax(pax_line(b"GNU.sparse.major", b"1"), kind=b"g"), *files()),
         "v7-without-magic": TAR[:257] + bytes(8) + TAR[265:],
         "sparse": raw_tar(*files(), header("x", SPARSE, size=512), bytes(512)),
         "sparse-weights": raw_tar(*files()[:2], header(WEIGHTS, SPARSE, size=9), bytes(9)),
@@ -318,13 +339,6 @@ TARS: dict[str, dict[str, Archive]] = {
         "gz-bomb-pax": lambda: bomb(30, header("p", tarfile.XHDTYPE, size=30 * MIB).tobuf()),
     },
 }
-
-
-def with_extra(extra: bytes) -> bytes:
-    """A zip whose weights have an extra field."""
-    info = zip_info(WEIGHTS)
-    info.extra = extra
-    return zipped(C1, (info, W))
 
 
 def hidden(archive: bytes, before: str | None = None) -> bytes:
@@ -382,6 +396,13 @@ ZIPS: dict[str, dict[str, Archive]] = {
         "other-size-in-header": patched(ZIP, WEIGHTS, "local", 22, 90),
         "other-size-in-table": patched(ZIP, WEIGHTS, "central", 24, 90),
         "second-name": SECOND_NAME,
+        "second-name-behind-another-field": with_extra(
+            struct.pack("<HHHHHBL", 0x9999, 2, 0, 0x7075, 5, 1, 0)
+        ),
+        "other-packed-size-in-header": patched(ZIP, WEIGHTS, "local", 18, 90),
+        "data-into-the-table": patched(
+            patched(ZIP, WEIGHTS, "central", 20, len(ZIP)), WEIGHTS, "local", 18, len(ZIP)
+        ),
         "second-name-in-header": patched(SECOND_NAME, WEIGHTS, "central", 46 + len(WEIGHTS), b"\x76"),
         "second-name-in-table": patched(SECOND_NAME, WEIGHTS, "local", 30 + len(WEIGHTS), b"\x76"),
         "hidden-member": hidden(ZIP),
@@ -467,6 +488,12 @@ TABLES = {**{name: in_any_format(pack) for name, pack in PACKERS.items()}, "": O
 WHY = {
     "tar-size-no-number": "invalid header",
     "tar-pax-too-much": "its long names and pax records are too large together",
+    "tar-later-header-without-magic": "a header is not a tar's",
+    "tar-pax-behind-the-last": "has no member",
+    "tar-sparse-pax-global": "is sparse",
+    "zip-second-name-behind-another-field": "has a second name",
+    "zip-other-packed-size-in-header": "has another size in its own header",
+    "zip-data-into-the-table": "something before the zip's table",
     "tar-pax-twice": "there twice or too large",
     "tar-pax-chain": "there twice or too large",
     "tar-pax-65-KiB": "there twice or too large",
