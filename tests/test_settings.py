@@ -1,13 +1,80 @@
-"""What ``--additional-config`` may say."""
+"""What ``--additional-config`` may say, and what holds where nothing is said."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import Limits
+from safelora_vllm.cli import main
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.settings import ServerSettings
+from safelora_vllm.service.config import GateConfig
+
+GIB = 1024**3
+# Golden: a change here changes what servers do that are started with the same command as before.
+SERVER: dict[str, Any] = {
+    "policy": {}, "trust_served_model": False, "projector_bytes": None, "max_adapter_bytes": 2 * GIB,
+    "store_bytes": None, "keys": None, "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False,
+}  # fmt: skip
+GATE: dict[str, Any] = {
+    "device": "cpu", "dtype": "float32", "max_rank": 512, "max_adapter_bytes": 2 * GIB, "policy": {},
+    "trust_served_model": False, "projector_bytes": None, "store_bytes": None, "niceness": 10,
+}  # fmt: skip
+LIMITS = {
+    "config_bytes": 1024**2, "weights_bytes": 2 * GIB, "header_bytes": 8 * 1024**2, "max_rank": 512,
+}  # fmt: skip
+
+
+def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    store = str(tmp_path / "safelora-vllm")
+    server = {"projectors": "p", "store": store, **SERVER}
+    assert dataclasses.asdict(ServerSettings("p")) == server
+    section = {"safelora": {"projectors": "p"}}
+    assert dataclasses.asdict(ServerSettings.from_additional_config(section)) == server
+    gate = GateConfig(socket="k", projectors="p", store="s", model="m")
+    names = {"socket": "k", "projectors": "p", "store": "s", "model": "m"}
+    assert dataclasses.asdict(gate) == {**names, **GATE}
+    assert dataclasses.asdict(Limits()) == LIMITS
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ServerSettings("p").store == str(tmp_path / ".local/share/safelora-vllm")
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ([], {}),
+        (["--allow-hub"], {"allow_hub": True}),
+        (["--trust-served-model"], {"trust_served_model": True}),
+        (["--adapter-root", "a", "--adapter-root=b"], {"adapter_roots": ["HERE/a", "HERE/b"]}),
+        (["--keys", "k.toml"], {"keys": "HERE/k.toml"}),
+        (["--adapter-store", "s"], {"store": "HERE/s"}),
+        (["--max-adapter-bytes=40MB"], {"max_adapter_bytes": 40_000_000}),
+        (["--store-bytes=1GiB"], {"store_bytes": GIB}),
+        (["--concurrent-uploads=2"], {"concurrent_uploads": 2}),
+        (["--energy=0.3", "--mode=audit"], {"policy": {"energy": 0.3, "mode": "audit"}}),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_command_changes_its_setting_only(
+    options: list[str], changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[ServerSettings] = []
+    monkeypatch.setattr(
+        "safelora_vllm.integration.serve.serve", lambda _model, settings, _options: started.append(settings)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert main(["serve", "model", "--projectors", "p", *options]) == 0
+    expected = {"projectors": "HERE/p", "store": "HERE/data/safelora-vllm", **SERVER, **changed}
+    found = json.loads(json.dumps(dataclasses.asdict(started[0])).replace(str(tmp_path), "HERE"))
+    assert found == expected
 
 
 @pytest.mark.parametrize(
