@@ -35,7 +35,7 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 COPY = ROOT / ".cache" / "mutants"
 WANTED = 95.0  # percent, over all modules
 _PACKAGE = "safelora_vllm"
-_COPIED = ("CHANGELOG.md", "README.md", "benchmarks", "docs", "examples", "pyproject.toml", "tests", _PACKAGE)
+_COPIED = (_PACKAGE, "tests", "pyproject.toml")
 _COLUMNS = ("mutants", "killed", "timed out", "survived", "equivalent", "not run")
 _OUTCOMES = {"killed": "killed", "timeout": "timed out", "not checked": "not run"}  # anything else: survived
 # A mutant may take (seconds of its tests + 1) * timeout_multiplier. Its process is forked from one that ran
@@ -44,7 +44,6 @@ _OPTIONS = """
 [tool.mutmut]
 source_paths = ["{package}/"]
 only_mutate = ["{package}/{module}"]
-also_copy = {copied}
 pytest_add_cli_args = ["-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "fork"
@@ -85,8 +84,10 @@ def main() -> int:
     started, mutants = time.monotonic(), []
     deadline = started + 60 * args.minutes
     modules = args.modules or list(table["tests"])
+    left = []
     for module in tqdm(modules, unit="module"):
-        run(module, table["tests"][module], args.processes, deadline)
+        if not run(module, table["tests"][module], args.processes, deadline):
+            left.append(module)
         mutants += collect(module)
     seconds = time.monotonic() - started
     mutants, stale = judge(mutants)
@@ -108,9 +109,11 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "mutants.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         (args.out / "mutants.md").write_text(text + "\n")
-    if not counts["all"]["not run"]:
-        shutil.rmtree(COPY)
     problems = [*stale, *complaints(counts, table["complete"])]
+    if left:
+        problems.append(f"not finished: {', '.join(left)}; repeat the command, it goes on there")
+    else:
+        shutil.rmtree(COPY)
     for problem in problems:
         print(problem, file=sys.stderr)
     return int(bool(problems))
@@ -140,16 +143,19 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
-def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> None:
-    """Let mutmut test all mutants of a module that were not tested yet, until the deadline."""
+def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> bool:
+    """Let mutmut test all mutants of a module that were not tested yet. False: the deadline came before."""
     folder = _folder(module)
+    if not _codes(module):  # it never ran, or was stopped in the middle of a file
+        shutil.rmtree(folder, ignore_errors=True)
+    if time.monotonic() > deadline:
+        return False
     if not folder.exists():
         folder.mkdir(parents=True)
         for name in _COPIED:
             (folder / name).symlink_to(COPY / "tree" / name)
         files = sorted(str(file.relative_to(ROOT)) for name in tests for file in (ROOT / "tests").glob(name))
-        copied = [name for name in _COPIED if name != _PACKAGE]
-        options = _OPTIONS.format(package=_PACKAGE, module=module, copied=copied, tests=files)
+        options = _OPTIONS.format(package=_PACKAGE, module=module, tests=files)
         (folder / "pyproject.toml").unlink()
         (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + options)
         (folder / "mutants").mkdir()  # Python ignores a folder that is not there when it starts
@@ -170,9 +176,11 @@ def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> N
         finally:
             stopped = process.poll() is None
             if stopped:
-                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    if not stopped and process.returncode:
+    if stopped:
+        return False
+    if process.returncode:
         tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-40:]
         print("\n".join(tail), file=sys.stderr)
         sys.exit(
@@ -180,6 +188,7 @@ def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> N
             f"{log}. Most often a test fails without a mutant, or no test calls the module: run its tests of "
             "tests/mutants/modules.toml"
         )
+    return True
 
 
 def _folder(module: str) -> Path:
@@ -198,7 +207,7 @@ def _codes(module: str) -> dict[str, int | None]:
 
 
 def collect(module: str) -> list[Mutant]:
-    """Every mutant of a module with its place in the source and its outcome."""
+    """Every mutant of a module with its outcome, and its place in the source unless it was killed."""
     from mutmut.stats import status_by_exit_code
 
     source = Path(_PACKAGE, module)
@@ -209,11 +218,16 @@ def collect(module: str) -> list[Mutant]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     found = []
+    if not (codes := _codes(module)):
+        return []
     with contextlib.chdir(_folder(module)):
-        for name, code in _codes(module).items():
-            number, line, becomes = _change(name, source, lines)
+        for name, code in codes.items():
             status = status_by_exit_code[code]
             outcome = _OUTCOMES.get(status, "survived")
+            if outcome == "killed":
+                found.append(Mutant(module, 0, "", "", outcome))
+                continue
+            number, line, becomes = _change(name, source, lines)
             note = status if outcome == "survived" != status else ""
             found.append(Mutant(module, number, line, becomes, outcome, note))
     return sorted(found)
@@ -305,9 +319,10 @@ def complaints(counts: dict[str, dict[str, Any]], complete: list[str]) -> Iterat
                 f"{wanted:g} %. Write a test that fails with a change listed above, or list the change in "
                 "tests/mutants/equivalent.toml with the reason why no test can see it"
             )
-    if left := counts["all"]["not run"]:
-        yield f"{left} mutants were not run; repeat the command, it goes on with them"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; repeat the command, it goes on there")
