@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def main() -> int:
         if not run(module, table["tests"][module], args.processes, deadline):
             left.append(module)
         mutants += collect(module)
-    seconds = time.monotonic() - started
+    seconds, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     mutants, stale = judge(mutants)
     counts = {module: count(mutants, module) for module in modules} | {"all": count(mutants)}
     text = "\n".join(report(counts, mutants))
@@ -103,6 +104,7 @@ def main() -> int:
                 **{name: version(name) for name in ("mutmut", "pytest", "safelora-vllm")},
             },
             "seconds": round(seconds),
+            "cpu_seconds": round(used.ru_utime + used.ru_stime),
             "modules": counts,
             "mutants": [asdict(mutant) for mutant in mutants if mutant.outcome != "killed"],
         }
@@ -162,7 +164,7 @@ def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> b
     command = [Path(sys.executable).with_name("mutmut"), "run", "--max-children", str(processes)]
     environment = os.environ | {"PYTHONPATH": str(folder / "mutants"), "PYTHONDONTWRITEBYTECODE": "1"}
     log = folder / "log"
-    with log.open("w") as stream, tqdm(unit="mutant", desc=module, leave=False) as bar:
+    with log.open("w") as stream, tqdm(unit="mutant", desc=module, leave=False, disable=None) as bar:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=stream, stderr=stream, start_new_session=True
         )
@@ -322,6 +324,7 @@ def complaints(counts: dict[str, dict[str, Any]], complete: list[str]) -> Iterat
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # mutmut is ended then too
     try:
         sys.exit(main())
     except KeyboardInterrupt:
