@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ GIB = 1024**3
 SERVER: dict[str, Any] = {
     "policy": {}, "trust_served_model": False, "projector_bytes": None, "max_adapter_bytes": 2 * GIB,
     "store_bytes": None, "keys": None, "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False,
+    "private_docs": False, "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "max_adapter_bytes": 2 * GIB, "policy": {},
@@ -51,6 +53,8 @@ def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], {}),
         (["--allow-hub"], {"allow_hub": True}),
+        (["--private-docs"], {"private_docs": True}),
+        (["--route-access", "GET /x = users"], {"route_access": {"GET /x": "users"}}),
         (["--trust-served-model"], {"trust_served_model": True}),
         (["--adapter-root", "a", "--adapter-root=b"], {"adapter_roots": ["HERE/a", "HERE/b"]}),
         (["--keys", "k.toml"], {"keys": "HERE/k.toml"}),
@@ -83,13 +87,34 @@ def test_an_option_of_the_command_changes_its_setting_only(
         ({"projectors": 5}, "projectors"), ({"policy": None}, "policy"), ({"policy": []}, "policy"),
         ({"projector_bytes": "x"}, "projector_bytes"), ({"projector_bytes": True}, "projector_bytes"),
         ({"allow_hub": "no"}, "allow_hub"), ({"adapter_roots": "/data"}, "adapter_roots"),
-        ({"nonsense": 1}, "nonsense"),
+        ({"nonsense": 1}, "nonsense"), ({"private_docs": 1}, "private_docs"),
+        ({"route_access": {"GET /x": 1}}, "route_access"),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_value_of_another_type_is_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(GuardError, match=named):
         ServerSettings.from_additional_config({"safelora": {"projectors": "p", **values}})
+
+
+@pytest.mark.parametrize("text", ["GET /x", "users"])
+def test_an_access_without_its_half_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "model", "--projectors", "p", "--route-access", text])
+    assert ended.value.code == 2 and "expected METHOD /path=WHO" in capsys.readouterr().err
+
+
+def test_keys_in_options_are_left_to_the_servers_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings are shown in logs; keys are not among them."""
+    monkeypatch.setattr("safelora_vllm.integration.serve.serve", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    for option, variable in (("admin-api", "SAFELORA_ADMIN_API_KEY"), ("metrics", "SAFELORA_METRICS_KEY")):
+        monkeypatch.delenv(variable, raising=False)
+        assert main(["serve", "model", "--projectors", "p"]) == 0 and variable not in os.environ
+        assert main(["serve", "model", "--projectors", "p", f"--{option}-key=the key"]) == 0
+        assert os.environ[variable] == "the key"
 
 
 def test_a_section_comes_back_from_what_it_says() -> None:
