@@ -23,17 +23,18 @@ from safelora_vllm.errors import (
     UsageError,
 )
 from safelora_vllm.integration.callers import acting_as
-from safelora_vllm.integration.errors_http import NotServing, Unauthorized, error_response
+from safelora_vllm.integration.errors_http import NotServing, error_response
 from safelora_vllm.integration.uploads import TooLarge, TooManyUploads, UploadTimeout
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.tiny import Q0
 
 TENANT, ADMIN = Principal("tenant", "acme/ci", "acme"), Principal("admin", "admin/ops")
 STATUSES: dict[type[SafeLoRAError], tuple[int, str]] = {
-    Unauthorized: (401, "AuthenticationError"),
+    errors.Unauthorized: (401, "AuthenticationError"),
     errors.Forbidden: (403, "PermissionDeniedError"),
     errors.QuotaExceeded: (403, "QuotaExceededError"),
     errors.UnknownAdapter: (404, "NotFoundError"),
+    errors.UnknownRoute: (404, "NotFoundError"),
     errors.AdapterNotFound: (404, "NotFoundError"),
     UploadTimeout: (408, "RequestTimeoutError"),
     errors.AlreadyLoaded: (409, "ConflictError"),

@@ -101,7 +101,7 @@ def test_a_value_of_another_type_is_named(values: dict[str, Any], named: str) ->
 def test_an_access_without_its_half_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "model", "--projectors", "p", "--route-access", text])
-    assert ended.value.code == 2 and "expected METHOD /path=WHO" in capsys.readouterr().err
+    assert ended.value.code == 2 and "expected 'METHOD /path=WHO'" in capsys.readouterr().err
 
 
 def test_keys_in_options_are_left_to_the_servers_by_the_environment(
