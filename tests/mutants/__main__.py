@@ -53,7 +53,7 @@ pytest_add_cli_args = [
 ]
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "fork"
-timeout_multiplier = 5.0
+timeout_multiplier = 15.0
 use_git_change_detection = false
 """
 
