@@ -1,9 +1,9 @@
 """Plant small faults and list those that no fast test sees: ``python -m tests.mutants [MODULE…]``.
 
 mutmut plants them in a copy of the tree and runs, for each, the tests of ``modules.toml`` that call the
-changed function. A run that was stopped goes on where it was, unless a file has changed since. Changed are
-functions and methods; not changed are constants, defaults of dataclasses, f-strings, properties and functions
-with other decorators.
+changed function. A run that was stopped goes on with the module it was at, unless a file has changed since.
+Changed are functions and methods; not changed are constants, defaults of dataclasses, f-strings, properties
+and functions with other decorators.
 """
 
 from __future__ import annotations
@@ -41,14 +41,19 @@ _COLUMNS = ("mutants", "killed", "timed out", "survived", "equivalent", "not run
 _OUTCOMES = {"killed": "killed", "timeout": "timed out", "not checked": "not run"}  # anything else: survived
 # A mutant may take (seconds of its tests + 1) * timeout_multiplier. Its process is forked from one that ran
 # the tests: torch is imported once. A fork server runs no test, so torch would be imported for each mutant.
+# pytest escapes the ids of parameters once more at each collection in one process. mutmut would not find the
+# tests again, and count each mutant as killed.
 _OPTIONS = """
 [tool.mutmut]
 source_paths = ["{package}/"]
 only_mutate = ["{package}/{module}"]
-pytest_add_cli_args = ["-p", "no:cacheprovider"]
+pytest_add_cli_args = [
+  "-p", "no:cacheprovider",
+  "-o", "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true",
+]
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "fork"
-timeout_multiplier = 5.0
+timeout_multiplier = 15.0
 use_git_change_detection = false
 """
 
@@ -146,22 +151,23 @@ def _files(path: Path) -> list[Path]:
 
 
 def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> bool:
-    """Let mutmut test all mutants of a module that were not tested yet. False: the deadline came before."""
+    """Let mutmut test a module's mutants, unless that was done. False: the deadline came before the end."""
     folder = _folder(module)
-    if not _codes(module):  # it never ran, or was stopped in the middle of a file
-        shutil.rmtree(folder, ignore_errors=True)
+    codes = _codes(module)
+    if codes and None not in codes.values():
+        return True
     if time.monotonic() > deadline:
         return False
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        for name in _COPIED:
-            (folder / name).symlink_to(COPY / "tree" / name)
-        files = sorted(str(file.relative_to(ROOT)) for name in tests for file in (ROOT / "tests").glob(name))
-        options = _OPTIONS.format(package=_PACKAGE, module=module, tests=files)
-        (folder / "pyproject.toml").unlink()
-        (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + options)
-        (folder / "mutants").mkdir()  # Python ignores a folder that is not there when it starts
-    command = [Path(sys.executable).with_name("mutmut"), "run", "--max-children", str(processes)]
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "mutants").mkdir(parents=True)  # Python ignores a folder that is not there when it starts
+    for name in (_PACKAGE, "tests"):
+        (folder / name).symlink_to(COPY / "tree" / name)
+    files = sorted(str(file.relative_to(ROOT)) for name in tests for file in (ROOT / "tests").glob(name))
+    options = _OPTIONS.format(package=_PACKAGE, module=module, tests=files)
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + options)
+    # Given a pattern, mutmut first runs the tests that it recorded, by name and without a mutant.
+    pattern = f"{_PACKAGE}.{module.removesuffix('.py').replace('/', '.')}.*"
+    command = [Path(sys.executable).with_name("mutmut"), "run", "--max-children", str(processes), pattern]
     environment = os.environ | {"PYTHONPATH": str(folder / "mutants"), "PYTHONDONTWRITEBYTECODE": "1"}
     log = folder / "log"
     with log.open("w") as stream, tqdm(unit="mutant", desc=module, leave=False, disable=None) as bar:
