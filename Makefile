@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast fuzz compat lint bench bench-safety clean
+.PHONY: help setup models demo serve test test-fast fuzz mutants compat lint bench bench-safety clean
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help:
-	@echo "make setup | demo | serve | test | test-fast | fuzz | compat | lint | bench | bench-safety | clean   (see README.md)"
+	@echo "make setup | demo | serve | test | test-fast | fuzz | mutants | compat | lint | bench | bench-safety | clean   (see README.md)"
 
 setup: .venv/.ready
 
@@ -49,6 +49,11 @@ test-fast: .venv/.ready
 fuzz: .venv/.ready
 	$(BIN)/pip install -q 'atheris>=2.3'
 	$(BIN)/python -m tests.fuzz --out benchmarks/results/fuzz.json
+
+# Plants small faults and lists those that no fast test sees; at most an hour. A run that was stopped goes on.
+mutants: .venv/.ready
+	$(BIN)/pip install -q -e '.[mutants]'
+	$(BIN)/python -m tests.mutants --out benchmarks/results
 
 # The server tests with each of VERSIONS of vLLM, in environments of their own.
 compat: models

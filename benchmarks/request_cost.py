@@ -1,10 +1,11 @@
 """What a request costs on this state of the code, against another: one-token completions, in turns.
 
-    python benchmarks/request_cost.py --baseline REVISION [--pairs 400]
+    python benchmarks/request_cost.py --baseline REVISION [--blocks 20]
 
-Both guarded servers run at once and are asked one after the other, so that what else the machine does meets
-both. Prints medians and their ratio, and the same for each server's odd against its even requests: how far
-from 1 chance alone gets.
+Both guarded servers run at once and are asked in turns, a block of requests each, so that what else the
+machine does meets both. A vLLM worker spins for a second after a request: between blocks it is waited for.
+Prints the ratio of the medians, and the same for each server's odd against its even blocks: how far from 1
+chance alone gets.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from servers import Server, running
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+BLOCK, WARM_UP = 25, 5  # requests; the first ones of a block do not count
+SPIN_SECONDS = 1.5
 BODY = json.dumps({"model": "aligned", "prompt": "The capital of France is", "max_tokens": 1})
 
 
@@ -62,11 +65,16 @@ def ask(connection: http.client.HTTPConnection) -> float:
     return time.perf_counter() - start
 
 
+def median(blocks: list[list[float]]) -> float:
+    """Of all requests of these blocks."""
+    return statistics.median(seconds for block in blocks for seconds in block)
+
+
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--baseline", required=True, metavar="REVISION", help="the other state of the code")
-    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--blocks", type=int, default=20, help="of each server")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -76,19 +84,22 @@ def main() -> None:
             server(ROOT, scratch / "new", ROOT / ".cache") as now,
         ):
             both = [http.client.HTTPConnection("127.0.0.1", s.port, timeout=60) for s in (before, now)]
-            for _ in range(20):
-                for connection in both:
-                    ask(connection)
-            times: list[list[float]] = [[], []]
-            for _ in tqdm(range(given.pairs), desc="Pairs of requests", unit="pair"):
+            times: list[list[list[float]]] = [[], []]
+            for _ in tqdm(range(given.blocks), desc="Blocks of requests", unit="pair"):
                 for which in random.sample((0, 1), 2):
-                    times[which].append(ask(both[which]))
-    old, new = map(statistics.median, times)
-    chance = [statistics.median(t[::2]) / statistics.median(t[1::2]) for t in times]
+                    time.sleep(SPIN_SECONDS)
+                    times[which].append([ask(both[which]) for _ in range(BLOCK)][WARM_UP:])
+    old, new = map(median, times)
+    chance = [median(blocks[::2]) / median(blocks[1::2]) for blocks in times]
     print(f"p50 of a one-token completion: now / {given.baseline} = {new / old:.3f}")
-    print(f"by chance (odd / even requests of one server): {chance[0]:.3f} and {chance[1]:.3f}")
+    print(f"by chance (odd / even blocks of one server): {chance[0]:.3f} and {chance[1]:.3f}")
     command = f"python benchmarks/request_cost.py --baseline {given.baseline}"
-    figures = {"pairs": given.pairs, "ratio_p50": new / old, "ratio_by_chance": chance}
+    figures = {
+        "blocks": given.blocks,
+        "requests_each": BLOCK - WARM_UP,
+        "ratio_p50": new / old,
+        "ratio_by_chance": chance,
+    }
     print(recording.write("request_cost", command, "vLLM's", figures))
 
 

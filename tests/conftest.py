@@ -60,6 +60,18 @@ def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
     return ProjectorCache(build_cache("float32", "auto"))
 
 
+@pytest.fixture(scope="session")
+def enlarging(tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
+    """A float32 cache of a pair whose ‖V‖ is far above 1: along V's first directions Ĉ enlarges."""
+    from safelora_vllm.projectors.build import BuildOptions, build
+    from safelora_vllm.projectors.cache import ProjectorCache
+    from tests.tiny import write_pair
+
+    root = tmp_path_factory.mktemp("enlarging")
+    pair = write_pair(root, step=0.4)
+    return ProjectorCache(build(pair.base, pair.aligned, root / "cache", BuildOptions(dtype="float32")))
+
+
 @pytest.fixture
 def gate(cache: ProjectorCache) -> GateSettings:
     """Settings of a gate with the default policy."""

@@ -75,9 +75,11 @@ def pax(*lines: bytes, kind: bytes = tarfile.XHDTYPE) -> list[Part]:
     return [header("pax", kind, size=len(data)), data]
 
 
-def pax_line(key: bytes, value: bytes) -> bytes:
-    """A line with its length (which counts itself) in three digits."""
-    return b"%03d %s=%s\n" % (6 + len(key) + len(value), key, value)
+def pax_line(key: bytes, value: bytes, digits: int = 3) -> bytes:
+    """A line with its length (which counts itself) in that many digits."""
+    line = b"%0*d %s=%s\n" % (digits, digits + 3 + len(key) + len(value), key, value)
+    assert len(line) == digits + 3 + len(key) + len(value), "its length has more digits"
+    return line
 
 
 def files(config: bytes = C, weights: bytes = W) -> list[Part]:
@@ -156,3 +158,13 @@ def zip64_table(name: str, size: int) -> bytes:
 def claiming(archive: bytes, name: str, size: int) -> bytes:
     """A zip in which both of a member's headers give that unpacked size."""
     return patched(patched(archive, name, "central", 24, size), name, "local", 22, size)
+
+
+def with_checksums(archive: bytes) -> bytes:
+    """A tar whose blocks with the magic have the right checksum."""
+    blocks = [bytearray(archive[start : start + 512]) for start in range(0, len(archive), 512)]
+    for block in blocks:
+        if block[257:262] == b"ustar":
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+    return b"".join(blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.manifest import parse_manifest
 from tests.tiny import Draft, Pair, module_shapes
 
 _MANIFEST_KEYS = [
@@ -84,7 +86,11 @@ def test_another_format_or_version_is_refused(name: str, value: object, folder: 
         ProjectorCache(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "\\xff", '{"format": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, "[]", "null", '"text"', "\\xff", '{"format": "x"}'],
+    ids=lambda text: text[:9],
+)
 def test_a_damaged_manifest_is_refused(text: str, folder: Path) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ProjectorCacheError, match=r"manifest\.json is damaged"):
@@ -102,6 +108,85 @@ def test_a_manifest_without_a_key_that_is_used_is_refused(name: str, folder: Pat
 def test_a_module_entry_without_a_key_is_refused(name: str, folder: Path) -> None:
     rewrite(folder, lambda manifest: manifest["modules"][0].pop(name))
     with pytest.raises(ProjectorCacheError, match="is damaged"):
+        ProjectorCache(folder)
+
+
+_ENTRY_VALUES: dict[str, list[Any]] = {
+    "name": [5, None, ["x"]],
+    "shape": [
+        [0, 96], [96, 0], [96, -1], [2**31, 96], [96, 2**31], [96.0, 96], [True, 96], [96], [96, 96, 1], 96,
+    ],
+    "form": ["sparse", "", None],
+    "shard": ["other.safetensors", "manifest.json", "", None],
+    "later": [1],
+    **{
+        figure: [math.nan, math.inf, -1e-9, -1, True, "1", None]
+        for figure in ("norm", "aligned_norm", "null_similarity")
+    },
+}  # fmt: skip
+_SHARD_VALUES: dict[str, list[Any]] = {
+    "tensor_bytes": [-1, 1.0, True, "1", None], "sha256": [5, None], "later": [1],
+}  # fmt: skip
+_MANIFEST_VALUES: dict[str, list[Any]] = {
+    "aligned": ["x", {"fingerprint": 5}, {"fingerprint": None}, {}],
+    "unchanged_modules": [[5], None, [["x"]]],
+    "modules": [{"x": 1}, [1]],
+    "shards": [[], {"x": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (where, name, value)
+        for where, table in (("module", _ENTRY_VALUES), ("shard", _SHARD_VALUES), ("top", _MANIFEST_VALUES))
+        for name, values in table.items()
+        for value in values
+    ],
+    ids=str,
+)
+def test_a_manifest_with_another_value_is_refused(
+    where: str, name: str, value: Any, cache: ProjectorCache
+) -> None:
+    manifest = json.loads((cache.folder / "manifest.json").read_bytes())
+    places = {"module": manifest["modules"][-1], "shard": next(iter(manifest["shards"].values()))}
+    places.get(where, manifest)[name] = value
+    with pytest.raises(ProjectorCacheError, match=r"manifest\.json is damaged .*; build the cache again"):
+        parse_manifest(json.dumps(manifest).encode(), cache.folder)
+
+
+def test_the_largest_and_smallest_values_of_a_manifest(cache: ProjectorCache) -> None:
+    manifest = json.loads((cache.folder / "manifest.json").read_bytes())
+    entry, shard = manifest["modules"][0], next(iter(manifest["shards"].values()))
+    entry |= {"shape": [1, 2**31 - 1], "norm": 0, "aligned_norm": 0.0, "null_similarity": 1e308}
+    shard["tensor_bytes"] = 0
+    found = parse_manifest(json.dumps(manifest).encode(), cache.folder).modules[entry["name"]]
+    assert (found.shape, found.norm, found.aligned_norm) == ((1, 2**31 - 1), 0, 0.0)
+
+
+def test_a_module_that_is_there_twice_is_refused(folder: Path) -> None:
+    """With other figures, either of which could be the wrong one."""
+    rewrite(folder, lambda manifest: manifest["modules"].append({**manifest["modules"][0], "norm": 1.0}))
+    with pytest.raises(ProjectorCacheError, match=r"is damaged .*twice"):
+        ProjectorCache(folder)
+
+
+@pytest.mark.parametrize("place", ["../{}", "./{}", "{}/", "more/{}", "/{}", "..//{}"])
+def test_a_shard_elsewhere_is_refused(place: str, folder: Path) -> None:
+    """Though the file is there, with the bytes that the manifest names."""
+    shard = next(folder.glob("*.safetensors")).name
+    (folder / "more").mkdir()
+    shutil.copy(folder / shard, folder.parent)
+    shutil.copy(folder / shard, folder / "more")
+    name = place.format(f"{folder.parent}/{shard}"[1:] if place == "/{}" else shard)
+
+    def move(manifest: dict[str, Any]) -> None:
+        manifest["shards"][name] = manifest["shards"].pop(shard)
+        for entry in manifest["modules"]:
+            entry["shard"] = name if entry["shard"] == shard else entry["shard"]
+
+    rewrite(folder, move)
+    with pytest.raises(ProjectorCacheError, match="is no file beside the manifest"):
         ProjectorCache(folder)
 
 
@@ -127,6 +212,18 @@ def test_energy_up_to_what_was_kept(side: str, cache: ProjectorCache) -> None:
         assert torch.allclose(kept.T @ kept, torch.eye(kept.shape[1]), atol=1e-5)
         with pytest.raises(PolicyError, match=r"build it again with --max-energy 0\.999 or more"):
             basis(0.999)
+
+
+def test_a_share_that_is_reached_up_to_rounding_is_reached(cache: ProjectorCache) -> None:
+    """A share is a sum of float64 values, whose last digits depend on the machine: 1e-9 is left to them."""
+    for name in cache.modules:
+        projector = cache.projector(name)
+        for k, share in enumerate(projector.energies.tolist(), start=1):
+            assert [projector.directions(share + d, clipped=True) for d in (-5e-10, 0.0, 5e-10)] == [k] * 3
+        first, second = projector.energies[:2].tolist()
+        assert second - first > 1e-8
+        assert [projector.directions(first + d) for d in (5e-9, -5e-9)] == [2, 1]
+        assert projector.directions(1e-12) == 1 and projector.directions(0.0) == 0
 
 
 @pytest.mark.parametrize("form", ["dense", "factored"])

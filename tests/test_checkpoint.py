@@ -143,6 +143,17 @@ def test_sharding_changes_neither_fingerprint_nor_digest(pair: Pair, tmp_path: P
             assert torch.equal(sharded.read(name), single.read(name))
 
 
+def test_what_stands_behind_a_small_tensor_is_not_in_its_sample(tmp_path: Path) -> None:
+    found = set()
+    for places in ({"a": (0, 8), "b": (8, 16)}, {"b": (0, 8), "a": (8, 16)}):
+        tensors = {name: {**_TWO["a"], "data_offsets": place} for name, place in places.items()}
+        values = {"a": struct.pack("<2f", 1, 2), "b": struct.pack("<2f", 3, 4)}
+        data = b"".join(values[name] for name in places)
+        (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors, data))
+        found.add(Checkpoint(tmp_path).fingerprint())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("change", ["value", "name", "dtype", "shape"])
 def test_another_tensor_changes_fingerprint_and_digest(change: str, pair: Pair, tmp_path: Path) -> None:
     state = base_weights()
@@ -158,6 +169,29 @@ def test_another_tensor_changes_fingerprint_and_digest(change: str, pair: Pair, 
     changed, original = Checkpoint(write_checkpoint(tmp_path / "m", state)), Checkpoint(pair.base)
     assert changed.fingerprint() != original.fingerprint()
     assert changed.digest() != original.digest()
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 300, 2048, 100_003])
+def test_the_fingerprint_samples_eight_blocks_from_the_first_byte_to_the_last(
+    size: int, tmp_path: Path
+) -> None:
+    """Among other tensors: what is sampled lies in this one alone."""
+    rest = {"dtype": "U8", "shape": [999], "data_offsets": [size, size + 999]}
+    tensors = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}, "b": rest}
+    starts = {max(size - 256, 0) * block // 7 for block in range(8)}
+    sampled = {place for start in starts for place in range(start, min(start + 256, size))}
+    edges = {place + step for place in (*starts, *(start + 256 for start in starts)) for step in (-1, 0)}
+
+    def fingerprint(changed: int | None) -> str:
+        data = bytearray(size + 999)
+        if changed is not None:
+            data[changed] = 1
+        (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors, bytes(data)))
+        return Checkpoint(tmp_path).fingerprint()
+
+    plain = fingerprint(None)
+    for place in sorted(edge for edge in edges | {0, size - 1} if 0 <= edge < size):
+        assert (fingerprint(place) != plain) is (place in sampled), place
 
 
 def test_the_digest_sees_a_bit_that_the_fingerprint_does_not_sample(pair: Pair, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelora_vllm.adapters.read import Limits
+from safelora_vllm.adapters.read import WEIGHTS, Limits
 from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.gate.admit import Admission, GateSettings, admit
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.policy import CAPS, METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.store import PublishedStore
+from safelora_vllm.report import Report
+from safelora_vllm.store import PublishedStore, RawStore
 from tests import reference
-from tests.tiny import Draft, Pair, key, lora, module_shapes
+from tests.refusing import judge
+from tests.tiny import Q0, UP0, Draft, Pair, key, lora, lora_config, module_shapes
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "report.json")
 
@@ -58,7 +62,7 @@ def test_an_accepted_adapter_is_published_with_its_report(
     assert not admission.cached and set(admission.stages.seconds) == {
         "read", "lookup", "vet", "project", "publish",
     }  # fmt: skip
-    tensors = lora()
+    tensors, served = lora(), load_file(folder / WEIGHTS)
     modules = {module.name: module for module in admission.report.modules}
     decisions = set()
     for name in module_shapes():
@@ -69,8 +73,10 @@ def test_an_accepted_adapter_is_published_with_its_report(
         exact = reference.similarity(v, a, b)
         assert found.similarity == pytest.approx(exact, abs=1e-6) and abs(exact - 0.35) > 1e-6
         assert found.decision == ("projected" if exact <= 0.35 else "kept")
-        kept = 1.0 if found.decision == "kept" else reference.ratio(reference.projected(v, a, b), original)
-        assert found.retained == pytest.approx(kept, rel=2e-6)
+        expected = original if found.decision == "kept" else reference.projected(v, a, b)
+        assert found.retained == pytest.approx(reference.ratio(expected, original), rel=2e-6)
+        product = reference.product(*(served[key(name, side)] for side in "AB"))
+        assert reference.ratio(product - expected, expected) < 2e-6
         assert found.relative_norm == pytest.approx(reference.ratio(original, pair.w(name)), rel=1e-9)
         assert found.null_similarity == pytest.approx(reference.null_similarity(v)) and found.rank == 4
         decisions.add(found.decision)
@@ -87,6 +93,16 @@ def test_the_same_bytes_have_one_key_whatever_their_name_and_the_work_is_done_on
     assert second.cached and (second.key, second.folder) == (first.key, first.folder)
     assert second.report == first.report.named("two")
     assert b"one" not in (published(first) / "report.json").read_bytes()  # names are not content
+
+
+def test_a_known_adapter_counts_as_used_now_and_is_kept_too(
+    adapter: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    report, raw = published(admit(adapter, "one", gate, store)) / "report.json", RawStore(store.root)
+    os.utime(report, (1000, 1000))
+    second = admit(adapter, "two", gate, store, raw)
+    assert second.cached and report.stat().st_mtime > 1000
+    assert raw.damaged(second.report.digest) is None
 
 
 def test_another_policy_dtype_cache_or_model_has_another_key(
@@ -151,10 +167,100 @@ def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
     assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted
 
 
+@pytest.mark.parametrize("cap", CAPS)
+def test_a_cap_holds_for_what_the_projection_enlarges(
+    cap: str, enlarging: ProjectorCache, store: PublishedStore, tmp_path: Path
+) -> None:
+    """One module is enlarged, one made smaller, both from 0.2 of their weights. The larger figure counts."""
+    draft = Draft(lora_config(r=1, lora_alpha=1), lora([UP0, Q0], rank=1))
+    for module, column in ((UP0, 0), (Q0, -1)):
+        b = enlarging.projector(module).output_basis(0.95)[:, column, None]
+        size = 0.2 * enlarging.modules[module].aligned_norm / float(draft.tensors[key(module, "A")].norm())
+        draft.change(key(module, "B"), size * b)
+    folder = draft.write(tmp_path / "adapter")
+
+    def judged(**caps: float) -> Report:
+        policy = Policy(method="safe-lora", select="all", **{**dict.fromkeys(CAPS, 1e6), **caps})
+        return judge(folder, GateSettings(enlarging, policy), PublishedStore(store.root / policy.id)).report
+
+    free = judged()
+    retained = {module.name: module.retained or 0.0 for module in free.modules}
+    assert free.accepted and retained[UP0] > 2 and retained[Q0] < 0.5
+    up, q = (0.2 * enlarging.modules[module].aligned_norm for module in (UP0, Q0))
+    came, served, told = {
+        "max_relative_norm": (0.2, 0.2 * retained[UP0], UP0),
+        "max_total_norm": (
+            math.hypot(up, q) / enlarging.aligned_norm,
+            math.hypot(up * retained[UP0], q) / enlarging.aligned_norm,
+            "all modules together",
+        ),
+    }[cap]
+    # The adapter's float32 values are off by 6e-8 of theirs.
+    assert free.total_norm == pytest.approx(math.hypot(up, q) / enlarging.aligned_norm, rel=1e-6)
+    assert came < served / 1.5 and judged(**{cap: served * 1.0001}).accepted
+    for limit in (served * 0.9999, (came + served) / 2):
+        report = judged(**{cap: limit})
+        assert not report.accepted
+        assert [reason.code for reason in report.reasons] == [cap.removeprefix("max_")]
+        (figure,) = re.findall(rf"^{told}.* ([\d.]+) times", report.reasons[0].detail)
+        assert float(figure) == pytest.approx(served, rel=1e-6)
+        assert report.total_norm == free.total_norm, "what is reported is what came"
+
+
+@pytest.mark.parametrize("mode", ["enforce", "audit"])
+def test_a_cap_holds_for_modules_that_are_not_projected(
+    mode: str, gate: GateSettings, store: PublishedStore, tmp_path: Path
+) -> None:
+    draft = Draft()
+    draft.tensors[key(Q0, "B")] *= 20
+    settings = gate.under({"select": "number", "number": 0, "max_total_norm": 9.0, "mode": mode})
+    report = judge(draft.write(tmp_path / "adapter"), settings, store).report
+    assert report.accepted is (mode == "audit") and report.count("kept") == len(module_shapes())
+    (reason,) = report.reasons
+    assert reason.code == "relative_norm" and reason.detail.startswith(Q0)
+
+
+@pytest.mark.parametrize(
+    "values", [{"select": "all"}, {"threshold": 1.0}, {"select": "number", "number": 99}]
+)
+def test_a_module_without_a_delta_is_never_projected(
+    values: dict[str, object], gate: GateSettings, store: PublishedStore, tmp_path: Path
+) -> None:
+    draft = Draft()
+    draft.change(key(Q0, "B"), torch.zeros_like(draft.tensors[key(Q0, "B")]))
+    report = judge(draft.write(tmp_path / "adapter"), gate.under(values), store).report
+    assert report.accepted
+    kept = [module for module in report.modules if module.decision == "kept"]
+    assert [(m.name, m.similarity, m.retained, m.relative_norm) for m in kept] == [(Q0, None, None, 0.0)]
+
+
+def test_a_cap_holds_for_what_came_where_the_projection_makes_it_smaller(
+    gate: GateSettings, store: PublishedStore, tmp_path: Path
+) -> None:
+    folder = Draft().write(tmp_path / "adapter")
+    everything = Policy(method="safe-lora", select="all")
+    report = admit(folder, "tenant", dataclasses.replace(gate, policy=everything), store).report
+    most = max(report.values("relative_norm"))
+    assert report.accepted and max(report.values("retained")) < 0.9
+    for cap, figure in (("max_relative_norm", most), ("max_total_norm", report.total_norm)):
+        for share, accepted in ((0.9999, False), (1.0, True)):
+            settings = gate.under({"select": "all", cap: share * figure})
+            assert admit(folder, "tenant", settings, store).report.accepted is accepted
+
+
 def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:
     """What was accepted before vLLM's --max-lora-rank was lowered is judged again."""
     lower = dataclasses.replace(gate, limits=Limits(max_rank=4))
     assert lower.rules != gate.rules and lower.key("0" * 64) != gate.key("0" * 64)
+
+
+def test_another_way_of_publishing_is_another_rule(
+    gate: GateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an older release published is made again, by the newer one's formulas."""
+    rules = gate.rules
+    monkeypatch.setattr("safelora_vllm.gate.admit._FORMAT", 10**6)
+    assert gate.rules != rules
 
 
 def test_one_log_line_per_decision(

@@ -109,3 +109,18 @@ def test_of_a_kept_policy_stays_what_is_stricter(config: GateConfig, tmp_path: P
     report = service.admit(str(Draft().write(tmp_path / "adapter")), "tenant", kept)["report"]
     found = report["policy"]
     assert (found["energy"], found["max_relative_norm"]) == (0.6, 0.9)
+
+
+@pytest.mark.parametrize(
+    "laxer", [{"max_relative_norm": 2.0}, {"max_total_norm": 2.0}, {"energy": 0.1}], ids=str
+)
+def test_a_kept_policy_that_is_laxer_in_one_field_needs_an_override(
+    laxer: dict[str, float], config: GateConfig, tmp_path: Path
+) -> None:
+    """It was kept before the server's own policy was tightened."""
+    service, folder = GateService(config), str(Draft().write(tmp_path / "adapter"))
+    kept = {**dataclasses.asdict(Policy()), **laxer}
+    held = service.admit(folder, "tenant", kept)
+    assert held["report"]["policy"] == dataclasses.asdict(Policy()) and not service.vouches(held["key"])
+    overridden = service.admit(folder, "tenant", kept, override=True)
+    assert overridden["report"]["policy"] == kept and service.vouches(overridden["key"])

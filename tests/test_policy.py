@@ -115,6 +115,50 @@ def test_energy_has_an_effect_on_all_methods_but_one() -> None:
     assert all(Policy(method=method).has_effect("max_relative_norm") for method in METHOD_NAMES)
 
 
+# One field apart, as (method, select, field, the laxer value, the stricter value).
+_LAXER = [
+    *[
+        (method, select, cap, 0.6, 0.5)
+        for method in METHOD_NAMES
+        for select in ("threshold", "number", "all")
+        for cap in ("max_relative_norm", "max_total_norm")
+    ],
+    *[("input-removal", select, "energy", 0.2, 0.3) for select in ("threshold", "number", "all")],
+    *[(method, "threshold", "threshold", 0.3, 0.4) for method in METHOD_NAMES],
+    *[(method, "number", "number", 9, 10) for method in METHOD_NAMES],
+    *[(method, "all", "mode", "audit", "enforce") for method in METHOD_NAMES],
+]
+
+
+@pytest.mark.parametrize(("method", "select", "field", "laxer", "stricter"), _LAXER)
+def test_one_laxer_field_makes_a_policy_less_strict(
+    method: str, select: str, field: str, laxer: Any, stricter: Any
+) -> None:
+    """Whatever the others are: all of them equal, or each of them as strict as it can be."""
+    lax, strict = (Policy(method=method, select=select, **{field: value}) for value in (laxer, stricter))
+    assert strict.at_least_as_strict(lax) and not lax.at_least_as_strict(strict)
+    assert lax.at_least_as_strict(lax) and strict.at_least_as_strict(strict)
+    rest = {"threshold": 1.0, "number": 99, "max_relative_norm": 0.0, "max_total_norm": 0.0}
+    if method == "input-removal":
+        rest["energy"] = 1.0
+    assert not lax.with_values({**rest, field: laxer}).at_least_as_strict(strict)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_number_and_a_threshold_cannot_be_compared(method: str) -> None:
+    number, threshold = (
+        Policy(method=method, select=select, number=99, threshold=1.0) for select in ("number", "threshold")
+    )
+    assert not number.at_least_as_strict(threshold) and not threshold.at_least_as_strict(number)
+
+
+def test_every_policy_is_as_strict_as_one_that_only_reports() -> None:
+    audit = Policy(mode="audit", max_relative_norm=0.0)
+    for other in (Policy(), Policy(method="safe-lora"), Policy(mode="audit")):
+        assert other.at_least_as_strict(audit)
+    assert not audit.at_least_as_strict(Policy())
+
+
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_policy_is_as_strict_as_itself_and_stricter_than_a_choice_of_modules(method: str) -> None:
     everything, some = Policy(method=method, select="all"), Policy(method=method, select="number")
@@ -172,6 +216,10 @@ def test_equal_similarities_are_taken_in_the_order_of_names() -> None:
     assert policy.selects({"b": 0.5, "a": 0.5, "c": 0.5}) == {"a", "b"}
 
 
+def test_a_similarity_that_is_not_a_number_is_below_every_threshold() -> None:
+    assert Policy(method="safe-lora", threshold=-1).selects({"a": math.nan, "b": 1.0, "c": None}) == {"a"}
+
+
 def test_the_paper_projects_at_equality() -> None:
     assert Policy(method="safe-lora", threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}
 
@@ -194,13 +242,33 @@ def test_the_paper_projects_at_equality() -> None:
         ({"select": "number"}, {"select": "threshold", "threshold": 0.9}, {"select": "all"}),
         ({"select": "threshold"}, {"select": "number"}, {"select": "all"}),
         ({"select": "all"}, {"select": "threshold"}, {"select": "all"}),
+        # CSULoRA's energies cannot be compared.
         ({"method": "csulora"}, {"method": "csulora", "energy": 0.5}, {"method": "csulora"}),
+        (
+            {"method": "csulora", "energy": 0.5}, {"method": "csulora"}, {"method": "csulora", "energy": 0.5},
+        ),
+        # It enforces, whatever the other does.
+        ({}, {"mode": "audit", "max_relative_norm": 0.5}, {"max_relative_norm": 0.5}),
     ],
 )  # fmt: skip
 def test_what_is_stricter_stays(own: dict[str, Any], kept: dict[str, Any], result: dict[str, Any]) -> None:
     tightened = Policy(**own).tightened(Policy(**kept))
     assert tightened == Policy(**result)
     assert tightened.at_least_as_strict(Policy(**own))
+
+
+@pytest.mark.parametrize(
+    ("select", "field", "stricter", "laxer"),
+    [
+        ("all", "energy", 0.5, 0.3), ("threshold", "threshold", 0.9, 0.4), ("number", "number", 9, 2),
+        ("all", "max_relative_norm", 0.4, 0.5), ("all", "max_total_norm", 0.4, 0.5),
+    ],
+)  # fmt: skip
+def test_the_stricter_value_stays_whichever_side_has_it(
+    select: str, field: str, stricter: Any, laxer: Any
+) -> None:
+    strict, lax = (Policy(select=select, **{field: value}) for value in (stricter, laxer))
+    assert strict.tightened(lax) == lax.tightened(strict) == strict
 
 
 @pytest.mark.parametrize("values", [None, [], 5, "energy", [["energy", 0.2]]], ids=repr)

@@ -66,6 +66,24 @@ def test_plain_patterns_mean_what_they_mean_to_peft(
     assert meaning.scale(module) * meaning.rank(module) == pytest.approx(to_peft.get(found, 8))
 
 
+@pytest.mark.parametrize("module", ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "q_proj"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["q_proj", "self_attn.q_proj", "^layers.0.self_attn.q_proj$"],
+        ["^layers.0.self_attn.q_proj$", "self_attn.q_proj", "q_proj"],
+        ["self_attn.q_proj$", "q_proj$", "layers.0.self_attn.q_proj"],
+    ],
+    ids=",".join,
+)
+def test_of_several_patterns_the_first_counts_not_the_longest(order: list[str], module: str) -> None:
+    patterns = {pattern: 10 + place for place, pattern in enumerate(order)}
+    meaning, _ = parse_config(lora_config(rank_pattern=patterns, alpha_pattern=patterns))
+    expected = patterns[get_pattern_key(order, module)]  # as PEFT has it
+    assert meaning is not None and meaning.rank(module) == expected
+    assert meaning.scale(module) == 1.0, "its alpha is found as its rank is"
+
+
 def test_a_dot_in_a_pattern_is_a_dot() -> None:
     meaning, _ = parse_config(lora_config(rank_pattern={"v1.5": 9}))
     assert meaning is not None

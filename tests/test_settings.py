@@ -1,13 +1,84 @@
-"""What ``--additional-config`` may say."""
+"""What ``--additional-config`` may say, and what holds where nothing is said."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import Limits
+from safelora_vllm.cli.main import main
 from safelora_vllm.errors import GuardError
+from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.settings import ServerSettings
+
+GIB = 1024**3
+# Golden: a change here changes what servers do that are started with the same command as before.
+SERVER: dict[str, Any] = {
+    "policy": {}, "trust_served_model": False, "projector_bytes": None, "max_adapter_bytes": 2 * GIB,
+    "store_bytes": None, "keys": None, "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False,
+    "private_docs": False, "route_access": {},
+}  # fmt: skip
+GATE: dict[str, Any] = {
+    "device": "cpu", "dtype": "float32", "max_rank": 512, "max_adapter_bytes": 2 * GIB, "policy": {},
+    "trust_served_model": False, "projector_bytes": None, "store_bytes": None, "niceness": 10,
+}  # fmt: skip
+LIMITS = {
+    "config_bytes": 1024**2, "weights_bytes": 2 * GIB, "header_bytes": 8 * 1024**2, "max_rank": 512,
+}  # fmt: skip
+
+
+def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    store = str(tmp_path / "safelora-vllm")
+    server = {"projectors": "p", "store": store, **SERVER}
+    assert dataclasses.asdict(ServerSettings("p")) == server
+    section = {"safelora": {"projectors": "p"}}
+    assert dataclasses.asdict(ServerSettings.from_additional_config(section)) == server
+    gate = GateConfig(socket="k", projectors="p", store="s", model="m")
+    names = {"socket": "k", "projectors": "p", "store": "s", "model": "m"}
+    assert dataclasses.asdict(gate) == {**names, **GATE}
+    assert dataclasses.asdict(Limits()) == LIMITS
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ServerSettings("p").store == str(tmp_path / ".local/share/safelora-vllm")
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ([], {}),
+        (["--allow-hub"], {"allow_hub": True}),
+        (["--private-docs"], {"private_docs": True}),
+        (["--route-access", "GET /x = users"], {"route_access": {"GET /x": "users"}}),
+        (["--trust-served-model"], {"trust_served_model": True}),
+        (["--adapter-root", "a", "--adapter-root=b"], {"adapter_roots": ["HERE/a", "HERE/b"]}),
+        (["--keys", "k.toml"], {"keys": "HERE/k.toml"}),
+        (["--adapter-store", "s"], {"store": "HERE/s"}),
+        (["--max-adapter-bytes=40MB"], {"max_adapter_bytes": 40_000_000}),
+        (["--store-bytes=1GiB"], {"store_bytes": GIB}),
+        (["--concurrent-uploads=2"], {"concurrent_uploads": 2}),
+        (["--energy=0.3", "--mode=audit"], {"policy": {"energy": 0.3, "mode": "audit"}}),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_command_changes_its_setting_only(
+    options: list[str], changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[ServerSettings] = []
+    monkeypatch.setattr(
+        "safelora_vllm.integration.launch.serve", lambda _model, settings, _options: started.append(settings)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert main(["serve", "model", "--projectors", "p", *options]) == 0
+    expected = {"projectors": "HERE/p", "store": "HERE/data/safelora-vllm", **SERVER, **changed}
+    found = json.loads(json.dumps(dataclasses.asdict(started[0])).replace(str(tmp_path), "HERE"))
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -16,13 +87,34 @@ from safelora_vllm.settings import ServerSettings
         ({"projectors": 5}, "projectors"), ({"policy": None}, "policy"), ({"policy": []}, "policy"),
         ({"projector_bytes": "x"}, "projector_bytes"), ({"projector_bytes": True}, "projector_bytes"),
         ({"allow_hub": "no"}, "allow_hub"), ({"adapter_roots": "/data"}, "adapter_roots"),
-        ({"nonsense": 1}, "nonsense"),
+        ({"nonsense": 1}, "nonsense"), ({"private_docs": 1}, "private_docs"),
+        ({"route_access": {"GET /x": 1}}, "route_access"),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_value_of_another_type_is_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(GuardError, match=named):
         ServerSettings.from_additional_config({"safelora": {"projectors": "p", **values}})
+
+
+@pytest.mark.parametrize("text", ["GET /x", "users"])
+def test_an_access_without_its_half_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "model", "--projectors", "p", "--route-access", text])
+    assert ended.value.code == 2 and "expected 'METHOD /path=WHO'" in capsys.readouterr().err
+
+
+def test_keys_in_options_are_left_to_the_servers_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings are shown in logs; keys are not among them."""
+    monkeypatch.setattr("safelora_vllm.integration.launch.serve", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    for option, variable in (("admin-api", "SAFELORA_ADMIN_API_KEY"), ("metrics", "SAFELORA_METRICS_KEY")):
+        monkeypatch.delenv(variable, raising=False)
+        assert main(["serve", "model", "--projectors", "p"]) == 0 and variable not in os.environ
+        assert main(["serve", "model", "--projectors", "p", f"--{option}-key=the key"]) == 0
+        assert os.environ[variable] == "the key"
 
 
 def test_a_section_comes_back_from_what_it_says() -> None:

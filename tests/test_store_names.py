@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -22,7 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.files import locked
 from safelora_vllm.store import AdapterRecord, NameStore, Version
+from safelora_vllm.store.names import FIRST_ID, LAST_ID
 from safelora_vllm.store.records import file_of
 
 A, B = "a" * 64, "b" * 64
@@ -206,6 +209,8 @@ def test_the_stamp_moves_with_every_change(names: NameStore) -> None:
             names.update("x", lambda _: None)
         stamps.append(names.stamp())
     assert stamps == sorted(set(stamps)) and stamps[0] > 0
+    os.utime(names.folder, ns=(1, 12345))
+    assert names.stamp() == 12345
 
 
 def count_up(root: Path) -> None:
@@ -355,7 +360,7 @@ def test_what_is_no_record_is_not_taken_for_one(names: NameStore, caplog: pytest
     assert {path.name for path in names.damaged()} == bad and len(caplog.records) == len(bad)
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_too_many_open_files_do_not_unload_a_name(
     number: int, names: NameStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +375,63 @@ def test_too_many_open_files_do_not_unload_a_name(
             with pytest.raises(GateUnavailable, match="cannot be read now"):
                 look()
     assert set(names.all()) == {"x"}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_folder_that_cannot_be_listed_unloads_nothing(
+    number: int, names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(names, "x", A)
+
+    def failing(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", failing)
+        for look in (names.all, names.damaged):
+            with pytest.raises(GateUnavailable, match=f"names cannot be read now .{os.strerror(number)}"):
+                look()
+    assert set(names.all()) == {"x"}
+
+
+def test_a_record_that_goes_while_the_folder_is_listed_is_gone(
+    names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(names, "x", A)
+    put(names, "y", A)
+    settle(names)
+    names.all()
+    real = os.scandir
+
+    def vanishing(folder: Path) -> Any:
+        with real(folder) as entries:
+            listed = list(entries)
+        (folder / "x.json").unlink()
+        return contextlib.nullcontext(listed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", vanishing)
+        assert set(names.all()) == {"y"}
+
+
+def test_a_record_that_is_damaged_in_another_way_is_logged_again(
+    names: NameStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(names, "x", A)
+    for text in ("{", "[1]"):
+        (names.folder / "x.json").write_text(text)
+        assert names.all() == names.all() == {}
+    assert len(caplog.records) == 2
+
+
+def test_a_removed_record_is_off_the_disk_before_it_is_reported(
+    names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(names, "x", A)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    names.update("x", lambda _: None)
+    assert synced == ["names"]
 
 
 def test_only_what_changed_is_read_again(names: NameStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +453,39 @@ def test_only_what_changed_is_read_again(names: NameStore, monkeypatch: pytest.M
     opened.clear()
     found = names.all()
     assert opened == ["b.json"] and set(found) == {"a", "b"} and found["b"].live.digest == B
+
+
+def test_a_record_from_a_backup_is_seen_though_it_is_old(names: NameStore) -> None:
+    put(names, "x", A)
+    settle(names)
+    names.all()
+    text = (names.folder / "x.json").read_text()
+    (names.folder / "x.json").write_text(text.replace(A, B))  # of the same size
+    settle(names)
+    assert names.all()["x"].live.digest == B
+
+
+@pytest.mark.parametrize(("age", "read"), [(-1, True), (0, True), (99_999_999, True), (100_000_001, False)])
+def test_a_record_is_read_at_each_look_for_a_tenth_of_a_second(
+    age: int, read: bool, names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then a second write may leave it in the same state. Ages in ns; a clock may be behind."""
+    put(names, "x", A)
+    now = time.time_ns()
+    os.utime(names.folder / "x.json", ns=(now, now - age))
+    opened: list[str] = []
+    real = os.open
+
+    def counting(path: Any, *arguments: Any) -> int:
+        opened.append(Path(path).name)
+        return real(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: now)
+        names.all()
+        patch.setattr(os, "open", counting)
+        names.all()
+    assert opened == ["x.json"] * read
 
 
 def test_a_second_change_within_a_tick_is_seen(names: NameStore) -> None:
@@ -420,3 +515,48 @@ def test_a_thousand_names_are_looked_at_in_milliseconds(names: NameStore) -> Non
         names.all()
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.03  # measured: 4 ms; the rest is for a slow and busy machine
+
+
+def test_numbers_are_given_once(names: NameStore) -> None:
+    """Also to another process, and after a restart. vLLM counts its own from 1."""
+    assert [names.reserve_ids(count) for count in (1, 10)] == [2**20, 2**20 + 1]
+    assert NameStore(names.root).reserve_ids(5) == FIRST_ID + 11
+    assert (names.root / "ids").read_text() == str(FIRST_ID + 16)
+
+
+def test_numbers_are_given_to_one_at_a_time(names: NameStore) -> None:
+    """While another process gives some, this one waits."""
+    names.reserve_ids(1)
+    given: list[int] = []
+    thread = threading.Thread(target=lambda: given.append(names.reserve_ids(1)))
+    with locked(names.root):
+        thread.start()
+        thread.join(0.1)  # without the lock: 1 ms
+        assert given == []
+        (names.root / "ids").write_text(str(FIRST_ID + 100))
+    thread.join()
+    assert given == [FIRST_ID + 100]
+
+
+def test_numbers_end_before_32_bits_do(names: NameStore) -> None:
+    assert LAST_ID == 2**31 - 1
+    names.reserve_ids(1)
+    file = names.root / "ids"
+    file.write_text(str(LAST_ID - 100))
+    with pytest.raises(GateUnavailable, match=r"all adapter ids are used up; start with a new store"):
+        names.reserve_ids(101)
+    assert file.read_text() == str(LAST_ID - 100), "nothing was given"
+    assert names.reserve_ids(100) == LAST_ID - 100
+    with pytest.raises(GateUnavailable, match="used up"):
+        names.reserve_ids(1)
+
+
+@pytest.mark.parametrize("text", ["", "many", "1.5", "\xff"])
+def test_a_damaged_count_gives_no_numbers(text: str, names: NameStore) -> None:
+    names.reserve_ids(1)
+    (names.root / "ids").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        StoreDamaged, match=r"holds no number; restore it from a backup, or start with a new store$"
+    ):
+        names.reserve_ids(1)
+    assert (names.root / "ids").read_bytes() == text.encode("latin-1")

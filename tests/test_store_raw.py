@@ -72,6 +72,17 @@ def test_keeping_again_leaves_the_copy_but_makes_it_young(raw: RawStore) -> None
     assert time.time() - raw.path(DIGEST).stat().st_mtime < 60
 
 
+def test_a_copy_that_another_one_kept_is_on_the_disk_too(
+    raw: RawStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever renamed it may have been killed before the folder above was synced."""
+    raw.keep(DIGEST, FILES)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    raw.keep(DIGEST, FILES)
+    assert synced == ["raw"]
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "folder"])
 def test_a_damaged_copy_is_told_and_replaced(name: str, damage: str, raw: RawStore) -> None:

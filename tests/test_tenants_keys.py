@@ -72,6 +72,12 @@ def test_every_key_has_its_principal(write: Write) -> None:
         assert ring.identify(token) == expected, token
 
 
+def test_an_empty_inference_key_is_none() -> None:
+    """As vLLM has it: without a key it serves everybody."""
+    assert KeyRing.open(None, ADMIN, [""]).identify(None).kind == "anonymous"
+    assert KeyRing.open(None, ADMIN, ["", INFERENCE]).identify("") == UNAUTHENTICATED
+
+
 @pytest.mark.parametrize("tenants", [True, False])
 def test_without_inference_keys_strangers_are_anonymous(tenants: bool, write: Write) -> None:
     ring = KeyRing.open(write(FILE) if tenants else None, ADMIN, [])
@@ -79,6 +85,30 @@ def test_without_inference_keys_strangers_are_anonymous(tenants: bool, write: Wr
     for token in (None, "", "unknown"):
         assert ring.identify(token) == stranger
     assert ring.identify(ADMIN) == Principal("admin", "admin/environment")
+
+
+@pytest.mark.parametrize("text", ["", "[tenants]\n", f'[admin]\nalice = "{ALICE}"\n'])
+def test_a_keys_file_without_tenants_opens_no_tenants_adapters(text: str, write: Write) -> None:
+    """Emptied by mistake, or before its tenants: what the store has of tenants stays theirs."""
+    for inference, kind in (([], "anonymous"), ([INFERENCE], "inference")):
+        found = KeyRing.open(write(text), None, inference).identify(INFERENCE)
+        assert (found.kind, found.sees_all) == (kind, False)
+        assert found.may_use("a") and not found.may_use("acme/a")
+        ring = KeyRing.open(write(FILE), None, inference)
+        write(text)
+        assert ring.identify(INFERENCE) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "admin_key", "expected"),
+    [
+        ("", None, False), ("", "", False), ("", ADMIN, True), (f'[admin]\na = "{ALICE}"\n', None, True),
+        (f'[tenants.acme.keys]\nci = "{CI}"\n', None, False),
+        (f'[tenants.acme.keys]\nci = "{CI}"\n', ADMIN, True),
+    ],
+)  # fmt: skip
+def test_whether_there_is_an_admin(text: str, admin_key: str | None, expected: bool, write: Write) -> None:
+    assert KeyRing.open(write(text), admin_key, [INFERENCE]).has_admin is expected
 
 
 def test_without_tenants_inference_keys_see_every_adapter() -> None:
@@ -106,7 +136,9 @@ def test_what_a_principal_may_do(principal: Principal, usable: list[str], manage
     assert [name for name in names if principal.may_manage(name)] == manageable
 
 
-@pytest.mark.parametrize("name", ["a", "a/b", "A0._-", "acme/a.b", "x" * 128, "versions", "policy/a"])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b", "A0._-", "acme/a.b", "x" * 128, "versions", "policy/a", "a/text"]
+)
 def test_names_that_an_adapter_can_have(name: str) -> None:
     check_name(name)
 
@@ -116,7 +148,8 @@ def test_names_that_an_adapter_can_have(name: str) -> None:
     [
         "", "/", "a/", "/a", "a/b/c", "a//b", ".", "..", "a/..", "../a", ".a", "-a", "_a", "a b", "a\n",
         "\na", "a\x00", "é", "٣", "a\\b", "a%2fb", "x" * 129, "a/versions", "a/rollback", "a/policy",
-        "\ud800", "/" * 100_000, "text", "image", "audio", "input",
+        "\ud800", "/" * 100_000,
+        "text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool",
     ],
     ids=lambda name: repr(name)[:20],
 )  # fmt: skip
@@ -150,12 +183,21 @@ def test_a_name_that_passes_is_one_part_or_two(name: str) -> None:
 )
 def test_a_quota_names_each_limit_that_is_passed(figures: tuple[int, int, int], words: list[str]) -> None:
     Quota().check(*figures)
+    Quota(0, 0, 0).check(0, 0, 0)
     if not words:
         return QUOTA.check(*figures)
     with pytest.raises(QuotaExceeded) as error:
         QUOTA.check(*figures)
     assert all(word in str(error.value) for word in words)
     assert str(error.value).count("would be needed") == len(words)
+
+
+def test_a_limit_of_nothing_is_a_limit(write: Write) -> None:
+    text = f'[tenants.acme]\nmax_adapters = 0\nmax_bytes = 0\nmax_rank = 0\nkeys = {{ci = "{CI}"}}\n'
+    quota = KeyRing.open(write(text), None, []).identify(CI).quota
+    assert quota == Quota(0, 0, 0)
+    with pytest.raises(QuotaExceeded, match=r"1 .* max_adapters 0; 1 .* max_bytes 0; 1 .* max_rank 0"):
+        quota.check(1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +222,7 @@ def test_a_quota_names_each_limit_that_is_passed(figures: tuple[int, int, int], 
         (f'[admin]\nenvironment = "{ALICE}"\n', "admin.environment means"),
         ('[admin]\na = "fifteen letters"\n', "admin.a is no usable secret; expected is a string of at l"),
         ('[admin]\na = " sixteen letters"\n', "admin.a is no usable secret"),
+        ('[admin]\na = "sixteen letters "\n', "admin.a is no usable secret"),
         ('[admin]\na = "sixteen lettérs!"\n', "admin.a is no usable secret"),
         ('[admin]\na = 1234567890123456\n', "admin.a is no usable secret"),
         (f'[admin]\na = "sha256:{"0" * 63}"\n', "admin.a is no usable secret"),
@@ -276,6 +319,9 @@ def test_a_file_gone_wrong_leaves_the_old_keys_in_force_and_is_logged_once(
     file.chmod(0o600)
     ((level, _),) = logged()
     assert level == logging.INFO
+    file.chmod(0o644)
+    ((level, message),) = logged()
+    assert level == logging.ERROR and "chmod 600" in message, "the same once more, after it was mended"
 
 
 def test_a_file_that_could_not_be_read_is_read_at_the_next_call(
@@ -327,6 +373,39 @@ def test_each_token_is_compared_with_all_keys(
     }
     assert {a for a, _ in compared} == everyone and len(compared) == 7
     assert {b for _, b in compared} == {hashlib.sha256(token.encode()).digest()}
+
+
+def test_a_key_that_was_taken_back_is_unknown_to_all_threads_at_once(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one of them still reads the new file, the others wait instead of asking the old one."""
+    ring = KeyRing.open(write(FILE), None, [INFERENCE])
+    write(f'[admin]\nalice = "{ALICE}"\n')
+    reading, real, reads = threading.Event(), ring._read, []
+
+    def read_slowly() -> object:
+        reads.append(1)
+        reading.set()
+        assert not others_done.wait(0.2), "they did not wait"
+        return real()
+
+    monkeypatch.setattr(ring, "_read", read_slowly)
+    found: list[Principal] = []
+    others_done = threading.Event()
+
+    def ask(last: bool) -> None:
+        found.append(ring.identify(CI))
+        if last:
+            others_done.set()
+
+    first = threading.Thread(target=ask, args=(False,))
+    first.start()
+    assert reading.wait(30)
+    second = threading.Thread(target=ask, args=(True,))
+    second.start()
+    for thread in (first, second):
+        thread.join(30)
+    assert found == [UNAUTHENTICATED, UNAUTHENTICATED] and len(reads) == 1
 
 
 def test_many_threads_while_the_file_is_replaced(write: Write) -> None:

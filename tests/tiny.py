@@ -57,16 +57,17 @@ def base_weights(seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def aligned_weights(base: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+def aligned_weights(base: dict[str, Tensor], seed: int = 1, step: float = 0.02) -> dict[str, Tensor]:
     """The same model after "alignment": each module moved along a spectrum of its own decay, so
-    that the null similarities, and with them the decisions, differ from module to module."""
+    that the null similarities, and with them the decisions, differ from module to module. The larger the
+    step, the larger ‖V‖."""
     generator = torch.Generator().manual_seed(seed)
     state = dict(base)
     for index, (name, (rows, columns)) in enumerate(module_shapes().items()):
         random = torch.randn(rows, columns, generator=generator)
         left, sizes, right = torch.linalg.svd(random, full_matrices=False)
         decay = torch.exp(-0.04 * index * torch.arange(len(sizes)))
-        state[f"{name}.weight"] = base[f"{name}.weight"] + 0.02 * (left * (sizes * decay)) @ right
+        state[f"{name}.weight"] = base[f"{name}.weight"] + step * (left * (sizes * decay)) @ right
     return state
 
 
@@ -109,10 +110,10 @@ class Pair:
         return self.after[f"{module}.weight"].double()
 
 
-def write_pair(folder: Path) -> Pair:
+def write_pair(folder: Path, step: float = 0.02) -> Pair:
     """Both checkpoints of a pair under one folder."""
     before = base_weights()
-    after = aligned_weights(before)
+    after = aligned_weights(before, step=step)
     base = write_checkpoint(folder / "base", before)
     return Pair(base, write_checkpoint(folder / "aligned", after), before, after)
 

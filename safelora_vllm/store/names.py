@@ -115,7 +115,9 @@ class NameStore:
                 except FileNotFoundError:
                     first = FIRST_ID
                 except ValueError as error:
-                    raise StoreDamaged(f"{path} holds no number; {REMEDY}") from error
+                    # Without the file the numbers would start again, and be given twice.
+                    told = "restore it from a backup, or start with a new store"
+                    raise StoreDamaged(f"{path} holds no number; {told}") from error
                 if first + count > LAST_ID:
                     raise GateUnavailable(f"{path}: all adapter ids are used up; start with a new store")
                 replace_file(path, str(first + count).encode())

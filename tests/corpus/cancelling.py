@@ -44,10 +44,10 @@ def forged(modules: Mapping[str, ModuleEntry], hidden: float, size: float = 0.5)
 
 
 def opposite_ends(draft: Draft) -> None:
-    """Opposite ranks near the end of float32: Ĉ B is infinite where B A is not."""
+    """Opposite ranks near the end of float32, also with a scale of 2: they are infinite in float16 only."""
     for name, tensor in draft.tensors.items():
         if ".lora_B." in name:
             tensor.zero_()
-            tensor[:, 0], tensor[:, 1] = 3.3e38, -3.3e38
+            tensor[:, 0], tensor[:, 1] = 1.6e38, -1.6e38
         else:
             tensor[1] = tensor[0] * (1 + 2**-20)

@@ -79,9 +79,17 @@ def test_bad_bodies(admin: httpx.Client, adapters: dict[str, Path]) -> None:
     hub = admin.post("/v1/adapters", files={"name": (None, "x"), "hub_id": (None, "org/adapter")})
     assert hub.status_code == 403
     header = {"Content-Type": "multipart/form-data; boundary=x"}
-    cut = b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\nx'
-    for body in (b"", b"nonsense", cut):
-        assert admin.post("/v1/adapters", content=body, headers=header).status_code == 400
+    parts = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content)
+        for name, content in {"name": b"x", **both}.items()
+    )
+    for body, told in (
+        (b"", "closing boundary"),
+        (b"nonsense", "cannot be read"),
+        (parts, "closing boundary"),
+    ):
+        cut = admin.post("/v1/adapters", content=body, headers=header)
+        assert cut.status_code == 400 and told in cut.json()["error"]["message"], cut.text
     assert admin.post("/v1/adapters", content=b"x").status_code == 400
     assert admin.post("/v1/adapters", json={"name": "x"}).status_code in (400, 422)
     assert admin.get("/v1/adapters/x").status_code == 404
@@ -187,7 +195,7 @@ def test_policy_of_one_adapter(admin: httpx.Client, adapters: dict[str, Path], s
 
 
 def test_a_tenant_does_not_bring_a_revoked_override_back(
-    server: Server, admin: httpx.Client, adapters: dict[str, Path]
+    server: Server, admin: httpx.Client, adapters: dict[str, Path], store: Path
 ) -> None:
     upload(admin, "acme/own", adapters["qv"])
     put, route = admin.put, "/v1/adapters/acme/own/policy"
@@ -198,8 +206,13 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(
         back = acme.post("/v1/adapters/acme/own/rollback", json={"version": 2})
         assert back.status_code == 200
         assert back.json()["policy"]["mode"] == "enforce" and not back.json()["override"]
+    # The gate enforces without an override, whatever is stored: a laxer server would take it from there.
+    live = NameStore(store).get("acme/own").live
+    assert (live.version, live.policy, live.override) == (4, {}, False)
     back = admin.post("/v1/adapters/acme/own/rollback", json={"version": 2})
     assert back.json()["policy"]["mode"] == "audit" and back.json()["override"]
+    live = NameStore(store).get("acme/own").live
+    assert live.policy["mode"] == "audit" and live.override
 
 
 def test_long_json_bodies_are_not_read(server: Server, admin: httpx.Client) -> None:

@@ -54,7 +54,8 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     GuardError: (503, "ServiceUnavailableError"),
     NotServing: (503, "ServiceUnavailableError"),
 }
-_PATH = re.compile(r"(?<!\S)/\S*")
+# In quotes up to the closing one, with its spaces; else up to a space, without the punctuation before that.
+_PATH = re.compile(r"""(?P<quote>['"`])/.*?(?P=quote)(?!\w)|(?<![\w/])/\S*?(?=[]\[(){}<>'"`,;:.]*(?:\s|$))""")
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": "1"},
@@ -74,7 +75,7 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     message = str(error)
     if status >= 500 and not ((who := caller()) and who.kind == "admin"):
         logger.error("%s", message)
-        message = _PATH.sub("(a path)", message)
+        message = _PATH.sub(r"\g<quote>(a path)\g<quote>", message)
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
         body["reasons"] = error.codes

@@ -143,7 +143,9 @@ async def receive(
         await asyncio.to_thread(parser.finalize)
         fields = form.fields()
     except (ClientDisconnect, UnicodeDecodeError, ValueError) as error:  # MultipartParseError is a ValueError
-        raise UsageError(f"the multipart body cannot be read: {error or 'the client went away'}") from error
+        raise UsageError(
+            f"the multipart body cannot be read: {str(error) or 'the client went away'}"
+        ) from error
     except OSError as error:
         raise GateUnavailable(f"the adapter store cannot be written ({error.strerror}); try later") from error
     finally:

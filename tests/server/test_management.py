@@ -1,0 +1,278 @@
+"""Changes that callers make, with the real gate, stores, quotas and audit log.
+
+The engine only notes what it is asked. No server is started: of vLLM, only what the package imports is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.server import GateService, _Handler, _Server
+from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.records import KEPT_VERSIONS
+from safelora_vllm.tenants.keys import KeyRing
+from safelora_vllm.tenants.principal import Principal
+from tests.tiny import Q0, Draft, lora, lora_config
+
+SECRET = "the tenant's long secret"
+ADMIN = Principal("admin", "admin/ops")
+
+
+@dataclass
+class Engine:
+    """Notes what the pool asks of vLLM's engine client. together: loads that wait for each other."""
+
+    socket: str
+    state: dict[str, Any]
+    loaded: list[LoRARequest] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)
+    together: asyncio.Barrier | None = None
+    errored = False
+
+    @property
+    def engine_core(self) -> Any:
+        return SimpleNamespace(core_engines=["one"], _call_utility_async=self._attest)
+
+    @property
+    def output_processor(self) -> Any:
+        return SimpleNamespace(request_states={})
+
+    async def _attest(self, *_: object, **__: object) -> list[dict[str, Any]]:
+        names = ("projectors", "policy")
+        return [{"guarded": True, "socket": self.socket, "lost": [], **{n: self.state[n] for n in names}}]
+
+    async def add_lora(self, request: LoRARequest) -> bool:
+        self.loaded.append(request)
+        if self.together is not None:
+            await self.together.wait()
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.removed.append(lora_id)
+        return True
+
+
+@dataclass
+class Place:
+    """A running gate with its store, and the keys file that callers are told apart by."""
+
+    gate: GateConfig
+    service: GateService
+    keys: Path
+
+    def tenant(self, **limits: int) -> Principal:
+        """Who has the tenant's key, when the keys file has these limits."""
+        lines = "".join(f"{name} = {value}\n" for name, value in limits.items())
+        self.keys.touch(0o600)
+        self.keys.write_text(f'[tenants.acme]\n{lines}[tenants.acme.keys]\nci = "{SECRET}"\n')
+        return KeyRing.open(self.keys, None, []).identify(SECRET)
+
+    @asynccontextmanager
+    async def manager(self) -> AsyncIterator[tuple[Manager, Engine]]:
+        """Another API server on this store."""
+        engine = Engine(self.gate.socket, self.service.state())
+        models = SimpleNamespace(lora_requests={}, is_base_model=lambda name: name == "base")
+        reconciler = await Reconciler.start(engine, models)
+        try:
+            yield Manager(reconciler, AuditLog(Path(self.gate.store) / "audit"), models.is_base_model), engine
+        finally:
+            await reconciler.stop()
+
+    def audit(self) -> list[tuple[str, str, str, list[str]]]:
+        """Action, adapter, decision and reasons of each entry."""
+        entries = AuditLog(Path(self.gate.store) / "audit").read()
+        return [(e["action"], e["adapter"], e["decision"], e.get("reasons", [])) for e in entries]
+
+    def kept(self) -> set[str]:
+        """Digests of the contents that the store keeps."""
+        return {path.parent.name for path in Path(self.gate.store).glob(f"raw/*/{WEIGHTS}")}
+
+
+@pytest.fixture
+def place(cache: ProjectorCache, tmp_path: Path) -> Iterator[Place]:
+    config = GateConfig(
+        socket=str(tmp_path / "gate.sock"), projectors=str(cache.folder), store=str(tmp_path / "store"),
+        model="not compared", policy={"method": "safe-lora"}, trust_served_model=True,
+    )  # fmt: skip
+    service = GateService(config)
+    with _Server(config.socket, type("Handler", (_Handler,), {"service": service})) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield Place(config, service, tmp_path / "keys.toml")
+        server.shutdown()
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[Path]:
+    """Of one size, but each with other weights."""
+    return [Draft(tensors=lora(seed=seed)).write(tmp_path / str(seed)) for seed in range(3)]
+
+
+def size(folder: Path) -> int:
+    """Bytes of both files."""
+    return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+
+
+def test_max_bytes_from_the_keys_file_to_the_audit_log(place: Place, adapters: list[Path]) -> None:
+    one, two, three = adapters
+    tenant = place.tenant(max_bytes=2 * size(one))
+
+    async def use() -> None:
+        async with place.manager() as (manager, engine):
+            await manager.add(tenant, "acme/1", one)
+            await manager.add(tenant, "acme/2", two)
+            kept = place.kept()
+            assert len(kept) == 2
+            with pytest.raises(QuotaExceeded, match=f"has {size(three):,} bytes, 0 are left of max_bytes"):
+                await manager.add(tenant, "acme/3", three)
+            assert place.kept() == kept and len(engine.loaded) == 2, "nothing was stored or loaded"
+            await manager.add(tenant, "acme/3", one)  # content that is there costs nothing
+            with pytest.raises(QuotaExceeded):  # the version before stays, so it counts
+                await manager.add(tenant, "acme/2", three, replace=True)
+            await manager.remove(tenant, "acme/2")
+            await manager.add(tenant, "acme/2", three)
+            await manager.add(ADMIN, "acme/4", two)  # an operator may
+            with pytest.raises(QuotaExceeded, match="0 are left"):
+                await manager.add(tenant, "acme/5", Draft(lora_config(lora_alpha=4)).write(two.parent / "5"))
+        assert sorted(manager.reconciler.registry) == ["acme/1", "acme/2", "acme/3", "acme/4"]
+
+    asyncio.run(use())
+    assert place.audit() == [
+        ("upload", "acme/1", "accepted", []),
+        ("upload", "acme/2", "accepted", []),
+        ("upload", "acme/3", "refused", ["quota"]),
+        ("upload", "acme/3", "accepted", []),
+        ("upload", "acme/2", "refused", ["quota"]),
+        ("delete", "acme/2", "removed", []),
+        ("upload", "acme/2", "accepted", []),
+        ("upload", "acme/4", "accepted", []),
+        ("upload", "acme/5", "refused", ["quota"]),
+    ]
+
+
+@pytest.mark.parametrize("limit", ["max_bytes", "max_adapters"])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_two_names_at_once_do_not_exceed_a_quota_together(
+    servers: int, limit: str, place: Place, adapters: list[Path]
+) -> None:
+    """Each is judged while the other has no name yet, in one API server process or in two."""
+    tenant = place.tenant(**{limit: size(adapters[0]) if limit == "max_bytes" else 1})
+
+    async def use() -> None:
+        async with place.manager() as first, place.manager() as second:
+            used = [first, first] if servers == 1 else [first, second]
+            together = asyncio.Barrier(2)
+            for _, engine in used:
+                engine.together = together
+            adding = (
+                manager.add(tenant, f"acme/{number}", adapters[number])
+                for number, (manager, _) in enumerate(used)
+            )
+            outcomes = await asyncio.gather(*adding, return_exceptions=True)
+            over = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
+            assert len(over) == 1, "one of them is over the quota"
+            refused = over[0]
+            assert isinstance(outcomes[refused], QuotaExceeded) and limit in str(outcomes[refused])
+            manager, engine = used[refused]
+            assert list(manager.reconciler.names.all()) == [f"acme/{1 - refused}"]
+            ids = {request.lora_name: request.lora_int_id for request in engine.loaded}
+            assert engine.removed == [ids[f"acme/{refused}"]], "its weights are freed"
+            assert ("upload", f"acme/{refused}", "refused", ["quota"]) in place.audit()
+
+    asyncio.run(use())
+
+
+def test_one_name_at_once_by_two_servers_is_changed_by_one(place: Place, adapters: list[Path]) -> None:
+    tenant = place.tenant()
+
+    async def both(call: Callable[[Manager, int], Awaitable[object]], error: type[Exception]) -> None:
+        async with place.manager() as (one, first), place.manager() as (other, second):
+            first.together = second.together = asyncio.Barrier(2)
+            outcomes = await asyncio.gather(call(one, 0), call(other, 1), return_exceptions=True)
+            assert sum(isinstance(outcome, error) for outcome in outcomes) == 1, outcomes
+            assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 1
+
+    def add(replace: bool) -> Callable[[Manager, int], Awaitable[object]]:
+        return lambda manager, n: manager.add(tenant, "acme/x", adapters[n], replace=replace)
+
+    asyncio.run(both(add(False), AlreadyLoaded))
+    asyncio.run(both(add(True), ChangedMeanwhile))
+
+
+def test_the_oldest_of_ten_versions_makes_room_for_another(place: Place, tmp_path: Path) -> None:
+    drafts = [Draft(tensors=lora([Q0], seed=seed)) for seed in range(KEPT_VERSIONS + 2)]
+    *folders, other = (draft.write(tmp_path / str(number)) for number, draft in enumerate(drafts))
+    tenant = place.tenant(max_bytes=KEPT_VERSIONS * size(other))
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            for folder in folders:
+                await manager.add(tenant, "acme/x", folder, replace=True)
+            record = await manager.versions(tenant, "acme/x")
+            assert [version.version for version in record.versions] == list(range(2, KEPT_VERSIONS + 2))
+            back = await manager.roll_back(tenant, "acme/x", 2)
+            assert back.version is not None and back.version.version == KEPT_VERSIONS + 2
+            with pytest.raises(QuotaExceeded):
+                await manager.add(tenant, "acme/y", other)
+
+    asyncio.run(use())
+
+
+def test_a_lowered_quota_holds_for_what_comes_next(place: Place, adapters: list[Path]) -> None:
+    """Also for a rollback, which stores nothing new: it would serve a rank that is not allowed any more."""
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            await manager.add(place.tenant(max_rank=4), "acme/x", adapters[0])
+            await manager.add(place.tenant(max_rank=4), "acme/x", adapters[1], replace=True)
+            low = place.tenant(max_rank=3)
+            with pytest.raises(QuotaExceeded, match="rank 4, max_rank is 3"):
+                await manager.add(low, "acme/y", adapters[0])
+            with pytest.raises(QuotaExceeded, match="4 would be needed of max_rank 3"):
+                await manager.roll_back(low, "acme/x", 1)
+            assert manager.reconciler.names.all()["acme/x"].current == 2
+
+    asyncio.run(use())
+    assert place.audit()[2:] == [
+        ("upload", "acme/y", "refused", ["quota"]),
+        ("rollback", "acme/x", "refused", ["quota"]),
+    ]
+
+
+def test_a_tenant_does_not_bring_a_revoked_override_back(place: Place, adapters: list[Path]) -> None:
+    """Neither into force nor into the record, from which a later and laxer server would take it."""
+    tenant, lax = place.tenant(), {"mode": "audit"}
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            names = manager.reconciler.names
+            await manager.add(tenant, "acme/x", adapters[0])
+            await manager.set_policy(ADMIN, "acme/x", lax, True, "a test of ours")
+            overridden = names.all()["acme/x"].live
+            assert overridden.policy["mode"] == "audit" and overridden.override
+            await manager.set_policy(ADMIN, "acme/x", {}, False, "")
+            back = await manager.roll_back(tenant, "acme/x", 2)
+            live = names.all()["acme/x"].live
+            assert back.current().report.policy.mode == "enforce"
+            assert (live.version, live.policy, live.override, live.underlying) == (4, {}, False, {})
+            back = await manager.roll_back(ADMIN, "acme/x", 2)
+            live = names.all()["acme/x"].live
+            assert back.current().report.policy.mode == "audit"
+            assert (live.policy, live.override) == (overridden.policy, True)
+
+    asyncio.run(use())

@@ -1,0 +1,202 @@
+"""What a worker takes from a store that other servers may write to, and where its gate listens.
+
+The guard has its parts of a real start (store, settings, state, gate), but no vLLM around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelora_vllm.adapters.read import WEIGHTS
+from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.gate.admit import GateSettings, admit
+from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.server import GateService
+from safelora_vllm.integration.worker.guard import WorkerGuard, _private_folder
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import Report
+from safelora_vllm.settings import ServerSettings
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from tests.tiny import Draft
+
+OWN = {"method": "safe-lora", "select": "number", "number": 5, "max_relative_norm": 0.9}
+LAXER: list[dict[str, Any]] = [
+    {"mode": "audit"}, {"number": 4}, {"max_relative_norm": 1.0}, {"max_total_norm": 1.1},
+    {"method": "input-removal", "select": "all"}, {"select": "threshold", "threshold": 1.0},
+]  # fmt: skip
+
+
+class InThisProcess:
+    """A gate's client without a socket."""
+
+    def __init__(self, service: GateService) -> None:
+        self._service = service
+
+    def call(self, operation: str, **values: Any) -> Any:
+        return getattr(self._service, operation)(**values)
+
+
+@dataclasses.dataclass
+class Host:
+    """A worker's guard, its gate, and an adapter that was uploaded."""
+
+    guard: WorkerGuard
+    service: GateService
+    cache: ProjectorCache
+    store: PublishedStore
+    adapter: Path
+
+    def published(self, cache: ProjectorCache | None = None, **policy: Any) -> str:
+        """The key of a copy that another server made in the same store."""
+        settings = GateSettings(cache or self.cache, Policy(**{**OWN, **policy}))
+        key = admit(self.adapter, "tenant", settings, self.store).key
+        assert key is not None
+        return key
+
+    def check(self, key: str) -> None:
+        """What the worker does before it loads a copy, twice: it may not pass at the second look either."""
+        for _ in range(2):
+            self.guard._check_copy(key, "tenant")
+
+
+@pytest.fixture
+def host(cache: ProjectorCache, tmp_path: Path) -> Host:
+    root = str(tmp_path / "store")
+    service = GateService(
+        GateConfig("unused", str(cache.folder), root, "not compared", policy=OWN, trust_served_model=True)
+    )
+    guard: WorkerGuard = object.__new__(WorkerGuard)
+    guard._settings, guard._store = ServerSettings(str(cache.folder), root), PublishedStore(root)
+    guard._client, guard._sound, guard.state = InThisProcess(service), {}, service.state()
+    return Host(guard, service, cache, PublishedStore(root), Draft().write(tmp_path / "adapter"))
+
+
+def refused(host: Host, key: str, told: str) -> None:
+    for _ in range(2):
+        with pytest.raises(GuardError, match=f"safelora://{key} was made {told} than this server's"):
+            host.guard._check_copy(key, "tenant")
+
+
+@pytest.mark.parametrize("stricter", [{}, {"select": "all"}, {"number": 6}, {"max_total_norm": 0.9}], ids=str)
+def test_a_copy_by_rules_as_strict_is_taken(stricter: dict[str, Any], host: Host) -> None:
+    host.check(host.published(**stricter))
+
+
+@pytest.mark.parametrize("laxer", LAXER, ids=str)
+def test_a_copy_by_laxer_rules_is_not_taken(laxer: dict[str, Any], host: Host) -> None:
+    refused(host, host.published(**laxer), "by less strict rules")
+
+
+def test_a_copy_made_with_other_projectors_is_not_taken(
+    host: Host, build_cache: Callable[[str, str], Path]
+) -> None:
+    """Not even by the same rules: another pair's projectors would let anything through."""
+    other = ProjectorCache(build_cache("bfloat16", "dense"))
+    refused(host, host.published(cache=other), "with other projectors")
+    refused(host, host.published(cache=other, select="all"), "with other projectors")
+
+
+def test_a_copy_of_a_refused_adapter_is_not_taken(host: Host) -> None:
+    key = host.published()
+    report, folder = host.store.find(key), host.store.path(key)
+    assert isinstance(report, Report)
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "report.json"}
+    forged = "f" * 64
+    host.store.publish(forged, files, dataclasses.replace(report, accepted=False))
+    refused(host, forged, "with other projectors")
+
+
+@pytest.mark.parametrize("current", [True, False])
+@pytest.mark.parametrize("same", ["", "key", "override"])
+def test_an_override_in_a_record_is_for_its_copy_only(same: str, current: bool, host: Host) -> None:
+    """Of any version of the record, since an older one may still be in flight."""
+    key = host.published(**LAXER[0])
+    version = Version(
+        0, "a" * 64, 1, 4, 0.0, "ops",
+        override=same != "key", key=key if same != "override" else "b" * 64,
+    )  # fmt: skip
+    record = AdapterRecord("acme/x").with_version(version)
+    if not current:
+        record = record.with_version(Version(0, "c" * 64, 1, 4, 0.0, "acme"))
+    NameStore(host.store.root).update("acme/x", lambda _: record)
+    if same:
+        refused(host, key, "by less strict rules")
+    else:
+        host.check(key)
+
+
+def test_the_gate_vouches_for_an_override_that_has_no_record_yet(host: Host) -> None:
+    laxer = {**OWN, **LAXER[0]}
+    key = host.published(**LAXER[0])
+    refused(host, key, "by less strict rules")
+    answer = host.service.admit(str(host.adapter), "tenant", laxer, override=True)
+    assert answer["key"] != key, "the gate's settings have a model's name"
+    host.check(answer["key"])
+    refused(host, key, "by less strict rules")
+
+
+def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> None:
+    key = host.published()
+    host.check(key)
+    file = host.store.path(key) / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(GateUnavailable, match="missing or damaged"):
+        host.guard._check_copy(key, "tenant")
+    file.unlink()
+    with pytest.raises(GateUnavailable, match="missing or damaged"):
+        host.guard._check_copy(key, "tenant")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the gate's socket would be."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"safelora-{os.getuid()}-instance"
+
+
+def test_the_sockets_folder_is_made_for_this_user_only(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert _private_folder("instance") == folder
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert _private_folder("instance") == folder, "the other workers of this host"
+
+
+@pytest.mark.parametrize("mode", [0o710, 0o720, 0o740, 0o701, 0o702, 0o704, 0o777, 0o1777], ids=oct)
+def test_a_sockets_folder_that_others_can_enter_is_refused(mode: int, folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(GuardError, match="is open to other users; remove it and start again"):
+        _private_folder("instance")
+    folder.chmod(0o700)
+    _private_folder("instance")
+
+
+def test_a_sockets_folder_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the other user: it makes a folder with the name that is that of uid + 1."""
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    folder.with_name(f"safelora-{uid + 1}-instance").mkdir(mode=0o700)
+    with pytest.raises(GuardError, match=f"safelora-{uid + 1}-instance is open to other users"):
+        _private_folder("instance")
+
+
+def test_a_link_in_the_place_of_the_sockets_folder_is_refused(folder: Path) -> None:
+    """Whoever owns the link could let it lead elsewhere later, though it leads to a private folder now."""
+    private = folder.with_name("private")
+    private.mkdir(mode=0o700)
+    folder.symlink_to(private)
+    with pytest.raises(GuardError, match="is open to other users"):
+        _private_folder("instance")

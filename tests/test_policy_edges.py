@@ -1,0 +1,50 @@
+"""A policy at its edges: what another method leaves alone, all modules, and what a refusal says in full."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from safelora_vllm.errors import PolicyError
+from safelora_vllm.policy import METHOD_NAMES, Policy
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_another_method_leaves_caps_mode_and_choices_as_they_are(method: str) -> None:
+    own = {"threshold": 0.5, "number": 3, "max_relative_norm": 0.5, "max_total_norm": 0.25, "mode": "audit"}
+    for before in METHOD_NAMES:
+        assert Policy(method=before, **own).with_values({"method": method}) == Policy(method=method, **own)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(method: str) -> None:
+    modules: dict[str, float | None] = {f"m{n:02}": n / 20 for n in range(20)}
+    everything = Policy(method=method, select="all", number=3, threshold=0.2)
+    assert everything.selects({**modules, "zero": None}) == set(modules)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "none"}, "method is 'none'; choose one of safe-lora, input-removal, csulora"),
+        ({"select": "some"}, "select is 'some'; choose one of threshold, number, all"),
+        ({"mode": "off"}, "mode is 'off'; choose one of enforce, audit"),
+        ({"threshold": 2}, "threshold is 2; give a number from -1 to 1"),
+        ({"energy": -0.1}, "energy is -0.1; give a number from 0 to 1"),
+        ({"max_relative_norm": math.inf}, "max_relative_norm is inf; give a finite number of 0 or more"),
+        ({"max_total_norm": True}, "max_total_norm is True; give a finite number of 0 or more"),
+        ({"number": -1}, "number is -1; give a whole number of modules, 0 or more"),
+    ],
+)
+def test_a_value_that_is_not_valid_is_told_in_full(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as told:
+        Policy.from_mapping(values)
+    assert str(told.value) == message
+
+
+def test_a_value_that_projects_nothing_is_told_in_full() -> None:
+    with pytest.raises(PolicyError) as told:
+        Policy(energy=0.0).check_effective(["energy"])
+    assert str(told.value) == "with energy 0 nothing is projected; if that is meant, choose mode 'audit'"
