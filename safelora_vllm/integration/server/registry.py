@@ -26,7 +26,7 @@ from watchfiles import awatch
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
-from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.metrics import AdapterCollector, ServedAdapter
 from safelora_vllm.integration.server.visibility import ServingMap
