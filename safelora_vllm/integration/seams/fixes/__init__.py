@@ -17,6 +17,7 @@ from safelora_vllm.integration.seams.fixes.clean_blocks import CLEAN_BLOCKS
 from safelora_vllm.integration.seams.fixes.fix import Fix
 from safelora_vllm.integration.seams.fixes.head import HEAD
 from safelora_vllm.integration.seams.fixes.mixes import MIXES
+from safelora_vllm.integration.seams.fixes.prefix_cache import PREFIX_CACHE
 from safelora_vllm.integration.seams.fixes.ranks import RANKS
 from safelora_vllm.integration.seams.fixes.unmapped import UNMAPPED
 from safelora_vllm.integration.seams.fixes.versions import VERSIONS
@@ -24,7 +25,7 @@ from safelora_vllm.integration.seams.fixes.versions import VERSIONS
 logger = logging.getLogger("vllm.safelora.fixes")
 
 SWITCH = "SAFELORA_VLLM_FIXES"
-FIXES = (BASE_ROWS, CLEAN_BLOCKS, UNMAPPED, RANKS, VERSIONS, HEAD, MIXES)
+FIXES = (BASE_ROWS, CLEAN_BLOCKS, PREFIX_CACHE, UNMAPPED, RANKS, VERSIONS, HEAD, MIXES)
 
 
 def chosen(version: tuple[int, int]) -> tuple[Fix, ...]:
