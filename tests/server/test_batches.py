@@ -12,8 +12,8 @@ from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.integration.plugin import register
-from safelora_vllm.integration.seams import slot_operators
-from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams.fixes import slot_operators
+from safelora_vllm.integration.seams.fixes.fix import original
 
 ROWS, SLOTS, RANK, WIDTH = 5, 3, 4, 16
 INDICES = torch.tensor([0, -1, 2, 1, -1])
@@ -40,8 +40,8 @@ def test_rows_of_the_base_model_get_no_adapter() -> None:
 
 
 def test_vllm_still_gives_them_the_last_slot() -> None:
-    """Fails when vLLM masks these rows itself: then the seam can go."""
-    assert shrink(seams.vllm_shrink).any()
+    """Fails when vLLM masks these rows itself: then the fix can go."""
+    assert shrink(original(lora_ops, "bgmv_shrink")).any()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
@@ -73,7 +73,7 @@ def test_operators_give_what_each_rows_own_slot_does(rows: int, slots: list[int]
 
 
 def test_vllm_still_copies_weights_for_each_row() -> None:
-    """Fails when vLLM multiplies the rows of one slot together: then the seam can go."""
+    """Fails when vLLM multiplies the rows of one slot together: then the fix can go."""
     rows, width = 512, 256
     weights = torch.zeros(SLOTS, 1, width, 16)
 
@@ -84,7 +84,7 @@ def test_vllm_still_copies_weights_for_each_row() -> None:
         return max(event.self_cpu_memory_usage for event in trace.key_averages())
 
     copied = rows * weights[0].nbytes
-    assert largest(seams.vllm_expand) >= copied
+    assert largest(original(lora_ops, "bgmv_expand_slice")) >= copied
     assert largest(slot_operators.expand_slice) < copied / 8
 
 
@@ -92,3 +92,9 @@ def test_two_versions_of_one_name_are_two_adapters() -> None:
     register()
     old, new = LoRARequest("tenant", 1, "safelora://a"), LoRARequest("tenant", 2, "safelora://b")
     assert len({old, new, LoRARequest("tenant", 2, "safelora://b")}) == 2
+
+
+def test_vllm_still_takes_them_for_one() -> None:
+    """Fails when vLLM compares ids: then the fix can go."""
+    same = original(LoRARequest, "__eq__")
+    assert same(LoRARequest("tenant", 1, "safelora://a"), LoRARequest("tenant", 2, "safelora://b"))

@@ -40,7 +40,7 @@ def test_another_requests_nan_is_zeroed(answers: dict[str, Any]) -> None:
 
 
 def test_vllm_still_reads_it(answers: dict[str, Any]) -> None:
-    """Fails when vLLM's attention leaves it out itself: then the seam can go."""
+    """Fails when vLLM's attention leaves it out itself: then the fix can go."""
     assert answers["left"] != answers["clean"]
 
 
@@ -50,5 +50,5 @@ def test_log_probabilities_of_prompts(answers: dict[str, Any]) -> None:
 
 
 def test_vllm_still_fails_on_them(answers: dict[str, Any]) -> None:
-    """Fails when vLLM takes the right rows: then the seam can go."""
+    """Fails when vLLM takes the right rows: then the fix can go."""
     assert "error" in answers["not judged"]

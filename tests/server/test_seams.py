@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi import APIRouter, FastAPI
@@ -17,70 +17,76 @@ from starlette.routing import Route
 
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration import plugin
-from safelora_vllm.integration.seams import checks as seam_checks
-from safelora_vllm.integration.seams import worker as seams
-from safelora_vllm.integration.seams.table import SEAMS, Hold, Seam
+from safelora_vllm.integration.seams import checks, server, worker
+from safelora_vllm.integration.seams.fixes import SWITCH
+from safelora_vllm.integration.seams.table import Requirement, Seam, Side
 from safelora_vllm.integration.server.middleware import AccessMiddleware
-from safelora_vllm.integration.server.visibility import ServingMap
+from safelora_vllm.integration.server.visibility import CallersRequests
 
-HOLDS = [pytest.param(seam, hold, id=f"{seam.name}-{hold.target}") for seam in SEAMS for hold in seam.holds]
+SIDES = get_args(Side)
+SEAMS = [seam for side in SIDES for seam in checks.seams(side)]
+ALL = [
+    pytest.param(seam, requirement, id=f"{seam.name}-{requirement.target}")
+    for seam in SEAMS
+    for requirement in seam.requirements
+]
 # The others only have to be there.
-WITH_NEEDS = [p for p in HOLDS if p.values[1] != Hold(p.values[1].module, p.values[1].target)]
-SIDES = ("worker", "server", "command")
+WITH_NEEDS = [p for p in ALL if p.values[1] != Requirement(p.values[1].module, p.values[1].target)]
 
 
-def places(hold: Hold) -> Iterator[Hold]:
+def places(requirement: Requirement) -> Iterator[Requirement]:
     """Where this vLLM has it: here, in its older place, or in both, one importing it from the other."""
-    for place in (hold, hold.older):
-        if place is not None and not seam_checks._problem(place):
+    for place in (requirement, requirement.formerly):
+        if place is not None and not checks._problem(place):
             yield place
 
 
-def expectation(seam: Seam, hold: Hold) -> Any:
+def expectation(seam: Seam, requirement: Requirement) -> Any:
     """Raises GuardError with the seam's and the target's names."""
     return pytest.raises(
-        GuardError, match=f"seam {seam.name!r}: .*{re.escape(hold.target)} (is not|takes|does not|has)"
+        GuardError, match=f"seam {seam.name!r}: .*{re.escape(requirement.target)} (is not|takes|does not|has)"
     )
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_this_vllm_has_them_all(side: seam_checks.Side) -> None:
-    seam_checks.check(side)
+def test_this_vllm_has_them_all(side: Side) -> None:
+    checks.check(side)
 
 
 def test_every_seam_belongs_to_a_side() -> None:
     assert {seam.side for seam in SEAMS} == set(SIDES)
-    assert all(seam.holds and seam.why and seam.until for seam in SEAMS)
+    assert len({seam.name for seam in SEAMS}) == len(SEAMS)
+    assert all(seam.requirements and seam.why and seam.until for seam in SEAMS)
 
 
-@pytest.mark.parametrize(("seam", "hold"), HOLDS)
-def test_one_that_is_gone(seam: Seam, hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in list(places(hold)):
+@pytest.mark.parametrize(("seam", "requirement"), ALL)
+def test_one_that_is_gone(seam: Seam, requirement: Requirement, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in list(places(requirement)):
         real, without = import_module(place.module), ModuleType(place.module)
         removed = (place.target.split(".")[0], "__getattr__")
         vars(without).update({name: value for name, value in vars(real).items() if name not in removed})
         monkeypatch.setitem(sys.modules, place.module, without)
-    with expectation(seam, hold):
-        seam_checks.check_seams(seam.side)
+    with expectation(seam, requirement):
+        checks.check_seams(seam.side)
 
 
-@pytest.mark.parametrize(("seam", "hold"), WITH_NEEDS)
-def test_one_that_changed(seam: Seam, hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seam", "requirement"), WITH_NEEDS)
+def test_one_that_changed(seam: Seam, requirement: Requirement, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another signature, another body, another class in its place."""
-    if hold.fields or hold.lacks:
-        changed: object = type("Changed", (), dict.fromkeys(hold.lacks))
+    if requirement.annotations or requirement.inherits:
+        changed: object = type("Changed", (), dict.fromkeys(requirement.inherits))
     else:
 
         def changed(other: object) -> None: ...
 
-    for place in list(places(hold)):
+    for place in list(places(requirement)):
         owner = import_module(place.module)
         *path, name = place.target.split(".")
         for part in path:
             owner = getattr(owner, part)
         monkeypatch.setattr(owner, name, changed)
-    with expectation(seam, hold):
-        seam_checks.check_seams(seam.side)
+    with expectation(seam, requirement):
+        checks.check_seams(seam.side)
 
 
 def test_all_that_changed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +96,23 @@ def test_all_that_changed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(WorkerLoRAManager, "set_active_adapters")
     with pytest.raises(GuardError, match=r"seam 'load'.*seam 'step'.*docs/compatibility.md"):
         plugin.register()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_wrong_switch_of_the_fixes_stops_the_start(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    with pytest.raises(GuardError, match=f"{SWITCH}='off' is not a valid switch"):
+        checks.check(side)
+
+
+def test_a_fix_that_is_switched_off_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    monkeypatch.setattr(PrometheusStatLogger, "record", lambda: None)
+    with pytest.raises(GuardError, match="seam 'mixes'"):
+        checks.check("worker")
+    monkeypatch.setenv(SWITCH, "0")
+    checks.check("worker")
 
 
 def test_the_api_side_raises_where_vllm_does_not_swallow_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,25 +127,25 @@ def test_the_api_side_raises_where_vllm_does_not_swallow_it(monkeypatch: pytest.
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.33.0", "1.0", "dev"])
 def test_unknown_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(seam_checks.ALLOW_UNTESTED, raising=False)
+    monkeypatch.delenv(checks.ALLOW_UNTESTED, raising=False)
     with pytest.raises(GuardError, match=r"outside of the range 0\.28 to 0\.32"):
-        seam_checks.check_version(version)
-    monkeypatch.setenv(seam_checks.ALLOW_UNTESTED, "1")
-    seam_checks.check_version(version)
+        checks.check_version(version)
+    monkeypatch.setenv(checks.ALLOW_UNTESTED, "1")
+    checks.check_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.28.0", "0.30.2rc1", "0.32.0+cpu"])
 def test_known_versions(version: str) -> None:
-    seam_checks.check_version(version)
+    checks.check_version(version)
 
 
 def test_a_replaced_manager_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker import lora_model_runner_mixin
 
-    monkeypatch.setattr(seams, "_original_load", None)
+    monkeypatch.setattr(worker, "_original_load", None)
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", type("Other", (), {}))
     with pytest.raises(GuardError, match="another plugin has replaced"):
-        seams.install(object, dict)
+        worker.install(object, dict)
 
 
 def test_a_replaced_map_is_not_guarded() -> None:
@@ -130,9 +153,9 @@ def test_a_replaced_map_is_not_guarded() -> None:
         lora_requests: dict[str, Any] = {}  # noqa: RUF012
 
     models = Models()
-    assert seams.replace_map(models, ServingMap()) == {}
-    with pytest.raises(GuardError, match="ServingMap instead of a dict"):
-        seams.replace_map(models, ServingMap())
+    assert server.replace_map(models, CallersRequests({})) == {}
+    with pytest.raises(GuardError, match="CallersRequests instead of a dict"):
+        server.replace_map(models, CallersRequests({}))
 
 
 def test_callers_are_told_apart_outside_of_the_key_check() -> None:
@@ -143,11 +166,11 @@ def test_callers_are_told_apart_outside_of_the_key_check() -> None:
     for right in ([ours], [ours, keys]):
         app = FastAPI()
         app.user_middleware = right
-        seams.check_middleware(app, AccessMiddleware)
+        server.check_middleware(app, AccessMiddleware)
     for wrong in ([], [keys], [keys, ours]):
         app.user_middleware = wrong
         with pytest.raises(GuardError, match="seam 'middleware'"):
-            seams.check_middleware(app, AccessMiddleware)
+            server.check_middleware(app, AccessMiddleware)
 
 
 def test_our_routes_come_first() -> None:
@@ -158,5 +181,5 @@ def test_our_routes_come_first() -> None:
     async def ours() -> str:
         return "ours"
 
-    seams.attach_first(app, router)
+    server.attach_first(app, router)
     assert TestClient(app).get("/metrics").json() == "ours"

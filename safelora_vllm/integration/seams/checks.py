@@ -1,4 +1,4 @@
-"""Compares the vLLM of this process with `seam_table`, before the guard touches anything.
+"""Compares the vLLM of this process with `table` and `fixes`, before the guard touches anything.
 
 Imports no vllm by itself: what is missing there shall be said as a seam that changed.
 """
@@ -14,7 +14,8 @@ from types import CodeType
 from typing import Any
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.seams.table import SEAMS, Hold, Seam, Side
+from safelora_vllm.integration.seams import fixes
+from safelora_vllm.integration.seams.table import SEAMS, Requirement, Seam, Side
 
 OLDEST, NEWEST = (0, 28), (0, 32)
 ALLOW_UNTESTED = "SAFELORA_ALLOW_UNTESTED_VLLM"
@@ -36,11 +37,7 @@ def check_version(version: str) -> None:
     Raises:
         GuardError: outside of the range, and ``SAFELORA_ALLOW_UNTESTED_VLLM`` is not 1.
     """
-    try:
-        found = tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        found = (0, 0)
-    if not OLDEST <= found <= NEWEST and os.environ.get(ALLOW_UNTESTED) != "1":
+    if not OLDEST <= _release(version) <= NEWEST and os.environ.get(ALLOW_UNTESTED) != "1":
         oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
         raise GuardError(
             f"vLLM {version} is outside of the range {oldest} to {newest} that this release of "
@@ -54,9 +51,7 @@ def check_seams(side: Side) -> None:
     Raises:
         GuardError: names every seam that changed.
     """
-    changed = [
-        f"seam {seam.name!r}: {problem}" for seam in SEAMS if seam.side == side for problem in problems(seam)
-    ]
+    changed = [f"seam {seam.name!r}: {problem}" for seam in seams(side) for problem in problems(seam)]
     if changed:
         raise GuardError(
             f"vLLM {_version()} is not what safelora-vllm was written for, so it is not guarded and "
@@ -65,40 +60,50 @@ def check_seams(side: Side) -> None:
         )
 
 
+def seams(side: Side) -> tuple[Seam, ...]:
+    """What one side needs of the vLLM that is here: the guard's seams, and the fixes that it gets.
+
+    Raises:
+        GuardError: the switch of the fixes has a wrong value.
+    """
+    guarding = tuple(seam for seam in SEAMS if seam.side == side)
+    return (*guarding, *(fix for fix in fixes.chosen(release()) if fix.side == side))
+
+
 def problems(seam: Seam) -> Iterator[str]:
     """What is not as the seam needs it."""
-    for hold in seam.holds:
-        problem = _problem(hold)
-        if problem and hold.older and not _problem(hold.older):
+    for requirement in seam.requirements:
+        problem = _problem(requirement)
+        if problem and requirement.formerly and not _problem(requirement.formerly):
             continue
         if problem:
-            yield f"{hold.module}.{hold.target} {problem}"
+            yield f"{requirement.module}.{requirement.target} {problem}"
 
 
-def _problem(hold: Hold) -> str | None:
+def _problem(requirement: Requirement) -> str | None:
     try:
-        found: Any = import_module(hold.module)
-        for part in hold.target.split("."):
+        found: Any = import_module(requirement.module)
+        for part in requirement.target.split("."):
             found = getattr(found, part)
     except ImportError as error:
         return f"is not there ({error})"
     except AttributeError:
         return "is not there"
-    if hold.takes is not None:
+    if requirement.parameters is not None:
         parameters = tuple(inspect.signature(found).parameters)
-        expected = hold.takes
+        expected = requirement.parameters
         if expected[-1:] == ("...",):
             expected = expected[:-1]
             parameters = parameters[: len(expected)]
         if parameters != expected:
             return f"takes {', '.join(parameters)} instead of {', '.join(expected)}"
-    if missing := set(hold.stores) - _names(found, "STORE_ATTR"):
+    if missing := set(requirement.assigns) - _names(found, "STORE_ATTR"):
         return f"does not set {', '.join(sorted(missing))}"
-    if missing := set(hold.reads) - _names(found, None):
+    if missing := set(requirement.references) - _names(found, None):
         return f"does not use {', '.join(sorted(missing))}"
-    if hold.fields and (missing := set(hold.fields) - _fields(found)):
+    if requirement.annotations and (missing := set(requirement.annotations) - _fields(found)):
         return f"has no {', '.join(sorted(missing))}"
-    if own := set(hold.lacks) & set(vars(found)) if hold.lacks else set():
+    if own := set(requirement.inherits) & set(vars(found)) if requirement.inherits else set():
         return f"has its own {', '.join(sorted(own))}"
     return None
 
@@ -121,6 +126,19 @@ def _names(function: Any, operation: str | None) -> set[str]:
 
 def _fields(cls: Any) -> set[str]:
     return {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
+
+
+def release() -> tuple[int, int]:
+    """Major and minor version of the vLLM that is here; (0, 0) where its name does not say."""
+    return _release(_version())
+
+
+def _release(version: str) -> tuple[int, int]:
+    try:
+        major, minor = version.split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        return 0, 0
 
 
 def _version() -> str:

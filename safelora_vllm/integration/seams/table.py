@@ -1,7 +1,8 @@
-"""Every place where this package holds on to vLLM's internals, as data.
+"""Every place where the guard holds on to vLLM's internals, as data.
 
-`seam_checks` compares it with the vLLM of the running process before anything is used, and
-``.ci/check_seams`` with the sources of a vLLM that is not installed.
+`checks` compares it with the vLLM of the running process before anything is used, and ``.ci/check_seams``
+with the sources of a vLLM that is not installed. What the mended bugs of vLLM need stands with them, in
+`fixes`. Imports nothing, so that both can read it where neither vllm nor torch is installed.
 """
 
 from __future__ import annotations
@@ -11,48 +12,65 @@ from typing import Literal
 
 Side = Literal["worker", "server", "command"]
 
+ATTEST = "safelora_attest"  # the method that each worker gets, and the RPC's name
+
 
 @dataclass(frozen=True)
-class Hold:
+class Requirement:
     """One name of vLLM's, and what has to be true of it.
 
-    takes: a function's parameters; a last ``...`` stands for any others. stores: attributes that the
-    function sets. reads: names that its body refers to. fields: annotations in the class's body.
-    lacks: what the class must inherit. older: where it was before, looked at if it is not here.
+    Attributes:
+        module: where it is.
+        target: the name in the module, with dots for what is inside of a class.
+        parameters: a function's parameters; a last ``...`` stands for any others.
+        assigns: attributes that the function sets.
+        references: names that its body refers to.
+        annotations: names annotated in the class's body.
+        inherits: names that the class must inherit instead of having its own.
+        formerly: where it was in an older vLLM, looked at if it is not here.
     """
 
     module: str
     target: str
-    takes: tuple[str, ...] | None = None
-    stores: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    older: Hold | None = None
+    parameters: tuple[str, ...] | None = None
+    assigns: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    annotations: tuple[str, ...] = ()
+    inherits: tuple[str, ...] = ()
+    formerly: Requirement | None = None
 
 
 @dataclass(frozen=True)
 class Seam:
     """One thing that we do to vLLM or need of it.
 
-    side: who needs it: every process with the plugin, API servers, or ``safelora-vllm serve``.
-    until: when it can go.
+    Attributes:
+        name: how error messages call it.
+        side: who needs it: every process with the plugin, API servers, or ``safelora-vllm serve``.
+        why: what it is for.
+        until: when it can go.
+        requirements: what vLLM must have for it.
     """
 
     name: str
     side: Side
     why: str
     until: str
-    holds: tuple[Hold, ...]
+    requirements: tuple[Requirement, ...]
 
 
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
 _MANAGER = "vllm.lora.worker_manager"
-_TORCH_OPS = "vllm.lora.ops.torch_ops.lora_ops"
-_PUNICA = "vllm.lora.punica_wrapper.punica_cpu"
+_MODELS = "vllm.lora.model_manager"
+_ASYNC_LLM = "vllm.v1.engine.async_llm"
+_OUTPUTS = "vllm.v1.engine.output_processor"
+_SERVING_MODELS = "vllm.entrypoints.openai.models.serving"
+_SERVING = "vllm.entrypoints.serve.engine.serving"
 _SERVER_0_28 = "vllm.entrypoints.openai.api_server"
 _STATE = "vllm.entrypoints.launchers.api_server.app_state"
 _MIDDLEWARE = "vllm.entrypoints.serve.middleware.register"
+_ENDPOINT = "vllm.plugins.endpoint_plugins.interface"
+_COMMAND = "vllm.entrypoints.cli.serve"
 
 SEAMS = (
     Seam(
@@ -60,10 +78,16 @@ SEAMS = (
         "every runner builds its LoRA manager from this name, which the guarded one replaces",
         "vLLM lets plugins choose the manager",
         (
-            Hold(_MIXIN, "LoRAModelRunnerMixin.load_lora_model", stores=("lora_manager",),
-                 reads=("LRUCacheWorkerLoRAManager",)),
-            Hold(_MANAGER, "WorkerLoRAManager.__init__", takes=("self", "vllm_config", "device", "...")),
-            Hold(_MIXIN, "LRUCacheWorkerLoRAManager"),
+            Requirement(
+                _MIXIN, "LoRAModelRunnerMixin.load_lora_model",
+                assigns=("lora_manager",),
+                references=("LRUCacheWorkerLoRAManager",),
+            ),
+            Requirement(
+                _MANAGER, "WorkerLoRAManager.__init__",
+                parameters=("self", "vllm_config", "device", "..."),
+            ),
+            Requirement(_MIXIN, "LRUCacheWorkerLoRAManager"),
         ),
     ),
     Seam(
@@ -71,20 +95,16 @@ SEAMS = (
         "every real load passes here; managers that are not guarded refuse",
         "vLLM lets plugins choose the manager",
         (
-            Hold(_MANAGER, "WorkerLoRAManager._load_adapter", takes=("self", "lora_request")),
-            Hold(_MANAGER, "LRUCacheWorkerLoRAManager.add_adapter", takes=("self", "lora_request"),
-                 reads=("_load_adapter",)),
-            Hold(_MANAGER, "LRUCacheWorkerLoRAManager", lacks=("_load_adapter", "set_active_adapters")),
-        ),
-    ),
-    Seam(
-        "unmapped", "worker",
-        "weights have memory of their own: on a CPU vLLM leaves them mapped from the file",
-        "vLLM reads adapters without mapping them",
-        (
-            Hold("vllm.lora.lora_model", "safetensors"),
-            Hold("vllm.lora.lora_model", "LoRAModel.from_local_checkpoint",
-                 reads=("safetensors", "safe_open", "get_tensor")),
+            Requirement(_MANAGER, "WorkerLoRAManager._load_adapter", parameters=("self", "lora_request")),
+            Requirement(
+                _MANAGER, "LRUCacheWorkerLoRAManager.add_adapter",
+                parameters=("self", "lora_request"),
+                references=("_load_adapter",),
+            ),
+            Requirement(
+                _MANAGER, "LRUCacheWorkerLoRAManager",
+                inherits=("_load_adapter", "set_active_adapters"),
+            ),
         ),
     ),
     Seam(
@@ -92,8 +112,14 @@ SEAMS = (
         "tells a load in the step loop, where an error ends the engine, from one by request",
         "vLLM fails the request instead of the engine",
         (
-            Hold(_MANAGER, "WorkerLoRAManager.set_active_adapters", takes=("self", "requests", "mapping")),
-            Hold(_MIXIN, "LoRAModelRunnerMixin._set_active_loras", reads=("set_active_adapters",)),
+            Requirement(
+                _MANAGER, "WorkerLoRAManager.set_active_adapters",
+                parameters=("self", "requests", "mapping"),
+            ),
+            Requirement(
+                _MIXIN, "LoRAModelRunnerMixin._set_active_loras",
+                references=("set_active_adapters",),
+            ),
         ),
     ),
     Seam(
@@ -101,94 +127,19 @@ SEAMS = (
         "what a running request gets whose adapter cannot be read again",
         "vLLM fails the request instead of the engine",
         (
-            Hold("vllm.lora.model_manager", "LoRAModelManager.create_dummy_lora",
-                 takes=("self", "lora_id", "rank", "embedding_modules")),
-            Hold("vllm.lora.model_manager", "LoRAModelManager.get_dummy_lora_warmup_rank",
-                 takes=("self", "default_rank")),
-            Hold(_MANAGER, "WorkerLoRAManager.__init__", stores=("embedding_modules",)),
-            Hold(_MANAGER, "LRUCacheWorkerLoRAManager.create_lora_manager", stores=("_adapter_manager",)),
-        ),
-    ),
-    Seam(
-        "ranks", "worker",
-        "all ranks load an adapter or none; when one raises, vLLM leaves the others' answers unread",
-        "vLLM reads the answers of all ranks",
-        (
-            Hold("vllm.v1.executor.abstract", "Executor.add_lora", takes=("self", "lora_request")),
-            Hold("vllm.v1.executor.abstract", "Executor.collective_rpc",
-                 takes=("self", "method", "timeout", "args", "kwargs", "...")),
-            Hold("vllm.v1.executor.multiproc_executor", "MultiprocExecutor", lacks=("add_lora",)),
-            Hold("vllm.v1.worker.worker_base", "WorkerBase.add_lora", takes=("self", "lora_request")),
-            Hold("vllm.v1.worker.worker_base", "WorkerBase.remove_lora", takes=("self", "lora_id")),
-        ),
-    ),
-    Seam(
-        "base rows", "worker",
-        "rows of the base model have no adapter; vLLM's torch operators, used on CPUs, take the last slot's, "
-        "and copy a slot's weights for every row",
-        "0.33 is the oldest: it masks these rows; and vLLM multiplies the rows of one slot together",
-        (
-            Hold(_TORCH_OPS, "bgmv_shrink", takes=(
-                "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")),
-            Hold(_TORCH_OPS, "bgmv_expand", takes=(
-                "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "add_inputs")),
-            Hold(_TORCH_OPS, "bgmv_expand_slice", takes=(
-                "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "slice_offset",
-                "slice_size", "add_inputs")),
-            Hold(_TORCH_OPS, "sgmv_shrink", reads=("bgmv_shrink",)),
-            Hold(_TORCH_OPS, "sgmv_expand", reads=("bgmv_expand",)),
-            Hold(_TORCH_OPS, "sgmv_expand_slice", reads=("bgmv_expand_slice",)),
-            Hold(_PUNICA, "bgmv_shrink"),
-            Hold(_PUNICA, "bgmv_expand"),
-            Hold(_PUNICA, "bgmv_expand_slice"),
-            Hold(_PUNICA, "PunicaWrapperCPU._shrink_decode", reads=("bgmv_shrink",)),
-            Hold(_PUNICA, "PunicaWrapperCPU._expand_decode", reads=("bgmv_expand",)),
-            Hold(_PUNICA, "PunicaWrapperCPU._expand_slice_decode", reads=("bgmv_expand_slice",)),
-        ),
-    ),
-    Seam(
-        "head", "worker",
-        "no adapter changes the head; on CPUs vLLM adds its empty slots, and a request for its prompt's "
-        "log-probabilities ends the engine there",
-        "vLLM's CPU wrapper takes the rows of prompts",
-        (
-            Hold(_PUNICA, "PunicaWrapperCPU.add_lora_logits",
-                 takes=("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "...")),
-            Hold("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA._get_logits",
-                 reads=("add_lora_logits", "can_update_inplace")),
-        ),
-    ),
-    Seam(
-        "clean blocks", "worker",
-        "on CPUs blocks of the key-value cache are zeroed before they are used again: attention reads past "
-        "the end of a sequence, and NaN that one request left there would be another's",
-        "vLLM's attention on CPUs leaves out what is behind the end",
-        (
-            Hold("vllm.v1.kv_cache_interface", "KVCacheConfig.needs_kv_cache_zeroing"),
-            Hold("vllm.platforms", "__getattr__"),
-            Hold("vllm.platforms.interface", "Platform.is_cpu", takes=("self",)),
-            Hold("vllm.v1.core.sched.scheduler", "Scheduler.__init__", stores=("needs_kv_cache_zeroing",)),
-            Hold("vllm.v1.worker.cpu_model_runner", "CPUModelRunner._zero_block_ids",
-                 takes=("self", "block_ids")),
-        ),
-    ),
-    Seam(
-        "versions", "worker",
-        "two versions of a name in one batch are two adapters; vLLM compares names only",
-        "vLLM compares ids",
-        (
-            Hold("vllm.lora.request", "LoRARequest.__eq__", reads=("lora_name",)),
-            Hold("vllm.lora.request", "LoRARequest.__hash__", reads=("lora_name",)),
-        ),
-    ),
-    Seam(
-        "mixes", "worker",
-        "a series for every mix of adapters that ever ran together; only the newest is kept",
-        "vLLM removes old ones",
-        (
-            Hold("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", stores=("gauge_lora_info",)),
-            Hold("vllm.v1.metrics.loggers", "PrometheusStatLogger.record",
-                 reads=("gauge_lora_info", "labels")),
+            Requirement(
+                _MODELS, "LoRAModelManager.create_dummy_lora",
+                parameters=("self", "lora_id", "rank", "embedding_modules"),
+            ),
+            Requirement(
+                _MODELS, "LoRAModelManager.get_dummy_lora_warmup_rank",
+                parameters=("self", "default_rank"),
+            ),
+            Requirement(_MANAGER, "WorkerLoRAManager.__init__", assigns=("embedding_modules",)),
+            Requirement(
+                _MANAGER, "LRUCacheWorkerLoRAManager.create_lora_manager",
+                assigns=("_adapter_manager",),
+            ),
         ),
     ),
     Seam(
@@ -196,8 +147,10 @@ SEAMS = (
         "requests are rewritten to name the published copy",
         "never: public",
         (
-            Hold("vllm.lora.request", "LoRARequest",
-                 fields=("lora_name", "lora_int_id", "lora_path", "load_inplace")),
+            Requirement(
+                "vllm.lora.request", "LoRARequest",
+                annotations=("lora_name", "lora_int_id", "lora_path", "load_inplace"),
+            ),
         ),
     ),
     Seam(
@@ -205,14 +158,18 @@ SEAMS = (
         "what the gate is told about the model, and vLLM's own loading routes, which must be shut",
         "never: public",
         (
-            Hold("vllm.config.vllm", "VllmConfig", fields=(
-                "additional_config", "instance_id", "model_config", "load_config", "lora_config",
-                "weight_transfer_config")),
-            Hold("vllm.config.model", "ModelConfig", fields=("model", "revision")),
-            Hold("vllm.config.lora", "LoRAConfig", fields=("lora_dtype", "max_lora_rank")),
-            Hold("vllm.config.load", "LoadConfig", fields=("load_format",)),
-            Hold("vllm.envs", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
-            Hold("vllm", "envs"),
+            Requirement(
+                "vllm.config.vllm", "VllmConfig",
+                annotations=(
+                    "additional_config", "instance_id", "model_config", "load_config", "lora_config",
+                    "weight_transfer_config",
+                ),
+            ),
+            Requirement("vllm.config.model", "ModelConfig", annotations=("model", "revision")),
+            Requirement("vllm.config.lora", "LoRAConfig", annotations=("lora_dtype", "max_lora_rank")),
+            Requirement("vllm.config.load", "LoadConfig", annotations=("load_format",)),
+            Requirement("vllm.envs", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+            Requirement("vllm", "envs"),
         ),
     ),
     Seam(
@@ -220,9 +177,11 @@ SEAMS = (
         "a method that each worker gets, by which the API side asks whether it is guarded",
         "vLLM has a plugin RPC",
         (
-            Hold("vllm.v1.worker.worker_base", "WorkerBase.__init__", stores=("model_runner",)),
-            Hold("vllm.v1.engine.core", "EngineCore.collective_rpc",
-                 takes=("self", "method", "timeout", "args", "kwargs")),
+            Requirement("vllm.v1.worker.worker_base", "WorkerBase.__init__", assigns=("model_runner",)),
+            Requirement(
+                "vllm.v1.engine.core", "EngineCore.collective_rpc",
+                parameters=("self", "method", "timeout", "args", "kwargs"),
+            ),
         ),
     ),
     Seam(
@@ -230,10 +189,12 @@ SEAMS = (
         "collective_rpc gives the first data-parallel engine's answer only",
         "it gives all; from 0.32 call_utility_all_async does",
         (
-            Hold("vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async",
-                 takes=("self", "method", "args", "engine")),
-            Hold("vllm.v1.engine.core_client", "MPClient.__init__", stores=("core_engines",)),
-            Hold("vllm.v1.engine.async_llm", "AsyncLLM.__init__", stores=("engine_core",)),
+            Requirement(
+                "vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async",
+                parameters=("self", "method", "args", "engine"),
+            ),
+            Requirement("vllm.v1.engine.core_client", "MPClient.__init__", assigns=("core_engines",)),
+            Requirement(_ASYNC_LLM, "AsyncLLM.__init__", assigns=("engine_core",)),
         ),
     ),
     Seam(
@@ -241,9 +202,9 @@ SEAMS = (
         "weights are freed when their last request has ended",
         "remove_lora waits itself",
         (
-            Hold("vllm.v1.engine.async_llm", "AsyncLLM.__init__", stores=("output_processor",)),
-            Hold("vllm.v1.engine.output_processor", "OutputProcessor.__init__", stores=("request_states",)),
-            Hold("vllm.v1.engine.output_processor", "RequestState.__init__", stores=("lora_request",)),
+            Requirement(_ASYNC_LLM, "AsyncLLM.__init__", assigns=("output_processor",)),
+            Requirement(_OUTPUTS, "OutputProcessor.__init__", assigns=("request_states",)),
+            Requirement(_OUTPUTS, "RequestState.__init__", assigns=("lora_request",)),
         ),
     ),
     Seam(
@@ -251,27 +212,31 @@ SEAMS = (
         "weights are loaded before anybody asks for them, and freed",
         "never: public",
         (
-            Hold("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", takes=("self", "lora_request")),
-            Hold("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora", takes=("self", "lora_id")),
+            Requirement(_ASYNC_LLM, "AsyncLLM.add_lora", parameters=("self", "lora_request")),
+            Requirement(_ASYNC_LLM, "AsyncLLM.remove_lora", parameters=("self", "lora_id")),
         ),
     ),
     Seam(
         "serving map", "server",
-        "replaced by one in which each caller finds only what he may use",
+        "replaced by one in which each caller finds only what they may use",
         "vLLM asks a plugin who may use a model",
         (
-            Hold("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.__init__",
-                 stores=("lora_requests",)),
-            Hold("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models",
-                 reads=("lora_requests",)),
-            Hold("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.is_base_model",
-                 takes=("self", "model_name")),
-            Hold("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model",
-                 reads=("lora_requests",)),
-            Hold("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters",
-                 reads=("lora_requests",)),
-            Hold(_STATE, "init_app_state", stores=("openai_serving_models",),
-                 older=Hold(_SERVER_0_28, "init_app_state", stores=("openai_serving_models",))),
+            Requirement(_SERVING_MODELS, "OpenAIServingModels.__init__", assigns=("lora_requests",)),
+            Requirement(
+                _SERVING_MODELS, "OpenAIServingModels.show_available_models",
+                references=("lora_requests",),
+            ),
+            Requirement(
+                _SERVING_MODELS, "OpenAIServingModels.is_base_model",
+                parameters=("self", "model_name"),
+            ),
+            Requirement(_SERVING, "BaseServing._check_model", references=("lora_requests",)),
+            Requirement(_SERVING, "BaseServing._maybe_get_adapters", references=("lora_requests",)),
+            Requirement(
+                _STATE, "init_app_state",
+                assigns=("openai_serving_models",),
+                formerly=Requirement(_SERVER_0_28, "init_app_state", assigns=("openai_serving_models",)),
+            ),
         ),
     ),
     Seam(
@@ -279,10 +244,14 @@ SEAMS = (
         "callers are told apart outside of vLLM's key check, whose list of keys gets one more",
         "vLLM lets plugins authenticate",
         (
-            Hold(_MIDDLEWARE, "init_entrypoints_middleware",
-                 reads=("AuthenticationMiddleware", "api_key", "middleware"),
-                 older=Hold(_SERVER_0_28, "build_app",
-                            reads=("AuthenticationMiddleware", "api_key", "middleware"))),
+            Requirement(
+                _MIDDLEWARE, "init_entrypoints_middleware",
+                references=("AuthenticationMiddleware", "api_key", "middleware"),
+                formerly=Requirement(
+                    _SERVER_0_28, "build_app",
+                    references=("AuthenticationMiddleware", "api_key", "middleware"),
+                ),
+            ),
         ),
     ),
     Seam(
@@ -290,31 +259,34 @@ SEAMS = (
         "our routes and the state behind them",
         "never: public",
         (
-            Hold("vllm.plugins.endpoint_plugins.interface", "EndpointPlugin.attach_router",
-                 takes=("self", "app")),
-            Hold("vllm.plugins.endpoint_plugins.interface", "EndpointPlugin.init_state",
-                 takes=("self", "engine_client", "state", "args")),
-            Hold("vllm.plugins", "load_endpoint_plugins", takes=("supported_tasks",)),
-            Hold("vllm.entrypoints.launchers.app", "build_app", stores=("args",),
-                 older=Hold(_SERVER_0_28, "build_app", stores=("args",))),
+            Requirement(_ENDPOINT, "EndpointPlugin.attach_router", parameters=("self", "app")),
+            Requirement(
+                _ENDPOINT, "EndpointPlugin.init_state",
+                parameters=("self", "engine_client", "state", "args"),
+            ),
+            Requirement("vllm.plugins", "load_endpoint_plugins", parameters=("supported_tasks",)),
+            Requirement(
+                "vllm.entrypoints.launchers.app", "build_app",
+                assigns=("args",),
+                formerly=Requirement(_SERVER_0_28, "build_app", assigns=("args",)),
+            ),
         ),
     ),
     Seam(
         "metrics", "server",
         "GET /metrics shows vLLM's registry and ours",
         "never: public",
-        (Hold("vllm.v1.metrics.prometheus", "get_prometheus_registry", takes=()),),
+        (Requirement("vllm.v1.metrics.prometheus", "get_prometheus_registry", parameters=()),),
     ),
     Seam(
         "serve command", "command",
         "vLLM's own command, which also starts several API servers",
         "its console script works on CPU builds",
         (
-            Hold("vllm.entrypoints.cli.serve", "ServeSubcommand.subparser_init",
-                 takes=("self", "subparsers")),
-            Hold("vllm.entrypoints.cli.serve", "ServeSubcommand.validate", takes=("self", "args")),
-            Hold("vllm.entrypoints.cli.serve", "ServeSubcommand.cmd", takes=("args",)),
-            Hold("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+            Requirement(_COMMAND, "ServeSubcommand.subparser_init", parameters=("self", "subparsers")),
+            Requirement(_COMMAND, "ServeSubcommand.validate", parameters=("self", "args")),
+            Requirement(_COMMAND, "ServeSubcommand.cmd", parameters=("args",)),
+            Requirement("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
         ),
     ),
 )  # fmt: skip

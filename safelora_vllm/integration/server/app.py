@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
-from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door

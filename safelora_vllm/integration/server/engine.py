@@ -12,7 +12,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import GateUnavailable, GuardError, refuse
-from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.worker.guard import SCHEME, published_key
 from safelora_vllm.store import NameStore
 

@@ -29,7 +29,7 @@ from vllm.lora.request import LoRARequest
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
-from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.metrics import AdapterCollector
 from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared

@@ -1,0 +1,80 @@
+"""What API servers need of vLLM: questions to all workers, requests in flight, adapters, middleware, routes.
+
+What each needs of vLLM is in `table`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from safelora_vllm.errors import GuardError
+from safelora_vllm.integration.seams.table import ATTEST
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter, FastAPI
+    from vllm.lora.request import LoRARequest
+
+
+async def ask_all_workers(engine_client: Any) -> list[dict[str, Any]]:
+    """The attestations of all workers of all data-parallel engines."""
+    core = engine_client.engine_core
+    per_engine = await asyncio.gather(
+        *[
+            core._call_utility_async("collective_rpc", ATTEST, None, (), None, engine=engine)
+            for engine in core.core_engines
+        ]
+    )
+    return [answer for workers in per_engine for answer in workers]
+
+
+def in_flight(engine_client: Any, request: LoRARequest) -> int:
+    """Requests of this API server that still generate with an adapter's weights."""
+    states = engine_client.output_processor.request_states.values()
+    return sum(getattr(state.lora_request, "lora_int_id", None) == request.lora_int_id for state in states)
+
+
+def replace_map(models: Any, mine: Mapping[str, LoRARequest]) -> dict[str, LoRARequest]:
+    """Let vLLM's routes look adapters up in ``mine``; gives what they had.
+
+    Raises:
+        GuardError: another plugin was there first.
+    """
+    given = models.lora_requests
+    if type(given) is not dict:
+        raise GuardError(
+            f"vLLM's map of adapters is a {type(given).__name__} instead of a dict; not guarded. "
+            "Uninstall the plugin that put it there"
+        )
+    models.lora_requests = mine
+    return given
+
+
+def add_middleware(args: Namespace, middleware: type) -> None:
+    """Name an ASGI middleware in the list of ``--middleware``, which vLLM adds outside of its key check."""
+    args.middleware = [*args.middleware, f"{middleware.__module__}.{middleware.__qualname__}"]
+
+
+def check_middleware(app: FastAPI, middleware: type) -> None:
+    """Whether it stands outside of vLLM's key check, once vLLM has built the app.
+
+    Raises:
+        GuardError: it does not.
+    """
+    outside_in: list[Any] = [entry.cls for entry in app.user_middleware]
+    key_checks = [at for at, cls in enumerate(outside_in) if cls.__name__ == "AuthenticationMiddleware"]
+    if middleware not in outside_in or any(at < outside_in.index(middleware) for at in key_checks):
+        raise GuardError(
+            f"vLLM has built its server without {middleware.__name__} around the key check (seam "
+            f"'middleware'; it has {[cls.__name__ for cls in outside_in]}), so callers cannot be told apart"
+        )
+
+
+def attach_first(app: FastAPI, router: APIRouter) -> None:
+    """Put our routes before vLLM's: until 0.32 its own GET /metrics would hide ours."""
+    routes = app.router.routes
+    before = len(routes)
+    app.include_router(router)
+    routes[:] = [*routes[before:], *routes[:before]]
