@@ -95,7 +95,7 @@ def test_another_policy_dtype_cache_or_model_has_another_key(
     others = [
         gate,
         dataclasses.replace(gate, policy=Policy(method="safe-lora", threshold=0.36)),
-        dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="audit")),
+        dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only")),
         dataclasses.replace(gate, dtype=torch.bfloat16),
         dataclasses.replace(gate, cache=ProjectorCache(build_cache("bfloat16", "dense"))),
         dataclasses.replace(gate, base_model="another"),
@@ -125,7 +125,7 @@ def test_audit_serves_the_adapter_unprojected_and_says_so(
     adapter: Path, gate: GateSettings, store: PublishedStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     enforced = admit(adapter, "tenant", gate, store)
-    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="audit"))
+    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
     with caplog.at_level(logging.INFO, "vllm.safelora"):
         admission = admit(adapter, "tenant", audit, store)
     assert admission.report.modules == enforced.report.modules  # what enforcing would have done
@@ -141,7 +141,7 @@ def test_audit_serves_the_adapter_unprojected_and_says_so(
 def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
     gate: GateSettings, store: PublishedStore, tmp_path: Path
 ) -> None:
-    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="audit"))
+    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
     loud = Draft()
     loud.config["lora_alpha"] = 10_000
     report = admit(loud.write(tmp_path / "loud"), "loud", audit, store).report
@@ -231,7 +231,7 @@ def test_reports_on_disk_are_plain_json(
     for index, folder in enumerate((adapter, zero.write(tmp_path / "zero"))):
         for policy in (
             *(Policy(method=method, energy=0.8) for method in METHOD_NAMES),
-            Policy(method="safe-lora", mode="audit"),
+            Policy(method="safe-lora", mode="report-only"),
         ):
             out = published(admit(folder, str(index), GateSettings(cache, policy), store))
             json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
