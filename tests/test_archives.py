@@ -77,7 +77,7 @@ def measured(folder: Path, archive: bytes) -> tuple[set[str], int]:
         read(folder, archive)
     except AdapterRefused as error:
         found = set(error.codes)
-        assert all(len(reason.detail) < 1000 and reason.detail.isprintable() for reason in error.reasons)
+        assert all(len(reason.message) < 1000 and reason.message.isprintable() for reason in error.reasons)
         assert len(error.reasons) <= 21
     finally:
         most = tracemalloc.get_traced_memory()[1]
