@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -121,13 +122,13 @@ def test_other_bytes_have_another_key(
     assert published(first).is_dir()  # what was published never changes
 
 
-def test_audit_serves_the_adapter_unprojected_and_says_so(
+def test_report_only_serves_the_adapter_unprojected_and_says_so(
     adapter: Path, gate: GateSettings, store: PublishedStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     enforced = admit(adapter, "tenant", gate, store)
-    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
+    report_only = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
     with caplog.at_level(logging.INFO, "vllm.safelora"):
-        admission = admit(adapter, "tenant", audit, store)
+        admission = admit(adapter, "tenant", report_only, store)
     assert admission.report.modules == enforced.report.modules  # what enforcing would have done
     tensors, raw = load_file(published(admission) / "adapter_model.safetensors"), lora()
     for module in module_shapes():
@@ -138,17 +139,35 @@ def test_audit_serves_the_adapter_unprojected_and_says_so(
     assert record.levelno == logging.WARNING and "UNPROJECTED" in record.getMessage()
 
 
-def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
+def test_report_only_reports_the_cap_but_refuses_what_it_does_not_understand(
     gate: GateSettings, store: PublishedStore, tmp_path: Path
 ) -> None:
-    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
+    report_only = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
     loud = Draft()
     loud.config["lora_alpha"] = 10_000
-    report = admit(loud.write(tmp_path / "loud"), "loud", audit, store).report
+    report = admit(loud.write(tmp_path / "loud"), "loud", report_only, store).report
     assert report.accepted and {reason.code for reason in report.reasons} == {"relative_norm", "total_norm"}
     dora = Draft()
     dora.config["use_dora"] = True
-    assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted
+    assert not admit(dora.write(tmp_path / "dora"), "dora", report_only, store).report.accepted
+
+
+def test_a_copy_that_an_older_release_published_is_found(
+    adapter: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    """Its report has the mode's former name, and reasons and their sentences in two lists."""
+    report_only = dataclasses.replace(gate, policy=Policy(mode="report-only", max_total_norm=1e-9))
+    first = admit(adapter, "tenant", report_only, store)
+    file = published(first) / "report.json"
+    saved = json.loads(file.read_text())
+    report = saved["report"]
+    report["policy"]["mode"] = "audit"
+    report["details"] = [reason["message"] for reason in report["reasons"]]
+    report["reasons"] = [reason["code"] for reason in report["reasons"]]
+    text = json.dumps(report, sort_keys=True).encode()
+    file.write_text(json.dumps({**saved, "report_sha256": hashlib.sha256(text).hexdigest()}))
+    second = admit(adapter, "tenant", report_only, store)
+    assert second.cached and second.report == first.report and len(second.report.reasons) == 1
 
 
 def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:

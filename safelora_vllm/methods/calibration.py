@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from safelora_vllm.errors import ProjectorCacheError, UsageError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.method import Calibrator, Effect, Search
-from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.cache import Projector
 from safelora_vllm.projectors.manifest import ModuleEntry
+
+if TYPE_CHECKING:
+    from safelora_vllm.policy import Policy
+    from safelora_vllm.projectors.cache import Projector
 
 
 @dataclass(frozen=True)

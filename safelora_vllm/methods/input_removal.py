@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from safelora_vllm.errors import UsageError
 from safelora_vllm.methods.method import Calibrator, Effect, Method, Option, Search, Spread
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +60,6 @@ class InputRemovalEffect(Effect):
 
 def largest_energy(projectors: Sequence[Projector]) -> float:
     """The largest hundredth that the cache can serve as the energy in every module."""
-    from safelora_vllm.projectors.cache import ENERGY_ROUNDING
-
     least = min(float(projector.energies[-1]) for projector in projectors)
     return min(math.floor((least + ENERGY_ROUNDING) * _STEPS), _STEPS) / _STEPS
 
