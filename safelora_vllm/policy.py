@@ -73,7 +73,7 @@ class Policy:
     mode: str = "enforce"
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHOD_NAMES)
+        _one_of("method", self.method, tuple(METHODS))
         if self.select == "":
             object.__setattr__(self, "select", self._method.select)
         if self.energy is _METHODS_OWN:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ FLOORS = (
 )  # fmt: skip
 
 
+@cache
 def modules(folder: Path = PACKAGE) -> dict[str, Path]:
     """Every module of a package with its file."""
     found = {}
@@ -32,6 +34,7 @@ def modules(folder: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
+@cache
 def imported(file: Path, top_level: bool = False) -> set[str]:
     """Names that a file imports, anywhere in it or at its top level only; not those for type checkers."""
     names: set[str] = set()
@@ -56,6 +59,7 @@ def roots(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+@cache
 def loaded(start: str, top_level: bool = False) -> set[str]:
     """Modules of this package that a module loads, also through others, with the packages around them."""
     found, seen, stack = modules(), set[str](), [start]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.gate.admit import GateSettings
-from safelora_vllm.methods import METHODS
+from safelora_vllm.methods import METHODS, Method
+from safelora_vllm.methods.calibration import calibrate
 from safelora_vllm.methods.delta import ModuleDelta
+from safelora_vllm.methods.method import Option
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
@@ -290,5 +293,31 @@ def test_unprojected_weights_retain_all(deltas: dict[str, ModuleDelta]) -> None:
     assert delta.served(delta.a, delta.b).retained == 1.0
 
 
-def test_every_method_of_the_policy_exists() -> None:
-    assert set(METHODS) == set(METHOD_NAMES)
+def test_a_method_is_its_entry_in_the_registry(
+    cache: ProjectorCache, tmp_path: Path, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policies, the gate, strictness and calibration follow from what its file says."""
+    assert tuple(METHODS) == METHOD_NAMES
+    halving = Method(
+        name="halving",
+        project=lambda delta, policy: (delta.a, delta.b * (1.0 - policy.energy)),
+        options={"energy": Option("the share of B to remove", more_is_stricter=True)},
+        select="number",
+        energy=0.5,
+        calibrator=METHODS["safe-lora"].calibrator,
+    )
+    monkeypatch.setitem(METHODS, "halving", halving)
+    policy = Policy(method="halving", number=5)
+    assert (policy.select, policy.energy) == ("number", 0.5) and policy.has_effect("energy")
+    stricter = dataclasses.replace(policy, energy=0.75)
+    assert stricter.at_least_as_strict(policy) and not policy.at_least_as_strict(stricter)
+    assert policy.tightened(stricter) == stricter
+    with pytest.raises(PolicyError, match="give method 'input-removal' or 'csulora' or 'halving' too"):
+        Policy(method="safe-lora").check_effective(["energy"])
+    with pytest.raises(PolicyError, match="with energy 0 nothing is projected"):
+        Policy(method="halving", energy=0.0).check_effective(["energy"])
+    report = judge(Draft().write(tmp_path / "a"), GateSettings(cache, policy), store).report
+    retained = sorted(report.values("retained"))
+    assert retained[:5] == pytest.approx([0.5] * 5) and retained[5:] == [1.0] * 9
+    calibration = calibrate([cache.projector(name) for name in cache.modules], policy)
+    assert calibration.strength == "number" and calibration.whole.projected == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from safelora_vllm.errors import StoreDamaged, UsageError
+from safelora_vllm.errors import AdapterRefused, Reason, StoreDamaged, UsageError
 from safelora_vllm.integration.server import uploads
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.uploads import (
@@ -122,3 +123,21 @@ def test_only_admins_are_told_paths_of_the_server() -> None:
             answer = error_response(error)
         assert answer.status_code == 503
         assert (b"/srv/store" in bytes(answer.body)) is told and b"is damaged" in bytes(answer.body)
+
+
+def test_a_refusal_answers_with_all_its_reasons() -> None:
+    from safelora_vllm.integration.server.http_errors import error_response
+    from safelora_vllm.integration.server.schemas import ErrorBody
+
+    found = [Reason("shape", "q has another shape"), Reason("shape", "v too"), Reason("dora", "no")]
+    answer = error_response(AdapterRefused(found))
+    body = json.loads(bytes(answer.body))
+    assert answer.status_code == 422 and "details" not in body["error"]
+    assert body["error"]["reasons"] == [
+        {"code": "shape", "message": "q has another shape"},
+        {"code": "shape", "message": "v too"},
+        {"code": "dora", "message": "no"},
+    ]
+    assert ErrorBody.model_validate(body).error.reasons == found
+    reason = ErrorBody.model_json_schema()["$defs"]["Reason"]
+    assert list(reason["properties"]) == ["code", "message"]
