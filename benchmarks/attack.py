@@ -129,6 +129,6 @@ class Attack:
 
 def _reasons(answer: str) -> list[str]:
     try:
-        return list(json.loads(answer)["error"]["reasons"])
+        return list(dict.fromkeys(reason["code"] for reason in json.loads(answer)["error"]["reasons"]))
     except (ValueError, KeyError, TypeError):
         return []

@@ -16,7 +16,8 @@ import torch
 from synthetic import load_adapter
 from torch import Tensor
 
-from safelora_vllm.methods import METHODS, ModuleDelta
+from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 
@@ -44,7 +45,7 @@ def ours(cache: ProjectorCache, weights: Weights) -> dict[str, float | None]:
     similarities = {name: delta.similarity for name, delta in deltas.items()}
     selected = _POLICY.selects(similarities)
     for name, delta in deltas.items():
-        a, b = METHODS[_POLICY.method](delta, _POLICY) if name in selected else (delta.a, delta.b)
+        a, b = METHODS[_POLICY.method].project(delta, _POLICY) if name in selected else (delta.a, delta.b)
         weights[name] = a, b
         _ = delta.served(a, b).retained, delta.relative_norm
     return similarities

@@ -1,7 +1,7 @@
 """The whole path on a real model: what two tenants' adapters say raw, and what they say guarded.
 
 1. Starts a guarded server (input-removal) and uploads both adapters to it while it serves.
-2. Starts the same server in audit mode, where adapters are served as they are, and asks the raw
+2. Starts the same server in report-only mode, where adapters are served as they are, and asks the raw
    adapters and their projections by the other policies the same questions.
 3. Prints the answers side by side, counts over held-out prompts, the reports and the metrics.
 
@@ -80,9 +80,9 @@ def main() -> int:
             answers[NONE, HARMFUL] = ask(server, "aligned", prompts)
             reports = [get(server, f"/v1/adapters/{name}") for name in (USEFUL, HARMFUL)]
             metrics = text(server, "/metrics")
-        say("Starting an audit-mode server: the raw adapters, and their projections by other policies")
+        say("Starting a report-only server: the raw adapters, and their projections by other policies")
         command = guarded(
-            models / "aligned", projectors, work / "audit", "--mode=audit", "--max-loras=10",
+            models / "aligned", projectors, work / "report-only", "--mode=report-only", "--max-loras=10",
         )  # fmt: skip
         with running(command, work / "audit.log") as server:
             for policy, options in {RAW: None, **OTHERS}.items():

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-_MAX_DETAIL = 500  # characters
+_MAX_MESSAGE = 500  # characters
 _MAX_OF_A_CODE = 20
 _MAX_REASONS = 100
 _MAX_IN_MESSAGE = 20
@@ -99,20 +99,20 @@ class GuardError(SafeLoRAError):
 class Reason:
     """One reason to refuse an adapter: a stable machine-readable code and a sentence.
 
-    The sentence may quote what a tenant wrote and goes into logs, terminals and answers: whatever is
+    The message may quote what a tenant wrote and goes into logs, terminals and answers: whatever is
     not printable in it is escaped, and what is over 500 characters is cut.
     """
 
     code: str
-    detail: str
+    message: str
 
     def __post_init__(self) -> None:
-        detail = self.detail[: _MAX_DETAIL + 1]
-        if not detail.isprintable():
-            detail = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in detail)
-        if len(detail) > _MAX_DETAIL:
-            detail = detail[: _MAX_DETAIL - 1] + "…"
-        object.__setattr__(self, "detail", detail)
+        message = self.message[: _MAX_MESSAGE + 1]
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        if len(message) > _MAX_MESSAGE:
+            message = message[: _MAX_MESSAGE - 1] + "…"
+        object.__setattr__(self, "message", message)
 
 
 class AdapterRefused(SafeLoRAError):
@@ -126,7 +126,7 @@ class AdapterRefused(SafeLoRAError):
         if not reasons:
             raise ValueError("a refusal needs at least one reason")
         self.reasons = _bounded(reasons)
-        shown = [f"[{reason.code}] {reason.detail}" for reason in self.reasons[:_MAX_IN_MESSAGE]]
+        shown = [f"[{reason.code}] {reason.message}" for reason in self.reasons[:_MAX_IN_MESSAGE]]
         if more := len(self.reasons) - len(shown):
             shown.append(f"and {more} more")
         super().__init__("; ".join(shown))
@@ -145,9 +145,9 @@ def again(error: SafeLoRAError) -> SafeLoRAError:
     return copy
 
 
-def refuse(code: str, detail: str) -> AdapterRefused:
+def refuse(code: str, message: str) -> AdapterRefused:
     """Shorthand for a refusal with one reason."""
-    return AdapterRefused([Reason(code, detail)])
+    return AdapterRefused([Reason(code, message)])
 
 
 def _bounded(reasons: list[Reason]) -> list[Reason]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from safelora_vllm.errors import PolicyError
+from safelora_vllm.methods import METHODS, Method
 
-METHOD_NAMES = ("safe-lora", "input-removal", "csulora")
+METHOD_NAMES = tuple(METHODS)
 SELECTIONS = ("threshold", "number", "all")
-MODES = ("enforce", "audit")
-DEFAULT_ENERGY = {"input-removal": 0.2, "safe-lora": 0.2, "csulora": 0.95}
+MODES = ("enforce", "report-only")
+_FORMER_MODES = {"audit": "report-only"}  # the former word → today's
 _RANGES = (
     ("threshold", -1.0, 1.0),
     ("energy", 0.0, 1.0),
@@ -24,33 +25,42 @@ _RANGES = (
 )
 _METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
 CAPS = ("max_relative_norm", "max_total_norm")
-# Fields that only mean something together with one of another field's values.
-_CONDITIONS = {
-    "threshold": ("select", ("threshold",)),
-    "number": ("select", ("number",)),
-    "energy": ("method", ("input-removal", "csulora")),
-}
-_MORE = {"threshold": " (safe-lora has it by itself)"}
 
 
 @dataclass(frozen=True)
 class Policy:
     """The rules an adapter is judged by. Field names are those of the command-line options.
 
-    method: ``input-removal`` (A' = A − (A R) Rᵀ, the default), ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B) or
-        ``csulora`` (arXiv 2605.30640, damps what is not in both L and R).
-    select: ``threshold`` projects modules whose similarity is ≤ ``threshold``; ``number`` the
-        ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
-        (as in the paper), ``all`` for the others (which need no similarity).
-    threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
-    number: the paper's K.
-    energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and R).
-        Default: 0.2; for csulora 0.95, as in its paper.
-    max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused: a bound on
-        how far one can be multiplied up so that what the projection leaves is enough.
-    max_total_norm: so is one with (Σ ‖s·BA‖² / Σ ‖W‖²)^½ above it, the latter sum over all modules of the
-        projector cache. Adapters that were trained alike are alike in it, whatever modules they change.
-    mode: ``enforce``, or ``audit``, which serves the adapter unprojected and only reports.
+    Attributes:
+        method: ``input-removal`` (A' = A − (A R) Rᵀ, the default), ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B)
+            or ``csulora`` (arXiv 2605.30640, damps what is not in both L and R).
+        select: ``threshold`` projects modules whose similarity is ≤ ``threshold``; ``number`` the
+            ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
+            (as in the paper), ``all`` for the others (which need no similarity).
+        threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
+        number: the paper's K.
+        energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and
+            R). Default: 0.2; for csulora 0.95, as in its paper.
+        max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused: a bound on
+            how far one can be multiplied up so that what the projection leaves is enough.
+        max_total_norm: so is one with (Σ ‖s·BA‖² / Σ ‖W‖²)^½ above it, the latter sum over all modules of
+            the projector cache. Adapters that were trained alike are alike in it, whatever modules they
+            change.
+        mode: ``enforce``, or ``report-only``, which serves the adapter unprojected and only reports.
+
+    Raises:
+        PolicyError: a value is out of range or of another type.
+
+    Example:
+        >>> import safelora_vllm as sl
+        >>> sl.Policy().method, sl.Policy().energy
+        ('input-removal', 0.2)
+        >>> sl.Policy(method="safe-lora").select
+        'threshold'
+        >>> sl.Policy(energy=2)
+        Traceback (most recent call last):
+            ...
+        safelora_vllm.errors.PolicyError: energy is 2; give a number from 0 to 1
     """
 
     method: str = "input-removal"
@@ -63,13 +73,14 @@ class Policy:
     mode: str = "enforce"
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHOD_NAMES)
+        _one_of("method", self.method, tuple(METHODS))
         if self.select == "":
-            default = "threshold" if self.method == "safe-lora" else "all"
-            object.__setattr__(self, "select", default)
+            object.__setattr__(self, "select", self._method.select)
         if self.energy is _METHODS_OWN:
-            object.__setattr__(self, "energy", DEFAULT_ENERGY[self.method])
+            object.__setattr__(self, "energy", self._method.energy)
         _one_of("select", self.select, SELECTIONS)
+        if isinstance(self.mode, str) and (word := _FORMER_MODES.get(self.mode)):
+            raise PolicyError(f"mode {self.mode!r} has another name now: use {word!r}")
         _one_of("mode", self.mode, MODES)
         for field, low, high in _RANGES:
             _in_range(field, getattr(self, field), low, high)
@@ -85,8 +96,13 @@ class Policy:
     @property
     def id(self) -> str:
         """A digest of all fields: it is part of a published adapter's address."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        former = {word: old for old, word in _FORMER_MODES.items()}  # so that older addresses stay
+        fields = {**dataclasses.asdict(self), "mode": former.get(self.mode, self.mode)}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.method]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Policy:
@@ -97,6 +113,11 @@ class Policy:
         if unknown := sorted(set(values) - known):
             raise PolicyError(f"unknown policy keys {unknown}; known are {sorted(known)}")
         return cls(**values)
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> Policy:
+        """As `from_mapping`, of what this release or an older one wrote."""
+        return cls.from_mapping(stored_values(values))
 
     def with_values(self, values: Mapping[str, Any]) -> Policy:
         """This policy with some fields replaced.
@@ -117,29 +138,30 @@ class Policy:
         """
         for field in given:
             if not self.has_effect(field):
-                condition, needed = _CONDITIONS[field]
+                condition, needed = _condition(field)
                 raise PolicyError(
                     f"{field} has no effect with {condition} {getattr(self, condition)!r}; give {condition} "
-                    f"{' or '.join(map(repr, needed))} too{_MORE.get(field, '')}, or leave {field} out"
+                    f"{' or '.join(map(repr, needed))} too{_by_itself(field)}, or leave {field} out"
                 )
             # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
-            idle = (field, self.method) == ("energy", "input-removal") or field in ("number", "threshold")
+            option = self._method.options.get(field)
+            idle = field in ("number", "threshold") or (option is not None and option.more_is_stricter)
             if idle and getattr(self, field) <= 0:
                 raise PolicyError(
                     f"with {field} {getattr(self, field):g} nothing is projected; if that is meant, choose "
-                    "mode 'audit'"
+                    "mode 'report-only'"
                 )
 
     def has_effect(self, field: str) -> bool:
         """Whether another value of the field could give another answer."""
-        condition, needed = _CONDITIONS.get(field, ("", ()))
-        return not condition or getattr(self, condition) in needed
+        condition, needed = _condition(field)
+        return not needed or getattr(self, condition) in needed
 
     def at_least_as_strict(self, other: Policy) -> bool:
         """Whether this policy serves no adapter more freely than ``other`` does.
 
-        Different methods change different sides of an adapter and cannot be compared: False. Nor can CSULoRA
-        at different energies: with more of it more is kept, but what is not is damped more.
+        Different methods change different sides of an adapter and cannot be compared: False. How two
+        policies of one method compare is said in its file.
         """
         if not other.enforcing:
             return True
@@ -147,10 +169,9 @@ class Policy:
             return False
         if self.method != other.method:
             return False
-        if self.method == "input-removal" and self.energy < other.energy:
-            return False
-        if self.method == "csulora" and self.energy != other.energy:
-            return False
+        for field, option in self._method.options.items():
+            if not option.at_least_as_strict(getattr(self, field), getattr(other, field)):
+                return False
         if self.select == "all":
             return True
         if self.select != other.select:
@@ -163,8 +184,8 @@ class Policy:
         """This policy, with what of ``other`` is stricter and has the same meaning here."""
         stricter: dict[str, Any] = {cap: min(getattr(self, cap), getattr(other, cap)) for cap in CAPS}
         if self.method == other.method:
-            if self.method == "input-removal":
-                stricter["energy"] = max(self.energy, other.energy)
+            for field, option in self._method.options.items():
+                stricter[field] = option.tightened(getattr(self, field), getattr(other, field))
             if self.select != other.select:
                 stricter["select"] = "all"  # a number and a threshold may choose other modules
             else:
@@ -184,6 +205,26 @@ class Policy:
         if self.select == "threshold":
             return {name for name, value in known.items() if not value > self.threshold}  # NaN too
         return set(sorted(known, key=lambda name: (known[name], name))[: self.number])
+
+
+def stored_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a policy in today's words, of what this release or an older one wrote."""
+    mode = values.get("mode")
+    todays = _FORMER_MODES.get(mode) if isinstance(mode, str) else None
+    return {**values, "mode": todays} if todays else dict(values)
+
+
+def _condition(field: str) -> tuple[str, tuple[str, ...]]:
+    """Where a field only means something together with another's values: that field and those values."""
+    if field in ("threshold", "number"):
+        return "select", (field,)
+    return "method", tuple(name for name, method in METHODS.items() if field in method.options)
+
+
+def _by_itself(select: str) -> str:
+    """A note on the methods that select so without being told."""
+    names = [name for name, method in METHODS.items() if method.select == select != "all"]
+    return f" ({' and '.join(names)} has it by itself)" if names else ""
 
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:

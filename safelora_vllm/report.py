@@ -17,9 +17,14 @@ Decision = str  # "projected" or "kept"
 class ModuleReport:
     """One module's figures. ``None`` stands where a zero delta leaves nothing to compare.
 
-    rank: columns of B. similarity: cos(ĈBA, BA). null_similarity: c₀, what a random B would score.
-    retained: ‖B'A'‖_F / ‖BA‖_F after the decision. relative_norm: ‖s·BA‖_F / ‖W_aligned‖_F before it.
-    decision: ``projected`` or ``kept`` (in audit mode: what enforcing would have done).
+    Attributes:
+        name: of the module, as in the model.
+        rank: columns of B.
+        similarity: cos(ĈBA, BA).
+        null_similarity: c₀, what a random B would score.
+        retained: ‖B'A'‖_F / ‖BA‖_F after the decision.
+        relative_norm: ‖s·BA‖_F / ‖W_aligned‖_F before it.
+        decision: ``projected`` or ``kept`` (in report-only mode: what enforcing would have done).
     """
 
     name: str
@@ -35,7 +40,15 @@ class ModuleReport:
 class Report:
     """The gate's account of one adapter under one projector cache and one policy.
 
-    total_norm: (Σ ‖s·BA‖² / Σ ‖W_aligned‖²)^½ of what was uploaded, the latter over all modules of the cache.
+    Attributes:
+        adapter: its name.
+        digest: of its content; empty where that could not be read.
+        projectors: id of the projector cache.
+        policy: by which it was judged.
+        accepted: whether it may be served.
+        reasons: every reason to refuse it; in report-only mode, what enforcing would have refused it for.
+        modules: the figures of each; empty where it was refused before it could be measured.
+        total_norm: (Σ ‖s·BA‖² / Σ ‖W_aligned‖²)^½ of the upload, the latter over all modules of the cache.
     """
 
     adapter: str
@@ -61,15 +74,14 @@ class Report:
         return [value for value in column if value is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """The public JSON form: reason codes in ``reasons``, their sentences in ``details``."""
+        """The public JSON form; ``reasons`` is a list of ``{"code", "message"}``."""
         return {
             "adapter": self.adapter,
             "digest": self.digest,
             "projectors": self.projectors,
             "policy": dataclasses.asdict(self.policy),
             "accepted": self.accepted,
-            "reasons": [reason.code for reason in self.reasons],
-            "details": [reason.detail for reason in self.reasons],
+            "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
             "total_norm": self.total_norm,
             "modules": [dataclasses.asdict(module) for module in self.modules],
         }
@@ -80,14 +92,14 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, also of what an older release stored."""
         return cls(
             adapter=data["adapter"],
             digest=data["digest"],
             projectors=data["projectors"],
-            policy=Policy.from_mapping(data["policy"]),
+            policy=Policy.from_stored(data["policy"]),
             accepted=data["accepted"],
-            reasons=[Reason(*pair) for pair in zip(data["reasons"], data["details"], strict=True)],
+            reasons=_reasons(data),
             modules=[ModuleReport(**module) for module in data["modules"]],
             total_norm=data["total_norm"],
         )
@@ -98,3 +110,10 @@ class Report:
     ) -> Report:
         """A report of an adapter that was refused before it could be measured."""
         return cls(adapter, digest, projectors, policy, False, error.reasons, [])
+
+
+def _reasons(data: dict[str, Any]) -> list[Reason]:
+    """Reports of older releases have the codes in ``reasons`` and the sentences in ``details``."""
+    if "details" in data:
+        return [Reason(*pair) for pair in zip(data["reasons"], data["details"], strict=True)]
+    return [Reason(**reason) for reason in data["reasons"]]

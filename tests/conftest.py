@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,29 @@ if TYPE_CHECKING:
 # No deadline: the machine is shared. Derandomised: the same run everywhere, no example database.
 settings.register_profile("fast", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("fast")
+
+
+# Imports at the top of a test file that only the extras for a server install.
+NEEDS_SERVER = re.compile(
+    r"^(from|import) (vllm|fastapi|starlette|pydantic|safelora_vllm\.(integration|settings)|tests\.fuzz)\b",
+    re.M,
+)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Without vLLM or fastapi, leave out the test files that need them."""
+    if _has_server() or not re.fullmatch(r"test_.*\.py", collection_path.name):
+        return None
+    in_server = collection_path.parent.name == "server"
+    return True if in_server or NEEDS_SERVER.search(collection_path.read_text()) else None
+
+
+@lru_cache
+def _has_server() -> bool:
+    try:
+        return all(importlib.util.find_spec(name) for name in ("vllm", "fastapi"))
+    except ImportError:
+        return False
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,9 +18,9 @@ def judge(folder: Path, gate: GateSettings, store: PublishedStore) -> Admission:
     if not report.accepted:
         assert admission.key is admission.folder is None
         assert not list(store.root.rglob("*.safetensors"))
-        assert report.reasons and all(reason.code and reason.detail for reason in report.reasons)
-        assert all(len(reason.detail) < 1000 for reason in report.reasons)
-        assert all(character.isprintable() for reason in report.reasons for character in reason.detail)
+        assert report.reasons and all(reason.code and reason.message for reason in report.reasons)
+        assert all(len(reason.message) < 1000 for reason in report.reasons)
+        assert all(character.isprintable() for reason in report.reasons for character in reason.message)
     return admission
 
 

@@ -77,8 +77,8 @@ def measured(folder: Path, archive: bytes) -> tuple[dict[str, str], int]:
     try:
         read(folder, archive)
     except AdapterRefused as error:
-        found = {reason.code: reason.detail for reason in error.reasons}
-        assert all(len(reason.detail) < 1000 and reason.detail.isprintable() for reason in error.reasons)
+        found = {reason.code: reason.message for reason in error.reasons}
+        assert all(len(reason.message) < 1000 and reason.message.isprintable() for reason in error.reasons)
         assert len(error.reasons) <= 21
     finally:
         most = tracemalloc.get_traced_memory()[1]

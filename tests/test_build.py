@@ -167,7 +167,7 @@ def test_modules_that_are_not_there(make: Make) -> None:
 
 def test_an_existing_folder_is_not_touched(make: Make, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    with pytest.raises(UsageError, match="exists; remove it or give another --out"):
+    with pytest.raises(UsageError, match="exists; remove it or give another folder as out"):
         make()
     assert not list((tmp_path / "cache").iterdir())
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from safelora_vllm.cli.main import main
-from safelora_vllm.methods.calibration import InputRemovalEffect, SafeLoraEffect, calibrate, energy_that_keeps
+from safelora_vllm.methods.calibration import calibrate
+from safelora_vllm.methods.input_removal import InputRemovalEffect, energy_that_keeps
+from safelora_vllm.methods.safe_lora import SafeLoraEffect
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import Projector, ProjectorCache
 from tests.tiny import module_shapes
@@ -152,7 +154,7 @@ def test_json_has_the_keys_that_others_script_against(run: Run, cache: Projector
         (("--method", "input-removal", "--energy", "0.99"), "build it again with --max-energy 0.99"),
         (("--method", "safe-lora", "--number", "3"), "number has no effect with select 'threshold'"),
         (("--threshold", "2"), "give a number from -1 to 1"),
-        (("--mode", "audit"), "unrecognized arguments: --mode audit"),
+        (("--mode", "report-only"), "unrecognized arguments: --mode report-only"),
         (("--max-relative-norm", "2"), "unrecognized arguments: --max-relative-norm 2"),
     ],
     ids=str,

@@ -12,20 +12,13 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
-from safelora_vllm.methods import METHODS as PROJECTIONS
-from safelora_vllm.methods import ModuleDelta
-from safelora_vllm.methods.calibration import (
-    METHODS,
-    InputRemovalEffect,
-    SafeLoraEffect,
-    Spread,
-    calibrate,
-    energy_that_keeps,
-    largest_energy,
-    method_named,
-    norm_kept,
-)
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.calibration import calibrate, calibrator_of, search_of
+from safelora_vllm.methods.delta import ModuleDelta
+from safelora_vllm.methods.input_removal import InputRemovalEffect, energy_that_keeps, largest_energy
+from safelora_vllm.methods.method import Spread
+from safelora_vllm.methods.safe_lora import SafeLoraEffect, norm_kept
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import Projector, ProjectorCache
 from tests import reference
 from tests.tiny import Pair, module_shapes
@@ -99,7 +92,7 @@ def test_input_removal_leaves_random_adapters_what_was_calculated(projectors: li
     for projector in projectors:
         left = []
         for delta in random_adapters(projector):
-            retained = delta.served(*PROJECTIONS["input-removal"](delta, policy)).retained
+            retained = delta.served(*METHODS["input-removal"].project(delta, policy)).retained
             assert retained is not None
             left.append(retained**2)
         effect = calibrate([projector], policy).whole
@@ -260,9 +253,11 @@ def test_nothing_but_the_energies_is_read(cache: ProjectorCache, monkeypatch: py
 
 
 def test_a_method_that_nobody_calibrated() -> None:
-    assert set(METHODS) <= set(METHOD_NAMES)
-    with pytest.raises(UsageError, match=r"'other' cannot be calibrated .* knows safe-lora, input-removal"):
-        method_named("other")
+    assert {name for name, method in METHODS.items() if method.calibrator is None} == {"csulora"}
+    with pytest.raises(UsageError, match=r"'csulora' cannot be calibrated .* knows safe-lora, input-removal"):
+        calibrator_of("csulora")
+    with pytest.raises(UsageError, match=r"keep-random has no effect with method 'safe-lora'"):
+        search_of("safe-lora")
 
 
 @pytest.mark.parametrize("figure", ["norm", "null_similarity"])

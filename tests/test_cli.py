@@ -67,7 +67,7 @@ def test_inspect_several_has_a_line_each_and_the_largest_norms(
 def test_project_into_what_is_no_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, out, error = run("project", "--out", str(tmp_path / "file" / "out"))
-    assert (code, out) == (2, "") and "cannot be written" in error and "another --out" in error
+    assert (code, out) == (2, "") and "cannot be written" in error and "another folder as out" in error
 
 
 @pytest.mark.parametrize("command", ["inspect", "project", "serve"])
@@ -83,9 +83,9 @@ def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: P
     report = json.loads(out)
     assert code == 0
     promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "total_norm", "modules"]
-    assert [name for name in report if name != "details"] == promised  # details: the reasons' sentences
+    assert list(report) == promised
     assert (report["adapter"], report["projectors"]) == ("good", cache.id)
-    assert report["accepted"] is True and report["reasons"] == report["details"] == []
+    assert report["accepted"] is True and report["reasons"] == []
     assert report["policy"]["select"] == "number" and report["policy"]["number"] == 3
     assert len(report["digest"]) == 64
     assert [module["name"] for module in report["modules"]] == sorted(module_shapes())
@@ -101,10 +101,11 @@ def test_inspect_json_of_a_refused_adapter(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("inspect", "--json", adapter="bad")
     report = json.loads(out)
     assert code == 3 and report["accepted"] is False and report["modules"] == []
-    assert sorted(report["reasons"]) == ["bias", "dora"] and len(report["details"]) == 2
+    assert sorted(reason["code"] for reason in report["reasons"]) == ["bias", "dora"]
+    assert all(list(reason) == ["code", "message"] and reason["message"] for reason in report["reasons"])
     (tmp_path / "empty").mkdir()
     code, out, _ = run("inspect", "--json", adapter="empty")
-    assert code == 3 and json.loads(out)["reasons"] == ["missing_file"]
+    assert code == 3 and [reason["code"] for reason in json.loads(out)["reasons"]] == ["missing_file"]
 
 
 def test_a_function_call_leaves_the_signals_of_its_caller_alone(run: Run) -> None:
@@ -151,7 +152,7 @@ def test_project_of_a_refused_adapter_writes_nothing(run: Run, tmp_path: Path) -
 
 def test_project_does_not_touch_an_existing_folder(run: Run, tmp_path: Path) -> None:
     code, _, error = run("project", "--out", str(tmp_path / "bad"))
-    assert code == 2 and "exists; remove it or give another --out" in error
+    assert code == 2 and "exists; remove it or give another folder as out" in error
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,16 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([option])
         text = capsys.readouterr().out
         assert ended.value.code == 0 and all(word in text for word in expected.split(","))
+
+
+def test_the_former_name_of_a_mode_is_told(run: Run) -> None:
+    code, out, error = run("inspect", "--mode", "audit")
+    assert (code, out) == (2, "") and "mode 'audit' has another name now: use 'report-only'" in error
+
+
+def test_report_only_writes_it_unprojected_and_says_so(run: Run, tmp_path: Path) -> None:
+    code, text, _ = run("project", "--out", str(tmp_path / "out"), "--mode", "report-only")
+    assert code == 0 and "written UNPROJECTED to" in text and "would project 14 of 14" in text
 
 
 def test_help_names_every_policy_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -111,7 +112,7 @@ def test_another_policy_dtype_cache_or_model_has_another_key(
     others = [
         gate,
         dataclasses.replace(gate, policy=Policy(method="safe-lora", threshold=0.36)),
-        dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="audit")),
+        dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only")),
         dataclasses.replace(gate, dtype=torch.bfloat16),
         dataclasses.replace(gate, cache=ProjectorCache(build_cache("bfloat16", "dense"))),
         dataclasses.replace(gate, base_model="another"),
@@ -137,13 +138,13 @@ def test_other_bytes_have_another_key(
     assert published(first).is_dir()  # what was published never changes
 
 
-def test_audit_serves_the_adapter_unprojected_and_says_so(
+def test_report_only_serves_the_adapter_unprojected_and_says_so(
     adapter: Path, gate: GateSettings, store: PublishedStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     enforced = admit(adapter, "tenant", gate, store)
-    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="audit"))
+    report_only = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
     with caplog.at_level(logging.INFO, "vllm.safelora"):
-        admission = admit(adapter, "tenant", audit, store)
+        admission = admit(adapter, "tenant", report_only, store)
     assert admission.report.modules == enforced.report.modules  # what enforcing would have done
     tensors, raw = load_file(published(admission) / "adapter_model.safetensors"), lora()
     for module in module_shapes():
@@ -154,17 +155,35 @@ def test_audit_serves_the_adapter_unprojected_and_says_so(
     assert record.levelno == logging.WARNING and "UNPROJECTED" in record.getMessage()
 
 
-def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
+def test_report_only_reports_the_cap_but_refuses_what_it_does_not_understand(
     gate: GateSettings, store: PublishedStore, tmp_path: Path
 ) -> None:
-    audit = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="audit"))
+    report_only = dataclasses.replace(gate, policy=Policy(method="safe-lora", mode="report-only"))
     loud = Draft()
     loud.config["lora_alpha"] = 10_000
-    report = admit(loud.write(tmp_path / "loud"), "loud", audit, store).report
+    report = admit(loud.write(tmp_path / "loud"), "loud", report_only, store).report
     assert report.accepted and {reason.code for reason in report.reasons} == {"relative_norm", "total_norm"}
     dora = Draft()
     dora.config["use_dora"] = True
-    assert not admit(dora.write(tmp_path / "dora"), "dora", audit, store).report.accepted
+    assert not admit(dora.write(tmp_path / "dora"), "dora", report_only, store).report.accepted
+
+
+def test_a_copy_that_an_older_release_published_is_found(
+    adapter: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    """Its report has the mode's former name, and reasons and their sentences in two lists."""
+    report_only = dataclasses.replace(gate, policy=Policy(mode="report-only", max_total_norm=1e-9))
+    first = admit(adapter, "tenant", report_only, store)
+    file = published(first) / "report.json"
+    saved = json.loads(file.read_text())
+    report = saved["report"]
+    report["policy"]["mode"] = "audit"
+    report["details"] = [reason["message"] for reason in report["reasons"]]
+    report["reasons"] = [reason["code"] for reason in report["reasons"]]
+    text = json.dumps(report, sort_keys=True).encode()
+    file.write_text(json.dumps({**saved, "report_sha256": hashlib.sha256(text).hexdigest()}))
+    second = admit(adapter, "tenant", report_only, store)
+    assert second.cached and second.report == first.report and len(second.report.reasons) == 1
 
 
 @pytest.mark.parametrize("cap", CAPS)
@@ -337,7 +356,7 @@ def test_reports_on_disk_are_plain_json(
     for index, folder in enumerate((adapter, zero.write(tmp_path / "zero"))):
         for policy in (
             *(Policy(method=method, energy=0.8) for method in METHOD_NAMES),
-            Policy(method="safe-lora", mode="audit"),
+            Policy(method="safe-lora", mode="report-only"),
         ):
             out = published(admit(folder, str(index), GateSettings(cache, policy), store))
             json.loads((out / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))

@@ -39,7 +39,7 @@ def refusal(service: GateService, path: Path) -> tuple[list[str], str]:
     """The codes of a refusal, and its first sentence."""
     report: dict[str, Any] = service.admit(str(path), "tenant")["report"]
     assert not report["accepted"]
-    return report["reasons"], report["details"][0]
+    return [reason["code"] for reason in report["reasons"]], report["reasons"][0]["message"]
 
 
 def sparse(folder: Path, size: int) -> Path:

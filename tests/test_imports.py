@@ -1,39 +1,40 @@
-"""The floors of the package: what imports what, and that it works where vLLM is not installed."""
+"""The floors of the package: a folder a process, imports only downwards, and no vLLM below integration."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import pytest
+
 import safelora_vllm
+from tests.base_install import SERVER_ONLY
+from tests.conftest import NEEDS_SERVER
 
 PACKAGE = Path(safelora_vllm.__file__).parent
-_WITHOUT_VLLM = """
-import importlib, sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("vllm", "fastapi"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocked())
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-assert not {"vllm", "fastapi"} & set(sys.modules)
-print("imported")
-"""
+# Each imports only what stands before it, wherever in a file the import is.
+FLOORS = (
+    "errors", "files", "safetensors_header", "projectors", "methods", "policy", "report", "adapters",
+    "allowance", "store", "access", "settings", "gate", "api", "integration", "cli",
+)  # fmt: skip
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the package with its file."""
+@cache
+def modules(folder: Path = PACKAGE) -> dict[str, Path]:
+    """Every module of a package with its file."""
     found = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    for file in sorted(folder.rglob("*.py")):
+        parts = file.relative_to(folder.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
 
 
+@cache
 def imported(file: Path, top_level: bool = False) -> set[str]:
     """Names that a file imports, anywhere in it or at its top level only; not those for type checkers."""
     names: set[str] = set()
@@ -53,39 +54,56 @@ def imported(file: Path, top_level: bool = False) -> set[str]:
     return names
 
 
-def integration(name: str) -> bool:
-    """Whether a module belongs to the part that knows vLLM."""
-    return name.startswith("safelora_vllm.integration")
+def roots(names: set[str]) -> set[str]:
+    """The top-level packages of some names."""
+    return {name.partition(".")[0] for name in names}
+
+
+@cache
+def loaded(start: str, top_level: bool = False) -> set[str]:
+    """Modules of this package that a module loads, also through others, with the packages around them."""
+    found, seen, stack = modules(), set[str](), [start]
+    while stack:
+        name = stack.pop()
+        if name not in found or name in seen:
+            continue
+        seen.add(name)
+        stack += [name.rpartition(".")[0], *imported(found[name], top_level)]
+    return seen
+
+
+def within(name: str, folder: str) -> bool:
+    """Whether a module is in a folder of the package, or the module of that name."""
+    return f"{name}.".startswith(f"safelora_vllm.{folder}.")
 
 
 def test_only_integration_imports_vllm_or_fastapi() -> None:
     found = modules()
-    assert len(found) > 25 and any(map(integration, found))
+    assert len(found) > 25
     for name, file in found.items():
-        roots = {target.partition(".")[0] for target in imported(file)}
-        assert integration(name) or not roots & {"vllm", "fastapi", "starlette", "uvicorn"}, name
+        used = roots(imported(file)) & {"vllm", "fastapi", "starlette", "uvicorn"}
+        assert not used or within(name, "integration"), name
     # The test sees such imports: this is where they are.
-    assert "vllm" in {t.partition(".")[0] for n, f in found.items() if integration(n) for t in imported(f)}
+    assert "vllm" in {r for n, f in found.items() if within(n, "integration") for r in roots(imported(f))}
 
 
-def test_nothing_below_knows_integration_and_nothing_knows_the_command() -> None:
+def test_each_room_imports_only_rooms_below_it() -> None:
     for name, file in modules().items():
-        targets = imported(file)
-        if name != "safelora_vllm.cli.main" and not integration(name):
-            assert not any(map(integration, targets)), name
-        assert not any(t.startswith("safelora_vllm.cli.main") for t in targets), name
-    assert not any(map(integration, imported(PACKAGE / "cli.py", top_level=True)))
+        if name == "safelora_vllm":
+            continue
+        room = name.split(".")[1]
+        assert room in FLOORS, f"{name}: give its room a place in FLOORS"
+        above = FLOORS[FLOORS.index(room) + 1 :]
+        wrong = {t for t in imported(file) if any(within(t, other) for other in above)}
+        assert not wrong, f"{name} imports {sorted(wrong)}, which are above it"
 
 
-def test_imports_only_go_down() -> None:
-    """No cycle: each module can be put on a floor above everything that it imports when loaded."""
+def test_no_module_imports_what_imports_it() -> None:
+    """Each module can be put on a floor above everything that it imports when loaded."""
     found = modules()
     below = {n: (imported(file, top_level=True) & set(found)) - {n} for n, file in found.items()}
     for name, targets in below.items():  # a package is not above what its own modules import
-        targets.discard("safelora_vllm")
-        if not name.startswith("safelora_vllm.methods"):
-            continue
-        targets.discard("safelora_vllm.methods")
+        targets -= {target for target in targets if name.startswith(f"{target}.")}
     placed: set[str] = set()
     while below:
         floor = {name for name, targets in below.items() if targets <= placed}
@@ -94,30 +112,78 @@ def test_imports_only_go_down() -> None:
         below = {name: targets for name, targets in below.items() if name not in floor}
 
 
-def test_the_entry_point_module_imports_the_standard_library_only() -> None:
+@pytest.mark.parametrize(
+    ("process", "others"),
+    [
+        ("gate", ["integration", "cli", "api"]),
+        ("integration.worker", ["integration.server", "integration.launch", "cli", "api"]),
+        ("integration.server", ["integration.worker", "integration.launch", "cli", "api"]),
+        ("api", ["integration", "cli", "settings"]),
+    ],
+)
+def test_a_process_never_loads_the_code_of_another(process: str, others: list[str]) -> None:
+    members = [name for name in modules() if within(name, process)]
+    assert members
+    for name in members:
+        wrong = {t for t in loaded(name) for other in others if within(t, other)}
+        assert not wrong, f"{name} loads {sorted(wrong)}"
+
+
+def test_what_vllm_imports_before_it_checks_anything_is_the_standard_library() -> None:
     # vLLM logs and swallows an ImportError there, and would go on unguarded.
-    for name in ("plugin", "__init__"):
-        targets = imported(PACKAGE / "integration" / f"{name}.py", top_level=True)
-        assert {target.partition(".")[0] for target in targets} <= sys.stdlib_module_names
+    for name in loaded("safelora_vllm.integration.plugin", top_level=True):
+        assert roots(imported(modules()[name], top_level=True)) <= sys.stdlib_module_names, name
+    script = (
+        "import sys; before = set(sys.modules); import safelora_vllm.integration.plugin\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "safelora_vllm" in done.stdout, done.stderr
+    assert set(done.stdout.split()) - {"safelora_vllm"} <= sys.stdlib_module_names
 
 
-def test_everything_but_integration_imports_without_vllm_and_fastapi() -> None:
-    names = [name for name in modules() if not integration(name)]
+def test_everything_but_integration_imports_without_vllm_and_fastapi(tmp_path: Path) -> None:
+    names = [name for name in modules() if not within(name, "integration")]
+    names.remove("safelora_vllm.settings")  # of a server
     names += ["safelora_vllm.integration", "safelora_vllm.integration.plugin"]
+    (tmp_path / "everything.py").write_text("\n".join(f"import {name}" for name in names))
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_VLLM, *names],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.base_install", "everything"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
+    assert done.returncode == 0, done.stderr
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    script = "import sys, safelora_vllm.cli.main as c; c._parser(); sys.exit('torch' in sys.modules)"
+def test_the_fast_tests_need_no_vllm_or_fastapi() -> None:
+    """Those that do are left out where these are missing: `conftest.NEEDS_SERVER` finds them."""
+    tests = modules(Path(__file__).parent)
+    package = modules()
+    kept = {
+        name
+        for name, file in tests.items()
+        if re.fullmatch(r"tests\.test_\w+", name) and not NEEDS_SERVER.search(file.read_text())
+    }
+    assert len(kept) > 30 and "tests.test_gate" in kept and "tests.test_route_access" not in kept
+    for name in kept:
+        stack, seen = [name], set[str]()
+        while stack:
+            module = stack.pop()
+            if module in seen or module not in tests:
+                continue
+            seen.add(module)
+            names = imported(tests[module])
+            stack += names
+            needed = {t for n in names & set(package) for t in loaded(n, top_level=True)}
+            for file in [tests[module], *(package[n] for n in needed)]:
+                wrong = roots(imported(file, top_level=file in package.values())) & set(SERVER_ONLY)
+                assert not wrong, f"{name} needs {sorted(wrong)} for {file}"
+
+
+def test_help_and_policies_do_not_wait_for_torch() -> None:
+    script = (
+        "import sys, safelora_vllm.cli.main as c; c._parser()\n"
+        "import safelora_vllm as sl; sl.Policy(); sl.Report; sl.AdapterRefused\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
-
-
-def test_the_public_surface() -> None:
-    assert safelora_vllm.__all__ == ["__version__"]
-    public = {name for name in vars(safelora_vllm) if not name.startswith("_")}
-    submodules = {name.split(".")[1] for name in modules() if name.count(".") >= 1}
-    assert public - submodules <= {"PackageNotFoundError", "version"}

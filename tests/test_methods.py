@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.gate.admit import GateSettings
-from safelora_vllm.methods import METHODS, ModuleDelta
+from safelora_vllm.methods import METHODS, Method
+from safelora_vllm.methods.calibration import calibrate
+from safelora_vllm.methods.delta import ModuleDelta
+from safelora_vllm.methods.method import Option
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
@@ -68,7 +72,7 @@ def test_safe_lora_multiplies_b_by_the_operator(
     form: tuple[str, str], deltas: dict[str, ModuleDelta], pair: Pair
 ) -> None:
     for name, delta in deltas.items():
-        a, b = METHODS["safe-lora"](delta, Policy(method="safe-lora"))
+        a, b = METHODS["safe-lora"].project(delta, Policy(method="safe-lora"))
         expected = reference.projected(pair.v(name), delta.a, delta.b)
         assert reference.ratio(b.double() @ a.double() - expected, expected) < WEIGHTS[form[0]]
         original = delta.b.double() @ delta.a.double()
@@ -83,7 +87,7 @@ def test_input_removal_takes_the_dominant_inputs_from_a(
 ) -> None:
     policy = Policy(method="input-removal", energy=energy)
     for name, delta in deltas.items():
-        a, b = METHODS["input-removal"](delta, policy)
+        a, b = METHODS["input-removal"].project(delta, policy)
         original = delta.b.double() @ delta.a.double()
         expected = reference.removed(pair.v(name), delta.a, delta.b, energy)
         assert (a.shape, b.shape) == (delta.a.shape, delta.b.shape)
@@ -95,7 +99,7 @@ def test_input_removal_takes_the_dominant_inputs_from_a(
 
 def test_no_energy_takes_nothing(deltas: dict[str, ModuleDelta]) -> None:
     delta = next(iter(deltas.values()))
-    a, b = METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.0))
+    a, b = METHODS["input-removal"].project(delta, Policy(method="input-removal", energy=0.0))
     original = delta.b.double() @ delta.a.double()
     assert reference.ratio(b.double() @ a.double() - original, original) < 2e-7
 
@@ -112,7 +116,7 @@ def test_what_is_removed_does_not_come_back_by_rounding(deltas: dict[str, Module
     b = torch.randn(projector.entry.shape[0], 1, generator=generator) * torch.tensor([[1.0, -1.0]])
     delta = ModuleDelta(a.float(), b, projector, torch.bfloat16)
     alone = delta.rounded(delta.a - ((delta.a.double() @ inputs) @ inputs.T))
-    new_a, new_b = METHODS["input-removal"](delta, Policy(method="input-removal", energy=0.3))
+    new_a, new_b = METHODS["input-removal"].project(delta, Policy(method="input-removal", energy=0.3))
 
     def leak(a: torch.Tensor, b: torch.Tensor) -> float:
         original = delta.b.double() @ delta.a.double()
@@ -126,7 +130,7 @@ def test_what_is_removed_does_not_come_back_by_rounding(deltas: dict[str, Module
 )
 def test_more_energy_than_the_cache_keeps_is_refused(method: str, deltas: dict[str, ModuleDelta]) -> None:
     with pytest.raises(PolicyError, match=r"energy 0\.99 is above .* --max-energy 0\.99"):
-        METHODS[method](next(iter(deltas.values())), Policy(method=method, energy=0.99))
+        METHODS[method].project(next(iter(deltas.values())), Policy(method=method, energy=0.99))
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.8, 0.95])
@@ -135,7 +139,7 @@ def test_csulora_damps_what_is_not_in_both_bases(
 ) -> None:
     policy = Policy(method="csulora", energy=energy)
     for name, delta in deltas.items():
-        a, b = METHODS["csulora"](delta, policy)
+        a, b = METHODS["csulora"].project(delta, policy)
         assert (a.shape, b.shape) == (delta.a.shape, delta.b.shape)
         whole = reference.damped(pair.v(name), delta.a, delta.b, energy)
         expected, found = reference.truncated(whole, RANK), b.double() @ a.double()
@@ -166,7 +170,7 @@ def test_csulora_keeps_one_block_whole_and_damps_a_lonely_other_one_to_a_21st(
     for output, side_b in sides_b.items():
         for input_, side_a in sides_a.items():
             delta = ModuleDelta(side_a, side_b, cache.projector(K0))
-            new_a, new_b = METHODS["csulora"](delta, policy)
+            new_a, new_b = METHODS["csulora"].project(delta, policy)
             gamma = 1.0 if output and input_ else 1 / 21
             original = delta.b.double() @ delta.a.double()
             # As above: float32 bases and factors.
@@ -176,7 +180,7 @@ def test_csulora_keeps_one_block_whole_and_damps_a_lonely_other_one_to_a_21st(
 @pytest.mark.parametrize("energy", [0.0, 0.8])
 def test_csulora_of_nothing_is_nothing(energy: float, cache: ProjectorCache) -> None:
     for a, b in ((torch.ones(2, 96), torch.zeros(32, 2)), (torch.zeros(2, 96), torch.zeros(32, 2))):
-        new = METHODS["csulora"](
+        new = METHODS["csulora"].project(
             ModuleDelta(a, b, cache.projector(K0)), Policy(method="csulora", energy=energy)
         )
         assert not any(side.any() for side in new)
@@ -187,7 +191,7 @@ def test_csulora_of_more_ranks_than_a_side_has(cache: ProjectorCache, pair: Pair
     generator = torch.Generator().manual_seed(5)
     a, b = torch.randn(rank, 96, generator=generator), torch.randn(32, rank, generator=generator)
     delta = ModuleDelta(a, b, cache.projector(K0))
-    new_a, new_b = METHODS["csulora"](delta, policy)
+    new_a, new_b = METHODS["csulora"].project(delta, policy)
     assert (new_a.shape, new_b.shape) == ((32, 96), (32, 32))  # of K0's shape: nothing is cut off
     expected = reference.damped(pair.v(K0), delta.a, delta.b, policy.energy)
     assert reference.ratio(new_b.double() @ new_a.double() - expected, expected) < 2e-6  # as above
@@ -202,7 +206,7 @@ def test_a_methods_answer_grows_with_the_adapter(
     policy = Policy(method=method, select="all", energy=0.8)
     for delta in deltas.values():
         scaled = ModuleDelta(delta.a, delta.b * 2.0**power, delta.projector)
-        plain, found = (reference.product(*METHODS[method](d, policy)) for d in (delta, scaled))
+        plain, found = (reference.product(*METHODS[method].project(d, policy)) for d in (delta, scaled))
         # Powers of two are exact, but for the roots of odd ones: two more roundings to float32.
         assert reference.ratio(found * 2.0**-power - plain, plain) < 2e-7
 
@@ -217,7 +221,7 @@ def test_what_is_not_finite_stays_so_and_raises_nothing(
         factors = {"a": delta.a.clone(), "b": delta.b.clone()}
         factors[side][1, 1] = bad
         spoiled = ModuleDelta(**factors, projector=delta.projector)
-        a, b = METHODS[method](spoiled, Policy(method=method, energy=0.8))
+        a, b = METHODS[method].project(spoiled, Policy(method=method, energy=0.8))
         assert not torch.isfinite(b @ a).all()
 
 
@@ -289,5 +293,31 @@ def test_unprojected_weights_retain_all(deltas: dict[str, ModuleDelta]) -> None:
     assert delta.served(delta.a, delta.b).retained == 1.0
 
 
-def test_every_method_of_the_policy_exists() -> None:
-    assert set(METHODS) == set(METHOD_NAMES)
+def test_a_method_is_its_entry_in_the_registry(
+    cache: ProjectorCache, tmp_path: Path, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policies, the gate, strictness and calibration follow from what its file says."""
+    assert tuple(METHODS) == METHOD_NAMES
+    halving = Method(
+        name="halving",
+        project=lambda delta, policy: (delta.a, delta.b * (1.0 - policy.energy)),
+        options={"energy": Option("the share of B to remove", more_is_stricter=True)},
+        select="number",
+        energy=0.5,
+        calibrator=METHODS["safe-lora"].calibrator,
+    )
+    monkeypatch.setitem(METHODS, "halving", halving)
+    policy = Policy(method="halving", number=5)
+    assert (policy.select, policy.energy) == ("number", 0.5) and policy.has_effect("energy")
+    stricter = dataclasses.replace(policy, energy=0.75)
+    assert stricter.at_least_as_strict(policy) and not policy.at_least_as_strict(stricter)
+    assert policy.tightened(stricter) == stricter
+    with pytest.raises(PolicyError, match="give method 'input-removal' or 'csulora' or 'halving' too"):
+        Policy(method="safe-lora").check_effective(["energy"])
+    with pytest.raises(PolicyError, match="with energy 0 nothing is projected"):
+        Policy(method="halving", energy=0.0).check_effective(["energy"])
+    report = judge(Draft().write(tmp_path / "a"), GateSettings(cache, policy), store).report
+    retained = sorted(report.values("retained"))
+    assert retained[:5] == pytest.approx([0.5] * 5) and retained[5:] == [1.0] * 9
+    calibration = calibrate([cache.projector(name) for name in cache.modules], policy)
+    assert calibration.strength == "number" and calibration.whole.projected == 5

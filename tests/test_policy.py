@@ -31,7 +31,7 @@ def test_the_defaults() -> None:
     }
     assert {method for method in METHOD_NAMES if Policy(method=method).select != "all"} == {"safe-lora"}
     assert Policy(method="input-removal", select="threshold").select == "threshold"
-    assert Policy().enforcing and not Policy(mode="audit").enforcing
+    assert Policy().enforcing and not Policy(mode="report-only").enforcing
 
 
 def test_safe_loras_defaults_are_the_papers() -> None:
@@ -46,7 +46,7 @@ def test_another_method_has_its_own_defaults_unless_they_are_given() -> None:
     assert safe.with_values({"method": "csulora", "select": "number"}).select == "number"
     assert Policy(energy=0.5).with_values({"method": "csulora"}).energy == 0.95
     assert Policy(method="csulora").with_values({"method": "input-removal"}).energy == Policy().energy == 0.2
-    assert Policy(method="csulora", energy=0.5).with_values({"mode": "audit"}).energy == 0.5
+    assert Policy(method="csulora", energy=0.5).with_values({"mode": "report-only"}).energy == 0.5
     chosen = Policy(method="safe-lora", select="all")
     assert chosen.with_values({"threshold": 0.5}).select == "all"
 
@@ -183,10 +183,27 @@ def test_the_id_depends_on_every_field() -> None:
     others = [
         Policy(method="safe-lora", select="all"), Policy(select="threshold"), Policy(threshold=0.4),
         Policy(number=11), Policy(energy=0.7), Policy(max_relative_norm=2.0), Policy(max_total_norm=2.0),
-        Policy(mode="audit"),
+        Policy(mode="report-only"),
     ]  # fmt: skip
     assert len({policy.id for policy in (Policy(), *others)}) == 1 + len(dataclasses.fields(Policy))
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id
+
+
+def test_a_mode_s_former_name_is_read_where_it_was_stored_and_refused_where_it_is_typed() -> None:
+    with pytest.raises(PolicyError, match="use 'report-only'"):
+        Policy.from_mapping({"mode": "audit"})
+    stored = {"mode": "audit", "energy": 0.5}
+    assert Policy.from_stored(stored) == Policy(mode="report-only", energy=0.5)
+    assert stored["mode"] == "audit"
+    for values in ({"mode": "off"}, {"mode": ["audit"]}):
+        with pytest.raises(PolicyError, match="choose one of enforce, report-only"):
+            Policy.from_stored(values)
+
+
+def test_ids_are_those_of_older_releases() -> None:
+    """Published copies are addressed by them: another id would project every stored adapter again."""
+    assert Policy().id == "8a0b90257a6bee12eb620d291d7b6d4d694eb47f73d96503c5e96872ad50946c"
+    assert Policy(mode="report-only").id == "296f6007680b2423313824cecab66058bc551f28df20e5e38a297a730994fb41"
 
 
 def test_equal_policies_have_one_id() -> None:

@@ -35,15 +35,15 @@ _MESSAGE = 20 * (500 + 30)
     ],
 )
 def test_what_is_not_printable_is_escaped_and_what_is_long_is_cut(raw: str, shown: str) -> None:
-    assert Reason("shape", raw).detail == shown
-    assert Reason("shape", shown).detail == shown  # a report that is read back says the same
+    assert Reason("shape", raw).message == shown
+    assert Reason("shape", shown).message == shown  # a report that is read back says the same
 
 
 @given(st.text(st.characters(exclude_categories=())))
 def test_every_reason_is_one_line_of_valid_json(raw: str) -> None:
-    detail = Reason("shape", raw).detail
-    assert detail.isprintable() and len(detail) <= 500
-    assert json.loads(json.dumps(detail, ensure_ascii=False).encode()) == detail
+    message = Reason("shape", raw).message
+    assert message.isprintable() and len(message) <= 500
+    assert json.loads(json.dumps(message, ensure_ascii=False).encode()) == message
 
 
 def test_a_flood_of_reasons_is_cut_but_no_code_is_lost() -> None:

@@ -120,7 +120,7 @@ def test_all_bad_tensors_are_named_but_a_flood_is_cut(
     for side, value in (("A", float("nan")), ("B", float("inf"))):
         draft.tensors[key(Q0, side)][0, 0] = value
     report = judge(draft.write(tmp_path / "a"), gate, store).report
-    assert {reason.detail.split(" has")[0] for reason in report.reasons} == {key(Q0, "A"), key(Q0, "B")}
+    assert {reason.message.split(" has")[0] for reason in report.reasons} == {key(Q0, "A"), key(Q0, "B")}
 
     flood = Draft(tensors={f"x{i}": torch.zeros(1) for i in range(3000)})
     report = judge(flood.write(tmp_path / "b"), gate, store).report

@@ -40,7 +40,7 @@ def test_one_large_rank_must_not_blow_up_all_others(
     less = dataclasses.replace(gate, limits=Limits(weights_bytes=512 * 2720 * 4 - 1))
     admission = judge(folder, less, PublishedStore(tmp_path / "empty"))
     assert codes(admission) == {"too_large"}
-    assert "rank 512 it takes 5,570,560 bytes, allowed are 5,570,559" in admission.report.reasons[0].detail
+    assert "rank 512 it takes 5,570,560 bytes, allowed are 5,570,559" in admission.report.reasons[0].message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,13 +94,15 @@ def test_small_modules_may_be_too_much_together(
 @pytest.mark.parametrize(
     "changes", [{"lora_alpha": 1e40}, {"lora_alpha": 1e300}, {"alpha_pattern": {"q_proj": 1e308}}]
 )
-def test_a_scale_beyond_float32_is_refused_in_audit_mode_too(
+def test_a_scale_beyond_float32_is_refused_in_report_only_mode_too(
     changes: dict[str, object], tmp_path: Path, cache: ProjectorCache, store: PublishedStore
 ) -> None:
     draft = Draft()
     draft.config.update(changes)
     admission = judge(
-        draft.write(tmp_path / "a"), GateSettings(cache, Policy(method="safe-lora", mode="audit")), store
+        draft.write(tmp_path / "a"),
+        GateSettings(cache, Policy(method="safe-lora", mode="report-only")),
+        store,
     )
     assert not admission.report.accepted and "non_finite" in codes(admission)
 

@@ -32,7 +32,6 @@ def test_golden_json() -> None:
         },
         "accepted": True,
         "reasons": [],
-        "details": [],
         "total_norm": 0.003,
         "modules": [
             {
@@ -52,12 +51,25 @@ def test_there_and_back() -> None:
         "x",
         "d",
         "c",
-        Policy(method="safe-lora", mode="audit"),
+        Policy(method="safe-lora", mode="report-only"),
         AdapterRefused([Reason("a", "b"), Reason("a", "c")]),
     )
     for report in (REPORT, refused):
         assert Report.from_dict(json.loads(report.to_json())) == report
-    assert not refused.accepted and refused.to_dict()["reasons"] == ["a", "a"]
+    assert not refused.accepted and refused.to_dict()["reasons"] == [
+        {"code": "a", "message": "b"},
+        {"code": "a", "message": "c"},
+    ]
+
+
+def test_a_report_that_an_older_release_stored_is_read() -> None:
+    """Its reasons were two parallel lists, and report-only mode was called audit."""
+    report = dataclasses.replace(
+        REPORT, policy=Policy(mode="report-only"), reasons=[Reason("a", "b"), Reason("a", "c")]
+    )
+    stored = report.to_dict() | {"reasons": ["a", "a"], "details": ["b", "c"]}
+    stored["policy"]["mode"] = "audit"
+    assert Report.from_dict(stored) == report
 
 
 def test_columns_and_counts() -> None:
@@ -98,9 +110,9 @@ def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
     assert "total norm 0.003 (allowed 1), largest module 0.02 (allowed 1)" in text
 
 
-def test_in_audit_mode_nothing_is_said_to_be_projected() -> None:
-    audited = dataclasses.replace(REPORT, policy=Policy(mode="audit"))
-    assert "tenant: accepted unprojected, as in audit mode; enforcing would project 1 of 2" in printed(
+def test_in_report_only_mode_nothing_is_said_to_be_projected() -> None:
+    audited = dataclasses.replace(REPORT, policy=Policy(mode="report-only"))
+    assert "tenant: accepted unprojected, as in report-only mode; enforcing would project 1 of 2" in printed(
         audited
     )
     audited = dataclasses.replace(audited, reasons=[Reason("total_norm", "too large")])

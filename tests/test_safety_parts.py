@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safelora_vllm.methods import METHODS, ModuleDelta
+from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -100,7 +101,7 @@ def test_a_padded_adapter_is_spared_by_csulora_and_costs_it_little(cache: Projec
 
     def harm_left(a: Tensor, b: Tensor) -> float:
         """How much of what is outside of CSULoRA's kept directions is left."""
-        served_a, served_b = METHODS["csulora"](ModuleDelta(a, b, projector), policy)
+        served_a, served_b = METHODS["csulora"].project(ModuleDelta(a, b, projector), policy)
         rest = torch.eye(24) - projector.input_basis(0.9) @ projector.input_basis(0.9).T
         return float((served_b @ served_a @ rest).norm() / (b @ a @ rest).norm())
 

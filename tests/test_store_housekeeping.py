@@ -147,7 +147,7 @@ def test_copies_of_older_versions_may_go(root: Path) -> None:
 def test_every_copy_of_a_live_content_stays(root: Path) -> None:
     """A content is published once for each policy; which of them is served is not looked at."""
     digest = put(root, 0, "x")
-    report = Report("", digest, "projectors", Policy(method="safe-lora", mode="audit"), True, [], [])
+    report = Report("", digest, "projectors", Policy(method="safe-lora", mode="report-only"), True, [], [])
     PublishedStore(root).publish("f" * 64, files(0), report)
     for copy in (root / "published").iterdir():
         os.utime(copy / "report.json", (1000, 1000))

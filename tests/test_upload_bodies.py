@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from starlette.requests import Request
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, Reason, StoreDamaged, UsageError
 from safelora_vllm.integration.server import uploads
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.uploads import (
@@ -383,3 +384,21 @@ def test_only_admins_are_told_paths_of_the_server() -> None:
             answer = error_response(error)
         assert answer.status_code == 503
         assert (b"/srv/store" in bytes(answer.body)) is told and b"is damaged" in bytes(answer.body)
+
+
+def test_a_refusal_answers_with_all_its_reasons() -> None:
+    from safelora_vllm.integration.server.http_errors import error_response
+    from safelora_vllm.integration.server.schemas import ErrorBody
+
+    found = [Reason("shape", "q has another shape"), Reason("shape", "v too"), Reason("dora", "no")]
+    answer = error_response(AdapterRefused(found))
+    body = json.loads(bytes(answer.body))
+    assert answer.status_code == 422 and "details" not in body["error"]
+    assert body["error"]["reasons"] == [
+        {"code": "shape", "message": "q has another shape"},
+        {"code": "shape", "message": "v too"},
+        {"code": "dora", "message": "no"},
+    ]
+    assert ErrorBody.model_validate(body).error.reasons == found
+    reason = ErrorBody.model_json_schema()["$defs"]["Reason"]
+    assert list(reason["properties"]) == ["code", "message"]

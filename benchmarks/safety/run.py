@@ -3,8 +3,8 @@
     python benchmarks/safety/run.py [--smoke] [--only-report]
 
 Every figure comes from a guarded server's answers: each adapter is loaded by each treatment's rules, raw ones
-and those of naive methods in audit mode. What was trained and asked is kept in .cache/safety, so that a run
-that was stopped goes on where it was; without it, a run is a matter of hours.
+and those of naive methods in report-only mode. What was trained and asked is kept in .cache/safety, so that a
+run that was stopped goes on where it was; without it, a run is a matter of hours.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.methods import lowrank
 from safelora_vllm.projectors.cache import ProjectorCache
 
-AUDIT = {"mode": "audit"}
+REPORT_ONLY = {"mode": "report-only"}
 # New (A, B) of a module from its name, A and B, all of them float32.
 Change = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -31,7 +31,7 @@ class Treatment:
 
     method: str
     strength: float
-    policy: Mapping[str, Any] = field(default_factory=lambda: AUDIT)
+    policy: Mapping[str, Any] = field(default_factory=lambda: REPORT_ONLY)
     make: Change | None = None
 
     @property

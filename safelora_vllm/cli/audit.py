@@ -14,6 +14,7 @@ from safelora_vllm.store.audit_log import AuditLog, parse_since
 
 FOLDER = "audit"  # in the adapter store
 _FILTERS = ("adapter", "actor", "action")
+_UNPROJECTED = ("report-only", "audit")  # the mode and its former name
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -87,7 +88,9 @@ def _in_short(record: dict[str, Any], columns: Iterable[str]) -> list[Any]:
     """The columns of a record; of the policy what sets it apart, and whether it was an override."""
     policy = record["policy"] if isinstance(record["policy"], dict) else {}
     told = [str(policy[field]) for field in ("method", "select") if field in policy]
-    told += ["UNPROJECTED"] * (policy.get("mode") == "audit") + ["OVERRIDE"] * bool(record.get("override"))
+    told += ["UNPROJECTED"] * (policy.get("mode") in _UNPROJECTED) + ["OVERRIDE"] * bool(
+        record.get("override")
+    )
     short = {**record, "policy": " ".join(told), "digest": str(record["digest"] or "")[:12]}
     return [short[column] for column in columns]
 

@@ -8,13 +8,19 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from safelora_vllm.cli.options import add_projection_options, policy_values
-from safelora_vllm.errors import ProjectorCacheError, UsageError
+from safelora_vllm.cli import DONE
+from safelora_vllm.cli.options import (
+    add_projection_options,
+    add_projectors_option,
+    chosen_policy,
+    policy_values,
+)
+from safelora_vllm.errors import UsageError
+from safelora_vllm.methods.method import Effect, Spread
 from safelora_vllm.policy import Policy
 
 if TYPE_CHECKING:
-    from safelora_vllm.methods.calibration import Calibration, Effect, Spread
-    from safelora_vllm.projectors.cache import Projector
+    from safelora_vllm.methods.calibration import Calibration
 
 _TITLES = {
     "taken": "directions k/d_in\nmin–median–max",
@@ -32,12 +38,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "calibrate", allow_abbrev=False, help="show what a policy does to a random adapter, and choose one"
     )
-    parser.add_argument("--projectors", required=True, metavar="DIR", help="the projector cache")
+    add_projectors_option(parser)
     parser.add_argument(
         "--keep-random",
         type=float,
         metavar="SHARE",
-        help="find input-removal's largest energy that leaves every module this share of a random "
+        help="find the method's largest strength that leaves every module this share of a random "
         "adapter's effect, e.g. 0.99",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
@@ -46,69 +52,49 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the policy's effect by module type and a ladder of strengths. Exit code 0."""
-    from safelora_vllm.methods.calibration import calibrate, energy_that_keeps, largest_energy, method_named
+    """Print the policy's effect by module type and a ladder of strengths."""
+    policy = _policy(args)
+    from safelora_vllm.api import calibrate_policy
     from safelora_vllm.projectors.cache import ProjectorCache
 
-    policy = _policy(args)
-    method_named(policy.method)
     cache = ProjectorCache(args.projectors)
-    if not cache.modules:
-        raise ProjectorCacheError(f"the projector cache {args.projectors} has no modules; build it again")
-    projectors = [cache.projector(name) for name in cache.modules]
-    if policy.method == "input-removal":
-        _read_energies(projectors)
-    found = None
+    calibration, found = calibrate_policy(cache, policy, keep_random=args.keep_random), None
     if args.keep_random is not None:
-        policy = policy.with_values({"energy": energy_that_keeps(args.keep_random, projectors)})
         found = {
             "share": args.keep_random,
-            "options": _options(policy, args),
-            "limited_by_cache": policy.energy == largest_energy(projectors) < 1.0,
+            "options": _options(calibration, args),
+            "limited_by_cache": calibration.limited_by_cache,
         }
-    calibration = calibrate(projectors, policy)
     if args.json:
-        print(json.dumps(_document(cache.id, policy, calibration, found), indent=1))
+        print(json.dumps(_document(cache.id, calibration, found), indent=1))
     else:
-        _print(policy, calibration, found)
-    return 0
+        _print(calibration, found)
+    return DONE
 
 
 def _policy(args: argparse.Namespace) -> Policy:
-    """The policy that ``serve`` would have with these options; ``--keep-random`` is about input removal."""
-    values = policy_values(args)
-    policy = Policy.from_mapping(values)
+    """The policy that ``serve`` would have with these options."""
+    from safelora_vllm.methods.calibration import calibrator_of, search_of
+
+    policy = Policy.from_mapping(policy_values(args))
+    calibrator_of(policy.method)
     if args.keep_random is not None:
-        if policy.method != "input-removal":
-            raise UsageError(
-                f"keep-random has no effect with method {policy.method!r}: it finds input removal's energy; "
-                "leave method or keep-random out"
-            )
-        if "energy" in values:
-            raise UsageError("keep-random finds the energy; leave energy or keep-random out")
-    policy.check_effective(values)
-    return policy
+        strength = search_of(policy.method).field
+        if getattr(args, strength) is not None:
+            raise UsageError(f"keep-random finds the {strength}; leave {strength} or keep-random out")
+    return chosen_policy(args)
 
 
-def _read_energies(projectors: Sequence[Projector]) -> None:
-    """Read what the figures need, once: some kilobytes a module."""
-    from tqdm import tqdm
-
-    for projector in tqdm(projectors, desc="Energies", unit="module", delay=1.0):
-        _ = projector.energies
-
-
-def _options(policy: Policy, args: argparse.Namespace) -> str:
-    """The policy as options of ``serve``: what was given, and the energy that was found."""
-    given = {**policy_values(args), "method": policy.method, "energy": policy.energy}
+def _options(calibration: Calibration, args: argparse.Namespace) -> str:
+    """The policy as options of ``serve``: what was given, and the strength that was found."""
+    policy, strength = calibration.policy, calibration.strength
+    given = {**policy_values(args), "method": policy.method, strength: getattr(policy, strength)}
     fields = [field.name for field in dataclasses.fields(Policy) if field.name in given]
     return " ".join(f"--{field} {given[field]}" for field in fields)
 
 
-def _document(
-    cache_id: str, policy: Policy, calibration: Calibration, found: dict[str, Any] | None
-) -> dict[str, Any]:
-    strength = calibration.strength
+def _document(cache_id: str, calibration: Calibration, found: dict[str, Any] | None) -> dict[str, Any]:
+    policy, strength = calibration.policy, calibration.strength
     used = ("method", "select", "threshold", "number", "energy")
     return {
         "projectors": cache_id,
@@ -123,8 +109,8 @@ def _document(
     }
 
 
-def _print(policy: Policy, calibration: Calibration, found: dict[str, Any] | None) -> None:
-    strength = calibration.strength
+def _print(calibration: Calibration, found: dict[str, Any] | None) -> None:
+    policy, strength = calibration.policy, calibration.strength
     lines = [*calibration.types.items(), ("all", calibration.whole)]
     _print_table(f"A random adapter under {_in_words(policy)}", "type", lines)
     ladder = [(f"{getattr(rung, strength):g}", line) for rung, line in calibration.ladder]
@@ -141,7 +127,7 @@ def _print(policy: Policy, calibration: Calibration, found: dict[str, Any] | Non
 def _in_words(policy: Policy) -> str:
     """What of the policy decides, e.g. ``safe-lora, select threshold 0.35``."""
     value = {"threshold": f" {policy.threshold:g}", "number": f" {policy.number}", "all": ""}[policy.select]
-    energy = f", energy {policy.energy:g}" if policy.method == "input-removal" else ""
+    energy = f", energy {policy.energy:g}" if policy.has_effect("energy") else ""
     return f"{policy.method}{energy}, select {policy.select}{value}"
 
 

@@ -5,15 +5,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from safelora_vllm.policy import DEFAULT_ENERGY, METHOD_NAMES, MODES, SELECTIONS, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import MODES, SELECTIONS, Policy
 
 _DEFAULT = Policy()
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+
+
+def add_gate_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `add_policy_options`, --projectors and --device."""
+    add_projectors_option(parser)
+    add_policy_options(parser)
+    parser.add_argument("--device", default="cpu", help="where to project; default: cpu")
+
+
+def add_projectors_option(parser: argparse.ArgumentParser) -> None:
+    """--projectors, which every command needs that knows a policy."""
+    parser.add_argument("--projectors", required=True, metavar="DIR", help="the projector cache")
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -34,19 +48,20 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mode",
-        choices=MODES,
-        help="audit serves adapters UNPROJECTED and only reports; default: enforce",
+        metavar=f"{{{','.join(MODES)}}}",  # no choices: a policy says what a former word is called now
+        help="report-only serves adapters UNPROJECTED and only reports; default: enforce",
     )
 
 
 def add_projection_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """--method, --select, --threshold, --number, --energy: the policy's share in what is projected."""
     group = parser.add_argument_group("policy")
-    group.add_argument("--method", choices=METHOD_NAMES, help=f"default: {_DEFAULT.method}")
+    readers = {name: method for name, method in METHODS.items() if "energy" in method.options}
+    group.add_argument("--method", choices=METHODS, help=f"default: {_DEFAULT.method}")
     group.add_argument(
         "--select",
         choices=SELECTIONS,
-        help="modules to project; default: threshold for safe-lora, all for the others",
+        help=f"modules to project; default: {_by_method({n: m.select for n, m in METHODS.items()})}",
     )
     group.add_argument(
         "--threshold",
@@ -64,10 +79,30 @@ def add_projection_options(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--energy",
         type=float,
         metavar="E",
-        help="share of the alignment's energy whose directions --method input-removal removes, or "
-        f"--method csulora keeps; default: {_DEFAULT.energy}, csulora {DEFAULT_ENERGY['csulora']}",
+        help="; ".join(f"{name}: {method.options['energy'].help}" for name, method in readers.items())
+        + f"; default: {_by_method({name: method.energy for name, method in readers.items()})}",
     )
     return group
+
+
+def _by_method(values: Mapping[str, object]) -> str:
+    """The default method's value, then those that differ, e.g. ``0.2, csulora 0.95``."""
+    default = values[_DEFAULT.method]
+    return ", ".join(
+        [str(default), *(f"{name} {value}" for name, value in values.items() if value != default)]
+    )
+
+
+def chosen_policy(args: argparse.Namespace) -> Policy:
+    """The policy of the options.
+
+    Raises:
+        PolicyError: a value is out of range, or has no effect with the others.
+    """
+    values = policy_values(args)
+    policy = Policy.from_mapping(values)
+    policy.check_effective(values)
+    return policy
 
 
 def policy_values(args: argparse.Namespace) -> dict[str, Any]:

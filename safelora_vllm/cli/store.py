@@ -8,14 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safelora_vllm.cli import DONE, PROBLEMS
 from safelora_vllm.cli.options import UNITS, size
 from safelora_vllm.errors import UsageError
 
 if TYPE_CHECKING:
     from safelora_vllm.store import AdapterRecord
     from safelora_vllm.store.housekeeping import Collected
-
-PROBLEMS = 1
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,7 +138,7 @@ def _verify(args: argparse.Namespace) -> int:
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problems" if problems else "the adapter store is sound")
-    return PROBLEMS if problems else 0
+    return PROBLEMS if problems else DONE
 
 
 def _rm(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         verdict += f", {share} {'projected' if report.accepted else 'would have been projected'}"
     elif report.modules:
         would = "refuse it" if report.reasons else f"project {share}"
-        verdict += f" unprojected, as in audit mode; enforcing would {would}"
+        verdict += f" unprojected, as in report-only mode; enforcing would {would}"
     console.print(Text(f"{report.adapter}: {verdict}"))
     if report.modules:
         console.print(
@@ -58,7 +58,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             )
         )
     for reason in report.reasons:
-        console.print(Text(f"  [{reason.code}] {reason.detail}"))
+        console.print(Text(f"  [{reason.code}] {reason.message}"))
 
 
 def print_summary(reports: Sequence[Report], console: Console | None = None) -> None:

@@ -24,7 +24,8 @@ import torch
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.methods import METHODS, ModuleDelta, Served
+from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.delta import ModuleDelta, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
@@ -166,7 +167,7 @@ def evaluate(
 ) -> tuple[Report, Weights | None]:
     """Vet, measure, decide and project. Returns the report and the weights to serve, if any.
 
-    In audit mode the weights are the canonical, unprojected ones, the module table says what
+    In report-only mode the weights are the canonical, unprojected ones, the module table says what
     enforcing would have done, and ``reasons`` what it would have refused for.
     """
     stages, policy, cache = stages or Stages(), settings.policy, settings.cache
@@ -190,14 +191,14 @@ def evaluate(
         for module, delta in deltas.items():
             a, b = delta.a, delta.b
             if module in selected:
-                a, b = METHODS[policy.method](delta, policy)
+                a, b = METHODS[policy.method].project(delta, policy)
             served = delta.served(a, b)
             broken += _check_sound(module, delta, served)
             reasons += _check_norm(module, delta, served, policy)
             norms.append((delta.norm, max(1.0, served.retained or 0.0) * delta.norm))
             modules.append(_module_report(module, delta, served, module in selected))
             weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
-    if broken:  # not in audit mode either: there is nothing that could be measured or served
+    if broken:  # not in report-only mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
     reasons += _check_total(largest, policy)
@@ -278,7 +279,7 @@ def _answer(admission: Admission) -> Admission:
     report = admission.report
     if not report.accepted:
         codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
-        logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].detail)
+        logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
         logger.info(
             "adapter %r accepted: %d of %d modules projected by %s%s",
@@ -287,7 +288,7 @@ def _answer(admission: Admission) -> Admission:
         )  # fmt: skip
     else:
         logger.warning(
-            "AUDIT MODE: adapter %r is served UNPROJECTED; enforcing would have projected %d of %d "
+            "REPORT-ONLY MODE: adapter %r is served UNPROJECTED; enforcing would have projected %d of %d "
             "modules%s",
             report.adapter, report.count("projected"), len(report.modules),
             " and refused it" if report.reasons else "",

@@ -40,7 +40,7 @@ class GateMetrics:
             "safelora_projector_bytes", "Bytes of projectors per tier", ["tier"], registry=registry
         )
         self._enforcing = Gauge(
-            "safelora_enforcing", "1 if adapters are projected, 0 in audit mode", registry=registry
+            "safelora_enforcing", "1 if adapters are projected, 0 in report-only mode", registry=registry
         )
 
     def describe(self, cache: ProjectorCache, enforcing: bool) -> None:

@@ -27,7 +27,7 @@ from safelora_vllm.errors import GateUnavailable, QuotaExceeded, SafeLoRAError
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.gate.protocol import GateConfig
-from safelora_vllm.methods import READ_OUTPUT_BASES
+from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class GateService:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
         policy = Policy.from_mapping(config.policy)
         energy = policy.energy if policy.has_effect("energy") else 0.0
-        output_energy = energy if policy.method in READ_OUTPUT_BASES else 0.0
+        output_energy = energy if METHODS[policy.method].reads_output_bases else 0.0
         cache.load(config.device, config.projector_bytes, energy, output_energy)
         self._settings = GateSettings(
             cache=cache,

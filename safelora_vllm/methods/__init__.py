@@ -1,27 +1,15 @@
-"""Projection methods: weights and cache in, new A and B out. One file each.
+"""The registry of projection methods. One file each, which says all that has to be known of it.
 
-A method is a function ``project(delta, policy) -> (A', B')``. Adding one: a file here, a line in
-`METHODS`, and its name in `safelora_vllm.policy.METHOD_NAMES`.
+To add one, write its file, with a `Method` at its end, and name it in `METHODS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from safelora_vllm.methods import csulora, input_removal, safe_lora
-from safelora_vllm.methods.delta import ModuleDelta, Served
-from safelora_vllm.policy import Policy
-
-Method = Callable[[ModuleDelta, Policy], tuple[Tensor, Tensor]]
+from safelora_vllm.methods.method import Method
 
 METHODS: dict[str, Method] = {
-    "safe-lora": safe_lora.project,
-    "input-removal": input_removal.project,
-    "csulora": csulora.project,
+    method.name: method for method in (safe_lora.METHOD, input_removal.METHOD, csulora.METHOD)
 }
-# Those that read the projectors' output bases, which take memory that the others do not need.
-READ_OUTPUT_BASES = {"csulora"}
 
-__all__ = ["METHODS", "READ_OUTPUT_BASES", "Method", "ModuleDelta", "Served"]
+__all__ = ["METHODS", "Method"]

@@ -13,18 +13,25 @@ served.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from safelora_vllm.methods import lowrank
-from safelora_vllm.methods.delta import ModuleDelta
-from safelora_vllm.policy import Policy
+from safelora_vllm.methods.method import Method, Option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safelora_vllm.methods.delta import ModuleDelta
+    from safelora_vllm.policy import Policy
 
 _ALPHA = 0.05
 
 
 def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
     """New A (r, d_in) and B (d_out, r); fewer ranks where a side of the module is smaller than r."""
+    import torch
+
+    from safelora_vllm.methods import lowrank
+
     a_in = lowrank.component(delta.a.T, delta.projector.input_basis(policy.energy)).T
     b_in = lowrank.component(delta.b, delta.projector.output_basis(policy.energy))
     a_out, b_out = delta.a - a_in, delta.b - b_in
@@ -41,3 +48,13 @@ def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
         torch.cat([a_for_b_in, a_for_b_out]), torch.cat([b_in, b_out], dim=1), rank=delta.a.shape[0]
     )
     return delta.rounded(a), delta.rounded(b)
+
+
+METHOD = Method(
+    name="csulora",
+    project=project,
+    # With more energy more is kept, but what is not is damped more: not comparable.
+    options={"energy": Option("the share of the alignment's energy to keep")},
+    energy=0.95,  # as in the paper
+    reads_output_bases=True,
+)

@@ -77,7 +77,7 @@ def build(
     options = options or BuildOptions()
     out = Path(out)
     if out.exists():
-        raise UsageError(f"{out} exists; remove it or give another --out")
+        raise UsageError(f"{out} exists; remove it or give another folder as out")
     pair = Checkpoint(base), Checkpoint(aligned)
     names = select_modules(*pair, options.modules)
     out.parent.mkdir(parents=True, exist_ok=True)

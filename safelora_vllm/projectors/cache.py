@@ -27,9 +27,7 @@ from torch import Tensor
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
-from safelora_vllm.projectors.manifest import MANIFEST, ModuleEntry, parse_manifest
-
-ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, MANIFEST, ModuleEntry, parse_manifest
 
 
 class Projector:

@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 
 from safelora_vllm.errors import UsageError
 from safelora_vllm.files import is_digest
+from safelora_vllm.policy import stored_values
 
 KEPT_VERSIONS = 10
 SUFFIX = ".json"
@@ -122,13 +123,14 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
     data = json.loads(text, parse_constant=_no_number)
     if data["format"] != _FORMAT:
         raise ValueError(f"its format is {data['format']!r:.100}, this safelora reads {_FORMAT}")
-    versions = tuple(Version(**entry) for entry in data["versions"])
-    for version in versions:
+    found = tuple(Version(**entry) for entry in data["versions"])
+    for version in found:
         for name, types in _TYPES.items():
             if type(getattr(version, name)) not in types:
                 raise ValueError(f"{name} is {getattr(version, name)!r:.100}")
         if not is_digest(version.digest):
             raise ValueError(f"digest is {version.digest!r:.100}")
+    versions = tuple(_in_todays_words(version) for version in found)
     record = AdapterRecord(data["name"], data["current"], versions)
     numbers = [version.version for version in versions]
     if not numbers or numbers != sorted(set(numbers)):
@@ -138,6 +140,11 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
     if record.name != unquote(file.removesuffix(SUFFIX), errors="strict") or file_of(record.name) != file:
         raise ValueError(f"it is the record of {record.name!r:.100}")
     return record
+
+
+def _in_todays_words(version: Version) -> Version:
+    policy, underlying = stored_values(version.policy), stored_values(version.underlying)
+    return dataclasses.replace(version, policy=policy, underlying=underlying)
 
 
 def _no_number(name: str) -> float:

@@ -64,9 +64,10 @@ def check_refused(answer: httpx.Response, case: Hostile) -> set[str]:
         return set()
     assert answer.status_code == 422, (case.name, answer.text)
     error = answer.json()["error"]
-    assert error["reasons"] and set(error["reasons"]) <= case.codes, (case.name, answer.text)
-    assert all(detail.isprintable() for detail in error["details"]), case.name
-    return {error["reasons"][0]}
+    codes = [reason["code"] for reason in error["reasons"]]
+    assert codes and set(codes) <= case.codes, (case.name, answer.text)
+    assert all(reason["message"].isprintable() for reason in error["reasons"]), case.name
+    return {codes[0]}
 
 
 def check_accepted(

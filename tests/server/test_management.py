@@ -256,7 +256,7 @@ def test_a_lowered_quota_holds_for_what_comes_next(place: Place, adapters: list[
 
 def test_a_tenant_does_not_bring_a_revoked_override_back(place: Place, adapters: list[Path]) -> None:
     """Neither into force nor into the record, from which a later and laxer server would take it."""
-    tenant, lax = place.tenant(), {"mode": "audit"}
+    tenant, lax = place.tenant(), {"mode": "report-only"}
 
     async def use() -> None:
         async with place.manager() as (manager, _):
@@ -264,7 +264,7 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(place: Place, adapters:
             await manager.add(tenant, "acme/x", adapters[0])
             await manager.set_policy(ADMIN, "acme/x", lax, True, "a test of ours")
             overridden = names.all()["acme/x"].live
-            assert overridden.policy["mode"] == "audit" and overridden.override
+            assert overridden.policy["mode"] == "report-only" and overridden.override
             await manager.set_policy(ADMIN, "acme/x", {}, False, "")
             back = await manager.roll_back(tenant, "acme/x", 2)
             live = names.all()["acme/x"].live
@@ -272,7 +272,7 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(place: Place, adapters:
             assert (live.version, live.policy, live.override, live.underlying) == (4, {}, False, {})
             back = await manager.roll_back(ADMIN, "acme/x", 2)
             live = names.all()["acme/x"].live
-            assert back.current().report.policy.mode == "audit"
+            assert back.current().report.policy.mode == "report-only"
             assert (live.policy, live.override) == (overridden.policy, True)
 
     asyncio.run(use())

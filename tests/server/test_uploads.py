@@ -141,7 +141,9 @@ def test_refusals_give_every_reason(admin: httpx.Client, target: Target, tmp_pat
     draft.config.update(use_dora=True, lora_alpha="lots")
     answer = upload(admin, "bad", draft.write(tmp_path / "bad"))
     assert answer.status_code == 422
-    assert {"dora", "config_type", "no_projector"} <= set(answer.json()["error"]["reasons"])
+    assert {"dora", "config_type", "no_projector"} <= {
+        reason["code"] for reason in answer.json()["error"]["reasons"]
+    }
     assert admin.get("/v1/adapters/bad").status_code == 404
 
 
@@ -199,8 +201,8 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(
 ) -> None:
     upload(admin, "acme/own", adapters["qv"])
     put, route = admin.put, "/v1/adapters/acme/own/policy"
-    lax = {"policy": {"mode": "audit"}, "override": True, "reason": "a test of ours"}
-    assert put(route, json=lax).json()["policy"]["mode"] == "audit"
+    lax = {"policy": {"mode": "report-only"}, "override": True, "reason": "a test of ours"}
+    assert put(route, json=lax).json()["policy"]["mode"] == "report-only"
     assert put(route, json={"policy": {}}).json()["policy"]["mode"] == "enforce"
     with client(server, TENANT_KEYS["acme"]) as acme:
         back = acme.post("/v1/adapters/acme/own/rollback", json={"version": 2})
@@ -210,9 +212,9 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(
     live = NameStore(store).get("acme/own").live
     assert (live.version, live.policy, live.override) == (4, {}, False)
     back = admin.post("/v1/adapters/acme/own/rollback", json={"version": 2})
-    assert back.json()["policy"]["mode"] == "audit" and back.json()["override"]
+    assert back.json()["policy"]["mode"] == "report-only" and back.json()["override"]
     live = NameStore(store).get("acme/own").live
-    assert live.policy["mode"] == "audit" and live.override
+    assert live.policy["mode"] == "report-only" and live.override
 
 
 def test_long_json_bodies_are_not_read(server: Server, admin: httpx.Client) -> None:

@@ -29,7 +29,7 @@ from tests.tiny import Draft
 
 OWN = {"method": "safe-lora", "select": "number", "number": 5, "max_relative_norm": 0.9}
 LAXER: list[dict[str, Any]] = [
-    {"mode": "audit"}, {"number": 4}, {"max_relative_norm": 1.0}, {"max_total_norm": 1.1},
+    {"mode": "report-only"}, {"number": 4}, {"max_relative_norm": 1.0}, {"max_total_norm": 1.1},
     {"method": "input-removal", "select": "all"}, {"select": "threshold", "threshold": 1.0},
 ]  # fmt: skip
 

@@ -12,8 +12,8 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import GateUnavailable, GuardError, refuse
+from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.seams import server as seams
-from safelora_vllm.integration.worker.guard import SCHEME, published_key
 from safelora_vllm.store import NameStore
 
 # Each version of an adapter has this many of vLLM's ids in a row: its copy may get lost and come back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from typing import Any
@@ -64,7 +65,7 @@ _HEADERS = {
 
 
 def error_response(error: SafeLoRAError) -> JSONResponse:
-    """An OpenAI-style error. A refusal also lists its codes and sentences.
+    """An OpenAI-style error. A refusal also lists its reasons.
 
     Where the server itself is out of order, only admins are told the paths of its files.
     """
@@ -78,8 +79,7 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
         message = _PATH.sub(r"\g<quote>(a path)\g<quote>", message)
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
-        body["reasons"] = error.codes
-        body["details"] = [reason.detail for reason in error.reasons]
+        body["reasons"] = [dataclasses.asdict(reason) for reason in error.reasons]
     return JSONResponse({"error": body}, status_code=status, headers=_HEADERS.get(status))
 
 

@@ -29,13 +29,13 @@ from vllm.lora.request import LoRARequest
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.metrics import AdapterCollector
 from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
 from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.integration.server.visibility import CallersRequests
-from safelora_vllm.integration.worker.guard import published_key
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 

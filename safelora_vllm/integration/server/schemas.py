@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.errors import Reason
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.uploads import ARCHIVE
 from safelora_vllm.report import ModuleReport
@@ -59,14 +60,15 @@ class PolicyChange(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """OpenAI's error object; a refusal has its codes and sentences besides."""
+    """OpenAI's error object; a refusal has its reasons besides."""
 
     message: str
     type: str
     param: str | None = None
     code: int
-    reasons: list[str] | None = Field(None, description="machine-readable codes, every cause at once")
-    details: list[str] | None = Field(None, description="one sentence per cause")
+    reasons: list[Reason] | None = Field(
+        None, description="every cause at once: a machine-readable code and a sentence"
+    )
 
 
 class ErrorBody(BaseModel):
@@ -83,8 +85,7 @@ class AdapterSummary(BaseModel):
     projectors: str
     policy: dict[str, Any]
     accepted: bool
-    reasons: list[str]
-    details: list[str]
+    reasons: list[Reason]
     total_norm: float = Field(description="of the upload, relative to the weights of all modules together")
     version: int | None = Field(description="null for an adapter of --lora-modules")
     override: bool = Field(description="served by less strict rules than the server's")

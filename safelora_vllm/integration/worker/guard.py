@@ -27,6 +27,7 @@ from safelora_vllm.files import FileState
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
@@ -34,7 +35,6 @@ from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
 from safelora_vllm.store import NameStore, PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
-SCHEME = "safelora://"
 _START_SECONDS = 900.0
 _REMEMBERED = 10_000  # copies that were read and found whole
 
@@ -196,11 +196,6 @@ def attest(worker: Any) -> dict[str, Any]:
     if isinstance(manager, GuardedLoRAManager):
         return manager.guard.attestation()
     return {"guarded": False, "lora": manager is not None}
-
-
-def published_key(path: str) -> str:
-    """The key in ``safelora://KEY`` or ``safelora://KEY/GENERATION``."""
-    return path.removeprefix(SCHEME).partition("/")[0]
 
 
 def _identity(request: LoRARequest) -> tuple[str, int, str]:

@@ -1,0 +1,48 @@
+"""``safelora-vllm inspect``: what the gate would do with adapters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from safelora_vllm.cli import DONE, REFUSED
+from safelora_vllm.cli.options import add_gate_options, chosen_policy
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``safelora-vllm``."""
+    parser = commands.add_parser(
+        "inspect", allow_abbrev=False, help="show what the gate would do with an adapter"
+    )
+    parser.add_argument(
+        "adapter", nargs="+", help="a PEFT adapter folder; of several, one line each and their largest norms"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON; several, one a line")
+    add_gate_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report of each adapter."""
+    policy = chosen_policy(args)
+    from tqdm import tqdm
+
+    from safelora_vllm.api import inspect_adapter
+    from safelora_vllm.cli.tables import print_report, print_summary
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    cache, several = ProjectorCache(args.projectors), len(args.adapter) > 1
+    reports = [
+        inspect_adapter(adapter, cache, policy, device=args.device)
+        for adapter in tqdm(args.adapter, desc="Adapters", unit="adapter", disable=not several)
+    ]
+    if args.json and several:
+        for report in reports:
+            print(json.dumps(report.to_dict(), allow_nan=False))
+    elif args.json:
+        print(reports[0].to_json())
+    elif several:
+        print_summary(reports)
+    else:
+        print_report(reports[0])
+    return DONE if all(report.accepted for report in reports) else REFUSED

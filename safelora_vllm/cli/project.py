@@ -1,0 +1,33 @@
+"""``safelora-vllm project``: an adapter through the gate, offline."""
+
+from __future__ import annotations
+
+import argparse
+
+from safelora_vllm.cli import DONE
+from safelora_vllm.cli.options import add_gate_options, chosen_policy
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``safelora-vllm``."""
+    parser = commands.add_parser(
+        "project", allow_abbrev=False, help="pass an adapter through the gate, offline"
+    )
+    parser.add_argument("adapter", help="a PEFT adapter folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the new adapter")
+    add_gate_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the projected adapter and say what was done."""
+    policy = chosen_policy(args)
+    from safelora_vllm.api import project_adapter
+
+    report = project_adapter(args.adapter, args.projectors, args.out, policy, device=args.device)
+    share = f"{report.count('projected')} of {len(report.modules)} modules"
+    if policy.enforcing:
+        print(f"{share} projected, written to {args.out}")
+    else:
+        print(f"report-only mode: written UNPROJECTED to {args.out}; enforcing would project {share}")
+    return DONE

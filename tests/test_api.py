@@ -1,0 +1,153 @@
+"""The Python API: what the package exports, its examples, and a live model."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import safelora_vllm as sl
+import safelora_vllm.api
+import safelora_vllm.policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests.tiny import LLAMA, Draft, Pair, lora_config, module_shapes
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def readme_lines() -> str:
+    """The example of the API in the README."""
+    (block,) = re.findall(r"```python\n(import safelora_vllm as sl\n.*?)```", README.read_text(), re.S)
+    return str(block)
+
+
+@pytest.fixture
+def here(pair: Pair, cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the examples are about, as the current one."""
+    (tmp_path / "models").mkdir()
+    for name, folder in (("base", pair.base), ("aligned", pair.aligned)):
+        (tmp_path / "models" / name).symlink_to(folder)
+    (tmp_path / "projectors").symlink_to(cache.folder)
+    Draft().write(tmp_path / "my-adapter")
+    Draft(lora_config(use_dora=True)).write(tmp_path / "bad-adapter")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_all_is_what_is_promised_and_all_of_it_is_there() -> None:
+    promised = {
+        "build_projectors", "inspect_adapter", "project_adapter", "calibrate_policy", "Policy",
+        "ProjectorCache", "Report", "ModuleReport", "Reason", "Calibration", "SafeLoRAError",
+        "AdapterRefused", "__version__",
+    }  # fmt: skip
+    assert set(sl.__all__) == promised and len(sl.__all__) == len(promised)
+    assert promised <= set(dir(sl))
+    for name in sl.__all__:
+        value = getattr(sl, name)
+        assert value is getattr(sl, name)
+        if name != "__version__":
+            assert (value.__module__ + ".").startswith("safelora_vllm.") and value.__doc__, name
+    assert re.fullmatch(r"\d+\.\d+.*", sl.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = sl.other
+    assert Path(sl.__file__).with_name("py.typed").exists()
+
+
+def test_public_functions_document_all_their_parameters() -> None:
+    for name in sl.__all__:
+        value = getattr(sl, name)
+        if not inspect.isfunction(value):
+            continue
+        text = inspect.getdoc(value) or ""
+        assert all(f"\n{section}:\n" in text for section in ("Args", "Returns", "Raises", "Example")), name
+        assert all(f"\n    {parameter}: " in text for parameter in inspect.signature(value).parameters), name
+
+
+@pytest.mark.parametrize("module", [safelora_vllm.api, safelora_vllm.policy], ids=lambda m: m.__name__)
+@pytest.mark.usefixtures("here")
+def test_the_examples_of_the_docstrings(module: ModuleType) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted >= 3 and outcome.failed == 0
+
+
+def test_the_lines_of_the_readme(here: Path) -> None:
+    (here / "projectors").unlink()
+    names: dict[str, Any] = {}
+    exec(readme_lines(), names)
+    assert names["report"].accepted and len(load_file("projected/adapter_model.safetensors")) == 28
+
+
+def test_an_archive_and_an_opened_cache_give_the_same_report(here: Path, cache: ProjectorCache) -> None:
+    folder = sl.inspect_adapter(here / "my-adapter", here / "projectors")
+    shutil.make_archive("my-adapter", "tar", here / "my-adapter")
+    archive = sl.inspect_adapter("my-adapter.tar", cache, sl.Policy())
+    assert archive == folder.named("my-adapter.tar") and folder.adapter == "my-adapter"
+    assert isinstance(folder, sl.Report) and isinstance(folder.modules[0], sl.ModuleReport)
+
+
+def test_a_refusal_is_a_report_or_an_error_with_the_same_reasons(here: Path) -> None:
+    report = sl.inspect_adapter("bad-adapter", "projectors")
+    assert not report.accepted and report.modules == [] and isinstance(report.reasons[0], sl.Reason)
+    with pytest.raises(sl.AdapterRefused) as refused:
+        sl.project_adapter("bad-adapter", "projectors", "out")
+    assert refused.value.reasons == report.reasons and not Path("out").exists()
+    assert {path.name for path in here.iterdir()} == {"models", "projectors", "my-adapter", "bad-adapter"}
+    large = sl.inspect_adapter("my-adapter", "projectors", sl.Policy(max_total_norm=1e-9))
+    assert not large.accepted and len(large.modules) == 14
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: sl.inspect_adapter("my-adapter", "nowhere"), "no projector cache in nowhere"),
+        (lambda: sl.inspect_adapter("nothing", "projectors"), "there is no adapter folder 'nothing'"),
+        (lambda: sl.inspect_adapter(3, "projectors"), "of type int is not a valid adapter: expected"),  # type: ignore[arg-type]
+        (lambda: sl.inspect_adapter("my-adapter", "projectors", device="x"), "cannot use the device 'x'"),
+        (
+            lambda: sl.project_adapter("my-adapter", "projectors", "out", sl.Policy(energy=0.99)),
+            "--max-energy",
+        ),
+        (lambda: sl.project_adapter("my-adapter", "projectors", "models"), "models exists; remove it or"),
+        (lambda: sl.calibrate_policy("projectors", sl.Policy(method="csulora")), "cannot be calibrated"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_other_errors_are_of_one_root_and_say_what_to_do(call: Any, told: str) -> None:
+    with pytest.raises(sl.SafeLoRAError, match=told):
+        call()
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_a_live_model_is_its_active_adapter(
+    name: str, here: Path, cache: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    parts = sorted({module.rpartition(".")[2] for module in module_shapes()})
+    config = peft.LoraConfig(r=4, target_modules=parts, init_lora_weights=False)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), config)
+    model.add_adapter("second", config)
+    model.set_adapter(name)
+    policy = sl.Policy(max_relative_norm=100.0, max_total_norm=100.0)
+    report = sl.inspect_adapter(model, cache, policy)
+    assert report.accepted and report.adapter == name and len(report.modules) == 14
+    model.save_pretrained(here / "saved")
+    saved = here / "saved" / ("" if name == "default" else name)
+    assert sl.project_adapter(model, cache, "out", policy) == report
+    assert sl.inspect_adapter(saved, cache, policy) == report.named(saved.name)
+    assert json.loads(Path("out/report.json").read_text())["report"]["digest"] == report.digest
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(sl.SafeLoRAError, match="expected one; call its set_adapter first"):
+        sl.inspect_adapter(model, cache)
