@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.gate.admit import Admission, GateSettings, admit
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -192,7 +192,7 @@ def test_a_file_in_the_place_of_a_published_folder(
     folder = published(admit(adapter, "tenant", gate, store))
     shutil.rmtree(folder)
     folder.touch()
-    with pytest.raises(GateUnavailable):  # nothing of ours puts one there: an operator must look
+    with pytest.raises(StoreUnavailable):  # nothing of ours puts one there: an operator must look
         admit(adapter, "tenant", gate, store)
     assert folder.is_file() and only_published(store) == [folder.name]
 
@@ -212,7 +212,7 @@ def test_a_store_that_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(f"safelora_vllm.files.{call}", failing)
-        with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+        with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
             admit(adapter, "tenant", gate, store)
     assert only_published(store) == []
     assert not admit(adapter, "tenant", gate, store).cached  # and it works when there is room again

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.errors import GuardError, StoreUnavailable
 from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.policy import Policy
@@ -85,7 +85,7 @@ def test_a_store_that_every_user_may_write_to_is_refused(place: str, mode: int, 
     GateService(config)
 
 
-@pytest.mark.parametrize("error", [GateUnavailable("full"), OSError(5, "I/O error"), RuntimeError("a bug")])
+@pytest.mark.parametrize("error", [StoreUnavailable("full"), OSError(5, "I/O error"), RuntimeError("a bug")])
 def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
     error: Exception, config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.errors import StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.store import AdapterRecord, NameStore, Version
 from safelora_vllm.store.records import file_of
 
@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_the_old_record(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
         for name in ("x", "new"):
-            with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+            with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
                 put(names, name, B)
     assert names.get("x") == before and names.get("new") is None
     assert {path.name for path in names.folder.iterdir()} == {".lock", "x.json"}
@@ -275,7 +275,7 @@ def test_a_disk_that_fails_after_the_rename(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        with pytest.raises(GateUnavailable):
+        with pytest.raises(StoreUnavailable):
             put(names, "x", B)
     record = names.get("x")
     assert record is not None and record.live.digest == (A, B)[failing_at]
@@ -367,7 +367,7 @@ def test_too_many_open_files_do_not_unload_a_name(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", failing)
         for look in (names.all, lambda: names.get("x")):
-            with pytest.raises(GateUnavailable, match="cannot be read now"):
+            with pytest.raises(StoreUnavailable, match="cannot be read now"):
                 look()
     assert set(names.all()) == {"x"}
 

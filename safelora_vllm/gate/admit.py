@@ -123,7 +123,7 @@ def admit(
     Raises:
         AdapterNotFound: there is no such folder or archive.
         QuotaExceeded: it is over the allowance; nothing was stored.
-        GateUnavailable: the store cannot be written.
+        StoreUnavailable: the store cannot be written.
         ProjectorCacheError: the projector cache is damaged.
     """
     stages = Stages()

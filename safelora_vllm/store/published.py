@@ -29,6 +29,7 @@ from safelora_vllm.files import (
     writing,
 )
 from safelora_vllm.report import Report
+from safelora_vllm.store.layout import PUBLISHED
 
 REPORT = "report.json"
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, SafeLoRAError)
@@ -39,7 +40,7 @@ class PublishedStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._published = self.root / "published"
+        self._published = self.root / PUBLISHED
 
     def path(self, key: str) -> Path:
         """The folder of a key, whether it exists or not. A key is 64 hexadecimal digits."""
@@ -79,7 +80,7 @@ class PublishedStore:
         """Put the canonical files and their report under ``key``. Replaces a damaged copy.
 
         Raises:
-            GateUnavailable: the disk is full or not writable; nothing was published.
+            StoreUnavailable: the disk is full or not writable; nothing was published.
         """
         folder = self.path(key)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

@@ -26,6 +26,7 @@ from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import Slots
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.layout import AUDIT
 
 logger = logging.getLogger("vllm.safelora.endpoint")
 NO_LORA = ServerSettings(projectors="")
@@ -87,7 +88,7 @@ class SafeLoRAEndpoint:
         state.safelora = serving = await Serving.start(engine_client, models)
         state.safelora_manager = Manager(
             serving,
-            await asyncio.to_thread(AuditLog, serving.names.root / "audit"),
+            await asyncio.to_thread(AuditLog, serving.names.root / AUDIT),
             models.is_base_model,
             tuple(Path(root).resolve() for root in settings.adapter_roots),
             settings.max_adapter_bytes,

@@ -67,7 +67,7 @@ class Manager:
             AlreadyLoaded: the name is taken and ``replace`` is false. ChangedMeanwhile: by another server.
             QuotaExceeded: the tenant's.
             AdapterRefused: the gate refuses, with all its reasons.
-            GateUnavailable: the gate or the store is out of order.
+            Unavailable: the gate, the store or the engine is out of order.
         """
         self.check(who, name)
         async with self._changing(who, name, action) as start:
@@ -157,7 +157,7 @@ class Manager:
         """A served adapter that the caller may see.
 
         Raises:
-            UnknownAdapter. GateUnavailable or AdapterRefused: it cannot be served at the moment.
+            UnknownAdapter. Unavailable or AdapterRefused: it cannot be served at the moment.
         """
         if not who.may_use(name):
             raise _unknown(name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import GateUnavailable, GuardError, refuse
+from safelora_vllm.errors import EngineUnavailable, GuardError, StoreUnavailable, refuse
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.guard import SCHEME, published_key
 from safelora_vllm.store import NameStore
@@ -48,13 +48,16 @@ class Pool:
         under the old id, and prefix-cache blocks under the old path may have been made with them.
 
         Raises:
-            GateUnavailable: it was lost too often.
+            StoreUnavailable: it was lost too often.
         """
         path = f"{SCHEME}{key}"
         if losses := len(self._lost[key]):
             path += f"/{losses}"
         if losses >= IDS_EACH:
-            raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
+            raise StoreUnavailable(
+                f"the stored copy of {name} was lost {losses} times. Repair the adapter store and restart the "
+                "server"
+            )
         return LoRARequest(lora_name=name, lora_int_id=first_id + losses, lora_path=path)
 
     def mark_lost(self, paths: set[str]) -> None:
@@ -66,13 +69,13 @@ class Pool:
         """Load published weights before anybody asks for them.
 
         Raises:
-            AdapterRefused: vLLM cannot load it, with its own words. GateUnavailable: the engine has ended.
+            AdapterRefused: vLLM cannot load it, with its own words. EngineUnavailable: the engine has ended.
         """
         try:
             await self.engine_client.add_lora(request)
         except Exception as error:  # the engine sends back whatever class the worker raised
             if getattr(self.engine_client, "errored", False):
-                raise GateUnavailable(f"the engine has ended: {error}") from error
+                raise EngineUnavailable(f"the engine has ended: {error}") from error
             raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
 
     async def release(self, request: LoRARequest, wanted: Callable[[LoRARequest], bool]) -> None:

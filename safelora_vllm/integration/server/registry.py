@@ -23,7 +23,15 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from watchfiles import awatch
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
+from safelora_vllm.errors import (
+    AdapterRefused,
+    GateUnavailable,
+    GuardError,
+    SafeLoRAError,
+    StoreUnavailable,
+    Unavailable,
+    again,
+)
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.seams import worker as seams
@@ -177,7 +185,7 @@ class Serving:
         first_id = version.id if version else _STATIC_IDS + IDS_EACH * list(self.static).index(name)
         try:
             request, previous = self.pool.request(name, key, first_id), dict.get(self.map, name)
-        except GateUnavailable as error:
+        except Unavailable as error:
             self._hide(name)
             self.map.unavailable[name] = error
             return
@@ -308,7 +316,7 @@ class Serving:
             if request.lora_path in lost:
                 logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name)
                 self._hide(name)
-                self.map.unavailable[name] = error or GateUnavailable(
+                self.map.unavailable[name] = error or StoreUnavailable(
                     f"the published copy of {name} was damaged; it is being made again"
                 )
 
