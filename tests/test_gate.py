@@ -154,7 +154,7 @@ def test_audit_reports_the_cap_but_refuses_what_it_does_not_understand(
 def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:
     """What was accepted before vLLM's --max-lora-rank was lowered is judged again."""
     lower = dataclasses.replace(gate, limits=Limits(max_rank=4))
-    assert lower.rules != gate.rules and lower.key("0" * 64) != gate.key("0" * 64)
+    assert lower.ruleset_digest != gate.ruleset_digest and lower.key("0" * 64) != gate.key("0" * 64)
 
 
 def test_one_log_line_per_decision(

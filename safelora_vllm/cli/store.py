@@ -69,13 +69,12 @@ def _root(args: argparse.Namespace) -> Path:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    import dataclasses
-
     from safelora_vllm.store import NameStore
+    from safelora_vllm.store.records import to_dict
 
     records = sorted(NameStore(_root(args)).all().items())
     if args.json:
-        print(json.dumps([dataclasses.asdict(record) for _, record in records], indent=1))
+        print(json.dumps([to_dict(record) for _, record in records], indent=1))
     else:
         _print_table([record for _, record in records])
     return 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from safelora_vllm.access import Principal
+from safelora_vllm.allowance import Allowance
 from safelora_vllm.store import AdapterRecord, NameStore
 from safelora_vllm.store.records import KEPT_VERSIONS
 
@@ -21,10 +21,8 @@ def check_quota(names: NameStore, who: Principal, record: AdapterRecord) -> None
         who.quota.check(len(own), sum(_sizes(own).values()), record.live.rank)
 
 
-def allowed(
-    names: NameStore, who: Principal, name: str, previous: AdapterRecord | None
-) -> dict[str, Any] | None:
-    """What is left for new content of a name: the fields of `safelora_vllm.allowance.Allowance`. None: all.
+def allowed(names: NameStore, who: Principal, name: str, previous: AdapterRecord | None) -> Allowance | None:
+    """What is left for new content of a name; None where nothing bounds it.
 
     Raises:
         QuotaExceeded: there is no room for another adapter.
@@ -37,8 +35,8 @@ def allowed(
     who.quota.check(len({*own, name}), 0, 0)
     sizes = _sizes(own)
     if who.quota.bytes is None:
-        return {"rank": who.quota.rank}
-    return {"bytes": who.quota.bytes - sum(sizes.values()), "owned": list(sizes), "rank": who.quota.rank}
+        return Allowance(rank=who.quota.rank)
+    return Allowance(who.quota.bytes - sum(sizes.values()), list(sizes), who.quota.rank)
 
 
 def _own(names: NameStore, tenant: str) -> dict[str, AdapterRecord]:

@@ -24,6 +24,7 @@ from safelora_vllm.files import (
     is_digest,
     make_folder,
     put_folder,
+    replace_file,
     temporary_folder,
     write_file,
     writing,
@@ -32,6 +33,7 @@ from safelora_vllm.report import Report
 from safelora_vllm.store.layout import PUBLISHED
 
 REPORT = "report.json"
+_OVERRIDE = "override"  # in it, beside the report
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, SafeLoRAError)
 
 
@@ -94,6 +96,29 @@ class PublishedStore:
                     write_file(new / name, data, durable=False)
                 put_folder(new, folder, intact=lambda: self.find(key) is not None)
         return folder
+
+    def has_override(self, key: str) -> bool:
+        """Whether an admin's override asked for this copy: its policy may be less strict than the server's.
+
+        A copy that an older release made does not say so, until the gate is asked for it again.
+        """
+        try:
+            return json.loads((self.path(key) / REPORT).read_bytes())[_OVERRIDE] is True
+        except _NOT_OURS:
+            return False
+
+    def mark_override(self, key: str) -> None:
+        """Note that an admin's override asked for this copy. For the gate: workers believe it.
+
+        Raises:
+            StoreUnavailable: the copy is gone, or the disk is full or not writable.
+        """
+        if self.has_override(key):
+            return
+        path = self.path(key) / REPORT
+        with writing(self.root):
+            saved = json.loads(path.read_bytes())
+            replace_file(path, json.dumps({**saved, _OVERRIDE: True}, indent=1).encode())
 
     def touch(self, key: str) -> None:
         """Mark a copy as used now: the least recently used ones are removed first."""

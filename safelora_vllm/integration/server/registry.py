@@ -10,7 +10,6 @@ the plugin cannot load it, and ``/v1/models`` shows no folder to anyone.
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import logging
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from vllm.lora.request import LoRARequest
 from watchfiles import awatch
@@ -34,6 +33,8 @@ from safelora_vllm.errors import (
 )
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateState
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.metrics import AdapterCollector, ServedAdapter
@@ -43,6 +44,8 @@ from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 
 logger = logging.getLogger("vllm.safelora.serving")
+P = ParamSpec("P")
+R = TypeVar("R")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
 # A vLLM worker that was asked something spins for a second in case there is more: it is not asked each time.
@@ -64,7 +67,7 @@ class Serving:
     pool: Pool
     map: ServingMap
     gate: GateClient
-    state: dict[str, Any]
+    state: GateState
     workers: dict[str, int]
     published: PublishedStore
     is_base_model: Callable[[str], bool]
@@ -90,9 +93,9 @@ class Serving:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
         """
         answers = await ask_workers(engine_client)
-        gate = GateClient(answers[0]["socket"])
-        state = await asyncio.to_thread(gate.call, "state")
-        root = Path(state["store"])
+        gate = GateClient(answers[0].socket)
+        state = await asyncio.to_thread(gate.state)
+        root = Path(state.store)
         pool = Pool(engine_client, NameStore(root))
         serving = cls(
             pool, ServingMap(), gate, state, _states(answers), PublishedStore(root), models.is_base_model
@@ -142,21 +145,20 @@ class Serving:
                     self._spawn(self._prepare(record.name))
             self._stamp = stamp
 
-    async def ask_gate(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """A call that may take long, in threads of its own: asyncio's few are for the short ones.
+    async def ask_gate(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """A call of ``gate`` that may take long, in threads of its own: asyncio's few are for the short ones.
 
         Raises:
             GateUnavailable: the gate is down or took too long. SafeLoRAError: whatever it raised.
         """
-        call = functools.partial(self.gate.call, operation, **arguments)
-        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(self._gate_threads, call)
-        return answer
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._gate_threads, lambda: call(*arguments, **named))
 
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""
         collector = AdapterCollector(lambda: list(self.served.values()), lambda: self.workers)
         try:
-            counters = str(self.gate.call("metrics", timeout=5.0))
+            counters = self.gate.metrics(timeout=5.0)
         except SafeLoRAError as error:
             logger.warning("no gate metrics: %s", error)
             counters = ""
@@ -177,8 +179,10 @@ class Serving:
         ], records
 
     def _published_report(self, version: Version) -> Report | None:
-        if version.rules != self.state["rules"]:  # judged under other projectors or another policy
+        if version.ruleset_digest != self.state.ruleset_digest:  # other projectors or another policy
             return None
+        if version.override and not self.published.has_override(version.key):
+            return None  # an older release made it: the gate adds that when it is asked for it
         return self.published.report(version.key)
 
     def _show(self, name: str, key: str, report: Report, version: Version | None) -> None:
@@ -210,25 +214,19 @@ class Serving:
                 return
             try:
                 if version is not None:
-                    answer = await self.ask_gate(
-                        "ensure",
-                        digest=version.digest,
-                        name=name,
-                        policy=version.policy,
-                        override=version.override,
+                    judged = await self.ask_gate(
+                        self.gate.ensure, version.digest, name, version.policy, override=version.override
                     )
                 else:
-                    answer = await self.ask_gate("admit", path=str(self.static[name]), name=name, keep=False)
-                report = Report.from_dict(answer["report"])
-                if not report.accepted:
-                    raise AdapterRefused(report.reasons)
+                    judged = await self.ask_gate(self.gate.admit, str(self.static[name]), name, keep=False)
+                key = judged.accepted_key()
             except SafeLoRAError as error:
                 logger.error("adapter %r cannot be served now: %s", name, error)
                 if self._shown.get(name) == version:
                     self.map.unavailable[name] = again(error)
                 return
             if self._shown.get(name) == version:  # nobody changed or removed it meanwhile
-                self._show(name, answer["key"], report, version)
+                self._show(name, key, judged.report, version)
 
     async def _adopt_static(self, request: LoRARequest) -> None:
         """Serve an adapter of ``--lora-modules`` from its published copy instead of its folder.
@@ -299,7 +297,7 @@ class Serving:
             self._withdraw({request.lora_path for request in self.map.everything().values()}, error)
             return
         self.workers = _states(answers)
-        self._withdraw({path for answer in answers for path in answer["lost"]})
+        self._withdraw({path for answer in answers for path in answer.lost})
 
     async def _catch_up(self) -> None:
         """See changes of the store that were missed, and try again what could not be served."""
@@ -331,6 +329,5 @@ class Serving:
         task.add_done_callback(self._background.discard)
 
 
-def _states(answers: list[dict[str, Any]]) -> dict[str, int]:
-    guarded = sum(bool(answer.get("guarded")) for answer in answers)
-    return {"guarded": guarded, "unguarded": len(answers) - guarded}
+def _states(answers: list[Attestation]) -> dict[str, int]:
+    return {"guarded": len(answers), "unguarded": 0}
