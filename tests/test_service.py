@@ -296,6 +296,14 @@ def test_a_bad_cache_is_told_by_the_process(config: GateConfig, tmp_path: Path) 
     assert not (tmp_path / "gate.sock").exists()
 
 
+def test_settings_that_cannot_be_read_are_told_by_the_process() -> None:
+    command = [sys.executable, "-m", "safelora_vllm.gate.server"]
+    ended = subprocess.run(command, input=b'{"socket": 5}\n', stdout=subprocess.PIPE, timeout=60)
+    assert ended.returncode == 1
+    with pytest.raises(MalformedMessage, match="is not a valid configuration of a gate"):
+        decode_answer(ended.stdout, GateState)
+
+
 # Starts a gate, says its number, and is killed.
 _PARENT = """
 import os, signal, sys

@@ -20,33 +20,15 @@ from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
 
 # Whatever a gate raises arrives at its caller as the same class with the same fields.
-ERRORS: dict[str, type[SafeLoRAError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.SafeLoRAError,
-        errors.UsageError,
-        errors.AdapterNotFound,
-        errors.PolicyError,
-        errors.CheckpointError,
-        errors.KeysError,
-        errors.ProjectorCacheError,
-        errors.UnknownAdapter,
-        errors.AlreadyLoaded,
-        errors.ChangedMeanwhile,
-        errors.Unauthorized,
-        errors.Forbidden,
-        errors.UnknownRoute,
-        errors.QuotaExceeded,
-        errors.StoreDamaged,
-        errors.Unavailable,
-        errors.GateUnavailable,
-        errors.MalformedMessage,
-        errors.StoreUnavailable,
-        errors.EngineUnavailable,
-        errors.GuardError,
-        errors.AdapterRefused,
-    )
-}
+_ERRORS = (
+    errors.SafeLoRAError, errors.UsageError, errors.AdapterNotFound, errors.PolicyError,
+    errors.CheckpointError, errors.KeysError, errors.ProjectorCacheError, errors.UnknownAdapter,
+    errors.AlreadyLoaded, errors.ChangedMeanwhile, errors.Unauthorized, errors.Forbidden, errors.UnknownRoute,
+    errors.QuotaExceeded, errors.StoreDamaged, errors.Unavailable, errors.GateUnavailable,
+    errors.MalformedMessage, errors.StoreUnavailable, errors.EngineUnavailable, errors.GuardError,
+    errors.AdapterRefused,
+)  # fmt: skip
+ERRORS: dict[str, type[SafeLoRAError]] = {kind.__name__: kind for kind in _ERRORS}
 
 
 @dataclass(frozen=True)
