@@ -10,12 +10,13 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelora_vllm import __version__
 from safelora_vllm.cli import audit, calibrate, store
-from safelora_vllm.cli.options import add_policy_options, policy_values, route_access, size
+from safelora_vllm.cli.options import add_policy_options, policy_values, route_access, size, size_text
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError, UsageError
+from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, ServerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -84,20 +85,34 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     serve.add_argument("model", help="the aligned model: folder or hub id")
-    serve.add_argument("--adapter-store", metavar="DIR", help="where published adapters live")
+    # Each option is the setting of its name, or of its `dest`.
+    serve.add_argument(
+        "--adapter-store", dest="store", type=_absolute, metavar="DIR", help="where published adapters live"
+    )
     serve.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
     serve.add_argument("--metrics-key", help="or SAFELORA_METRICS_KEY; without one /metrics needs no key")
-    serve.add_argument("--keys", metavar="FILE", help="TOML file with admin and tenant keys")
+    serve.add_argument("--keys", type=_absolute, metavar="FILE", help="TOML file with admin and tenant keys")
     serve.add_argument(
         "--adapter-root",
+        dest="adapter_roots",
         action="append",
-        default=[],
+        type=_absolute,
         metavar="DIR",
         help="folder that loads by path may read",
     )
-    serve.add_argument("--max-adapter-bytes", type=size, metavar="N", help="largest file; default: 2GiB")
+    serve.add_argument(
+        "--max-adapter-bytes",
+        type=size,
+        metavar="N",
+        help=f"largest file; default: {size_text(ServerSettings.max_adapter_bytes)}",
+    )
     serve.add_argument("--store-bytes", type=size, metavar="N", help="budget of the published copies")
-    serve.add_argument("--concurrent-uploads", type=int, metavar="N", help="per API server; default: 8")
+    serve.add_argument(
+        "--concurrent-uploads",
+        type=int,
+        metavar="N",
+        help=f"per API server; default: {ServerSettings.concurrent_uploads}",
+    )
     serve.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
     serve.add_argument(
         "--private-docs", action="store_true", help="/openapi.json, /docs and /redoc need a key (any)"
@@ -105,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--route-access",
         action="append",
-        default=[],
         type=route_access,
         metavar="'METHOD /path=WHO'",
         help="who may call a route of another plugin: anybody, users or tenants; default: admins",
@@ -226,34 +240,26 @@ def _project(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, vllm_options: list[str]) -> int:
     from safelora_vllm.integration.launch import serve
     from safelora_vllm.policy import Policy
-    from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, ServerSettings
-    from safelora_vllm.store import default_root
 
     policy = policy_values(args)
     Policy.from_mapping(policy).check_effective(policy)
     for name, key in ((ADMIN_KEY, args.admin_api_key), (METRICS_KEY, args.metrics_key)):
         if key:
             os.environ[name] = key
-    root = Path(args.adapter_store) if args.adapter_store else default_root()
-    given = {
-        name: value
-        for name in ("max_adapter_bytes", "store_bytes", "concurrent_uploads")
-        if (value := getattr(args, name)) is not None
-    }
-    settings = ServerSettings(
-        projectors=str(Path(args.projectors).resolve()),
-        policy=policy,
-        store=str(root.resolve()),
-        trust_served_model=args.trust_served_model,
-        keys=str(Path(args.keys).resolve()) if args.keys else None,
-        adapter_roots=[str(Path(root).resolve()) for root in args.adapter_root],
-        allow_hub=args.allow_hub,
-        private_docs=args.private_docs,
-        route_access=dict(args.route_access),
-        **given,
-    )
-    serve(args.model, settings, vllm_options)
+    serve(args.model, _settings(args, policy), vllm_options)
     return 0
+
+
+def _settings(args: argparse.Namespace, policy: dict[str, Any]) -> ServerSettings:
+    """The settings whose options were given; the others have their defaults."""
+    given = {name: value for name in FIELDS if (value := getattr(args, name, None)) not in (None, "")}
+    given |= {"projectors": _absolute(args.projectors), "policy": policy}
+    return ServerSettings(**{**given, "route_access": dict(given.get("route_access", {}))})
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in every process; an empty one is none."""
+    return path and str(Path(path).resolve())
 
 
 def entry() -> None:

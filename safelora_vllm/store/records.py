@@ -22,9 +22,11 @@ _LONGEST = 255  # bytes of a file name, in all of Linux's file systems
 _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
     "by": (str,), "policy": (dict,), "override": (bool,), "underlying": (dict,),
-    "reason": (str,), "key": (str,), "rules": (str,), "id": (int,),
+    "reason": (str,), "key": (str,), "ruleset_digest": (str,), "id": (int,),
     "load_seconds": (int, float),
 }  # fmt: skip
+_ON_DISK = {"ruleset_digest": "rules"}  # fields of a version that have another name there
+_FIELDS = {name: field for field, name in _ON_DISK.items()}
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Version:
     digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
     since 1970. by: the tenant or operator. policy: what an admin set for it, none for the server's.
     override: an operator made that policy less strict than the server's. underlying: what an override leaves
-    in force for the name's next content. reason: why it is as it is. key: of the published copy. rules:
-    digest of the server's rules under which that was published. id: the first of the numbers by which
-    vLLM knows this version's weights. load_seconds: from the request to the change of the name.
+    in force for the name's next content. reason: why it is as it is. key: of the published copy.
+    ruleset_digest: of the server's rules under which that was published. id: the first of the numbers by
+    which vLLM knows this version's weights. load_seconds: from the request to the change of the name.
     """
 
     version: int
@@ -50,7 +52,7 @@ class Version:
     underlying: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     key: str = ""
-    rules: str = ""
+    ruleset_digest: str = ""
     id: int = 0
     load_seconds: float = 0.0
 
@@ -110,9 +112,16 @@ def file_of(name: str) -> str:
     return file
 
 
+def to_dict(record: AdapterRecord) -> dict[str, Any]:
+    """A record as it is stored."""
+    data = dataclasses.asdict(record)
+    data["versions"] = [{_ON_DISK.get(n, n): value for n, value in v.items()} for v in data["versions"]]
+    return data
+
+
 def to_json(record: AdapterRecord, file: str) -> bytes:
     """The content of a record's file; ValueError, KeyError or TypeError where it could not be read."""
-    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(record)}, indent=1, allow_nan=False).encode()
+    text = json.dumps({"format": _FORMAT, **to_dict(record)}, indent=1, allow_nan=False).encode()
     from_json(text, file)
     return text
 
@@ -122,7 +131,7 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
     data = json.loads(text, parse_constant=_no_number)
     if data["format"] != _FORMAT:
         raise ValueError(f"its format is {data['format']!r:.100}, this safelora reads {_FORMAT}")
-    versions = tuple(Version(**entry) for entry in data["versions"])
+    versions = tuple(map(_version, data["versions"]))
     for version in versions:
         for name, types in _TYPES.items():
             if type(getattr(version, name)) not in types:
@@ -138,6 +147,10 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
     if record.name != unquote(file.removesuffix(SUFFIX), errors="strict") or file_of(record.name) != file:
         raise ValueError(f"it is the record of {record.name!r:.100}")
     return record
+
+
+def _version(stored: Any) -> Version:
+    return Version(**{_FIELDS.get(name, name): value for name, value in {**stored}.items()})
 
 
 def _no_number(name: str) -> float:
