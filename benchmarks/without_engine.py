@@ -20,8 +20,10 @@ from fastapi import FastAPI
 
 from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.server.app import SafeLoRAEndpoint
 from safelora_vllm.integration.server.middleware import AccessMiddleware
+from safelora_vllm.settings import ServerSettings
 
 
 class NoEngine:
@@ -34,8 +36,8 @@ class NoEngine:
 
     async def _call_utility_async(self, *_: object, **__: object) -> list[dict[str, Any]]:
         """One guarded worker."""
-        rules = {name: self._gate.state[name] for name in ("projectors", "policy")}
-        return [{"guarded": True, "socket": self._socket, "lost": [], **rules}]
+        state = self._gate.state
+        return [Attestation(True, self._socket, state.projectors, state.policy.id, []).to_dict()]
 
     async def add_lora(self, _: object) -> bool:
         """Loads nothing."""
@@ -54,13 +56,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
     socket = str(Path(tempfile.mkdtemp()) / "gate.sock")
-    places = {"projectors": str(given.projectors), "store": str(given.store)}
-    policy = {"method": "safe-lora"}
-    gate = GateProcess(
-        GateConfig(socket, **places, model=str(given.aligned), dtype="bfloat16", policy=policy)
-    )
-    section = {**places, "policy": policy}
-    args = Namespace(api_key=None, middleware=[], enable_lora=True, additional_config={"safelora": section})
+    settings = ServerSettings(str(given.projectors), str(given.store), {"method": "safe-lora"})
+    gate = GateProcess(GateConfig(socket, str(given.aligned), settings, dtype="bfloat16"))
+    section = settings.to_section()
+    args = Namespace(api_key=None, middleware=[], enable_lora=True, additional_config=section)
     app, endpoint = FastAPI(), SafeLoRAEndpoint()
     app.state.args = args
     models = SimpleNamespace(lora_requests={}, is_base_model=lambda name: name == "aligned")

@@ -10,7 +10,11 @@
     ├── AdapterRefused        the gate's answer to an adapter (exit code 3)
     ├── QuotaExceeded         the tenant has reached one of its limits
     ├── StoreDamaged          a record in the adapter store that cannot be read
-    ├── GateUnavailable       the gate process does not answer; try again later
+    ├── Unavailable           a part of the server is out of order; try again later
+    │   ├── GateUnavailable       the gate process does not answer
+    │   │   └── MalformedMessage      a call or an answer that is not one
+    │   ├── StoreUnavailable      the adapter store cannot be read or written, or lost a copy
+    │   └── EngineUnavailable     vLLM's engine has ended
     └── GuardError            vLLM is not guarded: seam changed, worker unattached, no settings, open store
 
 Every message says what was found, what was expected and what to do.
@@ -87,8 +91,24 @@ class StoreDamaged(SafeLoRAError):
     """A record in the adapter store that is damaged, or that something else put there."""
 
 
-class GateUnavailable(SafeLoRAError):
-    """The gate process cannot answer now. Nothing was loaded; the call may be repeated."""
+class Unavailable(SafeLoRAError):
+    """A part of the server is out of order. Nothing was loaded; the call may be repeated."""
+
+
+class GateUnavailable(Unavailable):
+    """The gate process does not answer now."""
+
+
+class MalformedMessage(GateUnavailable):
+    """A message between the gate and its callers that cannot be read, or that nobody asked for."""
+
+
+class StoreUnavailable(Unavailable):
+    """The adapter store cannot be read or written now, or a copy in it is missing or damaged."""
+
+
+class EngineUnavailable(Unavailable):
+    """vLLM's engine has ended."""
 
 
 class GuardError(SafeLoRAError):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.errors import StoreUnavailable
 
 STALE_SECONDS = 3600.0
 _TEMPORARY = ".new-"
@@ -43,11 +43,11 @@ def digests_in(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Turn what the operating system says about a full or read-only disk into `GateUnavailable`."""
+    """Turn what the operating system says about a full or read-only disk into `StoreUnavailable`."""
     try:
         yield
     except OSError as error:
-        raise GateUnavailable(
+        raise StoreUnavailable(
             f"the adapter store {root} cannot be written ({error.strerror or error}); free space or mend "
             "its permissions, then try again"
         ) from error

@@ -1,19 +1,23 @@
-"""Settings of a guarded server: ``--additional-config '{"safelora": {…}}'`` reaches every worker."""
+"""Settings of a guarded server: ``--additional-config '{"safelora": {…}}'`` reaches every worker.
+
+Each setting and its default stand here only: the gate is started with this class, and the command's help and
+the README's table are made from it or tested against it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+import msgspec
 
+from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import GuardError
 from safelora_vllm.policy import Policy
-from safelora_vllm.store import default_root
+from safelora_vllm.store.layout import default_root
 
 SECTION = "safelora"
 PLUGIN = "safelora"  # in VLLM_PLUGINS
@@ -29,15 +33,24 @@ WEIGHT_TRANSFER = (
 class ServerSettings:
     """The ``safelora`` section.
 
-    projectors: folder of the projector cache. store: folder for published adapters. policy: fields
-    of `safelora_vllm.policy.Policy`. trust_served_model: do not compare the served model with the
-    cache's aligned side, for quantised copies of it. projector_bytes: bound on projectors kept on
-    the worker's device; the rest is read from disk at each use. max_adapter_bytes: largest upload.
-    store_bytes: budget of the published copies in the store. keys: the keys file. adapter_roots: folders
-    that loads by path may read; none means every folder for ``load_lora_adapter`` and none for uploads.
-    concurrent_uploads: per API server. allow_hub: whether uploads may name a hub repository. private_docs:
-    whether the API's documentation needs a key. route_access: "METHOD /path" of a route that this package
-    does not know → who may call it, one of anybody, users, tenants.
+    Attributes:
+        projectors: folder of the projector cache.
+        store: folder for published adapters.
+        policy: fields of `safelora_vllm.policy.Policy`.
+        trust_served_model: do not compare the served model with the cache's aligned side, for quantised
+            copies of it.
+        projector_bytes: bound on projectors kept on the worker's device; the rest is read from disk at each
+            use.
+        max_adapter_bytes: largest file that is received, and largest weights file that the gate reads.
+        store_bytes: budget of the published copies in the store.
+        keys: the keys file.
+        adapter_roots: folders that loads by path may read; none means every folder for ``load_lora_adapter``
+            and none for uploads.
+        concurrent_uploads: per API server.
+        allow_hub: whether uploads may name a hub repository.
+        private_docs: whether the API's documentation needs a key.
+        route_access: "METHOD /path" of a route that this package does not know → who may call it, one of
+            anybody, users, tenants.
     """
 
     projectors: str
@@ -45,7 +58,7 @@ class ServerSettings:
     policy: dict[str, Any] = field(default_factory=dict)
     trust_served_model: bool = False
     projector_bytes: int | None = None
-    max_adapter_bytes: int = 2 * 1024**3
+    max_adapter_bytes: int = Limits.weights_bytes
     store_bytes: int | None = None
     keys: str | None = None
     adapter_roots: list[str] = field(default_factory=list)
@@ -70,24 +83,27 @@ class ServerSettings:
                 """--additional-config '{"safelora": {"projectors": "DIR"}}'; to run without the """
                 "guard, leave safelora out of VLLM_PLUGINS or uninstall it"
             )
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        if unknown := sorted(set(section) - known):
-            raise GuardError(f"unknown safelora settings {unknown}; known are {sorted(known)}")
-        try:
-            # As JSON, which is strict about values, but not about a mapping where the dataclass is wanted.
-            text = json.dumps(section, default=str)
-            settings: ServerSettings = TypeAdapter(cls).validate_json(text, strict=True)
-        except ValidationError as error:
-            found = [
-                f"{wrong['loc'][0]} is {wrong['input']!r:.80}: {wrong['msg']}" for wrong in error.errors()
-            ]
-            raise GuardError(f"safelora settings: {'; '.join(found)}; see README, Configuration") from None
+        if unknown := sorted(set(section) - set(FIELDS)):
+            raise GuardError(f"unknown safelora settings {unknown}; known are {sorted(FIELDS)}")
+        values: dict[str, Any] = {}
+        wrong: list[str] = []
+        for name, value in msgspec.to_builtins(dict(section), enc_hook=str).items():  # a Path is its text
+            try:
+                values[name] = msgspec.convert(value, FIELDS[name])
+            except msgspec.ValidationError as error:
+                wrong.append(f"{name} is {value!r:.80}: {error}")
+        if wrong:
+            raise GuardError(f"safelora settings: {'; '.join(wrong)}; see README, Configuration")
+        settings = cls(**values)
         Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings
 
     def to_section(self) -> dict[str, Any]:
         """The inverse, for ``--additional-config``."""
         return {SECTION: dataclasses.asdict(self)}
+
+
+FIELDS: dict[str, Any] = get_type_hints(ServerSettings)  # name → type
 
 
 def new_admin_key() -> str:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelora_vllm.cli.audit import add_parser
-from safelora_vllm.errors import GateUnavailable, UsageError
+from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.store import audit_log as audit
 from safelora_vllm.store.audit_log import AuditLog, parse_since
 
@@ -271,7 +271,7 @@ def test_a_disk_that_cannot_be_written(tmp_path: Path) -> None:
     (full.folder / "audit.jsonl").symlink_to("/dev/full")
     (tmp_path / "file").touch()
     for log, cause in ((full, "No space left"), (AuditLog(tmp_path / "file" / "audit"), "Not a directory")):
-        with pytest.raises(GateUnavailable, match=rf"{log.folder} cannot be written \({cause}.*free space"):
+        with pytest.raises(StoreUnavailable, match=rf"{log.folder} cannot be written \({cause}.*free space"):
             log.record("admin/alice", "load", "a")
 
 
@@ -279,7 +279,7 @@ def test_a_disk_that_becomes_full_within_a_record(tmp_path: Path, monkeypatch: p
     log, write = AuditLog(tmp_path), os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda file, data: write(file, data[:10]))
-        with pytest.raises(GateUnavailable, match="No space left"):
+        with pytest.raises(StoreUnavailable, match="No space left"):
             log.record("admin/alice", "load", "a")
     log.record("admin/alice", "load", "b")
     assert adapters(log) == ["b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,10 +10,12 @@ from typing import Any, cast
 import pytest
 
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
+from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from safelora_vllm.tenants.principal import Principal
+from tests.tiny import Draft
 
 ADMIN = Principal("admin", "ops")
 
@@ -44,6 +47,22 @@ def test_a_change_of_what_is_no_longer_there(managed: Manager) -> None:
     assert managed.reconciler.names.get("chat") is None
 
 
+def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSettings, tmp_path: Path) -> None:
+    """An older release made it: the gate adds what the workers want to read in it."""
+    published, nothing = PublishedStore(tmp_path / "store"), cast(Any, None)
+    key = admit(Draft().write(tmp_path / "adapter"), "chat", gate, published).key
+    assert key is not None
+    state = cast(Any, SimpleNamespace(ruleset_digest="r"))
+    serving = Reconciler(nothing, nothing, state, {}, published, lambda _: False)
+    plain = dataclasses.replace(version("1"), key=key, ruleset_digest="r")
+    overridden = dataclasses.replace(plain, override=True)
+    assert serving._published_report(plain) == published.find(key)
+    assert serving._published_report(overridden) is None
+    published.mark_override(key)
+    assert serving._published_report(overridden) == published.find(key)
+    assert serving._published_report(dataclasses.replace(overridden, ruleset_digest="other")) is None
+
+
 def test_a_stored_adapter_with_the_base_models_name_is_not_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,7 +70,7 @@ def test_a_stored_adapter_with_the_base_models_name_is_not_served(
     names, nothing = NameStore(tmp_path), cast(Any, None)
     for name in ("aligned", "chat"):
         names.update(name, lambda _, name=name: AdapterRecord(name).with_version(version("1")))
-    pool, state = cast(Any, SimpleNamespace(names=names)), {"rules": "others"}
+    pool, state = cast(Any, SimpleNamespace(names=names)), cast(Any, SimpleNamespace(ruleset_digest="others"))
     reconciler = Reconciler(pool, nothing, state, {}, PublishedStore(tmp_path), "aligned".__eq__)
     for _ in range(2):
         changed, records = reconciler._read_changes()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelora_vllm.adapters.read import WEIGHTS, Limits
-from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.gate.admit import Admission, GateSettings, admit
 from safelora_vllm.policy import CAPS, METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -270,16 +270,16 @@ def test_a_cap_holds_for_what_came_where_the_projection_makes_it_smaller(
 def test_another_largest_rank_is_another_rule(gate: GateSettings) -> None:
     """What was accepted before vLLM's --max-lora-rank was lowered is judged again."""
     lower = dataclasses.replace(gate, limits=Limits(max_rank=4))
-    assert lower.rules != gate.rules and lower.key("0" * 64) != gate.key("0" * 64)
+    assert lower.ruleset_digest != gate.ruleset_digest and lower.key("0" * 64) != gate.key("0" * 64)
 
 
 def test_another_way_of_publishing_is_another_rule(
     gate: GateSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an older release published is made again, by the newer one's formulas."""
-    rules = gate.rules
+    rules = gate.ruleset_digest
     monkeypatch.setattr("safelora_vllm.gate.admit._FORMAT", 10**6)
-    assert gate.rules != rules
+    assert gate.ruleset_digest != rules
 
 
 def test_one_log_line_per_decision(
@@ -317,7 +317,7 @@ def test_a_file_in_the_place_of_a_published_folder(
     folder = published(admit(adapter, "tenant", gate, store))
     shutil.rmtree(folder)
     folder.touch()
-    with pytest.raises(GateUnavailable):  # nothing of ours puts one there: an operator must look
+    with pytest.raises(StoreUnavailable):  # nothing of ours puts one there: an operator must look
         admit(adapter, "tenant", gate, store)
     assert folder.is_file() and only_published(store) == [folder.name]
 
@@ -337,7 +337,7 @@ def test_a_store_that_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(f"safelora_vllm.files.{call}", failing)
-        with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+        with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
             admit(adapter, "tenant", gate, store)
     assert only_published(store) == []
     assert not admit(adapter, "tenant", gate, store).cached  # and it works when there is room again

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.errors import GateUnavailable, GuardError
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.errors import AdapterRefused, GuardError, StoreUnavailable
+from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore
 from tests.packing import C1, WEIGHTS, zipped
 from tests.tiny import Draft
@@ -26,20 +27,20 @@ TINY_LIMIT = 4 * 2720 * 512 * 4 + 16 * 2**20
 @pytest.fixture
 def config(cache: ProjectorCache, tmp_path: Path) -> GateConfig:
     """Settings of a gate on the tiny model with a store of its own."""
-    return GateConfig(
-        socket=str(tmp_path / "gate.sock"),
-        projectors=str(cache.folder),
-        store=str(tmp_path / "store"),
-        model="not compared",
-        trust_served_model=True,
-    )
+    settings = ServerSettings(str(cache.folder), str(tmp_path / "store"), trust_served_model=True)
+    return GateConfig(str(tmp_path / "gate.sock"), "not compared", settings)
+
+
+def with_settings(config: GateConfig, **changes: Any) -> GateConfig:
+    """The same with other settings of the server."""
+    return dataclasses.replace(config, settings=dataclasses.replace(config.settings, **changes))
 
 
 def refusal(service: GateService, path: Path) -> tuple[list[str], str]:
-    """The codes of a refusal, and its first sentence."""
-    report: dict[str, Any] = service.admit(str(path), "tenant")["report"]
-    assert not report["accepted"]
-    return [reason["code"] for reason in report["reasons"]], report["reasons"][0]["message"]
+    """The codes of a refusal, and all that it says."""
+    with pytest.raises(AdapterRefused) as refused:
+        service.admit(Admit(str(path), "tenant")).accepted_key()
+    return refused.value.codes, str(refused.value)
 
 
 def sparse(folder: Path, size: int) -> Path:
@@ -51,7 +52,7 @@ def sparse(folder: Path, size: int) -> Path:
 
 
 def test_a_small_model_has_a_small_limit(config: GateConfig, tmp_path: Path) -> None:
-    assert config.max_adapter_bytes == 2 * 2**30
+    assert config.settings.max_adapter_bytes == 2 * 2**30
     service = GateService(config)
     codes, detail = refusal(service, sparse(tmp_path / "over", TINY_LIMIT + 1))
     assert codes == ["too_large"] and f"{TINY_LIMIT:,}" in detail
@@ -62,7 +63,7 @@ def test_a_small_model_has_a_small_limit(config: GateConfig, tmp_path: Path) -> 
 
 
 def test_the_limit_in_the_settings_holds_where_it_is_less(config: GateConfig, tmp_path: Path) -> None:
-    service = GateService(dataclasses.replace(config, max_adapter_bytes=1000))
+    service = GateService(with_settings(config, max_adapter_bytes=1000))
     codes, detail = refusal(service, Draft().write(tmp_path / "adapter"))
     assert codes == ["too_large"] and "1,000 bytes" in detail
 
@@ -76,7 +77,7 @@ def test_the_limit_follows_the_rank(config: GateConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [0o777, 0o702, 0o1777])
 @pytest.mark.parametrize("place", [".", "raw", "published", "names", "incoming"])
 def test_a_store_that_every_user_may_write_to_is_refused(place: str, mode: int, config: GateConfig) -> None:
-    folder = Path(config.store) / place
+    folder = Path(config.settings.store) / place
     folder.mkdir(parents=True)
     folder.chmod(mode)
     with pytest.raises(GuardError, match=rf"every user may write to {folder}, .* 'chmod o-w {folder}'"):
@@ -85,7 +86,7 @@ def test_a_store_that_every_user_may_write_to_is_refused(place: str, mode: int, 
     GateService(config)
 
 
-@pytest.mark.parametrize("error", [GateUnavailable("full"), OSError(5, "I/O error"), RuntimeError("a bug")])
+@pytest.mark.parametrize("error", [StoreUnavailable("full"), OSError(5, "I/O error"), RuntimeError("a bug")])
 def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
     error: Exception, config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -94,10 +95,10 @@ def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
         raise error
 
     monkeypatch.setattr("safelora_vllm.gate.server.collect", failing)
-    service = GateService(dataclasses.replace(config, store_bytes=1))
+    service = GateService(with_settings(config, store_bytes=1))
     with caplog.at_level(logging.ERROR, "vllm.safelora"):
-        answer = service.admit(str(Draft().write(tmp_path / "adapter")), "tenant")
-    assert answer["report"]["accepted"] and PublishedStore(config.store).find(answer["key"]) is not None
+        answer = service.admit(Admit(str(Draft().write(tmp_path / "adapter")), "tenant"))
+    assert PublishedStore(config.settings.store).find(answer.accepted_key()) is not None
     (record,) = caplog.records
     assert "could not be kept small" in record.getMessage() and record.exc_info is not None
 
@@ -105,10 +106,9 @@ def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
 def test_of_a_kept_policy_stays_what_is_stricter(config: GateConfig, tmp_path: Path) -> None:
     """An admin set energy 0.5 and a small cap; then the server came to ask for more energy."""
     kept = dataclasses.asdict(Policy(energy=0.5, max_relative_norm=0.9))
-    service = GateService(dataclasses.replace(config, policy={"energy": 0.6}))
-    report = service.admit(str(Draft().write(tmp_path / "adapter")), "tenant", kept)["report"]
-    found = report["policy"]
-    assert (found["energy"], found["max_relative_norm"]) == (0.6, 0.9)
+    service = GateService(with_settings(config, policy={"energy": 0.6}))
+    found = service.admit(Admit(str(Draft().write(tmp_path / "adapter")), "tenant", kept)).report.policy
+    assert (found.energy, found.max_relative_norm) == (0.6, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,9 @@ def test_a_kept_policy_that_is_laxer_in_one_field_needs_an_override(
     """It was kept before the server's own policy was tightened."""
     service, folder = GateService(config), str(Draft().write(tmp_path / "adapter"))
     kept = {**dataclasses.asdict(Policy()), **laxer}
-    held = service.admit(folder, "tenant", kept)
-    assert held["report"]["policy"] == dataclasses.asdict(Policy()) and not service.vouches(held["key"])
-    overridden = service.admit(folder, "tenant", kept, override=True)
-    assert overridden["report"]["policy"] == kept and service.vouches(overridden["key"])
+    held = service.admit(Admit(folder, "tenant", kept))
+    published = PublishedStore(config.settings.store)
+    assert held.report.policy == Policy() and not published.has_override(held.accepted_key())
+    overridden = service.admit(Admit(folder, "tenant", kept, override=True))
+    assert overridden.report.policy == Policy(**kept)
+    assert published.has_override(overridden.accepted_key())

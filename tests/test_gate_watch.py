@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import time
@@ -13,22 +12,27 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, GuardError
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.protocol import Failure, GateConfig, GateState, encode
 from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.policy import Policy
+from safelora_vllm.settings import ServerSettings
 
-CONFIG = GateConfig(socket="none", projectors="none", store="none", model="none")
-Start = Callable[[list[str | OSError]], list[subprocess.Popen[str]]]
+CONFIG = GateConfig("none", "none", ServerSettings("none", "none"))
+FIRST, SECOND = (GateState("p", Policy(), "r", "none", pid, 0.0) for pid in (1, 2))
+Start = Callable[[list[str | OSError]], list[subprocess.Popen[bytes]]]
 NO_MEMORY = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-ENDS = """read settings; echo '{"result": {"gate": 1}}'"""
-STAYS = """read settings; echo '{"result": {"gate": 2}}'; read nothing"""
+ENDS = f"read settings; echo '{encode(FIRST).decode().strip()}'"
+STAYS = f"read settings; echo '{encode(SECOND).decode().strip()}'; read nothing"
 # What a gate may say at its start instead; each of them then stays until it is ended.
 NONSENSE = [
     "Segmentation fault",
     "null",
     "[]",
     '"error"',
-    '{"result": 1}',
-    '{"error": "x"}',
+    '{"type": "state"}',
+    '{"type": "error", "kind": "SafeLoRAError"}',
+    '{"type": "error", "kind": "Exit", "message": "x"}',
+    '{"type": "metrics", "text": ""}',
     "{}",
     "\\0377\\0376",
 ]
@@ -44,10 +48,10 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     """Sets what the next processes are, shell scripts or errors; returns those that were started."""
     popen = subprocess.Popen
 
-    def prepare(gates: list[str | OSError]) -> list[subprocess.Popen[str]]:
+    def prepare(gates: list[str | OSError]) -> list[subprocess.Popen[bytes]]:
         coming, started = iter(gates), []
 
-        def fake(_: list[str], **options: Any) -> subprocess.Popen[str]:
+        def fake(_: list[str], **options: Any) -> subprocess.Popen[bytes]:
             gate = next(coming)
             if isinstance(gate, OSError):
                 raise gate
@@ -62,19 +66,24 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
 
 
 def test_it_goes_on_after_every_failed_start(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    told = says(json.dumps({"error": "no projector cache", "type": "ProjectorCacheError"}))
+    told = says(encode(Failure("ProjectorCacheError", "no projector cache")).decode().strip())
     failing = [NO_MEMORY, NO_MEMORY, *map(says, NONSENSE), told, "exit 3"]
     started = start([ENDS, *failing, STAYS])
     process = GateProcess(CONFIG)
     try:
-        assert process.state == {"gate": 1}
+        assert process.state == FIRST
         end = time.monotonic() + 60
-        while process.state != {"gate": 2}:
+        while process.state != SECOND:
             assert time.monotonic() < end and process._watcher.is_alive()
             time.sleep(0.02)
         assert [child.returncode is None for child in started] == [False] * (len(started) - 1) + [True]
         text = caplog.text
-        for reason in ("Cannot allocate memory", "said 'Segmentation fault", "no projector cache", "code 3"):
+        for reason in (
+            "Cannot allocate memory",
+            "'Segmentation fault' is not a valid",
+            "no projector cache",
+            "code 3",
+        ):
             assert reason in text
     finally:
         process.close()
@@ -85,7 +94,10 @@ def test_it_goes_on_after_every_failed_start(start: Start, caplog: pytest.LogCap
     ("gate", "message"),
     [
         (NO_MEMORY, "cannot be started .*Cannot allocate memory"),
-        (says("Segmentation fault"), "said 'Segmentation fault"),
+        (
+            says("Segmentation fault"),
+            "'Segmentation fault' is not a valid answer of a gate: JSON is malformed",
+        ),
         ("exit 3", "ended at its start with code 3"),
     ],
 )
@@ -99,7 +111,7 @@ def test_a_first_start_that_fails_is_told(gate: str | OSError, message: str, sta
 def test_the_class_of_an_error_is_kept(
     start: Start,
 ) -> None:
-    start([says(json.dumps({"error": "open to all", "type": "GuardError"}))])
+    start([says(encode(Failure("GuardError", "open to all")).decode().strip())])
     with pytest.raises(GuardError, match="open to all"):
         GateProcess(CONFIG)
 

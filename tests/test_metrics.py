@@ -111,14 +111,14 @@ def test_a_gate_counts_its_answers() -> None:
     metrics.record(Admission(REPORT, "k", None, False, stages))
     metrics.record(Admission(REPORT, "k", None, True, Stages({"read": 0.004})))
     metrics.record(Admission(refused, None, None, False, Stages()))
-    metrics.record_error("GateUnavailable")
+    metrics.record_error("StoreUnavailable")
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"safelora_{name}", labels)
 
     assert value("loads_total", result="accepted", reason="") == 2
     assert value("loads_total", result="refused", reason="dora") == 1
-    assert value("loads_total", result="error", reason="GateUnavailable") == 1
+    assert value("loads_total", result="error", reason="StoreUnavailable") == 1
     assert value("gate_cache_total", outcome="hit") == 1 == value("gate_cache_total", outcome="miss")
     assert value("stage_seconds_count", stage="read") == 2
     assert value("stage_seconds_sum", stage="read") == pytest.approx(0.006)

@@ -13,6 +13,7 @@ import pytest
 
 from safelora_vllm.cli.main import main
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version
+from safelora_vllm.store.records import to_dict
 from tests.test_store_housekeeping import age, digest_of, key_of, put
 
 Run = Callable[..., tuple[int, str, str]]
@@ -65,7 +66,7 @@ def test_ls_json_has_all_versions(run: Run, root: Path) -> None:
     assert code == 0 and [record["name"] for record in records] == ["acme/x", "b"]
     stored = NameStore(root).get("acme/x")
     assert stored is not None
-    assert records[0] == json.loads(json.dumps(dataclasses.asdict(stored)))
+    assert records[0] == json.loads(json.dumps(to_dict(stored)))
     assert list(records[0]) == ["name", "current", "versions"]
     assert list(records[0]["versions"][0])[:10] == [
         "version", "digest", "bytes", "rank", "created", "by", "policy", "override",

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.errors import StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.files import locked
 from safelora_vllm.store import AdapterRecord, NameStore, Version
 from safelora_vllm.store.names import FIRST_ID, LAST_ID
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_the_old_record(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
         for name in ("x", "new"):
-            with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+            with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
                 put(names, name, B)
     assert names.get("x") == before and names.get("new") is None
     assert {path.name for path in names.folder.iterdir()} == {".lock", "x.json"}
@@ -289,7 +289,7 @@ def test_a_disk_that_fails_after_the_rename(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        with pytest.raises(GateUnavailable):
+        with pytest.raises(StoreUnavailable):
             put(names, "x", B)
     record = names.get("x")
     assert record is not None and record.live.digest == (A, B)[failing_at]
@@ -381,7 +381,7 @@ def test_too_many_open_files_do_not_unload_a_name(
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", failing)
         for look in (names.all, lambda: names.get("x")):
-            with pytest.raises(GateUnavailable, match="cannot be read now"):
+            with pytest.raises(StoreUnavailable, match="cannot be read now"):
                 look()
     assert set(names.all()) == {"x"}
 
@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_listed_unloads_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", failing)
         for look in (names.all, names.damaged):
-            with pytest.raises(GateUnavailable, match=f"names cannot be read now .{os.strerror(number)}"):
+            with pytest.raises(StoreUnavailable, match=f"names cannot be read now .{os.strerror(number)}"):
                 look()
     assert set(names.all()) == {"x"}
 
@@ -552,11 +552,11 @@ def test_numbers_end_before_32_bits_do(names: NameStore) -> None:
     names.reserve_ids(1)
     file = names.root / "ids"
     file.write_text(str(LAST_ID - 100))
-    with pytest.raises(GateUnavailable, match=r"all adapter ids are used up; start with a new store"):
+    with pytest.raises(StoreUnavailable, match=r"all adapter ids are used up; start with a new store"):
         names.reserve_ids(101)
     assert file.read_text() == str(LAST_ID - 100), "nothing was given"
     assert names.reserve_ids(100) == LAST_ID - 100
-    with pytest.raises(GateUnavailable, match="used up"):
+    with pytest.raises(StoreUnavailable, match="used up"):
         names.reserve_ids(1)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from safelora_vllm.adapters.read import Limits, read_adapter
-from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.store import RawStore, content_digest
 from tests.tiny import Draft
 
@@ -107,7 +107,7 @@ def test_a_file_in_the_place_of_a_folder(raw: RawStore) -> None:
     raw.keep(DIGEST, FILES)
     shutil.rmtree(raw.path(DIGEST))
     raw.path(DIGEST).touch()
-    with pytest.raises(GateUnavailable):  # nothing of ours puts one there: an operator must look
+    with pytest.raises(StoreUnavailable):  # nothing of ours puts one there: an operator must look
         raw.keep(DIGEST, FILES)
     assert raw.path(DIGEST).is_file() and entries(raw) == {DIGEST}
 
@@ -158,7 +158,7 @@ def test_a_full_disk_keeps_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
-        with pytest.raises(GateUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+        with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
             raw.keep(DIGEST, FILES)
     assert entries(raw) == before and raw.damaged(DIGEST) is not None
     raw.keep(DIGEST, FILES)  # and it works when there is room again

@@ -14,7 +14,7 @@ import pytest
 from starlette.requests import Request
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, Reason, StoreDamaged, UsageError
+from safelora_vllm.errors import AdapterRefused, Reason, StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.integration.server import uploads
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.uploads import (
@@ -244,7 +244,7 @@ def test_a_client_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_a_store_that_cannot_be_written_is_not_the_clients_fault(tmp_path: Path) -> None:
-    with pytest.raises(GateUnavailable, match="the adapter store cannot be written"):
+    with pytest.raises(StoreUnavailable, match="the adapter store cannot be written"):
         received(tmp_path / "none", NAME + FILE + END)
     (tmp_path / "file").touch()
 
@@ -252,7 +252,7 @@ def test_a_store_that_cannot_be_written_is_not_the_clients_fault(tmp_path: Path)
         async with incoming(tmp_path / "file"):
             pytest.fail("there is no such folder")
 
-    with pytest.raises(GateUnavailable, match="the adapter store cannot be written"):
+    with pytest.raises(StoreUnavailable, match="the adapter store cannot be written"):
         asyncio.run(enter())
 
 

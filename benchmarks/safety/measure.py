@@ -101,7 +101,7 @@ class Seed:
                     ],
                 }
 
-        rules = GateSettings(self.projectors, Policy.from_mapping(treatment.policy)).rules
+        rules = GateSettings(self.projectors, Policy.from_mapping(treatment.policy)).ruleset_digest
         weights = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
         return self._kept(adapter.name, treatment.name, str(questions) + rules + weights, ask)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from safelora_vllm.errors import UsageError
 from safelora_vllm.store.audit_log import AuditLog, parse_since
+from safelora_vllm.store.layout import AUDIT, default_root
 
-FOLDER = "audit"  # in the adapter store
 _FILTERS = ("adapter", "actor", "action")
 _UNPROJECTED = ("report-only", "audit")  # the mode and its former name
 
@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folder(store: str | None) -> Path:
-    from safelora_vllm.store import default_root  # imports torch
-
-    return (Path(store) if store else default_root()) / FOLDER
+    return (Path(store) if store else default_root()) / AUDIT
 
 
 def _print_json(records: Iterable[dict[str, Any]]) -> int:

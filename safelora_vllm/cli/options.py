@@ -119,6 +119,12 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 
+def size_text(nbytes: int) -> str:
+    """The shortest text that `size` reads as this: ``2GiB``."""
+    unit = max((unit for unit in UNITS if unit and nbytes % UNITS[unit] == 0), key=UNITS.__getitem__)
+    return f"{nbytes // UNITS[unit]}{unit.replace('I', 'i')}"
+
+
 def route_access(text: str) -> tuple[str, str]:
     """Both halves of ``METHOD /path=WHO``; their values are checked where routes are known."""
     name, equals, word = text.rpartition("=")

@@ -15,8 +15,10 @@ from safelora_vllm.cli.options import (
     policy_values,
     route_access,
     size,
+    size_text,
 )
 from safelora_vllm.errors import UsageError
+from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, ServerSettings
 
 _NEEDED = ("vllm", "fastapi")
 
@@ -29,20 +31,34 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
     )
     parser.add_argument("model", help="the aligned model: folder or hub id")
-    parser.add_argument("--adapter-store", metavar="DIR", help="where published adapters live")
+    # Each option is the setting of its name, or of its `dest`.
+    parser.add_argument(
+        "--adapter-store", dest="store", type=_absolute, metavar="DIR", help="where published adapters live"
+    )
     parser.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
     parser.add_argument("--metrics-key", help="or SAFELORA_METRICS_KEY; without one /metrics needs no key")
-    parser.add_argument("--keys", metavar="FILE", help="TOML file with admin and tenant keys")
+    parser.add_argument("--keys", type=_absolute, metavar="FILE", help="TOML file with admin and tenant keys")
     parser.add_argument(
         "--adapter-root",
+        dest="adapter_roots",
         action="append",
-        default=[],
+        type=_absolute,
         metavar="DIR",
         help="folder that loads by path may read",
     )
-    parser.add_argument("--max-adapter-bytes", type=size, metavar="N", help="largest file; default: 2GiB")
+    parser.add_argument(
+        "--max-adapter-bytes",
+        type=size,
+        metavar="N",
+        help=f"largest file; default: {size_text(ServerSettings.max_adapter_bytes)}",
+    )
     parser.add_argument("--store-bytes", type=size, metavar="N", help="budget of the published copies")
-    parser.add_argument("--concurrent-uploads", type=int, metavar="N", help="per API server; default: 8")
+    parser.add_argument(
+        "--concurrent-uploads",
+        type=int,
+        metavar="N",
+        help=f"per API server; default: {ServerSettings.concurrent_uploads}",
+    )
     parser.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
     parser.add_argument(
         "--private-docs", action="store_true", help="/openapi.json, /docs and /redoc need a key (any)"
@@ -50,7 +66,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--route-access",
         action="append",
-        default=[],
         type=route_access,
         metavar="'METHOD /path=WHO'",
         help="who may call a route of another plugin: anybody, users or tenants; default: admins",
@@ -70,32 +85,24 @@ def run(args: argparse.Namespace) -> int:
     chosen_policy(args)
     _check_installed()
     from safelora_vllm.integration.launch import serve
-    from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, ServerSettings
-    from safelora_vllm.store import default_root
 
     for name, key in ((ADMIN_KEY, args.admin_api_key), (METRICS_KEY, args.metrics_key)):
         if key:
             os.environ[name] = key
-    root = Path(args.adapter_store) if args.adapter_store else default_root()
-    given = {
-        name: value
-        for name in ("max_adapter_bytes", "store_bytes", "concurrent_uploads")
-        if (value := getattr(args, name)) is not None
-    }
-    settings = ServerSettings(
-        projectors=str(Path(args.projectors).resolve()),
-        policy=policy_values(args),
-        store=str(root.resolve()),
-        trust_served_model=args.trust_served_model,
-        keys=str(Path(args.keys).resolve()) if args.keys else None,
-        adapter_roots=[str(Path(root).resolve()) for root in args.adapter_root],
-        allow_hub=args.allow_hub,
-        private_docs=args.private_docs,
-        route_access=dict(args.route_access),
-        **given,
-    )
-    serve(args.model, settings, args.vllm_options)
+    serve(args.model, _settings(args), args.vllm_options)
     return DONE
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    """The settings whose options were given; the others have their defaults."""
+    given = {name: value for name in FIELDS if (value := getattr(args, name, None)) not in (None, "")}
+    given |= {"projectors": _absolute(args.projectors), "policy": policy_values(args)}
+    return ServerSettings(**{**given, "route_access": dict(given.get("route_access", {}))})
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in every process; an empty one is none."""
+    return path and str(Path(path).resolve())
 
 
 def _check_installed() -> None:

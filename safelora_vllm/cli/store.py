@@ -58,24 +58,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _root(args: argparse.Namespace) -> Path:
     """The store's folder, which exists; one without anything in it is a store that nothing was put in yet."""
-    from safelora_vllm.store import default_root
-    from safelora_vllm.store.housekeeping import PLACES
+    from safelora_vllm.store.layout import FOLDERS, default_root
 
     root = Path(args.adapter_store) if args.adapter_store else default_root()
     found = {item.name for item in root.iterdir()} if root.is_dir() else None
-    if found is None or (found and found.isdisjoint(PLACES)):
+    if found is None or (found and found.isdisjoint(FOLDERS)):
         raise UsageError(f"there is no adapter store {root}; give the --adapter-store that the server has")
     return root
 
 
 def _ls(args: argparse.Namespace) -> int:
-    import dataclasses
-
     from safelora_vllm.store import NameStore
+    from safelora_vllm.store.records import to_dict
 
     records = sorted(NameStore(_root(args)).all().items())
     if args.json:
-        print(json.dumps([dataclasses.asdict(record) for _, record in records], indent=1))
+        print(json.dumps([to_dict(record) for _, record in records], indent=1))
     else:
         _print_table([record for _, record in records])
     return 0

@@ -55,7 +55,7 @@ class GateSettings:
     base_model: str = ""
 
     @property
-    def rules(self) -> str:
+    def ruleset_digest(self) -> str:
         """A digest of everything but the adapter: the same rules publish the same bytes."""
         parts = [
             _FORMAT,
@@ -69,7 +69,7 @@ class GateSettings:
 
     def key(self, digest: str) -> str:
         """The address of a published adapter: its content and the rules, nothing else."""
-        return hashlib.sha256(f"{self.rules}\n{digest}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.ruleset_digest}\n{digest}".encode()).hexdigest()
 
     def under(self, values: Mapping[str, Any]) -> GateSettings:
         """The same settings with some of the policy's fields replaced."""
@@ -124,7 +124,7 @@ def admit(
     Raises:
         AdapterNotFound: there is no such folder or archive.
         QuotaExceeded: it is over the allowance; nothing was stored.
-        GateUnavailable: the store cannot be written.
+        StoreUnavailable: the store cannot be written.
         ProjectorCacheError: the projector cache is damaged.
     """
     stages = Stages()

@@ -2,28 +2,93 @@
 
 from __future__ import annotations
 
-import json
 import socket
+from collections.abc import Mapping
 from typing import Any
 
-from safelora_vllm import errors
-from safelora_vllm.errors import GateUnavailable, SafeLoRAError
+from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.gate.protocol import (
+    A,
+    Admit,
+    Call,
+    Ensure,
+    GateState,
+    GetMetrics,
+    GetState,
+    Judgement,
+    Metrics,
+    decode_answer,
+    encode,
+)
+from safelora_vllm.tenants.quotas import Allowance
+
+_TIMEOUT_SECONDS = 120.0  # for an adapter, and for those that are before it in the queue
 
 
 class GateClient:
-    """Calls to the gate that listens on a socket. Blocking; safe to use from several threads."""
+    """Calls to the gate that listens on a socket. Blocking; safe to use from several threads.
+
+    Every call raises GateUnavailable where the gate is down or does not answer in time, MalformedMessage for
+    another answer than its own, and what the gate raised, as the same class with the same fields.
+    """
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
 
-    def call(self, operation: str, timeout: float = 120.0, **arguments: Any) -> Any:
-        """One operation of `safelora_vllm.gate.server.GateService`.
+    def admit(
+        self,
+        path: str,
+        name: str,
+        policy: Mapping[str, Any] | None = None,
+        *,
+        override: bool = False,
+        keep: bool = True,
+        allowance: Allowance | None = None,
+    ) -> Judgement:
+        """Let an adapter folder or archive pass the gate.
+
+        Args:
+            path: of the folder or archive.
+            name: of the adapter, for its report.
+            policy: fields that replace those of the gate's own policy.
+            override: whether they may make it less strict.
+            keep: whether the content is stored too.
+            allowance: what the tenant's quota leaves.
 
         Raises:
-            GateUnavailable: the gate is down or did not answer within ``timeout`` seconds.
-            SafeLoRAError: whatever the operation raised over there, as the same class.
+            AdapterNotFound: there is no such folder or archive.
+            PolicyError: values out of range.
+            QuotaExceeded: the adapter is over the allowance; nothing was stored.
+            StoreUnavailable: the store cannot be written.
         """
-        request = json.dumps({"op": operation, **arguments}).encode() + b"\n"
+        call = Admit(path, name, {**(policy or {})}, override, keep, allowance)
+        return self._ask(call, Judgement)
+
+    def ensure(
+        self, digest: str, name: str, policy: Mapping[str, Any] | None = None, *, override: bool = False
+    ) -> Judgement:
+        """The published copy of stored content, made again where it is missing.
+
+        Args:
+            digest: of the content.
+            name, policy, override: see `admit`.
+
+        Raises:
+            PolicyError: values out of range.
+            StoreUnavailable: the content is missing or damaged, or the store cannot be written.
+        """
+        return self._ask(Ensure(digest, name, {**(policy or {})}, override), Judgement)
+
+    def metrics(self, timeout: float = _TIMEOUT_SECONDS) -> str:
+        """Exposition text of the gate's counters."""
+        return self._ask(GetMetrics(), Metrics, timeout).text
+
+    def state(self, timeout: float = _TIMEOUT_SECONDS) -> GateState:
+        """What the gate says of itself."""
+        return self._ask(GetState(), GateState, timeout)
+
+    def _ask(self, call: Call, expected: type[A], timeout: float = _TIMEOUT_SECONDS) -> A:
+        request = encode(call)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(timeout)
@@ -37,12 +102,4 @@ class GateClient:
             ) from error
         if not line.endswith(b"\n"):
             raise GateUnavailable("the gate process ended during the call; try again")
-        return result(line)
-
-
-def result(line: str | bytes) -> Any:
-    answer = json.loads(line)
-    if "error" in answer:
-        kind = getattr(errors, answer["type"], SafeLoRAError)
-        raise kind(answer["error"])
-    return answer["result"]
+        return decode_answer(line, expected)

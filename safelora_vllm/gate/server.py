@@ -1,21 +1,20 @@
 """The gate process: ``python -m safelora_vllm.gate.server``, settings as one line on stdin.
 
-It answers one line of JSON on stdout when it is ready (or why it cannot be), then lines of JSON on
-a Unix socket, and ends when stdin closes, that is, when its worker is gone.
+It says on stdout that it is ready (or why it cannot be), then answers calls on a Unix socket, and ends when
+stdin closes, that is, when its worker is gone. `safelora_vllm.gate.protocol` has the messages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,37 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import GateUnavailable, QuotaExceeded, SafeLoRAError
+from safelora_vllm.errors import (
+    MalformedMessage,
+    ProjectorCacheError,
+    QuotaExceeded,
+    SafeLoRAError,
+    StoreUnavailable,
+)
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.gate.metrics import GateMetrics
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.protocol import (
+    Admit,
+    Answer,
+    Call,
+    Ensure,
+    Failure,
+    GateConfig,
+    GateState,
+    GetMetrics,
+    GetState,
+    Judgement,
+    Metrics,
+    decode_call,
+    decode_config,
+    encode,
+)
 from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
-from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
@@ -43,7 +62,7 @@ _HEADER_BYTES = 16 * 1024**2
 
 
 class GateService:
-    """The operations that clients may call; each takes and returns plain JSON values.
+    """Answers calls.
 
     Raises:
         GuardError: every user of this machine may write to the store.
@@ -51,15 +70,16 @@ class GateService:
     """
 
     def __init__(self, config: GateConfig) -> None:
-        check_store(config.store)
-        cache = ProjectorCache(config.projectors)
+        given = config.settings
+        check_store(given.store)
+        cache = ProjectorCache(given.projectors)
         cache.verify()
-        if not config.trust_served_model:
+        if not given.trust_served_model:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
-        policy = Policy.from_mapping(config.policy)
+        policy = Policy.from_mapping(given.policy)
         energy = policy.energy if policy.has_effect("energy") else 0.0
         output_energy = energy if METHODS[policy.method].reads_output_bases else 0.0
-        cache.load(config.device, config.projector_bytes, energy, output_energy)
+        cache.load(config.device, given.projector_bytes, energy, output_energy)
         self._settings = GateSettings(
             cache=cache,
             policy=policy,
@@ -69,109 +89,85 @@ class GateService:
             base_model=Path(config.model).name,
         )
         _check_energy(self._settings)
-        self._asked_for: set[str] = set()
-        self._published, self._raw = PublishedStore(config.store), RawStore(config.store)
-        self._store_bytes = config.store_bytes
-        clean(config.store)
+        self._published, self._raw = PublishedStore(given.store), RawStore(given.store)
+        self._store_bytes = given.store_bytes
+        clean(given.store)
         self._metrics = GateMetrics(CollectorRegistry())
         self._metrics.describe(cache, self._settings.policy.enforcing)
         self._one_at_a_time = threading.Lock()
         self._busy_since: float | None = None
 
-    def admit(
-        self,
-        path: str,
-        name: str,
-        policy: dict[str, Any] | None = None,
-        override: bool = False,
-        keep: bool = True,
-        allowance: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Run the gate on one adapter folder or archive.
+    def answer(self, call: Call) -> Answer:
+        """The answer to a call; see its class for what it asks."""
+        match call:
+            case Admit():
+                return self.admit(call)
+            case Ensure():
+                return self.ensure(call)
+            case GetMetrics():
+                return Metrics(self._metrics.expose())
+            case GetState():
+                return self.state()
 
-        policy, override: see `_rules`. keep: store the content too, so that it can be judged again without
-        its uploader. allowance: fields of `safelora_vllm.tenants.quotas.Allowance`.
-        """
-        settings = self._rules(policy, override)
-        raw, room = self._raw if keep else None, Allowance(**allowance) if allowance else None
+    def admit(self, call: Admit) -> Judgement:
+        """Run the gate on one adapter folder or archive."""
+        settings = self._settings_for(call.policy, call.override)
+        raw = self._raw if call.keep else None
         try:
             with self._one_at_a_time, self._busy():
-                admission = admit(path, name, settings, self._published, raw, room)
+                admission = admit(call.path, call.name, settings, self._published, raw, call.allowance)
         except QuotaExceeded:
             raise
         except SafeLoRAError as error:
             self._metrics.record_error(type(error).__name__)
             raise
         self._metrics.record(admission)
-        if override and admission.key is not None:
-            self._asked_for.add(admission.key)
+        if call.override and admission.key is not None:
+            self._published.mark_override(admission.key)
         if self._store_bytes is not None and not admission.cached:
             self._collect(self._store_bytes)
-        return {
-            "report": admission.report.to_dict(),
-            "key": admission.key,
-            "bytes": admission.nbytes,
-            "rules": self._settings.rules,
-        }
+        return Judgement(admission.report, admission.key, admission.nbytes, self._settings.ruleset_digest)
 
-    def ensure(
-        self, digest: str, name: str, policy: dict[str, Any] | None = None, override: bool = False
-    ) -> dict[str, Any]:
+    def ensure(self, call: Ensure) -> Judgement:
         """The published copy of stored content under a policy, made again where it is missing."""
-        settings = self._rules(policy, override)
+        settings, digest, name = self._settings_for(call.policy, call.override), call.digest, call.name
         if not self._raw.has(digest):
-            raise GateUnavailable(f"the store has no content {digest}; upload {name} again")
+            raise StoreUnavailable(f"the store has no content {digest}; upload {name} again")
         key = settings.key(digest)
         if (report := self._published.find(key)) is None:
             if wrong := self._raw.damaged(digest):
                 found = f"the store's content {digest} is damaged ({wrong})"
-                raise GateUnavailable(f"{found}; upload {name} again")
-            return self.admit(str(self._raw.path(digest)), name, policy, override)
+                raise StoreUnavailable(f"{found}; upload {name} again")
+            return self.admit(Admit(str(self._raw.path(digest)), name, call.policy, call.override))
         self._published.touch(key)
-        if override:
-            self._asked_for.add(key)
-        return {
-            "report": report.named(name).to_dict(),
-            "key": key,
-            "bytes": self._raw.nbytes(digest),
-            "rules": self._settings.rules,
-        }
+        if call.override:
+            self._published.mark_override(key)
+        nbytes = self._raw.nbytes(digest)
+        return Judgement(report.named(name), key, nbytes, self._settings.ruleset_digest)
 
-    def vouches(self, key: str) -> bool:
-        """Whether this gate was asked for this copy with an admin's override."""
-        return key in self._asked_for
+    def state(self) -> GateState:
+        """What this gate says of itself."""
+        settings, since = self._settings, self._busy_since
+        return GateState(
+            projectors=settings.cache.id,
+            policy=settings.policy,
+            ruleset_digest=settings.ruleset_digest,
+            store=str(self._published.root),
+            pid=os.getpid(),
+            busy_seconds=time.monotonic() - since if since is not None else 0.0,
+        )
 
-    def _rules(self, policy: dict[str, Any] | None, override: bool) -> GateSettings:
+    def _settings_for(self, policy: Mapping[str, Any], override: bool) -> GateSettings:
         """The settings with some of the policy's fields replaced.
 
         Without an admin's ``override`` they can only make it stricter: of what was once set under another
         server's policy, that stays which is stricter than this one's.
         """
-        asked, own = self._settings.under(policy or {}), self._settings.policy
+        asked, own = self._settings.under(policy), self._settings.policy
         if override or asked.policy.at_least_as_strict(own):
             return asked
         logger.warning("a kept policy (%s) cannot be compared with the server's (%s)", asked.policy, own)
         return self._settings.under(dataclasses.asdict(own.tightened(asked.policy)))
-
-    def metrics(self) -> str:
-        """Exposition text of this gate's counters."""
-        return self._metrics.expose()
-
-    def state(self) -> dict[str, Any]:
-        """Identity of the projector cache and of the policy that this gate applies.
-
-        busy_seconds: for how long it has been at one adapter.
-        """
-        settings, since = self._settings, self._busy_since
-        return {
-            "projectors": settings.cache.id,
-            "policy": settings.policy.id,
-            "policy_values": dataclasses.asdict(settings.policy),
-            "rules": settings.rules,
-            "store": str(self._published.root),
-            "pid": os.getpid(),
-            "busy_seconds": time.monotonic() - since if since is not None else 0.0,
-        }
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
@@ -201,14 +197,11 @@ class GateService:
             logger.exception("the adapter store %s could not be kept small", self._published.root)
 
 
-OPERATIONS = ("admit", "ensure", "vouches", "metrics", "state")
-
-
 def _weights_bytes(config: GateConfig, cache: ProjectorCache) -> int:
-    """Most bytes of a weights file: see `GateConfig`, max_adapter_bytes."""
+    """Most bytes of a weights file: see `GateConfig`, max_rank."""
     sides = sum(sum(entry.shape) for entry in cache.modules.values())
     factors = torch.float32.itemsize * config.max_rank * sides
-    return min(config.max_adapter_bytes, 4 * factors + _HEADER_BYTES)
+    return min(config.settings.max_adapter_bytes, 4 * factors + _HEADER_BYTES)
 
 
 def _check_energy(settings: GateSettings) -> None:
@@ -219,28 +212,24 @@ def _check_energy(settings: GateSettings) -> None:
 
 
 class _Handler(socketserver.StreamRequestHandler):
-    """Answers each line of one connection: {"op", …} → {"result"} or {"error", "type"}."""
+    """Answers each line of one connection."""
 
     service: GateService
 
     def handle(self) -> None:
         while line := self.rfile.readline(_MAX_LINE):
-            self.wfile.write(json.dumps(self._answer(line)).encode() + b"\n")
+            self.wfile.write(self._answer(line))
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def _answer(self, line: bytes) -> bytes:
         try:
             if not line.endswith(b"\n"):
-                raise SafeLoRAError(f"a call has at most {_MAX_LINE:,} bytes")
-            request = json.loads(line)
-            operation = request.pop("op")
-            if operation not in OPERATIONS:
-                raise SafeLoRAError(f"no operation {operation!r}")
-            return {"result": getattr(self.service, operation)(**request)}
+                raise MalformedMessage(f"a call has at most {_MAX_LINE:,} bytes")
+            return encode(self.service.answer(decode_call(line)))
         except SafeLoRAError as error:
-            return {"error": str(error), "type": type(error).__name__}
+            return encode(Failure.of(error))
         except Exception as error:  # one request must not end the gate for all others
             logger.exception("the gate failed on a request")
-            return {"error": f"{type(error).__name__}: {error}", "type": "GateUnavailable"}
+            return encode(Failure.of(error))
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
@@ -248,18 +237,26 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     request_queue_size = 128  # a full queue refuses a Unix socket's client at once
 
 
+def _say(message: Answer | Failure) -> None:
+    """One line to the worker that started this process."""
+    sys.stdout.buffer.write(encode(message))
+    sys.stdout.buffer.flush()
+
+
 def main() -> int:
     """Entry point of the process. Exit code 0 when stdin closes, 1 when it cannot start."""
     logging.basicConfig(format="%(levelname)s [safelora gate] %(message)s", level=logging.INFO)
-    config = GateConfig.from_json(sys.stdin.readline())
-    os.nice(config.niceness)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # not the few cores of the worker's thread
     torch.set_num_threads(1)  # small products: a second thread would wait for a core that serves
     try:
+        config = decode_config(sys.stdin.buffer.readline())
+        os.nice(config.niceness)
         service = GateService(config)
-    except (SafeLoRAError, OSError, RuntimeError) as error:
-        kind = type(error).__name__ if isinstance(error, SafeLoRAError) else "ProjectorCacheError"
-        print(json.dumps({"error": str(error), "type": kind}), flush=True)
+    except SafeLoRAError as error:
+        _say(Failure.of(error))
+        return 1
+    except (OSError, RuntimeError) as error:  # while it reads the cache, or puts it on the device
+        _say(Failure.of(ProjectorCacheError(str(error))))
         return 1
     socket_path = Path(config.socket)
     socket_path.unlink(missing_ok=True)
@@ -267,8 +264,8 @@ def main() -> int:
     with _Server(str(socket_path), handler) as server:
         for work in (server.serve_forever, service.keep_clean):
             threading.Thread(target=work, daemon=True).start()
-        print(json.dumps({"result": service.state()}), flush=True)
-        sys.stdin.read()  # returns when the worker closes it or is gone
+        _say(service.state())
+        sys.stdin.buffer.read()  # returns when the worker closes it or is gone
         server.shutdown()
     # The worker may have been killed, so its private folder is this process's to remove.
     for leftover in (socket_path, socket_path.with_name("owner.lock")):

@@ -8,11 +8,10 @@ import os
 import subprocess
 import sys
 import threading
-from typing import Any
 
 from safelora_vllm.errors import GateUnavailable
-from safelora_vllm.gate.client import GateClient, result
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateConfig, GateState, decode_answer, encode
 
 logger = logging.getLogger("vllm.safelora.gate")
 _RESTART_SECONDS = 1.0
@@ -41,7 +40,7 @@ class GateProcess:
         self._watcher.join()
         _end(self._process)  # another one, where the watcher was just starting it
 
-    def _start(self) -> tuple[dict[str, Any], subprocess.Popen[str]]:
+    def _start(self) -> tuple[GateState, subprocess.Popen[bytes]]:
         """Start the process and wait until it is ready.
 
         Raises:
@@ -52,8 +51,6 @@ class GateProcess:
                 [sys.executable, "-m", "safelora_vllm.gate.server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
-                errors="replace",
                 env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED},
             )
         except OSError as error:
@@ -64,21 +61,18 @@ class GateProcess:
             _end(process)
             raise
 
-    def _greet(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+    def _greet(self, process: subprocess.Popen[bytes]) -> GateState:
         """Give a new process its settings; what it says of itself when it is ready."""
         assert process.stdin is not None and process.stdout is not None
-        line = ""
+        line = b""
         with contextlib.suppress(OSError):
-            process.stdin.write(self._config.to_json() + "\n")
+            process.stdin.write(encode(self._config))
             process.stdin.flush()
             line = process.stdout.readline()
         if not line:
             _end(process)
             raise GateUnavailable(f"the gate process ended at its start with code {process.returncode}")
-        try:
-            return {**result(line)}
-        except (ValueError, KeyError, TypeError) as error:
-            raise GateUnavailable(f"the gate process said {line!r:.200} at its start") from error
+        return decode_answer(line, GateState)
 
     def _watch(self) -> None:
         while not self._closing.is_set():
@@ -101,7 +95,7 @@ class GateProcess:
                 self._process.wait(timeout=_LOOK_SECONDS)
                 return
             try:
-                busy = client.call("state", timeout=_ANSWER_SECONDS)["busy_seconds"]
+                busy = client.state(timeout=_ANSWER_SECONDS).busy_seconds
                 silences = 0
                 if busy < _ADAPTER_SECONDS:
                     continue
@@ -114,7 +108,7 @@ class GateProcess:
             self._process.kill()
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     try:
         process.stdin.close()

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safelora_vllm.errors import GateUnavailable, UsageError
+from safelora_vllm.errors import StoreUnavailable, UsageError
 
 logger = logging.getLogger("vllm.safelora.audit")
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
@@ -40,7 +40,7 @@ class AuditLog:
         """Append one record; ``details`` are JSON values.
 
         Raises:
-            GateUnavailable: the disk is full or not writable; the record is not in the log.
+            StoreUnavailable: the disk is full or not writable; the record is not in the log.
             TypeError, ValueError: a detail that JSON does not have; the caller's mistake.
         """
         record = {"time": "", "actor": actor, "action": action, "adapter": adapter, **details}
@@ -50,7 +50,7 @@ class AuditLog:
                 record["time"] = now.isoformat(timespec="microseconds")
                 self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
         except OSError as error:
-            raise GateUnavailable(
+            raise StoreUnavailable(
                 f"the audit log {self.folder} cannot be written ({error.strerror}); free space or mend "
                 "its permissions, then repeat the call"
             ) from error

@@ -25,11 +25,10 @@ from safelora_vllm.files import (
     remove_leftovers,
     writing,
 )
+from safelora_vllm.store.layout import FOLDERS, INCOMING
 from safelora_vllm.store.names import REMEDY, AdapterRecord, NameStore
 from safelora_vllm.store.published import REPORT, PublishedStore
 from safelora_vllm.store.raw import RawStore
-
-PLACES = ("incoming", "names", "published", "raw")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def collect(root: str | Path, max_bytes: int, min_age_seconds: float = 3600.0) -
     """Remove published copies, least recently used first, until all of them take ``max_bytes``.
 
     Raises:
-        GateUnavailable: the store cannot be read or written.
+        StoreUnavailable: the store cannot be read or written.
     """
     raw, copies = RawStore(root), _copies(root)
     live = {record.live.digest for record in NameStore(root).all().values()}
@@ -133,16 +132,16 @@ def verify(
     published = PublishedStore(root)
     checks += [_check_published(published, key) for key in published.all()]
     problems += [problem for check in progress(checks) if (problem := check()) is not None]
-    for place in PLACES:
-        for path in leftovers(Path(root) / place, stale_seconds, place == "incoming"):
+    for place in FOLDERS:
+        for path in leftovers(Path(root) / place, stale_seconds, place == INCOMING):
             problems.append(Problem(str(path), "a killed process left it behind", "gc removes it"))
     return problems
 
 
 def clean(root: str | Path, stale_seconds: float = STALE_SECONDS) -> None:
     """Remove what killed processes left behind, in all of the store's folders."""
-    for place in PLACES:
-        remove_leftovers(Path(root) / place, stale_seconds, place == "incoming")
+    for place in FOLDERS:
+        remove_leftovers(Path(root) / place, stale_seconds, place == INCOMING)
 
 
 def check_store(root: str | Path) -> None:
@@ -151,7 +150,7 @@ def check_store(root: str | Path) -> None:
     Raises:
         GuardError: with the folder and what to do.
     """
-    for folder in (Path(root), *(Path(root) / place for place in PLACES)):
+    for folder in (Path(root), *(Path(root) / place for place in FOLDERS)):
         if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
             raise GuardError(
                 f"every user may write to {folder}, and so decide what is served; take that away with "

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelora_vllm.errors import GateUnavailable, StoreDamaged, UsageError
+from safelora_vllm.errors import StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.files import FileState, file_state, locked, make_folder, replace_file, sync_folder, writing
+from safelora_vllm.store.layout import IDS, NAMES
 from safelora_vllm.store.records import SUFFIX, AdapterRecord, Version, file_of, from_json, to_json
 
 logger = logging.getLogger("vllm.safelora.store")
@@ -36,7 +37,7 @@ class NameStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.folder = self.root / "names"
+        self.folder = self.root / NAMES
         self._seen: dict[str, _Seen] = {}
 
     def get(self, name: str) -> AdapterRecord | None:
@@ -44,7 +45,7 @@ class NameStore:
 
         Raises:
             StoreDamaged: its file is damaged or not ours.
-            GateUnavailable: it cannot be read now.
+            StoreUnavailable: it cannot be read now.
         """
         try:
             file = file_of(name)
@@ -61,7 +62,7 @@ class NameStore:
         Cheap when nothing changed: only files that did are read.
 
         Raises:
-            GateUnavailable: the folder cannot be read now.
+            StoreUnavailable: the folder cannot be read now.
         """
         self._scan()
         return {seen.record.name: seen.record for seen in self._seen.values() if seen.record}
@@ -79,7 +80,7 @@ class NameStore:
         Raises:
             UsageError: the name is empty or too long for a file.
             StoreDamaged: the present record is damaged; it stays.
-            GateUnavailable: the disk is full or not writable. The old record stays, unless the disk
+            StoreUnavailable: the disk is full or not writable. The old record stays, unless the disk
                 failed after the new one was in its place.
         """
         path = self.folder / file_of(name)
@@ -104,9 +105,9 @@ class NameStore:
         """The first of ``count`` numbers that nobody on this store was given before or will be again.
 
         Raises:
-            GateUnavailable: the disk is full or not writable, or the numbers are used up.
+            StoreUnavailable: the disk is full or not writable, or the numbers are used up.
         """
-        path = self.root / "ids"
+        path = self.root / IDS
         with writing(self.root):
             make_folder(self.root)
             with locked(self.root):
@@ -119,7 +120,7 @@ class NameStore:
                     told = "restore it from a backup, or start with a new store"
                     raise StoreDamaged(f"{path} holds no number; {told}") from error
                 if first + count > LAST_ID:
-                    raise GateUnavailable(f"{path}: all adapter ids are used up; start with a new store")
+                    raise StoreUnavailable(f"{path}: all adapter ids are used up; start with a new store")
                 replace_file(path, str(first + count).encode())
         return first
 
@@ -193,8 +194,8 @@ class _Seen:
         return found == self.state and now - found[0] > _YOUNG_NS
 
 
-def _unreadable(path: Path, error: OSError) -> GateUnavailable:
-    return GateUnavailable(f"{path} cannot be read now ({error.strerror}); try again")
+def _unreadable(path: Path, error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(f"{path} cannot be read now ({error.strerror}); try again")
 
 
 __all__ = ["AdapterRecord", "NameStore", "Version"]

@@ -24,13 +24,16 @@ from safelora_vllm.files import (
     is_digest,
     make_folder,
     put_folder,
+    replace_file,
     temporary_folder,
     write_file,
     writing,
 )
 from safelora_vllm.report import Report
+from safelora_vllm.store.layout import PUBLISHED
 
 REPORT = "report.json"
+_OVERRIDE = "override"  # in it, beside the report
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, SafeLoRAError)
 
 
@@ -39,7 +42,7 @@ class PublishedStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._published = self.root / "published"
+        self._published = self.root / PUBLISHED
 
     def path(self, key: str) -> Path:
         """The folder of a key, whether it exists or not. A key is 64 hexadecimal digits."""
@@ -79,7 +82,7 @@ class PublishedStore:
         """Put the canonical files and their report under ``key``. Replaces a damaged copy.
 
         Raises:
-            GateUnavailable: the disk is full or not writable; nothing was published.
+            StoreUnavailable: the disk is full or not writable; nothing was published.
         """
         folder = self.path(key)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -93,6 +96,29 @@ class PublishedStore:
                     write_file(new / name, data, durable=False)
                 put_folder(new, folder, intact=lambda: self.find(key) is not None)
         return folder
+
+    def has_override(self, key: str) -> bool:
+        """Whether an admin's override asked for this copy: its policy may be less strict than the server's.
+
+        A copy that an older release made does not say so, until the gate is asked for it again.
+        """
+        try:
+            return json.loads((self.path(key) / REPORT).read_bytes())[_OVERRIDE] is True
+        except _NOT_OURS:
+            return False
+
+    def mark_override(self, key: str) -> None:
+        """Note that an admin's override asked for this copy. For the gate: workers believe it.
+
+        Raises:
+            StoreUnavailable: the copy is gone, or the disk is full or not writable.
+        """
+        if self.has_override(key):
+            return
+        path = self.path(key) / REPORT
+        with writing(self.root):
+            saved = json.loads(path.read_bytes())
+            replace_file(path, json.dumps({**saved, _OVERRIDE: True}, indent=1).encode())
 
     def touch(self, key: str) -> None:
         """Mark a copy as used now: the least recently used ones are removed first."""

@@ -26,6 +26,7 @@ from safelora_vllm.files import (
     write_file,
     writing,
 )
+from safelora_vllm.store.layout import RAW
 
 
 class RawStore:
@@ -33,7 +34,7 @@ class RawStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._raw = self.root / "raw"
+        self._raw = self.root / RAW
 
     def path(self, digest: str) -> Path:
         """The folder of a digest, whether it exists or not. A digest is 64 hexadecimal digits."""
@@ -50,7 +51,7 @@ class RawStore:
         """Put both files under their digest. An intact copy stays and counts as new; a damaged one goes.
 
         Raises:
-            GateUnavailable: the disk is full or not writable; nothing was kept.
+            StoreUnavailable: the disk is full or not writable; nothing was kept.
             ValueError: the files are not those of this digest.
         """
         folder = self.path(digest)
@@ -94,7 +95,7 @@ class RawStore:
         """Remove a copy, unless it was kept less than ``min_age_seconds`` ago. Whether it is gone.
 
         Raises:
-            GateUnavailable: the disk is not writable.
+            StoreUnavailable: the disk is not writable.
         """
         folder = self.path(digest)
         with writing(self.root), contextlib.suppress(FileNotFoundError), locked(self._raw):

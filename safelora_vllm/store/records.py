@@ -23,9 +23,11 @@ _LONGEST = 255  # bytes of a file name, in all of Linux's file systems
 _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
     "by": (str,), "policy": (dict,), "override": (bool,), "underlying": (dict,),
-    "reason": (str,), "key": (str,), "rules": (str,), "id": (int,),
+    "reason": (str,), "key": (str,), "ruleset_digest": (str,), "id": (int,),
     "load_seconds": (int, float),
 }  # fmt: skip
+_ON_DISK = {"ruleset_digest": "rules"}  # fields of a version that have another name there
+_FIELDS = {name: field for field, name in _ON_DISK.items()}
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Version:
     digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
     since 1970. by: the tenant or operator. policy: what an admin set for it, none for the server's.
     override: an operator made that policy less strict than the server's. underlying: what an override leaves
-    in force for the name's next content. reason: why it is as it is. key: of the published copy. rules:
-    digest of the server's rules under which that was published. id: the first of the numbers by which
-    vLLM knows this version's weights. load_seconds: from the request to the change of the name.
+    in force for the name's next content. reason: why it is as it is. key: of the published copy.
+    ruleset_digest: of the server's rules under which that was published. id: the first of the numbers by
+    which vLLM knows this version's weights. load_seconds: from the request to the change of the name.
     """
 
     version: int
@@ -51,7 +53,7 @@ class Version:
     underlying: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     key: str = ""
-    rules: str = ""
+    ruleset_digest: str = ""
     id: int = 0
     load_seconds: float = 0.0
 
@@ -111,9 +113,16 @@ def file_of(name: str) -> str:
     return file
 
 
+def to_dict(record: AdapterRecord) -> dict[str, Any]:
+    """A record as it is stored."""
+    data = dataclasses.asdict(record)
+    data["versions"] = [{_ON_DISK.get(n, n): value for n, value in v.items()} for v in data["versions"]]
+    return data
+
+
 def to_json(record: AdapterRecord, file: str) -> bytes:
     """The content of a record's file; ValueError, KeyError or TypeError where it could not be read."""
-    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(record)}, indent=1, allow_nan=False).encode()
+    text = json.dumps({"format": _FORMAT, **to_dict(record)}, indent=1, allow_nan=False).encode()
     from_json(text, file)
     return text
 
@@ -123,7 +132,7 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
     data = json.loads(text, parse_constant=_no_number)
     if data["format"] != _FORMAT:
         raise ValueError(f"its format is {data['format']!r:.100}, this safelora reads {_FORMAT}")
-    found = tuple(Version(**entry) for entry in data["versions"])
+    found = tuple(map(_version, data["versions"]))
     for version in found:
         for name, types in _TYPES.items():
             if type(getattr(version, name)) not in types:
@@ -145,6 +154,10 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
 def _in_todays_words(version: Version) -> Version:
     policy, underlying = stored_values(version.policy), stored_values(version.underlying)
     return dataclasses.replace(version, policy=policy, underlying=underlying)
+
+
+def _version(stored: Any) -> Version:
+    return Version(**{_FIELDS.get(name, name): value for name, value in {**stored}.items()})
 
 
 def _no_number(name: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safelora_vllm.errors import QuotaExceeded
 from safelora_vllm.report import Report
@@ -85,10 +85,8 @@ def check_quota(names: NameStore, who: Principal, record: AdapterRecord) -> None
         who.quota.check(len(own), sum(_sizes(own).values()), record.live.rank)
 
 
-def allowed(
-    names: NameStore, who: Principal, name: str, previous: AdapterRecord | None
-) -> dict[str, Any] | None:
-    """What is left for new content of a name: the fields of `safelora_vllm.allowance.Allowance`. None: all.
+def allowed(names: NameStore, who: Principal, name: str, previous: AdapterRecord | None) -> Allowance | None:
+    """What is left for new content of a name; None where nothing bounds it.
 
     Raises:
         QuotaExceeded: there is no room for another adapter.
@@ -101,8 +99,8 @@ def allowed(
     who.quota.check(len({*own, name}), 0, 0)
     sizes = _sizes(own)
     if who.quota.bytes is None:
-        return {"rank": who.quota.rank}
-    return {"bytes": who.quota.bytes - sum(sizes.values()), "owned": list(sizes), "rank": who.quota.rank}
+        return Allowance(rank=who.quota.rank)
+    return Allowance(who.quota.bytes - sum(sizes.values()), list(sizes), who.quota.rank)
 
 
 def _own(names: NameStore, tenant: str) -> dict[str, AdapterRecord]:

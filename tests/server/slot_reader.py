@@ -118,7 +118,7 @@ class Driver:
         self.llm.llm_engine.engine_core.engine_core.scheduler.needs_kv_cache_zeroing = False
 
     def gate(self, operation: str) -> Any:
-        return GateClient(self.rpc("safelora_attest")[0]["socket"]).call(operation)
+        return getattr(GateClient(self.rpc("safelora_attest")[0]["socket"]), operation)()
 
     def remove_folder(self, folder: str) -> None:
         shutil.rmtree(folder)

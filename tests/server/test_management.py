@@ -19,11 +19,13 @@ from vllm.lora.request import LoRARequest
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.server import GateService, _Handler, _Server
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.records import KEPT_VERSIONS
 from safelora_vllm.tenants.keys import KeyRing
@@ -39,7 +41,7 @@ class Engine:
     """Notes what the pool asks of vLLM's engine client. together: loads that wait for each other."""
 
     socket: str
-    state: dict[str, Any]
+    state: GateState
     loaded: list[LoRARequest] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
     together: asyncio.Barrier | None = None
@@ -54,8 +56,8 @@ class Engine:
         return SimpleNamespace(request_states={})
 
     async def _attest(self, *_: object, **__: object) -> list[dict[str, Any]]:
-        names = ("projectors", "policy")
-        return [{"guarded": True, "socket": self.socket, "lost": [], **{n: self.state[n] for n in names}}]
+        state = self.state
+        return [Attestation(True, self.socket, state.projectors, state.policy.id, []).to_dict()]
 
     async def add_lora(self, request: LoRARequest) -> bool:
         self.loaded.append(request)
@@ -90,26 +92,28 @@ class Place:
         models = SimpleNamespace(lora_requests={}, is_base_model=lambda name: name == "base")
         reconciler = await Reconciler.start(engine, models)
         try:
-            yield Manager(reconciler, AuditLog(Path(self.gate.store) / "audit"), models.is_base_model), engine
+            yield (
+                Manager(reconciler, AuditLog(Path(self.gate.settings.store) / "audit"), models.is_base_model),
+                engine,
+            )
         finally:
             await reconciler.stop()
 
     def audit(self) -> list[tuple[str, str, str, list[str]]]:
         """Action, adapter, decision and reasons of each entry."""
-        entries = AuditLog(Path(self.gate.store) / "audit").read()
+        entries = AuditLog(Path(self.gate.settings.store) / "audit").read()
         return [(e["action"], e["adapter"], e["decision"], e.get("reasons", [])) for e in entries]
 
     def kept(self) -> set[str]:
         """Digests of the contents that the store keeps."""
-        return {path.parent.name for path in Path(self.gate.store).glob(f"raw/*/{WEIGHTS}")}
+        return {path.parent.name for path in Path(self.gate.settings.store).glob(f"raw/*/{WEIGHTS}")}
 
 
 @pytest.fixture
 def place(cache: ProjectorCache, tmp_path: Path) -> Iterator[Place]:
-    config = GateConfig(
-        socket=str(tmp_path / "gate.sock"), projectors=str(cache.folder), store=str(tmp_path / "store"),
-        model="not compared", policy={"method": "safe-lora"}, trust_served_model=True,
-    )  # fmt: skip
+    policy = {"method": "safe-lora"}
+    settings = ServerSettings(str(cache.folder), str(tmp_path / "store"), policy, trust_served_model=True)
+    config = GateConfig(str(tmp_path / "gate.sock"), "not compared", settings)
     service = GateService(config)
     with _Server(config.socket, type("Handler", (_Handler,), {"service": service})) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

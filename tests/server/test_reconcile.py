@@ -66,7 +66,7 @@ class HangingNames(NameStore):
 
 def save(names: NameStore, name: str, key: str) -> None:
     """As another server does it."""
-    version = Version(0, "d" * 64, 1, 1, 0.0, "ops", key=key, rules="r", id=int(key) * 16)
+    version = Version(0, "d" * 64, 1, 1, 0.0, "ops", key=key, ruleset_digest="r", id=int(key) * 16)
     names.update(name, lambda record: (record or AdapterRecord(name)).with_version(version))
 
 
@@ -80,9 +80,8 @@ def run(names: HangingNames, test: Callable[[Reconciler, Engine], Awaitable[None
     async def started() -> None:
         engine = Engine()
         nothing: Any = None
-        made = Reconciler(
-            Pool(engine, names), nothing, {"rules": "r"}, {}, cast(Any, Published()), "aligned".__eq__
-        )
+        state, published = cast(Any, SimpleNamespace(ruleset_digest="r")), cast(Any, Published())
+        made = Reconciler(Pool(engine, names), nothing, state, {}, published, "aligned".__eq__)
         made._watch = StoreWatch(names.folder)
         await made.sync()
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from safelora_vllm.adapters.read import WEIGHTS
-from safelora_vllm.errors import GateUnavailable, GuardError
+from safelora_vllm.errors import GuardError, StoreUnavailable
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.gate.server import GateService
@@ -24,7 +24,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
-from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from safelora_vllm.store import PublishedStore
 from tests.tiny import Draft
 
 OWN = {"method": "safe-lora", "select": "number", "number": 5, "max_relative_norm": 0.9}
@@ -32,16 +32,6 @@ LAXER: list[dict[str, Any]] = [
     {"mode": "report-only"}, {"number": 4}, {"max_relative_norm": 1.0}, {"max_total_norm": 1.1},
     {"method": "input-removal", "select": "all"}, {"select": "threshold", "threshold": 1.0},
 ]  # fmt: skip
-
-
-class InThisProcess:
-    """A gate's client without a socket."""
-
-    def __init__(self, service: GateService) -> None:
-        self._service = service
-
-    def call(self, operation: str, **values: Any) -> Any:
-        return getattr(self._service, operation)(**values)
 
 
 @dataclasses.dataclass
@@ -70,12 +60,11 @@ class Host:
 @pytest.fixture
 def host(cache: ProjectorCache, tmp_path: Path) -> Host:
     root = str(tmp_path / "store")
-    service = GateService(
-        GateConfig("unused", str(cache.folder), root, "not compared", policy=OWN, trust_served_model=True)
-    )
+    settings = ServerSettings(str(cache.folder), root, OWN, trust_served_model=True)
+    service = GateService(GateConfig("unused", "not compared", settings))
     guard: WorkerGuard = object.__new__(WorkerGuard)
-    guard._settings, guard._store = ServerSettings(str(cache.folder), root), PublishedStore(root)
-    guard._client, guard._sound, guard.state = InThisProcess(service), {}, service.state()
+    guard._settings, guard._store = settings, PublishedStore(root)
+    guard._sound, guard.state = {}, service.state()
     return Host(guard, service, cache, PublishedStore(root), Draft().write(tmp_path / "adapter"))
 
 
@@ -114,35 +103,6 @@ def test_a_copy_of_a_refused_adapter_is_not_taken(host: Host) -> None:
     refused(host, forged, "with other projectors")
 
 
-@pytest.mark.parametrize("current", [True, False])
-@pytest.mark.parametrize("same", ["", "key", "override"])
-def test_an_override_in_a_record_is_for_its_copy_only(same: str, current: bool, host: Host) -> None:
-    """Of any version of the record, since an older one may still be in flight."""
-    key = host.published(**LAXER[0])
-    version = Version(
-        0, "a" * 64, 1, 4, 0.0, "ops",
-        override=same != "key", key=key if same != "override" else "b" * 64,
-    )  # fmt: skip
-    record = AdapterRecord("acme/x").with_version(version)
-    if not current:
-        record = record.with_version(Version(0, "c" * 64, 1, 4, 0.0, "acme"))
-    NameStore(host.store.root).update("acme/x", lambda _: record)
-    if same:
-        refused(host, key, "by less strict rules")
-    else:
-        host.check(key)
-
-
-def test_the_gate_vouches_for_an_override_that_has_no_record_yet(host: Host) -> None:
-    laxer = {**OWN, **LAXER[0]}
-    key = host.published(**LAXER[0])
-    refused(host, key, "by less strict rules")
-    answer = host.service.admit(str(host.adapter), "tenant", laxer, override=True)
-    assert answer["key"] != key, "the gate's settings have a model's name"
-    host.check(answer["key"])
-    refused(host, key, "by less strict rules")
-
-
 def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> None:
     key = host.published()
     host.check(key)
@@ -150,10 +110,10 @@ def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> N
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(GateUnavailable, match="missing or damaged"):
+    with pytest.raises(StoreUnavailable, match="missing or damaged"):
         host.guard._check_copy(key, "tenant")
     file.unlink()
-    with pytest.raises(GateUnavailable, match="missing or damaged"):
+    with pytest.raises(StoreUnavailable, match="missing or damaged"):
         host.guard._check_copy(key, "tenant")
 
 

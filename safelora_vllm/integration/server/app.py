@@ -25,6 +25,7 @@ from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import Slots
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
@@ -87,7 +88,7 @@ class SafeLoRAEndpoint:
         state.safelora = reconciler = await Reconciler.start(engine_client, models)
         state.safelora_manager = Manager(
             reconciler,
-            await asyncio.to_thread(AuditLog, reconciler.names.root / "audit"),
+            await asyncio.to_thread(AuditLog, reconciler.names.root / AUDIT),
             models.is_base_model,
             tuple(Path(root).resolve() for root in settings.adapter_roots),
             settings.max_adapter_bytes,

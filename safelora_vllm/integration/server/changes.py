@@ -28,11 +28,13 @@ from safelora_vllm.errors import (
     UnknownAdapter,
     UsageError,
 )
+from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.visibility import look_up, unknown
-from safelora_vllm.policy import CAPS, Policy
+from safelora_vllm.policy import CAPS
 from safelora_vllm.report import Report
+from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.tenants.principal import Principal, check_name
@@ -53,7 +55,7 @@ class Manager:
     audit: AuditLog
     is_base_model: Callable[[str], bool]
     roots: tuple[Path, ...] = ()
-    max_adapter_bytes: int = 2 * 1024**3
+    max_adapter_bytes: int = ServerSettings.max_adapter_bytes
     hub: bool = False
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
@@ -67,7 +69,7 @@ class Manager:
             AlreadyLoaded: the name is taken and ``replace`` is false. ChangedMeanwhile: by another server.
             QuotaExceeded: the tenant's.
             AdapterRefused: the gate refuses, with all its reasons.
-            GateUnavailable: the gate or the store is out of order.
+            Unavailable: the gate, the store or the engine is out of order.
         """
         self.check(who, name)
         async with self._changing(who, name, action) as start:
@@ -76,12 +78,12 @@ class Manager:
                 raise _taken(name)
             policy = previous.live.standing if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
-            answer = await self._judge(
-                who, name, action, "admit", path=str(source), policy=policy, allowance=allowance
+            judgement = await self.reconciler.ask_gate(
+                self.reconciler.gate.admit, str(source), name, policy, allowance=allowance
             )
-            return await self._commit(
-                who, name, action, answer, previous, _version(answer, who, policy), start
-            )
+            await self._check_accepted(who, name, action, judgement.report)
+            version = _version(judgement, who, policy)
+            return await self._commit(who, name, action, judgement, previous, version, start)
 
     async def roll_back(self, who: Principal, name: str, number: int) -> Entry:
         """Serve an earlier version's content again, as a new version.
@@ -98,12 +100,13 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.standing or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
-            answer = await self._judge(
-                who, name, "rollback", "ensure", digest=earlier.digest, policy=policy, override=override
+            judgement = await self.reconciler.ask_gate(
+                self.reconciler.gate.ensure, earlier.digest, name, policy, override=override
             )
+            await self._check_accepted(who, name, "rollback", judgement.report)
             reason = f"rollback to version {number}"
-            version = _version(answer, who, policy, override, record.live.standing, reason)
-            return await self._commit(who, name, "rollback", answer, record, version, start)
+            version = _version(judgement, who, policy, override, record.live.standing, reason)
+            return await self._commit(who, name, "rollback", judgement, record, version, start)
 
     async def set_policy(
         self, who: Principal, name: str, values: dict[str, Any], override: bool, reason: str
@@ -118,7 +121,7 @@ class Manager:
         """
         async with self._changing(who, name, "policy") as start:
             record = await self._known(who, name)
-            default = Policy.from_mapping(self.reconciler.state["policy_values"])
+            default = self.reconciler.state.policy
             wanted = default.with_values(values)
             wanted.check_effective(field for field in values if values[field] != getattr(default, field))
             loosened = not wanted.at_least_as_strict(default)
@@ -133,11 +136,12 @@ class Manager:
             policy = dataclasses.asdict(wanted) if values else {}
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
-            answer = await self._judge(
-                who, name, "policy", "ensure", digest=record.live.digest, policy=policy, override=loosened
+            judgement = await self.reconciler.ask_gate(
+                self.reconciler.gate.ensure, record.live.digest, name, policy, override=loosened
             )
-            version = _version(answer, who, policy, loosened, record.live.standing, reason)
-            return await self._commit(who, name, "policy", answer, record, version, start)
+            await self._check_accepted(who, name, "policy", judgement.report)
+            version = _version(judgement, who, policy, loosened, record.live.standing, reason)
+            return await self._commit(who, name, "policy", judgement, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
         """Stop serving a name on every server; its weights are freed when its last request has ended.
@@ -157,7 +161,7 @@ class Manager:
         """A served adapter that the caller may see.
 
         Raises:
-            UnknownAdapter. GateUnavailable or AdapterRefused: it cannot be served at the moment.
+            UnknownAdapter. Unavailable or AdapterRefused: it cannot be served at the moment.
         """
         entry = look_up(self.reconciler.registry, who, name)
         entry.current()
@@ -227,30 +231,26 @@ class Manager:
             raise Forbidden(f"this key may use {name}, but not change it")
         return record
 
-    async def _judge(
-        self, who: Principal, name: str, action: str, operation: str, **arguments: Any
-    ) -> dict[str, Any]:
-        """The gate's answer; a refusal goes to the audit log and to the caller."""
-        answer = await self.reconciler.ask_gate(operation, name=name, **arguments)
-        report = Report.from_dict(answer["report"])
+    async def _check_accepted(self, who: Principal, name: str, action: str, report: Report) -> None:
+        """A refusal goes to the audit log and to the caller."""
         if not report.accepted:
             await self._log(who, action, name, **_told(report, "refused"))
             raise AdapterRefused(report.reasons)
-        return {**answer, "id": await self.reconciler.pool.new_id()}
 
     async def _commit(
         self,
         who: Principal,
         name: str,
         action: str,
-        answer: dict[str, Any],
+        judgement: Judgement,
         before: AdapterRecord | None,
         new: Version,
         start: float,
     ) -> Entry:
         """Load what was judged and make it the newest version of what ``before`` still is."""
-        pool, report = self.reconciler.pool, Report.from_dict(answer["report"])
-        request = pool.request(name, answer["key"], answer["id"])
+        pool, report = self.reconciler.pool, judgement.report
+        new = dataclasses.replace(new, id=await pool.new_id())
+        request = pool.request(name, new.key, new.id)
         try:
             await pool.load(request)
         except AdapterRefused as error:
@@ -293,7 +293,7 @@ class Manager:
 
 
 def _version(
-    answer: dict[str, Any],
+    judgement: Judgement,
     who: Principal,
     policy: dict[str, Any],
     override: bool = False,
@@ -301,21 +301,20 @@ def _version(
     reason: str = "",
 ) -> Version:
     """before: the policy that held for the name's next content, which an override leaves in force."""
-    modules = answer["report"]["modules"]
+    report = judgement.report
     return Version(
         version=0,
-        digest=answer["report"]["digest"],
-        bytes=answer["bytes"],
-        rank=max((module["rank"] for module in modules), default=0),
+        digest=report.digest,
+        bytes=judgement.bytes,
+        rank=max((module.rank for module in report.modules), default=0),
         created=time.time(),
         by=who.key_id,
         policy=policy,
         override=override,
         underlying=before or {} if override else {},
         reason=reason,
-        key=answer["key"],
-        rules=answer["rules"],
-        id=answer["id"],
+        key=judgement.accepted_key(),
+        ruleset_digest=judgement.ruleset_digest,
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import GateUnavailable, GuardError, refuse
+from safelora_vllm.errors import EngineUnavailable, GuardError, StoreUnavailable, refuse
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.store import NameStore
 
@@ -48,13 +49,16 @@ class Pool:
         under the old id, and prefix-cache blocks under the old path may have been made with them.
 
         Raises:
-            GateUnavailable: it was lost too often.
+            StoreUnavailable: it was lost too often.
         """
         path = f"{SCHEME}{key}"
         if losses := len(self._lost[key]):
             path += f"/{losses}"
         if losses >= IDS_EACH:
-            raise GateUnavailable(f"the copy of {name} was lost {losses} times; mend the store, start again")
+            raise StoreUnavailable(
+                f"the stored copy of {name} was lost {losses} times. Repair the adapter store and restart "
+                "the server"
+            )
         return LoRARequest(lora_name=name, lora_int_id=first_id + losses, lora_path=path)
 
     def mark_lost(self, paths: set[str]) -> None:
@@ -66,13 +70,13 @@ class Pool:
         """Load published weights before anybody asks for them.
 
         Raises:
-            AdapterRefused: vLLM cannot load it, with its own words. GateUnavailable: the engine has ended.
+            AdapterRefused: vLLM cannot load it, with its own words. EngineUnavailable: the engine has ended.
         """
         try:
             await self.engine_client.add_lora(request)
         except Exception as error:  # the engine sends back whatever class the worker raised
             if getattr(self.engine_client, "errored", False):
-                raise GateUnavailable(f"the engine has ended: {error}") from error
+                raise EngineUnavailable(f"the engine has ended: {error}") from error
             raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
 
     async def release(self, request: LoRARequest, wanted: Callable[[LoRARequest], bool]) -> None:
@@ -87,7 +91,7 @@ class Pool:
                 await self.engine_client.remove_lora(request.lora_int_id)
 
 
-async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
+async def ask_workers(engine_client: Any) -> list[Attestation]:
     """Every worker's attestation.
 
     Raises:
@@ -97,11 +101,19 @@ async def ask_workers(engine_client: Any) -> list[dict[str, Any]]:
         answers = await seams.ask_all_workers(engine_client)
     except (AttributeError, NotImplementedError) as error:  # how vLLM says that workers have no such method
         raise GuardError(f"the workers have not loaded the safelora plugin ({error})") from error
-    if not answers or not all(isinstance(answer, dict) and answer.get("guarded") for answer in answers):
-        raise GuardError(
-            f"not every worker is guarded ({answers}); no adapter is served. Set VLLM_PLUGINS=safelora "
-            "where the workers run, and start with --enable-lora"
-        )
-    if len({(answer["projectors"], answer["policy"]) for answer in answers}) > 1:
+    try:
+        attestations = Attestation.from_answers(answers)
+    except ValueError as error:
+        raise _unguarded(f"{answers}: {error}") from error
+    if not attestations:
+        raise _unguarded("none answers")
+    if len({(worker.projectors, worker.policy) for worker in attestations}) > 1:
         raise GuardError("the workers use different projector caches or policies")
-    return answers
+    return attestations
+
+
+def _unguarded(found: str) -> GuardError:
+    return GuardError(
+        f"not every worker is guarded ({found}); no adapter is served. Set VLLM_PLUGINS=safelora "
+        "where the workers run, and start with --enable-lora"
+    )

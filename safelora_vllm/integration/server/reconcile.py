@@ -14,7 +14,6 @@ workers that lost their guard, and what could not be served before.
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import logging
 import time
@@ -22,14 +21,23 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, SafeLoRAError, again
+from safelora_vllm.errors import (
+    AdapterRefused,
+    GuardError,
+    SafeLoRAError,
+    StoreUnavailable,
+    Unavailable,
+    again,
+)
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.metrics import AdapterCollector
@@ -40,6 +48,8 @@ from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 
 logger = logging.getLogger("vllm.safelora.reconcile")
+P = ParamSpec("P")
+R = TypeVar("R")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
 # A vLLM worker that was asked something spins for a second in case there is more: it is not asked each time.
@@ -62,7 +72,7 @@ class Reconciler:
         self,
         pool: Pool,
         gate: GateClient,
-        state: dict[str, Any],
+        state: GateState,
         workers: dict[str, int],
         published: PublishedStore,
         is_base_model: Callable[[str], bool],
@@ -87,9 +97,9 @@ class Reconciler:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
         """
         answers = await ask_workers(engine_client)
-        gate = GateClient(answers[0]["socket"])
-        state = await asyncio.to_thread(gate.call, "state")
-        root = Path(state["store"])
+        gate = GateClient(answers[0].socket)
+        state = await asyncio.to_thread(gate.state)
+        root = Path(state.store)
         pool = Pool(engine_client, NameStore(root))
         made = cls(pool, gate, state, _states(answers), PublishedStore(root), models.is_base_model)
         given = seams.replace_map(models, CallersRequests(made.registry))
@@ -164,21 +174,20 @@ class Reconciler:
                     self._put(replace(entry, problem=being_prepared(record.name)))
                     self._spawn(self._prepare(record.name))
 
-    async def ask_gate(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """A call that may take long, in threads of its own: asyncio's few are for the short ones.
+    async def ask_gate(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """A call of ``gate`` that may take long, in threads of its own: asyncio's few are for the short ones.
 
         Raises:
             GateUnavailable: the gate is down or took too long. SafeLoRAError: whatever it raised.
         """
-        call = functools.partial(self.gate.call, operation, **arguments)
-        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(self._gate_threads, call)
-        return answer
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._gate_threads, lambda: call(*arguments, **named))
 
     def metrics(self) -> str:
         """Exposition text: the gate's counters (empty while it is down) and the served adapters."""
         collector = AdapterCollector(lambda: list(self.registry.values()), lambda: self.workers)
         try:
-            counters = str(self.gate.call("metrics", timeout=5.0))
+            counters = self.gate.metrics(timeout=5.0)
         except SafeLoRAError as error:
             logger.warning("no gate metrics: %s", error)
             counters = ""
@@ -201,15 +210,17 @@ class Reconciler:
         ], records
 
     def _published_report(self, version: Version) -> Report | None:
-        if version.rules != self.state["rules"]:  # judged under other projectors or another policy
+        if version.ruleset_digest != self.state.ruleset_digest:  # other projectors or another policy
             return None
+        if version.override and not self.published.has_override(version.key):
+            return None  # an older release made it: the gate adds that when it is asked for it
         return self.published.report(version.key)
 
     def _serve(self, entry: Entry, key: str, report: Report) -> None:
         """Serve a published copy under a name."""
         try:
             request = self.pool.request(entry.name, key, entry.first_id)
-        except GateUnavailable as error:
+        except Unavailable as error:
             return self._put(replace(entry, served=None, problem=error))
         served = Served(request, report.named(entry.name), self._copy(key))
         self._put(replace(entry, served=served, problem=None))
@@ -251,19 +262,12 @@ class Reconciler:
             SafeLoRAError: it refuses, or cannot.
         """
         if version := entry.version:
-            answer = await self.ask_gate(
-                "ensure",
-                digest=version.digest,
-                name=entry.name,
-                policy=version.policy,
-                override=version.override,
+            judged = await self.ask_gate(
+                self.gate.ensure, version.digest, entry.name, version.policy, override=version.override
             )
         else:
-            answer = await self.ask_gate("admit", path=str(entry.folder), name=entry.name, keep=False)
-        report = Report.from_dict(answer["report"])
-        if not report.accepted:
-            raise AdapterRefused(report.reasons)
-        return answer["key"], report
+            judged = await self.ask_gate(self.gate.admit, str(entry.folder), entry.name, keep=False)
+        return judged.accepted_key(), judged.report
 
     async def _adopt_static(self, request: LoRARequest, first_id: int) -> None:
         """Serve an adapter of ``--lora-modules`` from its published copy instead of its folder.
@@ -339,7 +343,7 @@ class Reconciler:
             self._withdraw(None, error)
             return
         self.workers = _states(answers)
-        self._withdraw({path for answer in answers for path in answer["lost"]})
+        self._withdraw({path for answer in answers for path in answer.lost})
 
     def _prepare_again(self) -> None:
         """Try again what could not be served."""
@@ -361,7 +365,7 @@ class Reconciler:
             assert entry.served is not None
             logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name)
             self.pool.mark_lost({entry.served.request.lora_path})
-            damaged = GateUnavailable(f"the published copy of {name} was damaged; it is being made again")
+            damaged = StoreUnavailable(f"the published copy of {name} was damaged; it is being made again")
             self._put(replace(entry, served=None, problem=error or damaged))
         self.pool.mark_lost(
             lost or {entry.served.request.lora_path for entry in found.values() if entry.served}
@@ -377,6 +381,5 @@ def _same(one: LoRARequest, other: LoRARequest) -> bool:
     return bool(one.lora_int_id == other.lora_int_id)
 
 
-def _states(answers: list[dict[str, Any]]) -> dict[str, int]:
-    guarded = sum(bool(answer.get("guarded")) for answer in answers)
-    return {"guarded": guarded, "unguarded": len(answers) - guarded}
+def _states(answers: list[Attestation]) -> dict[str, int]:
+    return {"guarded": len(answers), "unguarded": 0}

@@ -20,7 +20,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits
-from safelora_vllm.errors import GateUnavailable, SafeLoRAError, UsageError
+from safelora_vllm.errors import SafeLoRAError, StoreUnavailable, UsageError
+from safelora_vllm.store.layout import INCOMING
 
 ARCHIVE = "archive"
 _FIELDS = {"name": 300, "hub_id": 300, "revision": 200}  # longest values, bytes
@@ -101,11 +102,11 @@ class Slots:
 async def incoming(root: Path) -> AsyncIterator[Path]:
     """A new folder under ``root``/incoming, gone when the block ends."""
     try:
-        parent = root / "incoming"
+        parent = root / INCOMING
         parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder = Path(tempfile.mkdtemp(dir=parent))
     except OSError as error:
-        raise GateUnavailable(f"the adapter store cannot be written ({error.strerror}); try later") from error
+        raise _not_written(error) from error
     try:
         yield folder
     finally:
@@ -147,7 +148,7 @@ async def receive(
             f"the multipart body cannot be read: {str(error) or 'the client went away'}"
         ) from error
     except OSError as error:
-        raise GateUnavailable(f"the adapter store cannot be written ({error.strerror}); try later") from error
+        raise _not_written(error) from error
     finally:
         form.close()
     if not form.ended:
@@ -155,6 +156,10 @@ async def receive(
     if "name" not in fields:
         raise UsageError("the body has no field 'name'")
     return Received(fields, folder, frozenset(form.files))
+
+
+def _not_written(error: OSError) -> StoreUnavailable:
+    return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try later")
 
 
 async def patiently(request: Request) -> AsyncIterator[bytes]:

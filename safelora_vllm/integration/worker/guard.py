@@ -22,17 +22,17 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError
+from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
 from safelora_vllm.files import FileState
 from safelora_vllm.gate.client import GateClient
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.supervisor import GateProcess
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
-from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
-from safelora_vllm.store import NameStore, PublishedStore
+from safelora_vllm.store import PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
 _START_SECONDS = 900.0
@@ -115,7 +115,9 @@ class WorkerGuard:
 
         Raises:
             AdapterRefused: the gate refuses the folder.
-            GateUnavailable: the published copy is missing or damaged, or the gate is down.
+            StoreUnavailable: the published copy is missing or damaged.
+            GateUnavailable: the gate is down.
+            GuardError: the copy was made by other rules than this server's.
         """
         known = self._key(request)
         key = known or self._admit(request)
@@ -127,11 +129,7 @@ class WorkerGuard:
 
     def _admit(self, request: LoRARequest) -> str:
         """Let a folder pass the gate."""
-        answer = self._client.call("admit", path=request.lora_path, name=request.lora_name, keep=False)
-        judged = Report.from_dict(answer["report"])
-        if not judged.accepted:
-            raise AdapterRefused(judged.reasons)
-        return str(answer["key"])
+        return self._client.admit(request.lora_path, request.lora_name, keep=False).accepted_key()
 
     def _check_copy(self, key: str, name: str) -> None:
         """Whether the published copy is whole and made by this server's rules; read once, then remembered."""
@@ -143,7 +141,7 @@ class WorkerGuard:
             return
         report = self._store.find(key)
         if report is None:
-            raise GateUnavailable(
+            raise StoreUnavailable(
                 f"the published copy of {name} is missing or damaged in the adapter store; load the "
                 "adapter again"
             )
@@ -153,15 +151,13 @@ class WorkerGuard:
         self._sound[key] = state
 
     def _check_rules(self, key: str, report: Report) -> None:
-        """A store may hold copies made for another server: under laxer rules, or unprojected."""
-        if not report.accepted or report.projectors != self.state["projectors"]:
+        """A store may hold copies made for another server: under laxer rules, or unprojected.
+
+        The copy says itself whether an admin's override asked for it: this may run inside of a step.
+        """
+        if not report.accepted or report.projectors != self.state.projectors:
             raise GuardError(f"{SCHEME}{key} was made with other projectors than this server's")
-        if report.policy.at_least_as_strict(Policy.from_mapping(self.state["policy_values"])):
-            return
-        # An admin's override: in a version's record, or, while it is being made, known to this server's gate.
-        records = NameStore(self._settings.store).all().values()
-        overridden = any(v.key == key and v.override for record in records for v in record.versions)
-        if not (overridden or self._client.call("vouches", key=key)):
+        if not (report.policy.at_least_as_strict(self.state.policy) or self._store.has_override(key)):
             raise GuardError(f"{SCHEME}{key} was made by less strict rules than this server's")
 
     def _key(self, request: LoRARequest) -> str | None:
@@ -169,32 +165,32 @@ class WorkerGuard:
             return published_key(request.lora_path)
         return None if request.load_inplace else self._accepted.get(_identity(request))
 
-    def _wait_for_gate(self) -> dict[str, Any]:
+    def _wait_for_gate(self) -> GateState:
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
-                return dict(self._client.call("state", timeout=10.0))
+                return self._client.state(timeout=10.0)
             except GateUnavailable as error:
                 if self._process is not None or time.monotonic() > deadline:
                     raise GuardError(f"this worker has no gate: {error}") from error
                 time.sleep(0.1)
 
-    def attestation(self) -> dict[str, Any]:
+    def attestation(self) -> Attestation:
         """What the API side is told. Short: it runs between two engine steps."""
-        return {
-            "guarded": True,
-            "socket": self._client.socket_path,
-            "projectors": self.state["projectors"],
-            "policy": self.state["policy"],
-            "lost": sorted(self.lost),
-        }
+        return Attestation(
+            guarded=True,
+            socket=self._client.socket_path,
+            projectors=self.state.projectors,
+            policy=self.state.policy.id,
+            lost=sorted(self.lost),
+        )
 
 
 def attest(worker: Any) -> dict[str, Any]:
-    """RPC ``safelora_attest``, a method of every worker."""
+    """RPC ``safelora_attest``, a method of every worker: an `Attestation`, unless it is not guarded."""
     manager = getattr(getattr(worker, "model_runner", None), "lora_manager", None)
     if isinstance(manager, GuardedLoRAManager):
-        return manager.guard.attestation()
+        return manager.guard.attestation().to_dict()
     return {"guarded": False, "lora": manager is not None}
 
 
@@ -234,15 +230,9 @@ def _gate_config(
         raise GuardError("load_format is dummy: the served weights are not the aligned model's")
     return GateConfig(
         socket=socket_path,
-        projectors=settings.projectors,
-        store=settings.store,
         model=str(name),
+        settings=settings,
         device=str(device),
         dtype=str(lora.lora_dtype).removeprefix("torch."),
         max_rank=lora.max_lora_rank,
-        max_adapter_bytes=settings.max_adapter_bytes,
-        policy=settings.policy,
-        trust_served_model=settings.trust_served_model,
-        projector_bytes=settings.projector_bytes,
-        store_bytes=settings.store_bytes,
     )
