@@ -90,8 +90,11 @@ def test_every_exception_of_the_package_is_in_the_table_above() -> None:
 def test_a_refusal_has_its_codes_and_sentences() -> None:
     refusal = AdapterRefused([Reason("a", "one"), Reason("b", "two"), Reason("a", "three")])
     status, body = answered(refusal)
-    assert (status, body["type"], body["reasons"]) == (422, "AdapterRefusedError", ["a", "b"])
-    assert body["details"] == ["one", "two", "three"]
+    assert (status, body["type"], body["reasons"]) == (
+        422,
+        "AdapterRefusedError",
+        [{"code": code, "message": said} for code, said in (("a", "one"), ("b", "two"), ("a", "three"))],
+    )
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_copy_that_an_older_release_published_is_found(
     file = published(first) / "report.json"
     saved = json.loads(file.read_text())
     report = saved["report"]
-    report["policy"]["mode"] = "audit"
+    report["policy"]["mode"] = "report-only"
     report["details"] = [reason["message"] for reason in report["reasons"]]
     report["reasons"] = [reason["code"] for reason in report["reasons"]]
     text = json.dumps(report, sort_keys=True).encode()
@@ -221,12 +221,12 @@ def test_a_cap_holds_for_what_the_projection_enlarges(
         report = judged(**{cap: limit})
         assert not report.accepted
         assert [reason.code for reason in report.reasons] == [cap.removeprefix("max_")]
-        (figure,) = re.findall(rf"^{told}.* ([\d.]+) times", report.reasons[0].detail)
+        (figure,) = re.findall(rf"^{told}.* ([\d.]+) times", report.reasons[0].message)
         assert float(figure) == pytest.approx(served, rel=1e-6)
         assert report.total_norm == free.total_norm, "what is reported is what came"
 
 
-@pytest.mark.parametrize("mode", ["enforce", "audit"])
+@pytest.mark.parametrize("mode", ["enforce", "report-only"])
 def test_a_cap_holds_for_modules_that_are_not_projected(
     mode: str, gate: GateSettings, store: PublishedStore, tmp_path: Path
 ) -> None:
@@ -234,9 +234,9 @@ def test_a_cap_holds_for_modules_that_are_not_projected(
     draft.tensors[key(Q0, "B")] *= 20
     settings = gate.under({"select": "number", "number": 0, "max_total_norm": 9.0, "mode": mode})
     report = judge(draft.write(tmp_path / "adapter"), settings, store).report
-    assert report.accepted is (mode == "audit") and report.count("kept") == len(module_shapes())
+    assert report.accepted is (mode == "report-only") and report.count("kept") == len(module_shapes())
     (reason,) = report.reasons
-    assert reason.code == "relative_norm" and reason.detail.startswith(Q0)
+    assert reason.code == "relative_norm" and reason.message.startswith(Q0)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ _LAXER = [
     *[("input-removal", select, "energy", 0.2, 0.3) for select in ("threshold", "number", "all")],
     *[(method, "threshold", "threshold", 0.3, 0.4) for method in METHOD_NAMES],
     *[(method, "number", "number", 9, 10) for method in METHOD_NAMES],
-    *[(method, "all", "mode", "audit", "enforce") for method in METHOD_NAMES],
+    *[(method, "all", "mode", "report-only", "enforce") for method in METHOD_NAMES],
 ]
 
 
@@ -153,8 +153,8 @@ def test_a_number_and_a_threshold_cannot_be_compared(method: str) -> None:
 
 
 def test_every_policy_is_as_strict_as_one_that_only_reports() -> None:
-    audit = Policy(mode="audit", max_relative_norm=0.0)
-    for other in (Policy(), Policy(method="safe-lora"), Policy(mode="audit")):
+    audit = Policy(mode="report-only", max_relative_norm=0.0)
+    for other in (Policy(), Policy(method="safe-lora"), Policy(mode="report-only")):
         assert other.at_least_as_strict(audit)
     assert not audit.at_least_as_strict(Policy())
 
@@ -265,7 +265,7 @@ def test_the_paper_projects_at_equality() -> None:
             {"method": "csulora", "energy": 0.5}, {"method": "csulora"}, {"method": "csulora", "energy": 0.5},
         ),
         # It enforces, whatever the other does.
-        ({}, {"mode": "audit", "max_relative_norm": 0.5}, {"max_relative_norm": 0.5}),
+        ({}, {"mode": "report-only", "max_relative_norm": 0.5}, {"max_relative_norm": 0.5}),
     ],
 )  # fmt: skip
 def test_what_is_stricter_stays(own: dict[str, Any], kept: dict[str, Any], result: dict[str, Any]) -> None:

@@ -13,7 +13,13 @@ from safelora_vllm.policy import METHOD_NAMES, Policy
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_another_method_leaves_caps_mode_and_choices_as_they_are(method: str) -> None:
-    own = {"threshold": 0.5, "number": 3, "max_relative_norm": 0.5, "max_total_norm": 0.25, "mode": "audit"}
+    own = {
+        "threshold": 0.5,
+        "number": 3,
+        "max_relative_norm": 0.5,
+        "max_total_norm": 0.25,
+        "mode": "report-only",
+    }
     for before in METHOD_NAMES:
         assert Policy(method=before, **own).with_values({"method": method}) == Policy(method=method, **own)
 
@@ -30,7 +36,7 @@ def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(meth
     [
         ({"method": "none"}, "method is 'none'; choose one of safe-lora, input-removal, csulora"),
         ({"select": "some"}, "select is 'some'; choose one of threshold, number, all"),
-        ({"mode": "off"}, "mode is 'off'; choose one of enforce, audit"),
+        ({"mode": "off"}, "mode is 'off'; choose one of enforce, report-only"),
         ({"threshold": 2}, "threshold is 2; give a number from -1 to 1"),
         ({"energy": -0.1}, "energy is -0.1; give a number from 0 to 1"),
         ({"max_relative_norm": math.inf}, "max_relative_norm is inf; give a finite number of 0 or more"),
@@ -47,4 +53,6 @@ def test_a_value_that_is_not_valid_is_told_in_full(values: dict[str, Any], messa
 def test_a_value_that_projects_nothing_is_told_in_full() -> None:
     with pytest.raises(PolicyError) as told:
         Policy(energy=0.0).check_effective(["energy"])
-    assert str(told.value) == "with energy 0 nothing is projected; if that is meant, choose mode 'audit'"
+    assert (
+        str(told.value) == "with energy 0 nothing is projected; if that is meant, choose mode 'report-only'"
+    )

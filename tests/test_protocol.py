@@ -40,7 +40,7 @@ MODULES = [
     ModuleReport("a.q_proj", 4, 0.1 + 0.2, 1 / 3, 1e-300, 5e-324, "projected"),
     ModuleReport("b.v_proj", 0, None, 0.5, None, 0.0, "kept"),
 ]
-POLICY = Policy("csulora", "number", 0.1, 7, 1.0, 1e300, 2.0, "audit")
+POLICY = Policy("csulora", "number", 0.1, 7, 1.0, 1e300, 2.0, "report-only")
 ACCEPTED = Report("acme/x", "d" * 64, "p" * 64, POLICY, True, REASONS[:1], MODULES, 1.7976931348623157e308)
 REFUSED = dataclasses.replace(ACCEPTED, accepted=False, reasons=REASONS, modules=[], total_norm=0.0)
 CALLS: list[Call] = [

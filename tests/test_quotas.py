@@ -11,7 +11,7 @@ from safelora_vllm.errors import QuotaExceeded
 from safelora_vllm.store import AdapterRecord, NameStore, Version
 from safelora_vllm.store.records import KEPT_VERSIONS
 from safelora_vllm.tenants.principal import Principal
-from safelora_vllm.tenants.quotas import Quota, allowed, check_quota
+from safelora_vllm.tenants.quotas import Allowance, Quota, allowed, check_quota
 
 Content = tuple[str, int]  # a letter for its digest, and its bytes
 A, B, C = ("a", 40), ("b", 30), ("c", 31)
@@ -96,12 +96,11 @@ def test_what_is_left_for_new_content(tmp_path: Path) -> None:
     owned = {"a" * 64, "b" * 64}
     for name in ("acme/new", "acme/one"):
         left = allowed(store, tenant, name, store.get(name))
-        assert left is not None and left.pop("owned") and left == {"bytes": 30, "rank": 8}
-        assert set(allowed(store, tenant, name, store.get(name))["owned"]) == owned
-        assert allowed(store, principal(rank=8), name, store.get(name)) == {"rank": 8}
-        assert allowed(store, principal(), name, store.get(name)) == {"rank": None}
+        assert left is not None and (left.bytes, left.rank, set(left.owned)) == (30, 8, owned)
+        assert allowed(store, principal(rank=8), name, store.get(name)) == Allowance(rank=8)
+        assert allowed(store, principal(), name, store.get(name)) == Allowance()
         none = allowed(store, principal(bytes=0), name, store.get(name))
-        assert none is not None and none["bytes"] == -70, "a limit of nothing is a limit"
+        assert none is not None and none.bytes == -70, "a limit of nothing is a limit"
         assert allowed(store, admin, name, store.get(name)) is None
 
 
@@ -111,13 +110,10 @@ def test_of_a_name_with_all_its_versions_the_oldest_makes_room(tmp_path: Path) -
         store = stored(tmp_path / str(count), {"acme/x": contents})
         stay = contents[1:] if count == KEPT_VERSIONS else contents
         left = allowed(store, principal(bytes=5000), "acme/x", store.get("acme/x"))
-        assert left == {
-            "bytes": 5000 - sum(size for _, size in stay),
-            "owned": [letter * 64 for letter, _ in stay],
-            "rank": None,
-        }
+        assert left is not None and left.bytes == 5000 - sum(size for _, size in stay)
+        assert list(left.owned) == [letter * 64 for letter, _ in stay] and left.rank is None
         other = allowed(store, principal(bytes=5000), "acme/new", None)
-        assert other is not None and other["bytes"] == 5000 - sum(size for _, size in contents)
+        assert other is not None and other.bytes == 5000 - sum(size for _, size in contents)
 
 
 @pytest.mark.parametrize("count", [1, KEPT_VERSIONS - 1, KEPT_VERSIONS])
@@ -127,7 +123,7 @@ def test_content_as_large_as_what_is_left_gets_its_name(count: int, tmp_path: Pa
         before = store.get(name)
         left = allowed(store, tenant, name, before)
         assert left is not None
-        for size, fits in ((left["bytes"], True), (left["bytes"] + 1, False)):
+        for size, fits in ((left.bytes or 0, True), ((left.bytes or 0) + 1, False)):
             new = Version(0, "f" * 64, size, 4, 0.0, "acme/ci")
             after = (before or AdapterRecord(name)).with_version(new)
             if fits:
@@ -141,5 +137,5 @@ def test_another_adapter_needs_a_place_before_it_is_looked_at(tmp_path: Path) ->
     store, full = stored(tmp_path, ACME), principal(adapters=2)
     with pytest.raises(QuotaExceeded, match="3 would be needed of max_adapters 2"):
         allowed(store, full, "acme/new", None)
-    assert allowed(store, full, "acme/one", store.get("acme/one")) == {"rank": None}
-    assert allowed(store, principal(adapters=3), "acme/new", None) == {"rank": None}
+    assert allowed(store, full, "acme/one", store.get("acme/one")) == Allowance()
+    assert allowed(store, principal(adapters=3), "acme/new", None) == Allowance()

@@ -84,7 +84,7 @@ def test_a_file_that_changes_while_it_is_read(
 def test_a_file_swapped_after_reading_changes_nothing(
     tmp_path: Path, gate: GateSettings, store: PublishedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safelora_vllm.gate.admit import admit as module
+    from safelora_vllm.gate import admit as module
 
     expected = judge(Draft().write(tmp_path / "plain"), gate, PublishedStore(tmp_path / "other"))
     folder = Draft().write(tmp_path / "adapter")

@@ -349,7 +349,7 @@ def test_a_copy_that_does_not_say_its_override_gets_it(
 ) -> None:
     """As an older release left it, or a server with a laxer policy."""
     folder = str(Draft(lora_config(lora_alpha=3.5)).write(tmp_path / "adapter"))
-    lax, published = {"mode": "audit"}, PublishedStore(config.settings.store)
+    lax, published = {"mode": "report-only"}, PublishedStore(config.settings.store)
     first = client.admit(folder, "tenant", lax, override=True)
     report = published.path(first.accepted_key()) / "report.json"
     whole = json.loads(report.read_text())

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.cli.main import _parser, _settings, main
+from safelora_vllm.cli.main import _parser, main
 from safelora_vllm.cli.options import size, size_text
+from safelora_vllm.cli.serve import _settings
 from safelora_vllm.errors import GuardError
 from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.settings import FIELDS, ServerSettings
@@ -81,7 +82,7 @@ def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-adapter-bytes=40MB"], {"max_adapter_bytes": 40_000_000}),
         (["--store-bytes=1GiB"], {"store_bytes": GIB}),
         (["--concurrent-uploads=2"], {"concurrent_uploads": 2}),
-        (["--energy=0.3", "--mode=audit"], {"policy": {"energy": 0.3, "mode": "audit"}}),
+        (["--energy=0.3", "--mode=report-only"], {"policy": {"energy": 0.3, "mode": "report-only"}}),
     ],
     ids=str,
 )
@@ -156,7 +157,7 @@ def test_a_section_comes_back_from_what_it_says() -> None:
 
 def settings(*options: str) -> ServerSettings:
     """Those of ``serve``."""
-    return _settings(_parser().parse_args(["serve", "model", *options]), {})
+    return _settings(_parser().parse_args(["serve", "model", *options]))
 
 
 def test_every_setting_has_an_option_or_stands_in_the_section_only() -> None:

@@ -55,7 +55,8 @@ GOLDEN = """{
    "reason": "asked",
    "key": "",
    "rules": "",
-   "id": 0
+   "id": 0,
+   "load_seconds": 0.0
   }
  ]
 }"""

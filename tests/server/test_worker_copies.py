@@ -25,7 +25,7 @@ from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Versio
 from tests.tiny import Draft
 
 OWN = {"method": "safe-lora", "select": "number", "number": 5}
-LAX = {"mode": "audit"}
+LAX = {"mode": "report-only"}
 
 
 @dataclasses.dataclass
