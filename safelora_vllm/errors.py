@@ -157,7 +157,7 @@ class AdapterRefused(SafeLoRAError):
         return list(dict.fromkeys(reason.code for reason in self.reasons))
 
 
-def again(error: SafeLoRAError) -> SafeLoRAError:
+def fresh_copy(error: SafeLoRAError) -> SafeLoRAError:
     """A new exception that says the same. One and the same raised again and again would keep the frames of
     every request that it ended."""
     copy = type(error).__new__(type(error), *error.args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, Reason, SafeLoRAError, again
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, Reason, SafeLoRAError, fresh_copy
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from safelora_vllm.errors import AdapterRefused, GateUnavailable, Reason, SafeLo
 def test_raised_again_it_says_the_same_and_keeps_no_frames(kept: SafeLoRAError) -> None:
     for _ in range(3):
         with pytest.raises(type(kept)) as raised:
-            raise again(kept)
+            raise fresh_copy(kept)
         assert raised.value is not kept and str(raised.value) == str(kept)
         assert vars(raised.value) == vars(kept)
     assert kept.__traceback__ is None

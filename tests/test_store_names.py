@@ -117,11 +117,11 @@ def test_golden_record(names: NameStore) -> None:
 
 def test_a_record_with_a_mode_s_former_name_is_read_in_todays_words(names: NameStore) -> None:
     former, todays = {"mode": "audit", "energy": 0.5}, {"mode": "report-only", "energy": 0.5}
-    stored = version(policy=former, override=True, underlying=former)
+    stored = version(policy=former, override=True, base_policy=former)
     names.update("a", lambda _: AdapterRecord("a").with_version(stored))
     assert '"audit"' in (names.folder / "a.json").read_text()
     record = NameStore(names.root).get("a")
-    assert record is not None and record.live.policy == record.live.underlying == todays
+    assert record is not None and record.live.policy == record.live.base_policy == todays
 
 
 def test_modes(names: NameStore) -> None:

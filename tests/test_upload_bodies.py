@@ -20,14 +20,14 @@ from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.uploads import (
     ARCHIVE,
     Received,
-    Slots,
     TooLarge,
     TooManyUploads,
+    UploadLimiter,
     UploadTimeout,
     _Form,
     download,
     incoming,
-    patiently,
+    read_with_timeout,
     receive,
 )
 
@@ -282,7 +282,7 @@ def test_a_body_without_a_name(tmp_path: Path) -> None:
 
 
 async def drained(body: Request) -> int:
-    return sum([len(piece) async for piece in patiently(body)])
+    return sum([len(piece) async for piece in read_with_timeout(body)])
 
 
 @pytest.mark.parametrize("piece", [b"", b"x"], ids=["nothing", "drip"])
@@ -295,7 +295,7 @@ def test_a_body_that_comes_too_slowly(piece: bytes, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_tenant_leaves_slots_for_others() -> None:
-    slots = Slots(4)
+    slots = UploadLimiter(4)
     with slots.take("acme"), slots.take("acme"):
         with pytest.raises(TooManyUploads), slots.take("acme"):
             pass
@@ -306,9 +306,9 @@ def test_one_tenant_leaves_slots_for_others() -> None:
 
 
 def test_where_there_is_one_slot_a_tenant_may_have_it() -> None:
-    with Slots(1).take("acme"):
+    with UploadLimiter(1).take("acme"):
         pass
-    with pytest.raises(TooManyUploads), Slots(0).take("acme"):
+    with pytest.raises(TooManyUploads), UploadLimiter(0).take("acme"):
         pass
 
 

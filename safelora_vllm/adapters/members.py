@@ -55,9 +55,9 @@ def members(data: bytes, allowed: int) -> Iterator[Member]:
     if data[:4] in (b"PK\3\4", b"PK\5\6"):
         return _zip_members(data)
     if data[:2] == b"\x1f\x8b":
-        return _tar_members(_Tape(_inflate(data), allowed))
+        return _tar_members(BoundedStream(_inflate(data), allowed))
     if data[257:262] == b"ustar":
-        return _tar_members(_Tape(_slices(data), allowed))
+        return _tar_members(BoundedStream(_slices(data), allowed))
     found = next((name for magic, name in _OTHERS.items() if data.startswith(magic)), "no archive")
     raise refuse("archive_malformed", f"the file is {found}; {ACCEPTED}")
 
@@ -82,7 +82,7 @@ def _inflate(data: bytes) -> Iterator[bytes]:
         raise ValueError("there is something behind the gzip stream")
 
 
-class _Tape:
+class BoundedStream:
     """Reads a tar forward only, and no more of it than allowed."""
 
     def __init__(self, pieces: Iterator[bytes], allowed: int) -> None:
@@ -135,7 +135,7 @@ _NO_DATA = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, b"3", b"4", b"6")
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
-def _tar_members(tape: _Tape) -> Iterator[Member]:
+def _tar_members(tape: BoundedStream) -> Iterator[Member]:
     extensions: dict[bytes, bytes] = {}  # type → content, of the member that follows
     extended = 0
     while (block := tape.read(tarfile.BLOCKSIZE)).strip(b"\0"):
@@ -203,7 +203,7 @@ def _number(text: bytes) -> int:
     return int(text)
 
 
-class _Shown(io.BytesIO):
+class BoundedZip(io.BytesIO):
     """The file that zipfile sees: no single read of it takes more than the table may have."""
 
     def __init__(self, data: bytes) -> None:
@@ -219,7 +219,7 @@ class _Shown(io.BytesIO):
 
 
 def _zip_members(data: bytes) -> Iterator[Member]:
-    with zipfile.ZipFile(_Shown(data)) as archive:
+    with zipfile.ZipFile(BoundedZip(data)) as archive:
         infos = archive.infolist()
         if infos and min(info.header_offset for info in infos) != 0:
             raise ValueError("its table does not begin with its first member")

@@ -25,7 +25,7 @@ from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.methods import METHODS
-from safelora_vllm.methods.delta import ModuleDelta, Served
+from safelora_vllm.methods.delta import ModuleDelta, OutputStats
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
@@ -213,7 +213,7 @@ def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
             store.keep(raw.digest, raw.files)
 
 
-def _check_norm(module: str, delta: ModuleDelta, served: Served, policy: Policy) -> list[Reason]:
+def _check_norm(module: str, delta: ModuleDelta, served: OutputStats, policy: Policy) -> list[Reason]:
     """The cap holds for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1."""
     largest = max(1.0, served.retained or 0.0) * delta.relative_norm
     if largest <= policy.max_relative_norm:
@@ -240,7 +240,7 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     ]
 
 
-def _check_sound(module: str, delta: ModuleDelta, served: Served) -> list[Reason]:
+def _check_sound(module: str, delta: ModuleDelta, served: OutputStats) -> list[Reason]:
     """Whether the figures mean what they say.
 
     A NaN or an infinity anywhere in the factors shows in the float64 norm of their product. Ranks that
@@ -261,7 +261,7 @@ def _check_sound(module: str, delta: ModuleDelta, served: Served) -> list[Reason
     return []
 
 
-def _module_report(module: str, delta: ModuleDelta, served: Served, selected: bool) -> ModuleReport:
+def _module_report(module: str, delta: ModuleDelta, served: OutputStats, selected: bool) -> ModuleReport:
     entry = delta.projector.entry
     return ModuleReport(
         name=module,

@@ -180,7 +180,7 @@ class GateService:
     def keep_clean(self) -> None:
         """Free the space of uploads that no name refers to any more, every few minutes, without end.
 
-        They are no part of a tenant's quota: what he uploads and removes again would fill the disk.
+        They are no part of a tenant's quota: what they upload and remove again would fill the disk.
         """
         while True:
             try:

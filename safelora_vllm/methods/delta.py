@@ -13,7 +13,7 @@ from safelora_vllm.methods import lowrank
 from safelora_vllm.projectors.cache import Projector
 
 
-class Served(NamedTuple):
+class OutputStats(NamedTuple):
     """Figures of the weights that would be served.
 
     retained: ‖B'A'‖_F / ‖BA‖_F, None for a zero delta. coherence: of B' and A', see `lowrank.coherence`.
@@ -82,13 +82,13 @@ class ModuleDelta:
         """‖s·BA‖_F / ‖W_aligned‖_F."""
         return self.norm / self.projector.entry.aligned_norm
 
-    def served(self, a: Tensor, b: Tensor) -> Served:
+    def served(self, a: Tensor, b: Tensor) -> OutputStats:
         """Figures of new weights, already `rounded`."""
         if a is self.a and b is self.b:
-            return Served(1.0 if self.norm else None, self.coherence)
+            return OutputStats(1.0 if self.norm else None, self.coherence)
         if a is self.a and b is self.image:
             squared, spread = self._products.xx, self._products.x_spread
         else:
             _, _, squared, _, spread = lowrank.products(b, b, lowrank.gram(a))
         retained = math.sqrt(squared) / self.norm if self.norm else None
-        return Served(retained, lowrank.coherence(squared, spread))
+        return OutputStats(retained, lowrank.coherence(squared, spread))

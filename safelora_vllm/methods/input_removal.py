@@ -36,7 +36,7 @@ def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
 
     The product is factorised anew before it is rounded: with the author's ranks, two large ones that nearly
     cancel could be made to round so that what was removed comes back. So only single roundings bring it back:
-    in bfloat16 up to 2⁻⁸ of what is left, where an author chose his values for it.
+    in bfloat16 up to 2⁻⁸ of what is left, where an author chose the values for it.
     """
     from safelora_vllm.methods import lowrank
 

@@ -112,6 +112,6 @@ class RawStore:
         """Make a copy as young as a new one, so that its name can be written before it is removed."""
         with contextlib.suppress(FileNotFoundError), locked(self._raw):
             os.utime(folder)
-            sync_folder(self._raw)  # whoever renamed it may have been killed before he did
+            sync_folder(self._raw)  # whoever renamed it may have been killed before that
             return True
         return False

@@ -22,11 +22,11 @@ _FORMAT = 1
 _LONGEST = 255  # bytes of a file name, in all of Linux's file systems
 _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
-    "by": (str,), "policy": (dict,), "override": (bool,), "underlying": (dict,),
+    "by": (str,), "policy": (dict,), "override": (bool,), "base_policy": (dict,),
     "reason": (str,), "key": (str,), "ruleset_digest": (str,), "id": (int,),
     "load_seconds": (int, float),
 }  # fmt: skip
-_ON_DISK = {"ruleset_digest": "rules"}  # fields of a version that have another name there
+_ON_DISK = {"ruleset_digest": "rules", "base_policy": "underlying"}  # fields with another name there
 _FIELDS = {name: field for field, name in _ON_DISK.items()}
 
 
@@ -36,7 +36,7 @@ class Version:
 
     digest: of the raw content. bytes: its size. rank: the largest of its modules. created: seconds
     since 1970. by: the tenant or operator. policy: what an admin set for it, none for the server's.
-    override: an operator made that policy less strict than the server's. underlying: what an override leaves
+    override: an operator made that policy less strict than the server's. base_policy: what an override leaves
     in force for the name's next content. reason: why it is as it is. key: of the published copy.
     ruleset_digest: of the server's rules under which that was published. id: the first of the numbers by
     which vLLM knows this version's weights. load_seconds: from the request to the change of the name.
@@ -50,7 +50,7 @@ class Version:
     by: str
     policy: dict[str, Any] = field(default_factory=dict)
     override: bool = False
-    underlying: dict[str, Any] = field(default_factory=dict)
+    base_policy: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     key: str = ""
     ruleset_digest: str = ""
@@ -58,9 +58,9 @@ class Version:
     load_seconds: float = 0.0
 
     @property
-    def standing(self) -> dict[str, Any]:
+    def next_policy(self) -> dict[str, Any]:
         """The policy that the name's next content gets: an override is for its own content only."""
-        return self.underlying if self.override else self.policy
+        return self.base_policy if self.override else self.policy
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
 
 
 def _in_todays_words(version: Version) -> Version:
-    policy, underlying = stored_values(version.policy), stored_values(version.underlying)
-    return dataclasses.replace(version, policy=policy, underlying=underlying)
+    policy, base_policy = stored_values(version.policy), stored_values(version.base_policy)
+    return dataclasses.replace(version, policy=policy, base_policy=base_policy)
 
 
 def _version(stored: Any) -> Version:

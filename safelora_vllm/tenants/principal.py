@@ -36,7 +36,7 @@ def check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Principal:
-    """A caller that was identified. ``key_id`` names his key and is not secret.
+    """A caller that was identified. ``key_id`` names their key and is not secret.
 
     sees_all: may use every adapter. `KeyRing` sets it for callers without a tenant where there are none.
     """
@@ -48,14 +48,14 @@ class Principal:
     sees_all: bool = False
 
     def may_use(self, name: str) -> bool:
-        """Whether he may see the adapter and generate with it. Shared names have no slash."""
+        """Whether they may see the adapter and generate with it. Shared names have no slash."""
         if self.kind in ("metrics", "stranger"):
             return False
         owner, slash, _ = name.partition("/")
         return self.kind == "admin" or self.sees_all or not slash or owner == self.tenant
 
     def may_manage(self, name: str) -> bool:
-        """Whether he may load, replace and unload the adapter."""
+        """Whether they may load, replace and unload the adapter."""
         owner, slash, _ = name.partition("/")
         return self.kind == "admin" or (bool(slash) and owner == self.tenant)
 

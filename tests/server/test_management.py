@@ -273,7 +273,7 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(place: Place, adapters:
             back = await manager.roll_back(tenant, "acme/x", 2)
             live = names.all()["acme/x"].live
             assert back.current().report.policy.mode == "enforce"
-            assert (live.version, live.policy, live.override, live.underlying) == (4, {}, False, {})
+            assert (live.version, live.policy, live.override, live.base_policy) == (4, {}, False, {})
             back = await manager.roll_back(ADMIN, "acme/x", 2)
             live = names.all()["acme/x"].live
             assert back.current().report.policy.mode == "report-only"

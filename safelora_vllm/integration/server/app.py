@@ -22,7 +22,7 @@ from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.route_access import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.route_table import Access
 from safelora_vllm.integration.server.routes import router
-from safelora_vllm.integration.server.uploads import Slots
+from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.layout import AUDIT
@@ -64,7 +64,7 @@ class SafeLoRAEndpoint:
             )
         seams.add_middleware(args, AccessMiddleware)
         app.state.safelora_door = door
-        app.state.safelora_slots = Slots(settings.concurrent_uploads)
+        app.state.safelora_upload_limiter = UploadLimiter(settings.concurrent_uploads)
         seams.attach_first(app, router)
         self._app = app
 

@@ -76,7 +76,7 @@ class Manager:
             previous = await self._record(name)
             if previous is not None and not replace:
                 raise _taken(name)
-            policy = previous.live.standing if previous else {}
+            policy = previous.live.next_policy if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
             judgement = await self.reconciler.ask_gate(
                 self.reconciler.gate.admit, str(source), name, policy, allowance=allowance
@@ -98,14 +98,14 @@ class Manager:
             # A stricter policy set since then stays. One that an admin loosened for that content comes back,
             # but for admins only: it may have been taken back.
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
-            policy = record.live.standing or mine
+            policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
             judgement = await self.reconciler.ask_gate(
                 self.reconciler.gate.ensure, earlier.digest, name, policy, override=override
             )
             await self._check_accepted(who, name, "rollback", judgement.report)
             reason = f"rollback to version {number}"
-            version = _version(judgement, who, policy, override, record.live.standing, reason)
+            version = _version(judgement, who, policy, override, record.live.next_policy, reason)
             return await self._commit(who, name, "rollback", judgement, record, version, start)
 
     async def set_policy(
@@ -140,7 +140,7 @@ class Manager:
                 self.reconciler.gate.ensure, record.live.digest, name, policy, override=loosened
             )
             await self._check_accepted(who, name, "policy", judgement.report)
-            version = _version(judgement, who, policy, loosened, record.live.standing, reason)
+            version = _version(judgement, who, policy, loosened, record.live.next_policy, reason)
             return await self._commit(who, name, "policy", judgement, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
@@ -234,7 +234,7 @@ class Manager:
     async def _check_accepted(self, who: Principal, name: str, action: str, report: Report) -> None:
         """A refusal goes to the audit log and to the caller."""
         if not report.accepted:
-            await self._log(who, action, name, **_told(report, "refused"))
+            await self._log(who, action, name, **audit_fields(report, "refused"))
             raise AdapterRefused(report.reasons)
 
     async def _commit(
@@ -254,7 +254,7 @@ class Manager:
         try:
             await pool.load(request)
         except AdapterRefused as error:
-            await self._log(who, action, name, **{**_told(report, "refused"), "reasons": error.codes})
+            await self._log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
             raise
         try:
             timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
@@ -266,7 +266,7 @@ class Manager:
         live = record.live
         await self._log(
             who, action, name, version=live.version, override=live.override, reason=live.reason,
-            **_told(report, "accepted"),
+            **audit_fields(report, "accepted"),
         )  # fmt: skip
         return self.find(who, name)
 
@@ -311,14 +311,14 @@ def _version(
         by=who.key_id,
         policy=policy,
         override=override,
-        underlying=before or {} if override else {},
+        base_policy=before or {} if override else {},
         reason=reason,
         key=judgement.accepted_key(),
         ruleset_digest=judgement.ruleset_digest,
     )
 
 
-def _told(report: Report, decision: str) -> dict[str, Any]:
+def audit_fields(report: Report, decision: str) -> dict[str, Any]:
     return {
         "decision": decision,
         "digest": report.digest,

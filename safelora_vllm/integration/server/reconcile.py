@@ -31,7 +31,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     StoreUnavailable,
     Unavailable,
-    again,
+    fresh_copy,
 )
 from safelora_vllm.files import FileState, make_folder
 from safelora_vllm.gate.client import GateClient
@@ -250,7 +250,7 @@ class Reconciler:
             except SafeLoRAError as error:
                 logger.error("adapter %r cannot be served now: %s", name, error)
                 if self.registry.get(name) is entry:
-                    self._put(replace(entry, problem=again(error)))
+                    self._put(replace(entry, problem=fresh_copy(error)))
                 return
             if self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
                 self._serve(entry, *found)

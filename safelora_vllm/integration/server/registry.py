@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safelora_vllm.errors import GateUnavailable, SafeLoRAError, again
+from safelora_vllm.errors import GateUnavailable, SafeLoRAError, fresh_copy
 from safelora_vllm.files import FileState
 from safelora_vllm.report import Report
 from safelora_vllm.store import Version
@@ -60,7 +60,7 @@ class Entry:
             SafeLoRAError: why it cannot be served now, a new exception each time.
         """
         if self.served is None:
-            raise again(self.problem) if self.problem else being_prepared(self.name)
+            raise fresh_copy(self.problem) if self.problem else being_prepared(self.name)
         return self.served
 
 

@@ -35,7 +35,7 @@ from safelora_vllm.integration.server.schemas import (
     summary_of,
     version_info,
 )
-from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, patiently, receive
+from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, read_with_timeout, receive
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.tenants.principal import Principal
 
@@ -127,7 +127,7 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
 async def upload_adapter(who: Caller, managed: Managed, request: Request, replace: bool = False) -> Any:
     """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
     the old weights, later ones use the new."""
-    with request.app.state.safelora_slots.take(who.tenant):
+    with request.app.state.safelora_upload_limiter.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
             return await _add_by_path(who, managed, request, replace)
         async with incoming(managed.reconciler.names.root) as folder:
@@ -148,7 +148,7 @@ async def upload_adapter(who: Caller, managed: Managed, request: Request, replac
 async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Any:
     if who.kind != "admin" or not managed.roots:
         raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
-    text = b"".join([chunk async for chunk in patiently(request)])
+    text = b"".join([chunk async for chunk in read_with_timeout(request)])
     try:
         body = UploadByPath.model_validate_json(text)
     except ValidationError as error:
@@ -181,7 +181,7 @@ async def list_versions(name: str, who: Caller, managed: Managed) -> Any:
 )
 async def roll_back(name: str, body: Rollback, who: Caller, managed: Managed, request: Request) -> Any:
     """Serve an earlier version's content again, as a new version."""
-    with request.app.state.safelora_slots.take(who.tenant):
+    with request.app.state.safelora_upload_limiter.take(who.tenant):
         return report_of(await managed.roll_back(who, name, body.version))
 
 

@@ -70,7 +70,7 @@ class Received:
         )
 
 
-class Slots:
+class UploadLimiter:
     """How many uploads may be under way at once; a tenant may hold half of them."""
 
     def __init__(self, count: int) -> None:
@@ -132,7 +132,7 @@ async def receive(
     total, waiting = 0, bytearray()
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())
-        async for chunk in patiently(request):
+        async for chunk in read_with_timeout(request):
             total += len(chunk)
             if total > max_bytes + _CONFIG_BYTES + _OVERHEAD_BYTES:
                 raise TooLarge(f"the body is larger than the {max_bytes:,} bytes that are taken")
@@ -162,7 +162,7 @@ def _not_written(error: OSError) -> StoreUnavailable:
     return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try later")
 
 
-async def patiently(request: Request) -> AsyncIterator[bytes]:
+async def read_with_timeout(request: Request) -> AsyncIterator[bytes]:
     """The pieces of a body, as long as they come at a rate of 64 KiB in 60 s.
 
     Raises:
