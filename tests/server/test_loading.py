@@ -77,4 +77,4 @@ def test_mutating_routes_need_the_admin_key(server: Server, adapters: dict[str, 
             assert http.post("/v1/unload_lora_adapter", json={"lora_name": "static"}).status_code == 401
     with httpx.Client(base_url=server.url) as http:
         assert load(http, "tenant", adapters["qv"]).status_code == 401
-        assert http.post("/adapters", json={"name": "x", "src": "/tmp"}).status_code == 404
+        assert http.post("/adapters", json={"name": "x", "src": "/tmp"}).status_code == 401
