@@ -164,7 +164,7 @@ def test_the_fast_tests_need_no_vllm_or_fastapi() -> None:
         for name, file in tests.items()
         if re.fullmatch(r"tests\.test_\w+", name) and not NEEDS_SERVER.search(file.read_text())
     }
-    assert len(kept) > 30 and "tests.test_gate" in kept and "tests.test_route_access" not in kept
+    assert len(kept) > 30 and "tests.test_gate" in kept and "tests.test_access_check" not in kept
     for name in kept:
         stack, seen = [name], set[str]()
         while stack:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from safelora_vllm.integration.server.route_table import REFUSED, TABLE, Access
+from safelora_vllm.integration.server.access_rules import REFUSED, TABLE, Access
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(

@@ -11,7 +11,7 @@ from typing import Any
 
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.integration.seams import checks
-from safelora_vllm.integration.server.route_access import granted
+from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint

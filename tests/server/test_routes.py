@@ -22,8 +22,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.server.route_access import RouteAccess
-from safelora_vllm.integration.server.route_table import REFUSED, TABLE, Access
+from safelora_vllm.integration.server.access_check import RouteAccess
+from safelora_vllm.integration.server.access_rules import REFUSED, TABLE, Access
 from safelora_vllm.integration.worker.guard import WorkerGuard
 from safelora_vllm.tenants.principal import Kind
 from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, TENANT_KEYS, client, say, write_keys

@@ -15,12 +15,12 @@ from fastapi.responses import JSONResponse
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.integration.seams import server as seams
+from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
+from safelora_vllm.integration.server.access_rules import Access
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.reconcile import Reconciler
-from safelora_vllm.integration.server.route_access import RouteAccess, check_routes, granted
-from safelora_vllm.integration.server.route_table import Access
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key

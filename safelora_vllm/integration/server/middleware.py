@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safelora_vllm.errors import Forbidden, SafeLoRAError, UsageError
+from safelora_vllm.integration.server.access_check import RouteAccess
+from safelora_vllm.integration.server.access_rules import Refusal
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.http_errors import error_response
-from safelora_vllm.integration.server.route_access import RouteAccess
-from safelora_vllm.integration.server.route_table import Refusal
 from safelora_vllm.tenants.keys import KeyRing
 
 _MAX_BODY = 64 * 1024  # of the requests whose body is looked at

@@ -45,7 +45,7 @@ _PLAIN = {**_CHANGES, 200: {"content": {"text/plain": {"schema": {"type": "strin
 
 
 def identified() -> Principal:
-    """The caller. Whether they may call the route was decided before, by `route_access`.
+    """The caller. Whether they may call the route was decided before, by `access_check`.
 
     Raises:
         GuardError: nobody asked, as the middleware is not there.

@@ -1,4 +1,4 @@
-"""Whether a caller may make a request: the check of `route_table`, closed by default.
+"""Whether a caller may make a request: the check of `access_rules`, closed by default.
 
 What a request asks for is decided by the server's own router, not by comparing paths: the entry in the
 table is that of the route that would run. Imports no vllm.
@@ -21,7 +21,7 @@ from safelora_vllm.errors import (
     UnknownRoute,
     UsageError,
 )
-from safelora_vllm.integration.server.route_table import REFUSED, TABLE, Access, Refusal
+from safelora_vllm.integration.server.access_rules import REFUSED, TABLE, Access, Refusal
 from safelora_vllm.tenants.principal import Kind, Principal
 
 _ANY_KEY: frozenset[Kind] = frozenset(("admin", "tenant", "inference", "metrics"))

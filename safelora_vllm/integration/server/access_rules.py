@@ -1,4 +1,4 @@
-"""Who may call which route of the server, vLLM's and ours, as data. `route_access` holds requests to it.
+"""Who may call which route of the server, vLLM's and ours, as data. `access_check` holds requests to it.
 
 Routes that are not listed need an admin key. Imports no vllm.
 """

@@ -22,10 +22,10 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from safelora_vllm.errors import Forbidden, GuardError, Unauthorized, UnknownRoute, UsageError
+from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
+from safelora_vllm.integration.server.access_rules import REFUSED, RPC_METHODS, TABLE, Access
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
-from safelora_vllm.integration.server.route_access import RouteAccess, check_routes, granted
-from safelora_vllm.integration.server.route_table import REFUSED, RPC_METHODS, TABLE, Access
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.principal import Kind, Principal
 
