@@ -56,11 +56,14 @@ def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSett
     serving = Reconciler(nothing, nothing, state, {}, published, lambda _: False)
     plain = dataclasses.replace(version("1"), key=key, ruleset_digest="r")
     overridden = dataclasses.replace(plain, override=True)
-    assert serving._published_report(plain) == published.find(key)
-    assert serving._published_report(overridden) is None
+    found = serving._published_copy(plain)
+    assert found is not None and (found.key, found.report) == (key, published.find(key))
+    assert found.state == published.state(key)
+    assert serving._published_copy(overridden) is None
     published.mark_override(key)
-    assert serving._published_report(overridden) == published.find(key)
-    assert serving._published_report(dataclasses.replace(overridden, ruleset_digest="other")) is None
+    found = serving._published_copy(overridden)
+    assert found is not None and found.report == published.find(key)
+    assert serving._published_copy(dataclasses.replace(overridden, ruleset_digest="other")) is None
 
 
 def test_a_stored_adapter_with_the_base_models_name_is_not_served(

@@ -36,12 +36,20 @@ class Engine:
 
 
 class Published:
-    """Every key is published."""
+    """Every key is published. Its files may stop answering too."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
 
     def report(self, key: str) -> Report:
         return Report("", key, "p", Policy(), True, [], [])
 
+    def has_override(self, _: str) -> bool:
+        return False
+
     def state(self, _: str) -> tuple[()]:
+        assert self.answers.wait(30)
         return ()
 
 
@@ -88,6 +96,7 @@ def run(names: HangingNames, test: Callable[[Reconciler, Engine], Awaitable[None
             await test(made, engine)
         finally:
             names.answers.set()
+            published.answers.set()
             await made.stop()
 
     asyncio.run(started())
@@ -152,6 +161,25 @@ def test_a_store_that_hangs_does_not_stall_what_is_served(
         for _ in range(100):
             await asyncio.sleep(0.01)
             await made.refresh()
+        assert set(paths(made)) == {"chat", "new"}
+
+    run(names, test)
+
+
+def test_files_of_a_copy_that_hang_do_not_stop_the_event_loop(
+    names: HangingNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.2)
+
+    async def test(made: Reconciler, _: Engine) -> None:
+        save(NameStore(names.root), "new", "2")
+        cast(Any, made.published).answers.clear()
+        start = time.perf_counter()
+        await made.refresh()
+        await made.refresh()
+        assert time.perf_counter() - start < 2 and paths(made) == {"chat": "safelora://1"}
+        cast(Any, made.published).answers.set()
+        await made.sync()
         assert set(paths(made)) == {"chat", "new"}
 
     run(names, test)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from vllm.lora.request import LoRARequest
 
@@ -59,6 +59,14 @@ _GATE_CALLS = 32  # at once; the gate itself does one adapter at a time
 _SETTLED_NS = 50_000_000
 # A request waits this long for a change that was seen. Where the store hangs, the next ones do not wait.
 _PATIENCE_SECONDS = 1.0
+
+
+class Copy(NamedTuple):
+    """A published copy: its key, the gate's report, and the states of its files."""
+
+    key: str
+    report: Report
+    state: tuple[FileState, ...]
 
 
 class Reconciler:
@@ -166,10 +174,10 @@ class Reconciler:
             changed, records = await asyncio.to_thread(self._read_changes)
             for name in [n for n, entry in self.registry.items() if entry.version and n not in records]:
                 self._drop(name)
-            for record, report in changed:
+            for record, copy in changed:
                 entry = Entry(record.name, record.live.id, record.live)
-                if report is not None:
-                    self._serve(entry, record.live.key, report)
+                if copy is not None:
+                    self._serve(entry, copy)
                 else:
                     self._put(replace(entry, problem=being_prepared(record.name)))
                     self._spawn(self._prepare(record.name))
@@ -193,8 +201,8 @@ class Reconciler:
             counters = ""
         return counters + collector.expose()
 
-    def _read_changes(self) -> tuple[list[tuple[AdapterRecord, Report | None]], dict[str, AdapterRecord]]:
-        """Records that are not in the registry as they are, each with its report if it is published; all."""
+    def _read_changes(self) -> tuple[list[tuple[AdapterRecord, Copy | None]], dict[str, AdapterRecord]]:
+        """Records that are not in the registry as they are, each with its copy if it is published; all."""
         records = self.names.all()
         taken = {name for name, entry in list(self.registry.items()) if entry.folder}
         for name in [name for name in records if name in taken or self.is_base_model(name)]:
@@ -204,25 +212,26 @@ class Reconciler:
                 logger.error("the store's adapter %r is not served: the server itself has that name", name)
         known = {name: entry.version for name, entry in list(self.registry.items())}
         return [
-            (record, self._published_report(record.live))
+            (record, self._published_copy(record.live))
             for name, record in records.items()
             if known.get(name) != record.live
         ], records
 
-    def _published_report(self, version: Version) -> Report | None:
+    def _published_copy(self, version: Version) -> Copy | None:
         if version.ruleset_digest != self.state.ruleset_digest:  # other projectors or another policy
             return None
         if version.override and not self.published.has_override(version.key):
             return None  # an older release made it: the gate adds that when it is asked for it
-        return self.published.report(version.key)
+        report = self.published.report(version.key)
+        return None if report is None else Copy(version.key, report, self._state(version.key))
 
-    def _serve(self, entry: Entry, key: str, report: Report) -> None:
+    def _serve(self, entry: Entry, copy: Copy) -> None:
         """Serve a published copy under a name."""
         try:
-            request = self.pool.request(entry.name, key, entry.first_id)
+            request = self.pool.request(entry.name, copy.key, entry.first_id)
         except Unavailable as error:
-            return self._put(replace(entry, served=None, problem=error))
-        served = Served(request, report.named(entry.name), self._copy(key))
+            return self._put(replace(entry, served=None, problem=fresh_copy(error)))
+        served = Served(request, copy.report.named(entry.name), copy.state)
         self._put(replace(entry, served=served, problem=None))
 
     def _put(self, entry: Entry) -> None:
@@ -246,17 +255,17 @@ class Reconciler:
             if entry is None or entry.served is not None:
                 return
             try:
-                found = await self._judged(entry)
+                copy = await self._judged(entry)
             except SafeLoRAError as error:
                 logger.error("adapter %r cannot be served now: %s", name, error)
                 if self.registry.get(name) is entry:
                     self._put(replace(entry, problem=fresh_copy(error)))
                 return
             if self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
-                self._serve(entry, *found)
+                self._serve(entry, copy)
 
-    async def _judged(self, entry: Entry) -> tuple[str, Report]:
-        """Key and report of the published copy that the gate finds or makes.
+    async def _judged(self, entry: Entry) -> Copy:
+        """The published copy that the gate finds or makes.
 
         Raises:
             SafeLoRAError: it refuses, or cannot.
@@ -267,7 +276,8 @@ class Reconciler:
             )
         else:
             judged = await self.ask_gate(self.gate.admit, str(entry.folder), entry.name, keep=False)
-        return judged.accepted_key(), judged.report
+        key = judged.accepted_key()
+        return Copy(key, judged.report, await asyncio.to_thread(self._state, key))
 
     async def _adopt_static(self, request: LoRARequest, first_id: int) -> None:
         """Serve an adapter of ``--lora-modules`` from its published copy instead of its folder.
@@ -317,7 +327,7 @@ class Reconciler:
         """Whether the files of a served adapter are not those of the last time."""
         served = {name: entry for name, entry in self.registry.items() if entry.served}
         keys = {published_key(entry.served.request.lora_path) for entry in served.values() if entry.served}
-        states = await asyncio.to_thread(lambda: {key: self._copy(key) for key in keys})
+        states = await asyncio.to_thread(lambda: {key: self._state(key) for key in keys})
         changed = False
         for name, entry in served.items():
             if entry.served is None or self.registry.get(name) is not entry:
@@ -328,7 +338,8 @@ class Reconciler:
                 self.registry[name] = replace(entry, served=replace(entry.served, copy=state))
         return changed
 
-    def _copy(self, key: str) -> tuple[FileState, ...]:
+    def _state(self, key: str) -> tuple[FileState, ...]:
+        """States of a published copy's files; none where they cannot be seen."""
         try:
             return self.published.state(key)
         except OSError:
@@ -367,9 +378,6 @@ class Reconciler:
             self.pool.mark_lost({entry.served.request.lora_path})
             damaged = StoreUnavailable(f"the published copy of {name} was damaged; it is being made again")
             self._put(replace(entry, served=None, problem=error or damaged))
-        self.pool.mark_lost(
-            lost or {entry.served.request.lora_path for entry in found.values() if entry.served}
-        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
