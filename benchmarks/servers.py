@@ -90,7 +90,7 @@ def running(kind: str, model: Path, projectors: Path, scratch: Path, options: li
     if kind == "guarded":
         environment["SAFELORA_ADMIN_API_KEY"] = key
         environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
-        program = [str(Path(sys.executable).with_name("safelora-vllm")), "serve", str(model)]
+        program = [sys.executable, "-m", "safelora_vllm.cli", "serve", str(model)]
         program += ["--projectors", str(projectors), "--adapter-store", str(scratch / "store")]
         program += ["--method", "safe-lora", "--select", "all"]
     else:
