@@ -326,6 +326,12 @@ def test_bodies_that_cannot_be_judged(http: TestClient, content: str, words: str
     assert call(http, "stranger", "POST", "/collective_rpc", content=content).status_code == 401
 
 
+def test_a_body_that_is_judged_has_64_kib_and_not_one_byte_more(http: TestClient) -> None:
+    text = json.dumps({"method": "check_health"}).ljust(64 * 1024)
+    assert call(http, "admin", "POST", "/collective_rpc", content=text).json()["body"] == text
+    assert call(http, "admin", "POST", "/collective_rpc", content=f"{text} ").status_code == 400
+
+
 @pytest.mark.parametrize(
     ("action", "status"), [("checksum", 200), ("compare", 200), ("reset", 403), (1, 403)]
 )

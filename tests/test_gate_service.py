@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safelora_vllm.errors import AdapterRefused, GuardError, StoreUnavailable
+from safelora_vllm.errors import AdapterRefused, GuardError, ProjectorCacheError, StoreUnavailable
+from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore
 from tests.packing import C1, WEIGHTS, zipped
-from tests.tiny import Draft
+from tests.tiny import Draft, Pair
 
 # 2,720 rows and columns in all modules of the tiny model, 512 of 4 bytes each, four times; and 16 MiB.
 TINY_LIMIT = 4 * 2720 * 512 * 4 + 16 * 2**20
@@ -126,3 +130,45 @@ def test_a_kept_policy_that_is_laxer_in_one_field_needs_an_override(
     overridden = service.admit(Admit(folder, "tenant", kept, override=True))
     assert overridden.report.policy == Policy(**kept)
     assert published.has_override(overridden.accepted_key())
+
+
+def test_one_adapter_is_judged_at_a_time(
+    config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them may take gigabytes of memory."""
+    service, folder = GateService(config), str(Draft().write(tmp_path / "adapter"))
+    inside, most = [], []
+
+    def slowly(*arguments: Any) -> Any:
+        inside.append(threading.get_ident())
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.remove(threading.get_ident())
+        return admit(*arguments)
+
+    monkeypatch.setattr("safelora_vllm.gate.server.admit", slowly)
+    threads = [
+        threading.Thread(target=service.admit, args=(Admit(folder, f"t{number}"),)) for number in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4 and service.state().busy_seconds == 0.0
+
+
+def test_a_damaged_shard_ends_the_start_also_where_it_would_not_be_read_before_an_adapter_comes(
+    config: GateConfig, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safelora_vllm.projectors.build._SHARD_BYTES", 30_000)
+    folder = build(pair.base, pair.aligned, tmp_path / "cache", BuildOptions(dtype="float32"))
+    changes: dict[str, Any] = {"policy": {"method": "safe-lora"}, "projector_bytes": 0}
+    settings = dataclasses.replace(config.settings, projectors=str(folder), **changes)
+    config = dataclasses.replace(config, settings=settings)
+    GateService(config)
+    last = max(folder.glob("*.safetensors"))
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+    with pytest.raises(ProjectorCacheError, match=f"shard {last.name} .* its bytes are not those"):
+        GateService(config)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,3 +129,25 @@ def test_a_process_that_is_started_while_it_is_closed_is_ended(
         time.sleep(0.01)
     process.close()
     assert [child.returncode is not None for child in started] == [True, True]
+
+
+def test_only_silences_in_a_row_end_a_gate(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = iter([False, True, False, True, False, True]), threading.Event()
+
+    def state(*_: object, **__: object) -> SimpleNamespace:
+        answer = next(answers, None)
+        if answer is None:
+            asked.set()
+        if answer is False:
+            raise GateUnavailable("busy elsewhere")
+        return SimpleNamespace(busy_seconds=0.0)
+
+    monkeypatch.setattr("safelora_vllm.gate.client.GateClient.state", state)
+    monkeypatch.setattr("safelora_vllm.gate.supervisor._LOOK_SECONDS", 0.01)
+    started = start([STAYS, STAYS])
+    process = GateProcess(CONFIG)
+    try:
+        assert asked.wait(60)
+        assert len(started) == 1 and started[0].returncode is None
+    finally:
+        process.close()

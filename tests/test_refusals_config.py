@@ -73,6 +73,8 @@ def test_plain_patterns_mean_what_they_mean_to_peft(
         ["q_proj", "self_attn.q_proj", "^layers.0.self_attn.q_proj$"],
         ["^layers.0.self_attn.q_proj$", "self_attn.q_proj", "q_proj"],
         ["self_attn.q_proj$", "q_proj$", "layers.0.self_attn.q_proj"],
+        ["q_proj", "self_attn.q_proj", "q_proj$"],  # one of them twice
+        ["q_proj$", "self_attn.q_proj", "q_proj"],
     ],
     ids=",".join,
 )

@@ -123,6 +123,7 @@ def test_without_tenants_inference_keys_see_every_adapter() -> None:
         (Principal("tenant", "acme/ci", "acme"), ["a", "acme/a"], ["acme/a"]),
         (Principal("tenant", "a/ci", "a"), ["a"], []),
         (Principal("inference", "inference"), ["a"], []),
+        (Principal("metrics", "metrics"), [], []),
         (UNAUTHENTICATED, [], []),
         (Principal("anonymous", "anonymous"), ["a"], []),
         (Principal("inference", "inference", sees_all=True), ["a", "acme/a", "acme2/a"], []),

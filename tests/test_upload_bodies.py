@@ -290,6 +290,9 @@ def test_a_body_that_comes_too_slowly(piece: bytes, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(uploads, "_PATIENCE_SECONDS", 0.3)
     with pytest.raises(UploadTimeout, match="less than 65,536 bytes"):
         asyncio.run(drained(request(iter([piece] * 1000), 0.02)))
+    beginning = [bytes(64 * 1024)]  # earns it one more such time, not all that follow
+    with pytest.raises(UploadTimeout):
+        asyncio.run(drained(request(iter(beginning + [piece] * 1000), 0.02)))
     enough = [bytes(64 * 1024)] * 40  # takes longer than that, but keeps coming
     assert asyncio.run(drained(request(iter(enough), 0.02))) == 40 * 64 * 1024
 
@@ -302,6 +305,12 @@ def test_one_tenant_leaves_slots_for_others() -> None:
         with slots.take("globex"), slots.take(None), pytest.raises(TooManyUploads), slots.take(None):
             pass
     with slots.take("acme"), slots.take("acme"):
+        pass
+
+
+def test_of_an_odd_number_of_slots_others_have_the_one_more() -> None:
+    slots = UploadLimiter(5)
+    with slots.take("acme"), slots.take("acme"), pytest.raises(TooManyUploads), slots.take("acme"):
         pass
 
 

@@ -18,7 +18,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded
+from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded, UsageError
 from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.server import GateService, _Handler, _Server
 from safelora_vllm.integration.attestation import Attestation
@@ -278,5 +278,42 @@ def test_a_tenant_does_not_bring_a_revoked_override_back(place: Place, adapters:
             live = names.all()["acme/x"].live
             assert back.current().report.policy.mode == "report-only"
             assert (live.policy, live.override) == (overridden.policy, True)
+
+    asyncio.run(use())
+
+
+def test_going_back_to_an_override_leaves_a_stricter_policy_in_force(
+    place: Place, adapters: list[Path]
+) -> None:
+    """Set since then, and by no override: it holds as far as it is as strict as the server's."""
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            names = manager.reconciler.names
+            await manager.add(ADMIN, "chat", adapters[0])
+            await manager.set_policy(ADMIN, "chat", {"mode": "report-only"}, True, "a test of ours")
+            await manager.set_policy(ADMIN, "chat", {"select": "all"}, False, "")
+            strict = names.all()["chat"].live.policy
+            back = await manager.roll_back(ADMIN, "chat", 2)
+            live = names.all()["chat"].live
+            assert (back.current().report.policy.mode, back.current().report.policy.select) == (
+                "enforce",
+                "all",
+            )
+            assert (live.version, live.policy, live.override) == (4, strict, False)
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize(("override", "reason"), [(False, "a test of ours"), (True, ""), (True, " \t\n")])
+def test_a_laxer_policy_needs_an_override_and_a_reason(
+    override: bool, reason: str, place: Place, adapters: list[Path]
+) -> None:
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            await manager.add(ADMIN, "chat", adapters[0])
+            with pytest.raises(UsageError, match='both "override": true and a "reason"'):
+                await manager.set_policy(ADMIN, "chat", {"mode": "report-only"}, override, reason)
+            assert manager.reconciler.names.all()["chat"].current == 1
 
     asyncio.run(use())
