@@ -293,7 +293,7 @@ def test_a_body_that_comes_too_slowly(piece: bytes, monkeypatch: pytest.MonkeyPa
     beginning = [bytes(64 * 1024)]  # earns it one more such time, not all that follow
     with pytest.raises(UploadTimeout):
         asyncio.run(drained(request(iter(beginning + [piece] * 1000), 0.02)))
-    # Takes longer than the time for one piece, but keeps coming. A busy machine may stall for parts of a second.
+    # Takes longer than the time for one piece, but keeps coming; a busy machine may stall it a little.
     monkeypatch.setattr(uploads, "_PATIENCE_SECONDS", 1.0)
     assert asyncio.run(drained(request(iter([bytes(64 * 1024)] * 20), 0.06))) == 20 * 64 * 1024
 
