@@ -6,6 +6,7 @@ The guard has its parts of a real start (store, settings, state, gate), but no v
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,18 +17,20 @@ import pytest
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import GuardError, StoreUnavailable
-from safelora_vllm.gate.admit import GateSettings, admit
-from safelora_vllm.gate.protocol import GateConfig
+from safelora_vllm.gate.admit import admit
+from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
+from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.worker.guard import WorkerGuard, _private_folder
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
-from safelora_vllm.store import PublishedStore
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from tests.tiny import Draft
 
 OWN = {"method": "safe-lora", "select": "number", "number": 5, "max_relative_norm": 0.9}
+LAX = {"mode": "report-only"}
 LAXER: list[dict[str, Any]] = [
     {"mode": "report-only"}, {"number": 4}, {"max_relative_norm": 1.0}, {"max_total_norm": 1.1},
     {"method": "input-removal", "select": "all"}, {"select": "threshold", "threshold": 1.0},
@@ -46,7 +49,8 @@ class Host:
 
     def published(self, cache: ProjectorCache | None = None, **policy: Any) -> str:
         """The key of a copy that another server made in the same store."""
-        settings = GateSettings(cache or self.cache, Policy(**{**OWN, **policy}))
+        changes: dict[str, Any] = {"cache": cache or self.cache, "policy": Policy(**{**OWN, **policy})}
+        settings = dataclasses.replace(self.service._settings_for({}, False), **changes)
         key = admit(self.adapter, "tenant", settings, self.store).key
         assert key is not None
         return key
@@ -58,7 +62,9 @@ class Host:
 
 
 @pytest.fixture
-def host(cache: ProjectorCache, tmp_path: Path) -> Host:
+def host(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Its guard has no way to the gate, and may not list the store's names: both could stop a step."""
+    monkeypatch.setattr(NameStore, "_scan", lambda _: pytest.fail("the store's records are read"))
     root = str(tmp_path / "store")
     settings = ServerSettings(str(cache.folder), root, OWN, trust_served_model=True)
     service = GateService(GateConfig("unused", "not compared", settings))
@@ -80,8 +86,64 @@ def test_a_copy_by_rules_as_strict_is_taken(stricter: dict[str, Any], host: Host
 
 
 @pytest.mark.parametrize("laxer", LAXER, ids=str)
-def test_a_copy_by_laxer_rules_is_not_taken(laxer: dict[str, Any], host: Host) -> None:
-    refused(host, host.published(**laxer), "by less strict rules")
+def test_a_copy_by_laxer_rules_is_taken_once_an_admin_asked_for_it(laxer: dict[str, Any], host: Host) -> None:
+    key = host.published(**laxer)
+    refused(host, key, "by less strict rules")
+    answer = host.service.admit(Admit(str(host.adapter), "tenant", {**OWN, **laxer}, override=True))
+    assert answer.key == key
+    host.check(key)
+
+
+def test_an_override_is_for_its_copy_only(host: Host) -> None:
+    other = host.published(number=4)
+    host.check(host.service.admit(Admit(str(host.adapter), "x", LAX, override=True)).accepted_key())
+    refused(host, other, "by less strict rules")
+
+
+def test_what_a_copy_says_is_what_counts(host: Host) -> None:
+    """Not what the name's record says: the worker does not read it. The gate writes it into the copy."""
+    key = host.published(**LAX)
+    new = Version(0, "a" * 64, 1, 4, 0.0, "ops", policy=LAX, override=True, key=key)
+    NameStore(host.store.root).update("acme/x", lambda _: AdapterRecord("acme/x").with_version(new))
+    refused(host, key, "by less strict rules")
+
+
+@pytest.mark.parametrize("word", [1, "true", [True], None, False, {}], ids=repr)
+def test_another_word_than_true_is_no_override(word: object, host: Host) -> None:
+    key = host.published(**LAX)
+    report = host.store.path(key) / "report.json"
+    saved = json.loads(report.read_text())
+    report.write_text(json.dumps({**saved, "override": word}))
+    refused(host, key, "by less strict rules")
+    report.write_text(json.dumps({**saved, "report": {**saved["report"], "override": True}}))
+    with pytest.raises(StoreUnavailable, match="missing or damaged"):
+        host.guard._check_copy(key, "tenant")
+
+
+def test_a_copy_that_is_gone_has_no_override(host: Host) -> None:
+    assert not host.store.has_override("0" * 64)
+    with pytest.raises(StoreUnavailable, match="missing or damaged"):
+        host.guard._check_copy("0" * 64, "tenant")
+
+
+def test_a_tenants_files_do_not_make_an_override(host: Host) -> None:
+    """Whatever an upload says of itself, the published copy has the gate's words only."""
+    draft = Draft()
+    draft.config["override"] = True
+    folder = draft.write(host.adapter.with_name("forged"))
+    (folder / "report.json").write_text(json.dumps({"override": True}))
+    answer = host.service.admit(Admit(str(folder), "acme/x", LAX))
+    assert answer.report.policy.enforcing
+    if answer.key is not None:
+        assert not host.store.has_override(answer.key)
+
+
+def test_an_attestation_arrives_as_it_was_given() -> None:
+    given = Attestation(True, "/socket", "p", "q", ["safelora://k"])
+    assert Attestation.from_answers([given.to_dict()] * 2) == [given, given]
+    for wrong in ({"guarded": False, "lora": True}, {**given.to_dict(), "guarded": False}, "generate", None):
+        with pytest.raises(ValueError, match=r"guarded|Expected|missing|unknown"):
+            Attestation.from_answers([given.to_dict(), wrong])
 
 
 def test_a_copy_made_with_other_projectors_is_not_taken(
