@@ -16,7 +16,7 @@ from tests.server.conftest import descendants
 
 def gate_pid(server: Server) -> int:
     """The gate process among the descendants of the server."""
-    return next(pid for pid, line in descendants(server.process.pid).items() if b"service.server" in line)
+    return next(pid for pid, line in descendants(server.process.pid).items() if b"gate.server" in line)
 
 
 @contextmanager
