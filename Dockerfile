@@ -5,6 +5,6 @@ ARG VLLM_VERSION=0.32.0
 FROM vllm/vllm-openai:v${VLLM_VERSION}
 COPY pyproject.toml README.md LICENSE /src/
 COPY safelora_vllm /src/safelora_vllm
-RUN pip install --no-cache-dir /src && rm -rf /src
+RUN pip install --no-cache-dir '/src[vllm]' && rm -rf /src
 ENTRYPOINT ["safelora-vllm"]
 CMD ["--help"]
