@@ -43,7 +43,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--max-total-norm",
         type=float,
         metavar="X",
-        help="refuse adapters larger than X times the weights of all modules together; "
+        help="refuse adapters larger than X times the weights of all modules in the cache together; "
         f"default: {_DEFAULT.max_total_norm}",
     )
     group.add_argument(

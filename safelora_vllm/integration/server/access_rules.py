@@ -170,8 +170,8 @@ REFUSED: dict[str, Refusal] = {
     "POST /update_weights": _NEW_WEIGHTS,
     "POST /finish_weight_update": _NEW_WEIGHTS,
     "POST /sleep": Refusal(
-        "sleep level 2 discards the weights, and what is loaded afterwards was not compared with the "
-        "projector cache. Use level=1 or level=0, or stop the server",
+        "level has to be 0 or 1. Level 2 discards the weights, and what is loaded afterwards was not "
+        "compared with the projector cache. Stop the server instead",
         lambda query, _: set(query.getlist("level")) <= {"0", "1"},
     ),
     "POST /weight_checker": Refusal(
