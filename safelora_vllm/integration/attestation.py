@@ -40,4 +40,4 @@ class Attestation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: an answer is not one of a guarded worker.
         """
-        return msgspec.convert(answers, list[cls])  # type: ignore[valid-type]
+        return msgspec.convert(answers, list[cls])  # type: ignore[valid-type]  # a class by its name
