@@ -12,6 +12,7 @@ import pytest
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from safelora_vllm.tenants.principal import Principal
@@ -53,17 +54,17 @@ def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSett
     key = admit(Draft().write(tmp_path / "adapter"), "chat", gate, published).key
     assert key is not None
     state = cast(Any, SimpleNamespace(ruleset_digest="r"))
-    serving = Reconciler(nothing, nothing, state, {}, published, lambda _: False)
+    copies = Copies(nothing, state, published)
     plain = dataclasses.replace(version("1"), key=key, ruleset_digest="r")
     overridden = dataclasses.replace(plain, override=True)
-    found = serving._published_copy(plain)
+    found = copies.find(plain)
     assert found is not None and (found.key, found.report) == (key, published.find(key))
     assert found.state == published.state(key)
-    assert serving._published_copy(overridden) is None
+    assert copies.find(overridden) is None
     published.mark_override(key)
-    found = serving._published_copy(overridden)
+    found = copies.find(overridden)
     assert found is not None and found.report == published.find(key)
-    assert serving._published_copy(dataclasses.replace(overridden, ruleset_digest="other")) is None
+    assert copies.find(dataclasses.replace(overridden, ruleset_digest="other")) is None
 
 
 def test_a_stored_adapter_with_the_base_models_name_is_not_served(
@@ -74,7 +75,8 @@ def test_a_stored_adapter_with_the_base_models_name_is_not_served(
     for name in ("aligned", "chat"):
         names.update(name, lambda _, name=name: AdapterRecord(name).with_version(version("1")))
     pool, state = cast(Any, SimpleNamespace(names=names)), cast(Any, SimpleNamespace(ruleset_digest="others"))
-    reconciler = Reconciler(pool, nothing, state, {}, PublishedStore(tmp_path), "aligned".__eq__)
+    copies = Copies(nothing, state, PublishedStore(tmp_path))
+    reconciler = Reconciler(pool, copies, 1, "aligned".__eq__)
     for _ in range(2):
         changed, records = reconciler._read_changes()
         assert list(records) == [record.name for record, _ in changed] == ["chat"]

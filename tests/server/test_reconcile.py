@@ -14,6 +14,7 @@ import pytest
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged
 from safelora_vllm.integration.server import reconcile
+from safelora_vllm.integration.server.copies import Copies
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.store_watch import StoreWatch
@@ -89,7 +90,7 @@ def run(names: HangingNames, test: Callable[[Reconciler, Engine], Awaitable[None
         engine = Engine()
         nothing: Any = None
         state, published = cast(Any, SimpleNamespace(ruleset_digest="r")), cast(Any, Published())
-        made = Reconciler(Pool(engine, names), nothing, state, {}, published, "aligned".__eq__)
+        made = Reconciler(Pool(engine, names), Copies(nothing, state, published), 1, "aligned".__eq__)
         made._watch = StoreWatch(names.folder)
         await made.sync()
         try:
@@ -173,12 +174,12 @@ def test_files_of_a_copy_that_hang_do_not_stop_the_event_loop(
 
     async def test(made: Reconciler, _: Engine) -> None:
         save(NameStore(names.root), "new", "2")
-        cast(Any, made.published).answers.clear()
+        cast(Any, made.copies)._published.answers.clear()
         start = time.perf_counter()
         await made.refresh()
         await made.refresh()
         assert time.perf_counter() - start < 2 and paths(made) == {"chat": "safelora://1"}
-        cast(Any, made.published).answers.set()
+        cast(Any, made.copies)._published.answers.set()
         await made.sync()
         assert set(paths(made)) == {"chat", "new"}
 

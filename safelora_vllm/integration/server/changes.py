@@ -25,10 +25,10 @@ from safelora_vllm.errors import (
     Forbidden,
     QuotaExceeded,
     SafeLoRAError,
-    UnknownAdapter,
     UsageError,
 )
 from safelora_vllm.gate.protocol import Judgement
+from safelora_vllm.integration.server.copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.visibility import look_up, unknown
@@ -78,8 +78,8 @@ class Manager:
                 raise _taken(name)
             policy = previous.live.next_policy if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
-            judgement = await self.reconciler.ask_gate(
-                self.reconciler.gate.admit, str(source), name, policy, allowance=allowance
+            judgement = await self._copies.ask(
+                self._copies.gate.admit, str(source), name, policy, allowance=allowance
             )
             await self._check_accepted(who, name, action, judgement.report)
             version = _version(judgement, who, policy)
@@ -100,8 +100,8 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
-            judgement = await self.reconciler.ask_gate(
-                self.reconciler.gate.ensure, earlier.digest, name, policy, override=override
+            judgement = await self._copies.ask(
+                self._copies.gate.ensure, earlier.digest, name, policy, override=override
             )
             await self._check_accepted(who, name, "rollback", judgement.report)
             reason = f"rollback to version {number}"
@@ -121,7 +121,7 @@ class Manager:
         """
         async with self._changing(who, name, "policy") as start:
             record = await self._known(who, name)
-            default = self.reconciler.state.policy
+            default = self._copies.state.policy
             wanted = default.with_values(values)
             wanted.check_effective(field for field in values if values[field] != getattr(default, field))
             loosened = not wanted.at_least_as_strict(default)
@@ -136,8 +136,8 @@ class Manager:
             policy = dataclasses.asdict(wanted) if values else {}
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
-            judgement = await self.reconciler.ask_gate(
-                self.reconciler.gate.ensure, record.live.digest, name, policy, override=loosened
+            judgement = await self._copies.ask(
+                self._copies.gate.ensure, record.live.digest, name, policy, override=loosened
             )
             await self._check_accepted(who, name, "policy", judgement.report)
             version = _version(judgement, who, policy, loosened, record.live.next_policy, reason)
@@ -200,6 +200,10 @@ class Manager:
             raise UsageError(f"{name!r:.200} is the base model's name; choose another")
         if self._static(name):
             raise AlreadyLoaded(f"{name} comes from --lora-modules; choose another name")
+
+    @property
+    def _copies(self) -> Copies:
+        return self.reconciler.copies
 
     def _static(self, name: str) -> bool:
         """Whether a name comes from ``--lora-modules``."""
@@ -326,10 +330,6 @@ def audit_fields(report: Report, decision: str) -> dict[str, Any]:
         "policy": report.to_dict()["policy"],
         "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
     }
-
-
-def _unknown(name: str) -> UnknownAdapter:
-    return UnknownAdapter(f"there is no adapter {name!r:.200}")
 
 
 def _taken(name: str) -> AlreadyLoaded:

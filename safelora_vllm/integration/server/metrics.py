@@ -5,14 +5,21 @@ The series of an adapter that was unloaded is not built any more.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.integration.server.registry import Entry
 
+if TYPE_CHECKING:
+    from safelora_vllm.integration.server.reconcile import Reconciler
+
+logger = logging.getLogger("vllm.safelora.metrics")
 MAX_ADAPTER_SERIES = 500
 
 
@@ -89,6 +96,17 @@ class AdapterCollector(Collector):
         registry = CollectorRegistry()
         registry.register(self)
         return generate_latest(registry).decode()
+
+
+def exposition(reconciler: Reconciler) -> str:
+    """Exposition text: the served adapters and, unless it is down, the gate's counters. Waits for it."""
+    entries, workers = reconciler.registry.values(), reconciler.health.workers
+    try:
+        counters = reconciler.copies.gate.metrics(timeout=5.0)
+    except SafeLoRAError as error:
+        logger.warning("no gate metrics: %s", error)
+        counters = ""
+    return counters + AdapterCollector(lambda: list(entries), lambda: workers).expose()
 
 
 def _gauge(

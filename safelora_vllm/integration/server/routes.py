@@ -20,6 +20,7 @@ from safelora_vllm.errors import Forbidden, GuardError
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
+from safelora_vllm.integration.server.metrics import exposition
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
@@ -212,5 +213,5 @@ async def metrics(request: Request) -> Response:
     text = generate_latest(get_prometheus_registry()).decode()
     current = getattr(request.app.state, "safelora", None)
     if current is not None:
-        text += await asyncio.to_thread(current.metrics)
+        text += await asyncio.to_thread(exposition, current)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
