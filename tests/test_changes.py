@@ -12,7 +12,7 @@ import pytest
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.integration.server.changes import Manager
-from safelora_vllm.integration.server.copies import Copies
+from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from safelora_vllm.tenants.principal import Principal

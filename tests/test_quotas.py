@@ -9,7 +9,7 @@ import pytest
 
 from safelora_vllm.errors import QuotaExceeded
 from safelora_vllm.store import AdapterRecord, NameStore, Version
-from safelora_vllm.store.records import KEPT_VERSIONS
+from safelora_vllm.store.name_record import KEPT_VERSIONS
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import Allowance, Quota, allowed, check_quota
 

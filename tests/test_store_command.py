@@ -13,7 +13,7 @@ import pytest
 
 from safelora_vllm.cli.main import main
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version
-from safelora_vllm.store.records import to_dict
+from safelora_vllm.store.name_record import to_dict
 from tests.test_store_housekeeping import age, digest_of, key_of, put
 
 Run = Callable[..., tuple[int, str, str]]

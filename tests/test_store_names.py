@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from safelora_vllm.errors import StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.files import locked
 from safelora_vllm.store import AdapterRecord, NameStore, Version
+from safelora_vllm.store.name_record import file_of
 from safelora_vllm.store.names import FIRST_ID, LAST_ID
-from safelora_vllm.store.records import file_of
 
 A, B = "a" * 64, "b" * 64
 _CONTEXT = multiprocessing.get_context("fork")  # quick, and safe: the children only handle files

@@ -69,7 +69,7 @@ def _root(args: argparse.Namespace) -> Path:
 
 def _ls(args: argparse.Namespace) -> int:
     from safelora_vllm.store import NameStore
-    from safelora_vllm.store.records import to_dict
+    from safelora_vllm.store.name_record import to_dict
 
     records = sorted(NameStore(_root(args)).all().items())
     if args.json:

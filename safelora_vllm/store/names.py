@@ -17,7 +17,7 @@ from pathlib import Path
 from safelora_vllm.errors import StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.files import FileState, file_state, locked, make_folder, replace_file, sync_folder, writing
 from safelora_vllm.store.layout import IDS, NAMES
-from safelora_vllm.store.records import SUFFIX, AdapterRecord, Version, file_of, from_json, to_json
+from safelora_vllm.store.name_record import SUFFIX, AdapterRecord, Version, file_of, from_json, to_json
 
 logger = logging.getLogger("vllm.safelora.store")
 REMEDY = "restore it from a backup, or delete it and upload the adapter again"

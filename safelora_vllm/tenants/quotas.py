@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safelora_vllm.errors import QuotaExceeded
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, NameStore
-from safelora_vllm.store.records import KEPT_VERSIONS
+from safelora_vllm.store.name_record import KEPT_VERSIONS
 
 if TYPE_CHECKING:
     from safelora_vllm.tenants.principal import Principal

@@ -36,7 +36,7 @@ from safelora_vllm.projectors.build import build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import MANIFEST
 from safelora_vllm.safetensors_header import DTYPE_BYTES, plain_json, read_header
-from safelora_vllm.store.records import file_of, from_json, to_json
+from safelora_vllm.store.name_record import file_of, from_json, to_json
 from safelora_vllm.tenants.principal import check_name
 from tests.tiny import Q0, Draft, lora, lora_config, write_pair
 

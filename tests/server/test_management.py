@@ -27,7 +27,7 @@ from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.audit_log import AuditLog
-from safelora_vllm.store.records import KEPT_VERSIONS
+from safelora_vllm.store.name_record import KEPT_VERSIONS
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.principal import Principal
 from tests.tiny import Q0, Draft, lora, lora_config

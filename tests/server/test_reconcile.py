@@ -14,8 +14,8 @@ import pytest
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged
 from safelora_vllm.integration.server import reconcile
-from safelora_vllm.integration.server.copies import Copies
 from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.integration.server.visibility import CallersRequests

@@ -28,7 +28,7 @@ from safelora_vllm.errors import (
     UsageError,
 )
 from safelora_vllm.gate.protocol import Judgement
-from safelora_vllm.integration.server.copies import Copies
+from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.visibility import look_up, unknown

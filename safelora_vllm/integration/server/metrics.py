@@ -100,7 +100,7 @@ class AdapterCollector(Collector):
 
 def exposition(reconciler: Reconciler) -> str:
     """Exposition text: the served adapters and, unless it is down, the gate's counters. Waits for it."""
-    entries, workers = reconciler.registry.values(), reconciler.health.workers
+    entries, workers = reconciler.registry.values(), reconciler.watchdog.workers
     try:
         counters = reconciler.copies.gate.metrics(timeout=5.0)
     except SafeLoRAError as error:

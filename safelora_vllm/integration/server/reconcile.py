@@ -27,12 +27,12 @@ from safelora_vllm.errors import AdapterRefused, GuardError, SafeLoRAError, Unav
 from safelora_vllm.files import make_folder
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.seams import server as seams
-from safelora_vllm.integration.server.copies import Copies, Copy
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
-from safelora_vllm.integration.server.health import Health
+from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
 from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.integration.server.visibility import CallersRequests
+from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore
 
 logger = logging.getLogger("vllm.safelora.reconcile")
@@ -55,7 +55,7 @@ class Reconciler:
     ) -> None:
         self.registry: Registry = {}
         self.pool, self.copies, self._is_base_model = pool, copies, is_base_model
-        self.health = Health(self.registry, copies, pool, self._put, workers)
+        self.watchdog = Watchdog(self.registry, copies, pool, self._put, workers)
         self._passed_over: set[str] = set()
         self._stamp = -1
         self._watch: StoreWatch | None = None
@@ -230,7 +230,7 @@ class Reconciler:
         while True:
             await asyncio.sleep(_HEARTBEAT_SECONDS)
             try:
-                await self.health.look()
+                await self.watchdog.look()
                 await self._catch_up()
                 self._prepare_again()
             except Exception as error:  # whatever it is, the next beat may succeed

@@ -11,10 +11,10 @@ from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import GuardError, SafeLoRAError, StoreUnavailable
 from safelora_vllm.integration.attestation import Attestation
-from safelora_vllm.integration.server import health
+from safelora_vllm.integration.server import watchdog
 from safelora_vllm.integration.server.engine import Pool
-from safelora_vllm.integration.server.health import Health
 from safelora_vllm.integration.server.registry import Entry, Served
+from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 
@@ -33,10 +33,10 @@ class Place:
         }
         self.pool = Pool(None, cast(Any, None))
         copies = cast(Any, SimpleNamespace(file_states=self.states.__getitem__))
-        self.health = Health(self.registry, copies, self.pool, self.put, guarded=2)
-        monkeypatch.setattr(health, "ask_workers", self.ask)
+        self.watchdog = Watchdog(self.registry, copies, self.pool, self.put, guarded=2)
+        monkeypatch.setattr(watchdog, "ask_workers", self.ask)
         self.look()  # it sees the files for the first time, and is alert for a while
-        self.look(health._ALERT_LOOKS)
+        self.look(watchdog._ALERT_LOOKS)
 
     def put(self, entry: Entry) -> None:
         self.registry[entry.name] = entry
@@ -52,7 +52,7 @@ class Place:
 
         async def looks() -> None:
             for _ in range(times):
-                await self.health.look()
+                await self.watchdog.look()
 
         before = self.asked
         asyncio.run(looks())
@@ -68,10 +68,10 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 def test_workers_are_asked_now_and_then_and_at_each_look_after_a_copy_changed(place: Place) -> None:
-    assert place.look(10 * health._ATTEST_LOOKS) == 10
+    assert place.look(10 * watchdog._ATTEST_LOOKS) == 10
     place.states["k2"] = ()
-    assert place.look(health._ALERT_LOOKS) == health._ALERT_LOOKS
-    assert place.look(10 * health._ATTEST_LOOKS) == 10
+    assert place.look(watchdog._ALERT_LOOKS) == watchdog._ALERT_LOOKS
+    assert place.look(10 * watchdog._ATTEST_LOOKS) == 10
     assert not place.problems(), "a worker that has the weights in memory does not mind"
 
 
@@ -79,7 +79,7 @@ def test_an_adapter_that_a_worker_could_not_read_is_withdrawn(place: Place) -> N
     place.states["k1"] = ()
     place.answer = [[], ["safelora://k1"]]
     place.look()
-    assert place.health.workers == {"guarded": 2, "unguarded": 0}
+    assert place.watchdog.workers == {"guarded": 2, "unguarded": 0}
     (problem,) = place.problems().values()
     assert isinstance(problem, StoreUnavailable) and "copy of one was damaged" in str(problem)
     assert place.pool.request("one", "k1", 16).lora_path == "safelora://k1/1", "no cached block is used again"
@@ -88,8 +88,8 @@ def test_an_adapter_that_a_worker_could_not_read_is_withdrawn(place: Place) -> N
 
 def test_nothing_is_served_while_a_worker_is_not_guarded(place: Place) -> None:
     place.answer = GuardError("a worker answers nothing")
-    place.look(health._ATTEST_LOOKS)
-    assert place.health.workers == {"guarded": 0, "unguarded": 1}
+    place.look(watchdog._ATTEST_LOOKS)
+    assert place.watchdog.workers == {"guarded": 0, "unguarded": 1}
     assert {name: str(problem) for name, problem in place.problems().items()} == dict.fromkeys(
         ("one", "two"), "a worker answers nothing"
     )
@@ -103,6 +103,6 @@ def test_an_entry_that_was_changed_meanwhile_is_left_alone(place: Place) -> None
         place.registry["one"] = new
         return ("changed",)
 
-    place.health._copies = cast(Any, SimpleNamespace(file_states=states))
+    place.watchdog._copies = cast(Any, SimpleNamespace(file_states=states))
     place.look()
     assert place.registry["one"] is new

@@ -10,17 +10,17 @@ from dataclasses import replace
 
 from safelora_vllm.errors import GuardError, SafeLoRAError, StoreUnavailable
 from safelora_vllm.integration.adapter_uri import published_key
-from safelora_vllm.integration.server.copies import Copies
 from safelora_vllm.integration.server.engine import Pool, ask_workers
+from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.registry import Entry, Registry
 
-logger = logging.getLogger("vllm.safelora.health")
+logger = logging.getLogger("vllm.safelora.watchdog")
 # A vLLM worker that was asked something spins for a second in case there is more: not at each look.
 _ATTEST_LOOKS = 15
 _ALERT_LOOKS = 30  # asked at each of these, after a published copy changed
 
 
-class Health:
+class Watchdog:
     """Looks at what one API server process serves.
 
     put: changes an entry of the registry.
