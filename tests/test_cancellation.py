@@ -142,7 +142,9 @@ def sentences(
     return [reason.message for reason in report.reasons]
 
 
-_NOT_FINITE = f"{Q1}: scaling or projecting it gave values that are not finite"
+_NOT_FINITE = (
+    f"{Q1}: values that are not finite after scaling (lora_alpha) or projecting; give it a smaller lora_alpha"
+)
 
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])

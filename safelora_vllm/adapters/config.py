@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from safelora_vllm.errors import Reason
+from safelora_vllm.errors import Reason, by_cause
 
 # Keys that do not change what the saved tensors mean.
 _INERT = {
@@ -43,6 +43,7 @@ _UNSUPPORTED = {
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 _PLAIN_SUFFIX = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _MAX_PATTERNS = 4096
+_UNKNOWN = "set in the config, but not known to this gate; remove it, or train without it"
 
 # A module's name or a suffix of it, with a ^ before it where it has one → its place in the config, value.
 Patterns = dict[str, tuple[int, float]]
@@ -89,9 +90,8 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
             f"init_lora_weights is {init!r:.80}, which changes the base weights; convert the adapter "
             "with PEFT's path_initial_model_for_weight_conversion",
         )
-    for key in sorted(set(config) - _INERT - _READ - set(_UNSUPPORTED)):
-        if config[key]:
-            wrong("unknown_config", f"the config sets {key!r:.80}, which this gate does not know")
+    unknown = sorted(set(config) - _INERT - _READ - set(_UNSUPPORTED))
+    reasons += by_cause(("unknown_config", repr(key), _UNKNOWN) for key in unknown if config[key])
     targets = config.get("target_modules")
     if not (targets is None or isinstance(targets, str) or _strings(targets)):
         wrong("config_type", "target_modules is neither a string nor a list of strings")
@@ -119,10 +119,8 @@ def _check_patterns(key: str, patterns: Any, valid: Any) -> list[Reason]:
         found = f"{key} has {len(patterns):,} patterns, allowed are {_MAX_PATTERNS:,}"
         return [Reason("pattern", f"{found}; write suffixes that several modules share")]
     bad = [name for name in patterns if not _PLAIN_SUFFIX.fullmatch(name.removeprefix("^").removesuffix("$"))]
-    reasons = [
-        Reason("pattern", f"{key} has {name!r:.80}; only plain module names and suffixes are read")
-        for name in bad[:10]
-    ]
+    only = f"not a valid name in {key}: expected plain module names and suffixes"
+    reasons = by_cause(("pattern", repr(name), only) for name in bad)
     if not all(valid(value) for value in patterns.values()):
         reasons.append(Reason("config_type", f"{key} has values that are not numbers above 0"))
     return reasons

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from safelora_vllm.errors import AdapterRefused, refuse
+from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
 
 ACCEPTED = "give a .tar, .tar.gz or .zip of the folder that PEFT saved"
 # What is raised on damaged input, by zipfile, tarfile and zlib too.
@@ -58,8 +59,9 @@ def members(data: bytes, allowed: int) -> Iterator[Member]:
         return _tar_members(BoundedStream(_inflate(data), allowed))
     if data[257:262] == b"ustar":
         return _tar_members(BoundedStream(_slices(data), allowed))
-    found = next((name for magic, name in _OTHERS.items() if data.startswith(magic)), "no archive")
-    raise refuse("archive_malformed", f"the file is {found}; {ACCEPTED}")
+    found = next((f"it is {name}" for magic, name in _OTHERS.items() if data.startswith(magic)), None)
+    found = found or other_format(data[:LONGEST_SIGN]) or "it is of no known type"
+    raise refuse("archive_malformed", f"the file is not a valid archive: {found}; {ACCEPTED}")
 
 
 def _slices(data: bytes) -> Iterator[bytes]:

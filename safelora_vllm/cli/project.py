@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the projected adapter and say what was done."""
     policy = chosen_policy(args)
     from safelora_vllm.api import project_adapter
+    from safelora_vllm.cli.tables import CHANGES_NOTHING
 
     report = project_adapter(args.adapter, args.projectors, args.out, policy, device=args.device)
     share = f"{report.count('projected')} of {len(report.modules)} modules"
@@ -30,4 +31,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{share} projected, written to {args.out}")
     else:
         print(f"report-only mode: written UNPROJECTED to {args.out}; enforcing would project {share}")
+    if report.changes_nothing:
+        print(CHANGES_NOTHING)
     return DONE

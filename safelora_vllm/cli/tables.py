@@ -13,6 +13,11 @@ from rich.text import Text
 from safelora_vllm.report import Report
 
 
+CHANGES_NOTHING = (
+    "the adapter changes nothing: each of its modules has an A or a B of zeros, as before any training"
+)
+
+
 def terminal() -> Console:
     """Standard output; wide enough for whole names when it is piped and nobody set ``COLUMNS``."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
@@ -57,6 +62,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
                 f"{max(report.values('relative_norm')):.4g} (allowed {policy.max_relative_norm:g})"
             )
         )
+    if report.changes_nothing:
+        console.print(Text("  " + CHANGES_NOTHING))
     for reason in report.reasons:
         console.print(Text(f"  [{reason.code}] {reason.message}"))
 
@@ -76,7 +83,8 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
             figures = [*counts, f"{report.total_norm:.4g}", f"{max(report.values('relative_norm')):.4g}"]
         codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
         verdict = "accepted" if report.accepted else "refused"
-        table.add_row(Text(report.adapter), *figures, Text(f"{verdict}: {codes}" if codes else verdict))
+        verdict += f": {codes}" if codes else ", changes nothing" if report.changes_nothing else ""
+        table.add_row(Text(report.adapter), *figures, Text(verdict))
     console.print(table)
     if measured := [report for report in reports if report.modules]:
         total = max(report.total_norm for report in measured)

@@ -23,7 +23,7 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.errors import AdapterRefused, Reason, by_cause, named
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.delta import ModuleDelta, OutputStats
 from safelora_vllm.policy import Policy
@@ -37,6 +37,7 @@ _FORMAT = 4  # raise it when the same input would be published as other bytes
 # ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
 # delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
 _MIN_COHERENCE = 1.5e-3
+_NOT_FINITE = "values that are not finite after scaling (lora_alpha) or projecting; give it a smaller lora_alpha"
 
 
 @dataclass(frozen=True)
@@ -187,21 +188,23 @@ def evaluate(
             for module, (a, b) in weights.items()
         }
         selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
-        reasons, broken, weights_served, modules, norms = [], [], {}, [], []
+        coherences, relative_norms, norms, modules, weights_served = {}, {}, [], [], {}
         for module, delta in deltas.items():
             a, b = delta.a, delta.b
             if module in selected:
                 a, b = METHODS[policy.method].project(delta, policy)
             served = delta.served(a, b)
-            broken += _check_sound(module, delta, served)
-            reasons += _check_norm(module, delta, served, policy)
-            norms.append((delta.norm, max(1.0, served.retained or 0.0) * delta.norm))
+            coherences[module] = _coherence(delta, served)
+            # The caps hold for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1.
+            growth = max(1.0, served.retained or 0.0)
+            relative_norms[module] = growth * delta.relative_norm
+            norms.append((delta.norm, growth * delta.norm))
             modules.append(_module_report(module, delta, served, module in selected))
             weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
-    if broken:  # not in report-only mode either: there is nothing that could be measured or served
+    if broken := _check_sound(coherences):  # not in report-only mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
-    reasons += _check_total(largest, policy)
+    reasons = [*_check_norms(relative_norms, policy), *_check_total(largest, policy)]
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules, total)
     return report, weights_served if accepted else None
@@ -213,52 +216,61 @@ def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
             store.keep(raw.digest, raw.files)
 
 
-def _check_norm(module: str, delta: ModuleDelta, served: OutputStats, policy: Policy) -> list[Reason]:
-    """The cap holds for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1."""
-    largest = max(1.0, served.retained or 0.0) * delta.relative_norm
-    if largest <= policy.max_relative_norm:
+def _check_norms(relative_norms: Mapping[str, float], policy: Policy) -> list[Reason]:
+    """The cap on single modules. The sentence names the largest first."""
+    over = {module: norm for module, norm in relative_norms.items() if not norm <= policy.max_relative_norm}
+    if not over:
         return []
+    modules = sorted(over, key=over.__getitem__, reverse=True)
+    upto = "up to " if len(over) > 1 else ""
     return [
         Reason(
             "relative_norm",
-            f"{module}: the adapter is {largest:.8g} times its weight, allowed are "
-            f"{policy.max_relative_norm:.8g} (max_relative_norm)",
+            f"{named(modules)}: the adapter is {upto}{over[modules[0]]:.8g} times the module's weight, allowed "
+            f"are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes it smaller",
         )
     ]
 
 
 def _check_total(total: float, policy: Policy) -> list[Reason]:
-    """As `_check_norm`, of all modules together."""
+    """The cap on all modules together."""
     if total <= policy.max_total_norm:
         return []
     return [
         Reason(
             "total_norm",
             f"all modules together are {total:.8g} times the model's weights, allowed are "
-            f"{policy.max_total_norm:.8g} (max_total_norm)",
+            f"{policy.max_total_norm:.8g} (`max_total_norm`). A smaller lora_alpha makes them smaller",
         )
     ]
 
 
-def _check_sound(module: str, delta: ModuleDelta, served: OutputStats) -> list[Reason]:
-    """Whether the figures mean what they say.
+def _coherence(delta: ModuleDelta, served: OutputStats) -> float | None:
+    """The smaller one of what came and of what would be served; None where a figure is not finite.
 
-    A NaN or an infinity anywhere in the factors shows in the float64 norm of their product. Ranks that
-    cancel show in the coherence: rounding would decide what is left of them, not the policy.
+    A NaN or an infinity anywhere in the factors shows in the float64 norm of their product.
     """
     figures = (delta.norm, delta.similarity or 0.0, served.retained or 0.0)
-    if not all(math.isfinite(figure) for figure in figures):
-        return [Reason("non_finite", f"{module}: scaling or projecting it gave values that are not finite")]
-    if not min(delta.coherence, served.coherence) >= _MIN_COHERENCE:
-        return [
-            Reason(
-                "cancellation",
-                f"{module}: its ranks cancel each other to {min(delta.coherence, served.coherence):.1e} of "
-                f"their squared norm; {_MIN_COHERENCE:g} is the least that can be judged. Merge and "
-                "factorise it again (a singular value decomposition of B·A)",
-            )
-        ]
-    return []
+    return min(delta.coherence, served.coherence) if all(map(math.isfinite, figures)) else None
+
+
+def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
+    """Whether the figures mean what they say.
+
+    Ranks that cancel show in the coherence: rounding would decide what is left of them, not the policy.
+    """
+    infinite = [module for module, coherence in coherences.items() if coherence is None]
+    reasons = by_cause(("non_finite", module, _NOT_FINITE) for module in infinite)
+    found = {m: c for m, c in coherences.items() if c is not None and not c >= _MIN_COHERENCE}
+    if found:
+        modules = sorted(found, key=found.__getitem__)
+        cause = (
+            f"the ranks cancel each other to {found[modules[0]]:.1e} of their squared norm; "
+            f"{_MIN_COHERENCE:g} is the least that can be judged. Merge and factorise the delta again (a singular "
+            "value decomposition of B·A)"
+        )
+        reasons.append(Reason("cancellation", f"{named(modules)}: {cause}"))
+    return reasons
 
 
 def _module_report(module: str, delta: ModuleDelta, served: OutputStats, selected: bool) -> ModuleReport:
@@ -277,20 +289,21 @@ def _module_report(module: str, delta: ModuleDelta, served: OutputStats, selecte
 def _answer(admission: Admission) -> Admission:
     """One log line per decision."""
     report = admission.report
+    idle = "; it changes nothing: each module has an A or a B of zeros" if report.changes_nothing else ""
     if not report.accepted:
         codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
         logger.info(
-            "adapter %r accepted: %d of %d modules projected by %s%s",
+            "adapter %r accepted: %d of %d modules projected by %s%s%s",
             report.adapter, report.count("projected"), len(report.modules), report.policy.method,
-            ", published before" if admission.cached else "",
+            ", published before" if admission.cached else "", idle,
         )  # fmt: skip
     else:
         logger.warning(
             "REPORT-ONLY MODE: adapter %r is served UNPROJECTED; enforcing would have projected %d of %d "
-            "modules%s",
+            "modules%s%s",
             report.adapter, report.count("projected"), len(report.modules),
-            " and refused it" if report.reasons else "",
+            " and refused it" if report.reasons else "", idle,
         )  # fmt: skip
     return admission

@@ -22,7 +22,13 @@ from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors.checkpoint import Checkpoint
-from safelora_vllm.projectors.manifest import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
+from safelora_vllm.projectors.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    ModuleEntry,
+    natural_order,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 256 * 1024 * 1024
@@ -141,13 +147,8 @@ def _linear_layers(checkpoint: Checkpoint) -> list[str]:
             and _IN_BLOCK.search(name)
             and not _NOT_LINEAR.search(name.removesuffix(".weight"))
         ),
-        key=_natural_order,
+        key=natural_order,
     )
-
-
-def _natural_order(name: str) -> list[tuple[bool, int, str]]:
-    """Layer 10 after layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _write(

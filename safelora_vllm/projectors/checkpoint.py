@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError
+from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 FLOAT_DTYPES |= {"BF16": torch.bfloat16}
@@ -201,4 +202,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise ValueError("two tensors overlap")
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+        with file.open("rb") as stream:
+            found = other_format(stream.read(LONGEST_SIGN)) or str(error)
+        raise CheckpointError(f"{file} is not a whole safetensors file: {found}") from error

@@ -53,6 +53,16 @@ class Manifest:
     unchanged: frozenset[str]
 
 
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A sort key for names of modules and their tensors: layer 10 after layer 9."""
+    return [_part_order(part) for part in name.split(".")]
+
+
+def _part_order(part: str) -> tuple[bool, int, str]:
+    number = part.isdecimal() and len(part) < 10  # int() takes no "²", and only so many digits
+    return (True, int(part), part) if number else (False, 0, part)
+
+
 def parse_manifest(text: bytes, folder: Path) -> Manifest:
     """What a manifest says.
 
