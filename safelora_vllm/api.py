@@ -97,7 +97,7 @@ def inspect_adapter(
     Raises:
         AdapterNotFound: there is nothing at the path.
         UsageError: ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -142,7 +142,7 @@ def project_adapter(
         AdapterRefused: the gate refuses it; nothing was written. `inspect_adapter` has the report.
         AdapterNotFound: there is nothing at the path.
         UsageError: ``out`` exists or cannot be written, or ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -158,7 +158,7 @@ def project_adapter(
     """
     out = Path(out)
     if out.exists():
-        raise UsageError(f"{out} exists; remove it or give another folder as out")
+        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     settings = _settings(projectors, policy, device)
     with _on_disk(adapter) as (path, name), _beside(out) as scratch:
         admission = admit(path, name, settings, PublishedStore(scratch))
@@ -187,7 +187,7 @@ def calibrate_policy(
 
     Raises:
         UsageError: the method cannot be calibrated, or no strength keeps the share.
-        PolicyError: the policy has more energy than the cache.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing, empty or damaged.
 
     Example:
@@ -197,6 +197,7 @@ def calibrate_policy(
         (0.29, True)
     """
     policy = policy or Policy()
+    policy.check_effective(policy.chosen)
     calibrator_of(policy.method)  # before anything is read
     if keep_random is not None:
         search_of(policy.method)
@@ -213,7 +214,9 @@ def calibrate_policy(
 def _settings(
     projectors: str | os.PathLike[str] | ProjectorCache, policy: Policy | None, device: str
 ) -> GateSettings:
-    return GateSettings(_cache(projectors), policy or Policy(), _device(device))
+    policy = policy or Policy()
+    policy.check_effective(policy.chosen)
+    return GateSettings(_cache(projectors), policy, _device(device))
 
 
 def _cache(projectors: str | os.PathLike[str] | ProjectorCache) -> ProjectorCache:
@@ -225,7 +228,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"torch cannot use the device {name!r} here; try cpu") from error
+        raise UsageError(f"torch cannot use the `device` {name!r} here; try cpu") from error
 
 
 @contextlib.contextmanager
@@ -267,7 +270,7 @@ def _beside(out: Path) -> Iterator[str]:
         scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=".project-")
     except OSError as error:
         raise UsageError(
-            f"{out.parent} cannot be written ({error.strerror}); give another folder as out"
+            f"{out.parent} cannot be written ({error.strerror}): give another folder as `out`"
         ) from error
     with scratch as folder:
         yield folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import inspect
 import json
 import re
@@ -110,13 +111,21 @@ def test_a_refusal_is_a_report_or_an_error_with_the_same_reasons(here: Path) -> 
         (lambda: sl.inspect_adapter("my-adapter", "nowhere"), "no projector cache in nowhere"),
         (lambda: sl.inspect_adapter("nothing", "projectors"), "there is no adapter folder 'nothing'"),
         (lambda: sl.inspect_adapter(3, "projectors"), "of type int is not a valid adapter: expected"),  # type: ignore[arg-type]
-        (lambda: sl.inspect_adapter("my-adapter", "projectors", device="x"), "cannot use the device 'x'"),
+        (lambda: sl.inspect_adapter("my-adapter", "projectors", device="x"), "cannot use the `device` 'x'"),
         (
             lambda: sl.project_adapter("my-adapter", "projectors", "out", sl.Policy(energy=0.99)),
-            "--max-energy",
+            "a `max_energy` of 0.99",
         ),
-        (lambda: sl.project_adapter("my-adapter", "projectors", "models"), "models exists; remove it or"),
+        (lambda: sl.project_adapter("my-adapter", "projectors", "models"), "models exists: remove it, or"),
         (lambda: sl.calibrate_policy("projectors", sl.Policy(method="csulora")), "cannot be calibrated"),
+        *(
+            (functools.partial(*call, sl.Policy(number=3)), "`number` has no effect with `select` 'all'")
+            for call in (
+                (sl.inspect_adapter, "my-adapter", "projectors"),
+                (sl.project_adapter, "my-adapter", "projectors", "out"),
+                (sl.calibrate_policy, "projectors"),
+            )
+        ),
     ],
 )
 @pytest.mark.usefixtures("here")

@@ -552,7 +552,9 @@ def test_a_refused_format_is_told_what_is_accepted(tmp_path: Path) -> None:
         with pytest.raises(AdapterRefused) as refused:
             read(tmp_path, archive)
         (reason,) = refused.value.reasons
-        expected = f"the file is not a valid archive: {found}; give a .tar, .tar.gz or .zip of the folder that"
+        expected = (
+            f"the file is not a valid archive: {found}; give a .tar, .tar.gz or .zip of the folder that"
+        )
         assert reason.message.startswith(expected)
 
 
@@ -562,7 +564,9 @@ def test_many_unsafe_members_are_named_once(tmp_path: Path) -> None:
         read(tmp_path, tar(C1, W1, *evil))
     (reason,) = refused.value.reasons
     assert reason.code == "archive_unsafe"
-    assert reason.message.startswith("'../0', '../1', '../2' and 27 more: '..' or a zero byte in its path; pack")
+    assert reason.message.startswith(
+        "'../0', '../1', '../2' and 27 more: '..' or a zero byte in its path; pack"
+    )
 
 
 # --- how the file is opened

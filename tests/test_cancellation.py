@@ -143,7 +143,7 @@ def sentences(
 
 
 _NOT_FINITE = (
-    f"{Q1}: values that are not finite after scaling (lora_alpha) or projecting; give it a smaller lora_alpha"
+    f"{Q1}: scaling (lora_alpha) or projecting gave values that are not finite; use a smaller lora_alpha"
 )
 
 

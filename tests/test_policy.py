@@ -73,26 +73,26 @@ def test_values_out_of_range_or_of_another_type_are_refused(values: dict[str, An
 
 
 def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(PolicyError, match=r"\['treshold'\]; known are .*'threshold'"):
+    with pytest.raises(PolicyError, match=r"\['treshold'\] are not valid fields .*'threshold'"):
         Policy.from_mapping({"treshold": 0.3})
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"number": 5}, "number has no effect with select 'all'"),
-        ({"method": "safe-lora", "number": 5}, "number has no effect with select 'threshold'"),
-        ({"select": "all", "threshold": 0.2}, "threshold has no effect with select 'all'"),
+        ({"number": 5}, "`number` has no effect with `select` 'all'"),
+        ({"method": "safe-lora", "number": 5}, "`number` has no effect with `select` 'threshold'"),
+        ({"select": "all", "threshold": 0.2}, "`threshold` has no effect with `select` 'all'"),
         (
             {"method": "safe-lora", "energy": 0.5},
-            "energy has no effect with method 'safe-lora'; "
-            "give method 'input-removal' or 'csulora' too, or leave energy out",
+            "`energy` has no effect with `method` 'safe-lora'. "
+            "Set `method` to 'input-removal' or 'csulora', or leave `energy` out",
         ),
-        ({"threshold": 0.5}, r"give select 'threshold' too \(safe-lora has it by itself\)"),
-        ({"energy": 0.0}, "with energy 0 nothing is projected"),
-        ({"method": "safe-lora", "select": "number", "number": 0}, "with number 0 nothing is projected"),
-        ({"method": "safe-lora", "threshold": 0}, "with threshold 0 nothing is projected"),
-        ({"method": "safe-lora", "threshold": -1}, "with threshold -1 nothing is projected"),
+        ({"threshold": 0.5}, r"Set `select` to 'threshold' \(the default of safe-lora\), or leave"),
+        ({"energy": 0.0}, "with `energy` 0 nothing is projected"),
+        ({"method": "safe-lora", "select": "number", "number": 0}, "with `number` 0 nothing is projected"),
+        ({"method": "safe-lora", "threshold": 0}, "with `threshold` 0 nothing is projected"),
+        ({"method": "safe-lora", "threshold": -1}, "with `threshold` -1 nothing is projected"),
     ],
 )
 def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
@@ -189,6 +189,14 @@ def test_the_id_depends_on_every_field() -> None:
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id
 
 
+def test_the_fields_that_are_chosen() -> None:
+    """What no dataclass can know, as far as it shows: fields whose values are not the method's own."""
+    assert Policy().chosen == Policy(method="csulora", energy=0.95).chosen == Policy(energy=0.2).chosen == []
+    assert Policy(method="safe-lora", select="all").chosen == ["select"]
+    assert Policy(method="csulora", energy=0.2, max_total_norm=0.5).chosen == ["energy", "max_total_norm"]
+    assert Policy(threshold=0.5, number=3, mode="report-only").chosen == ["threshold", "number", "mode"]
+
+
 def test_a_mode_s_former_name_is_read_where_it_was_stored_and_refused_where_it_is_typed() -> None:
     with pytest.raises(PolicyError, match="use 'report-only'"):
         Policy.from_mapping({"mode": "audit"})
@@ -196,7 +204,7 @@ def test_a_mode_s_former_name_is_read_where_it_was_stored_and_refused_where_it_i
     assert Policy.from_stored(stored) == Policy(mode="report-only", energy=0.5)
     assert stored["mode"] == "audit"
     for values in ({"mode": "off"}, {"mode": ["audit"]}):
-        with pytest.raises(PolicyError, match="choose one of enforce, report-only"):
+        with pytest.raises(PolicyError, match="expected one of enforce, report-only"):
             Policy.from_stored(values)
 
 
@@ -290,5 +298,5 @@ def test_the_stricter_value_stays_whichever_side_has_it(
 
 @pytest.mark.parametrize("values", [None, [], 5, "energy", [["energy", 0.2]]], ids=repr)
 def test_a_policy_is_an_object(values: Any) -> None:
-    with pytest.raises(PolicyError, match="give an object"):
+    with pytest.raises(PolicyError, match="expected an object"):
         Policy.from_mapping(values)

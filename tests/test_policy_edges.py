@@ -34,14 +34,17 @@ def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(meth
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "none"}, "method is 'none'; choose one of safe-lora, input-removal, csulora"),
-        ({"select": "some"}, "select is 'some'; choose one of threshold, number, all"),
-        ({"mode": "off"}, "mode is 'off'; choose one of enforce, report-only"),
-        ({"threshold": 2}, "threshold is 2; give a number from -1 to 1"),
-        ({"energy": -0.1}, "energy is -0.1; give a number from 0 to 1"),
-        ({"max_relative_norm": math.inf}, "max_relative_norm is inf; give a finite number of 0 or more"),
-        ({"max_total_norm": True}, "max_total_norm is True; give a finite number of 0 or more"),
-        ({"number": -1}, "number is -1; give a whole number of modules, 0 or more"),
+        ({"method": "none"}, "`method` is 'none': expected one of safe-lora, input-removal, csulora"),
+        ({"select": "some"}, "`select` is 'some': expected one of threshold, number, all"),
+        ({"mode": "off"}, "`mode` is 'off': expected one of enforce, report-only"),
+        ({"threshold": 2}, "`threshold` is 2: expected a number from -1 to 1"),
+        ({"energy": -0.1}, "`energy` is -0.1: expected a number from 0 to 1"),
+        (
+            {"max_relative_norm": math.inf},
+            "`max_relative_norm` is inf: expected a finite number of 0 or more",
+        ),
+        ({"max_total_norm": True}, "`max_total_norm` is True: expected a finite number of 0 or more"),
+        ({"number": -1}, "`number` is -1: expected a number of modules, 0 or more"),
     ],
 )
 def test_a_value_that_is_not_valid_is_told_in_full(values: dict[str, Any], message: str) -> None:
@@ -54,5 +57,6 @@ def test_a_value_that_projects_nothing_is_told_in_full() -> None:
     with pytest.raises(PolicyError) as told:
         Policy(energy=0.0).check_effective(["energy"])
     assert (
-        str(told.value) == "with energy 0 nothing is projected; if that is meant, choose mode 'report-only'"
+        str(told.value)
+        == "with `energy` 0 nothing is projected. If that is meant, set `mode` to 'report-only'"
     )

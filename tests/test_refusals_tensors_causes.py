@@ -80,8 +80,8 @@ def test_half_of_the_modules_are_not_most(said: Said) -> None:
 def test_modules_without_a_projector_may_be_those_of_another_model(said: Said) -> None:
     ((code, text),) = said(of_layers(20, modules=8))
     assert code == "no_projector" and text == (
-        "8 of 14 modules have no projector: model.layers.20.self_attn.q_proj, model.layers.21.self_attn.q_proj, "
-        "model.layers.22.self_attn.q_proj and 5 more. The projector cache has model.layers.0.mlp.down_proj, "
+        "8 of 14 modules have no projector: model.layers.20.self_attn.q_proj, "
+        "model.layers.21.self_attn.q_proj, model.layers.22.self_attn.q_proj and 5 more. The projector cache has model.layers.0.mlp.down_proj, "
         "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj and 11 more. The adapter looks made for "
         "another model, or the cache was built for other modules"
     )
@@ -122,8 +122,8 @@ def test_tensors_that_are_not_plain(said: Said) -> None:
     (code, text), *more = said(draft)
     assert code == "unknown_tensor" and not more
     assert text == (
-        f"'{V0}.lora_A.weight', '{V0}.lora_B.weight', '{V1}.lora_A.weight' and 1 more: not an A or B of plain "
-        "LoRA; expected are names like base_model.model.MODULE.lora_A.weight"
+        f"'{V0}.lora_A.weight', '{V0}.lora_B.weight', '{V1}.lora_A.weight' and 1 more: not an A or B of "
+        "plain LoRA; expected are names like base_model.model.MODULE.lora_A.weight"
     )
 
 
@@ -162,8 +162,8 @@ def test_ranks_that_are_too_large_and_factors_of_two_ranks(said: Said) -> None:
     assert sorted(said(draft)) == [
         (
             "rank_too_large",
-            "model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj and 9 more: "
-            "rank 513, allowed are 512 (--max-lora-rank)",
+            "model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj and 9 "
+            "more: rank 513, allowed are 512 (--max-lora-rank)",
         ),
         ("shape", f"{Q0}: A (513, 96) and B (96, 4) are not matrices of one rank"),
         ("shape", f"{V0}: A (513, 96) and B (32,) are not matrices of one rank"),
@@ -197,7 +197,10 @@ def test_keys_and_patterns_of_the_config(said: Said) -> None:
             "'x0', 'x1', 'x2' and 1 more: set in the config, but not known to this gate; remove it, or train "
             "without it",
         ),
-        ("pattern", "'a|b', 'c*': not a valid name in rank_pattern: expected plain module names and suffixes"),
+        (
+            "pattern",
+            "'a|b', 'c*': not a valid name in rank_pattern: expected plain module names and suffixes",
+        ),
     ]
 
 
@@ -229,7 +232,9 @@ def test_ranks_that_cancel_in_several_modules(said: Said) -> None:
         a[1], b[:, 1] = a[0], (share - 1.0) * b[:, 0]
     ((code, text),) = said(draft)
     assert code == "cancellation"
-    assert text.startswith(f"{V1}, {V0}: the ranks cancel each other to 0.0e+00 of their squared norm; 0.0015 is")
+    assert text.startswith(
+        f"{V1}, {V0}: the ranks cancel each other to 0.0e+00 of their squared norm; 0.0015 is"
+    )
 
 
 # --- a file of another kind
@@ -248,7 +253,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_of_another_kind_is_recognised(kind: str, tmp_path: Path, said: Said) -> None:
+def test_a_file_of_another_kind_is_recognised(kind: str, tmp_path: Path) -> None:
     beginning, told = KINDS[kind]
     data = beginning.ljust(1000, b"\x01")
     with pytest.raises(AdapterRefused) as refused:

@@ -45,7 +45,7 @@ def test_rules_that_cannot_hold(
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     for method in set(METHOD_NAMES) - {"safe-lora"}:
         check(method=method, energy=0.9)
-        with pytest.raises(PolicyError, match="build it again with --max-energy"):
+        with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.9999"):
             check(method=method, energy=0.9999)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with pytest.raises(GuardError, match="unset it"):

@@ -51,7 +51,8 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
     """
     config, reasons = parse_config(raw.config)
     pairs, odd = _pair_up(raw)
-    misfits, foreign = [], False
+    misfits: list[Reason] = []
+    foreign = False
     if config is not None:
         misfits, foreign = _check_shapes(pairs, raw, modules, config, limits)
     reasons += [*odd, *misfits, *_check_covered(pairs, modules, foreign)]
@@ -93,7 +94,7 @@ def _pair_up(raw: RawAdapter) -> tuple[Pairs, list[Reason]]:
 
 
 def _check_covered(pairs: Pairs, modules: Mapping[str, ModuleEntry], foreign: bool) -> list[Reason]:
-    """Whether all modules have projectors. foreign: another reason says already what lacking most may mean."""
+    """Whether all modules have projectors. foreign: a reason says that it is another model's adapter."""
     lacking = [module for module in pairs if module not in modules]
     if foreign or 2 * len(lacking) <= len(pairs):
         return by_cause(("no_projector", module, _NO_PROJECTOR) for module in lacking)

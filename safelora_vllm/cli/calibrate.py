@@ -81,7 +81,7 @@ def _policy(args: argparse.Namespace) -> Policy:
     if args.keep_random is not None:
         strength = search_of(policy.method).field
         if getattr(args, strength) is not None:
-            raise UsageError(f"keep-random finds the {strength}; leave {strength} or keep-random out")
+            raise UsageError(f"`keep_random` finds the {strength}: leave `{strength}` or `keep_random` out")
     return chosen_policy(args)
 
 

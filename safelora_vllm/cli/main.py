@@ -9,6 +9,7 @@ import sys
 
 from safelora_vllm import __version__
 from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, project, serve, store
+from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 
 _COMMANDS = (build, inspect, project, serve, calibrate, store, audit)
@@ -24,10 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except AdapterRefused as error:
-        print(f"refused: {error}", file=sys.stderr)
+        print(f"refused: {as_options(str(error))}", file=sys.stderr)
         return REFUSED
     except SafeLoRAError as error:
-        print(f"safelora-vllm: {error}", file=sys.stderr)
+        print(f"safelora-vllm: {as_options(str(error))}", file=sys.stderr)
         return USAGE
 
 

@@ -12,6 +12,12 @@ from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import MODES, SELECTIONS, Policy
 
 _DEFAULT = Policy()
+_FIELD = re.compile(r"`([a-z_]+)`")
+# Fields and arguments whose options have their names.
+_OPTIONS = {field.name for field in dataclasses.fields(Policy)} | {
+    "base_model", "device", "dtype", "form", "keep_random", "max_energy", "modules", "out",
+    "trust_served_model",
+}  # fmt: skip
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -103,6 +109,13 @@ def chosen_policy(args: argparse.Namespace) -> Policy:
     policy = Policy.from_mapping(values)
     policy.check_effective(values)
     return policy
+
+
+def as_options(message: str) -> str:
+    """A message in the words of the command line, such as --max-energy where it has `max_energy`."""
+    return _FIELD.sub(
+        lambda found: "--" + found[1].replace("_", "-") if found[1] in _OPTIONS else found[0], message
+    )
 
 
 def policy_values(args: argparse.Namespace) -> dict[str, Any]:

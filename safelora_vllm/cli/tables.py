@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safelora_vllm.cli.options import as_options
 from safelora_vllm.report import Report
-
 
 CHANGES_NOTHING = (
     "the adapter changes nothing: each of its modules has an A or a B of zeros, as before any training"
@@ -65,7 +65,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.changes_nothing:
         console.print(Text("  " + CHANGES_NOTHING))
     for reason in report.reasons:
-        console.print(Text(f"  [{reason.code}] {reason.message}"))
+        console.print(Text(f"  [{reason.code}] {as_options(reason.message)}"))
 
 
 def print_summary(reports: Sequence[Report], console: Console | None = None) -> None:

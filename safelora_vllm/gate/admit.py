@@ -37,7 +37,7 @@ _FORMAT = 4  # raise it when the same input would be published as other bytes
 # ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
 # delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
 _MIN_COHERENCE = 1.5e-3
-_NOT_FINITE = "values that are not finite after scaling (lora_alpha) or projecting; give it a smaller lora_alpha"
+_NOT_FINITE = "scaling (lora_alpha) or projecting gave values that are not finite; use a smaller lora_alpha"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,9 @@ def evaluate(
             norms.append((delta.norm, growth * delta.norm))
             modules.append(_module_report(module, delta, served, module in selected))
             weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
-    if broken := _check_sound(coherences):  # not in report-only mode either: there is nothing that could be measured or served
+    if broken := _check_sound(
+        coherences
+    ):  # not in report-only mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
     reasons = [*_check_norms(relative_norms, policy), *_check_total(largest, policy)]
@@ -226,8 +228,9 @@ def _check_norms(relative_norms: Mapping[str, float], policy: Policy) -> list[Re
     return [
         Reason(
             "relative_norm",
-            f"{named(modules)}: the adapter is {upto}{over[modules[0]]:.8g} times the module's weight, allowed "
-            f"are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes it smaller",
+            f"{named(modules)}: the adapter is {upto}{over[modules[0]]:.8g} times the module's weight, "
+            f"allowed are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes it "
+            "smaller",
         )
     ]
 
@@ -266,8 +269,8 @@ def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
         modules = sorted(found, key=found.__getitem__)
         cause = (
             f"the ranks cancel each other to {found[modules[0]]:.1e} of their squared norm; "
-            f"{_MIN_COHERENCE:g} is the least that can be judged. Merge and factorise the delta again (a singular "
-            "value decomposition of B·A)"
+            f"{_MIN_COHERENCE:g} is the least that can be judged. Merge and factorise the delta again (a "
+            "singular value decomposition of B·A)"
         )
         reasons.append(Reason("cancellation", f"{named(modules)}: {cause}"))
     return reasons

@@ -111,8 +111,8 @@ def search_of(name: str) -> Search:
     if (search := calibrator_of(name).search) is None:
         known = [m.name for m in METHODS.values() if m.calibrator and m.calibrator.search]
         raise UsageError(
-            f"keep-random has no effect with method {name!r}: it finds the strength of "
-            f"{' or '.join(map(repr, known))}; leave method or keep-random out"
+            f"`keep_random` has no effect with `method` {name!r}: it finds the strength of "
+            f"{' or '.join(map(repr, known))}. Leave `method` or `keep_random` out"
         )
     return search
 

@@ -67,8 +67,8 @@ class Projector:
             return min(k, len(self.energies))
         if k > len(self.energies):
             raise PolicyError(
-                f"energy {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
-                f"keeps for {self.entry.name}; build it again with --max-energy {energy} or more"
+                f"`energy` {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
+                f"keeps for {self.entry.name}. Build it again with a `max_energy` of {energy} or more"
             )
         return k
 
@@ -142,7 +142,7 @@ class ProjectorCache:
                 f"the projector cache {self.folder} was made for another aligned model than {model} "
                 f"(fingerprint {self._manifest.aligned[:12]}, served {fingerprint[:12]}). Serve the "
                 "model given as --aligned, or build a cache for this one. If it is a quantised or "
-                "converted copy of that model, say so with --trust-served-model"
+                "converted copy of that model, say so with `trust_served_model`"
             )
 
     def load(
