@@ -10,6 +10,8 @@ The commands ``build``, ``inspect``, ``project`` and ``calibrate`` only parse op
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 import shutil
 import sys
@@ -28,11 +30,14 @@ from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import ModelName
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger("vllm.safelora.api")
 
 
 def build_projectors(
@@ -124,6 +129,7 @@ def project_adapter(
     policy: Policy | None = None,
     *,
     device: str = "cpu",
+    base_model: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Pass an adapter through the gate and write what may be served, as PEFT would.
 
@@ -134,6 +140,9 @@ def project_adapter(
         policy: the rules to judge it by. None: the default policy. With mode ``report-only`` the adapter is
             written unprojected.
         device: where to project, such as ``cuda``.
+        base_model: the model of the new adapter, a folder or a hub id, which PEFT's
+            ``AutoPeftModelForCausalLM`` loads. None: the aligned model, as `build_projectors` was given it.
+            What the adapter itself names is never taken over: its author would choose what is loaded.
 
     Returns:
         The report of the adapter, which was accepted.
@@ -160,6 +169,14 @@ def project_adapter(
     if out.exists():
         raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     settings = _settings(projectors, policy, device)
+    model = settings.cache.aligned_model if base_model is None else ModelName.of(os.fspath(base_model))
+    if model is None:
+        logger.warning(
+            "the projector cache does not say for which model it was built. base_model_name_or_path stays "
+            "empty, so AutoPeftModelForCausalLM cannot load the adapter. Name the model with base_model"
+        )
+    else:
+        settings = dataclasses.replace(settings, base_model=model.name, revision=model.revision)
     with _on_disk(adapter) as (path, name), _beside(out) as scratch:
         admission = admit(path, name, settings, PublishedStore(scratch))
         if admission.folder is None:

@@ -151,7 +151,8 @@ class Policy:
                 condition, needed = _condition(field)
                 raise PolicyError(
                     f"`{field}` has no effect with `{condition}` {getattr(self, condition)!r}. Set "
-                    f"`{condition}` to {' or '.join(map(repr, needed))}{_by_itself(field)}, or leave `{field}` out"
+                    f"`{condition}` to {' or '.join(map(repr, needed))}{_by_itself(field)}, or leave "
+                    f"`{field}` out"
                 )
             # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
             option = self._method.options.get(field)

@@ -54,7 +54,7 @@ def test_the_manifest_has_these_keys_and_no_others(folder: Path, pair: Pair) -> 
     for name, shard in manifest["shards"].items():
         assert shard["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert ProjectorCache(folder).id == hashlib.sha256(text).hexdigest()
-    assert {file.name for file in folder.iterdir()} == {"manifest.json", *manifest["shards"]}
+    assert {file.name for file in folder.iterdir()} == {"manifest.json", "models.json", *manifest["shards"]}
 
 
 def test_verify_accepts_what_the_build_wrote_and_finds_a_flipped_byte(folder: Path) -> None:

@@ -189,7 +189,9 @@ def _flaw(values: Tensor) -> str | None:
     return None
 
 
-def canonical_files(weights: Weights, base_model: str, dtype: torch.dtype) -> dict[str, bytes]:
+def canonical_files(
+    weights: Weights, base_model: str, dtype: torch.dtype, revision: str | None = None
+) -> dict[str, bytes]:
     """The two files of the canonical PEFT adapter, the same bytes for the same weights.
 
     Ranks are padded with zeros to the largest one, since vLLM reads one rank; ``lora_alpha = r``
@@ -217,6 +219,7 @@ def canonical_files(weights: Weights, base_model: str, dtype: torch.dtype) -> di
         "bias": "none",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        **({"revision": revision} if revision else {}),
     }
     return {
         CONFIG: json.dumps(config, indent=1).encode(),

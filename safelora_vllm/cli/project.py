@@ -15,6 +15,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("adapter", help="a PEFT adapter folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the new adapter")
+    parser.add_argument(
+        "--base-model",
+        metavar="DIR_OR_HUB_ID",
+        help="base_model_name_or_path of the new adapter; default: the --aligned that build was given",
+    )
     add_gate_options(parser)
     parser.set_defaults(run=run)
 
@@ -25,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from safelora_vllm.api import project_adapter
     from safelora_vllm.cli.tables import CHANGES_NOTHING
 
-    report = project_adapter(args.adapter, args.projectors, args.out, policy, device=args.device)
+    report = project_adapter(
+        args.adapter, args.projectors, args.out, policy, device=args.device, base_model=args.base_model
+    )
     share = f"{report.count('projected')} of {len(report.modules)} modules"
     if policy.enforcing:
         print(f"{share} projected, written to {args.out}")

@@ -45,7 +45,7 @@ class GateSettings:
     """Everything that a gate's answer depends on, besides the adapter.
 
     device: where projections run. dtype: of the published weights; vLLM's LoRA dtype, so that its
-    own cast changes nothing. base_model: name written into published configs.
+    own cast changes nothing. base_model, revision: written into published configs.
     """
 
     cache: ProjectorCache
@@ -54,6 +54,7 @@ class GateSettings:
     dtype: torch.dtype = torch.float32
     limits: Limits = field(default_factory=Limits)
     base_model: str = ""
+    revision: str | None = None
 
     @property
     def ruleset_digest(self) -> str:
@@ -65,6 +66,7 @@ class GateSettings:
             str(self.dtype),
             self.base_model,
             self.limits.max_rank,
+            *([self.revision] if self.revision else []),  # so that older addresses stay
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -153,7 +155,7 @@ def admit(
         allowance.check_rank(report)
     try:
         with stages.time("publish"):
-            files = canonical_files(weights, settings.base_model, settings.dtype)
+            files = canonical_files(weights, settings.base_model, settings.dtype, settings.revision)
             # The stored report has no name: the same content may be served under several.
             published = store.publish(key, files, report.named(""))
     except AdapterRefused as error:
@@ -229,8 +231,8 @@ def _check_norms(relative_norms: Mapping[str, float], policy: Policy) -> list[Re
         Reason(
             "relative_norm",
             f"{named(modules)}: the adapter is {upto}{over[modules[0]]:.8g} times the module's weight, "
-            f"allowed are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes it "
-            "smaller",
+            f"allowed are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes "
+            "it smaller",
         )
     ]
 

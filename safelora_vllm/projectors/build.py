@@ -21,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
-from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
 from safelora_vllm.projectors.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    MODELS,
     ModuleEntry,
     natural_order,
 )
@@ -94,6 +95,10 @@ def build(
     partial.chmod(0o755)
     try:
         _write(partial, pair, names, options)
+        given = {"base": ModelName.of(base), "aligned": ModelName.of(aligned)}
+        (partial / MODELS).write_text(
+            json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
+        )
         partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

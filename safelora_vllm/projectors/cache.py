@@ -9,12 +9,14 @@ For every module the shards hold
 - ``NAME.energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
 
 The manifest holds the figures of `ModuleEntry`, the identities of both checkpoints, and each shard's
-sha256. The manifest's own sha256 is the cache's id: same id, same projections.
+sha256. The manifest's own sha256 is the cache's id: same id, same projections. ``models.json`` says which
+models the build was given; the same models give the same id wherever they are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
-from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, MANIFEST, ModuleEntry, parse_manifest
+from safelora_vllm.projectors.checkpoint import ModelName
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, MANIFEST, MODELS, ModuleEntry, parse_manifest
 
 
 class Projector:
@@ -130,6 +133,15 @@ class ProjectorCache:
         if found != self._manifest.shards[name].sha256:
             raise self._damaged(name, "its bytes are not those that the build wrote")
         self._verified[name] = state
+
+    @property
+    def aligned_model(self) -> ModelName | None:
+        """What the build was given as the aligned model; None in a cache of an older release."""
+        try:
+            given = json.loads((self.folder / MODELS).read_bytes())["aligned"]
+            return ModelName(str(given["name"]), str(given["revision"]) if given["revision"] else None)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def check_model(self, fingerprint: str, model: str | Path) -> None:
         """Refuse to serve a model that is not the aligned side of this cache.

@@ -63,6 +63,22 @@ def locate_model(model: str | Path) -> Path:
         ) from error
 
 
+@dataclass(frozen=True)
+class ModelName:
+    """How a model is named where PEFT and transformers find it. revision: of a hub id; None for a folder."""
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, model: str | Path) -> ModelName:
+        """The absolute path of a folder, or a hub id without its ``@revision``."""
+        if model != "" and Path(model).is_dir():  # Path("") is the current folder
+            return cls(str(Path(model).resolve()))
+        name, _, revision = str(model).partition("@")
+        return cls(name, revision or None)
+
+
 class Checkpoint:
     """A folder with ``model.safetensors`` or shards, and ``config.json``.
 

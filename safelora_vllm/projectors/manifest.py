@@ -13,6 +13,7 @@ from safelora_vllm.errors import ProjectorCacheError
 FORMAT = "safelora-projectors"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MODELS = "models.json"  # beside it: what the build was given, which is no part of the cache's identity
 ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values
 
 
