@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from safelora_vllm.cli.audit import add_parser
 from safelora_vllm.errors import StoreUnavailable, UsageError
+from safelora_vllm.policy import Policy
 from safelora_vllm.store import audit_log as audit
 from safelora_vllm.store.audit_log import AuditLog, parse_since
 
@@ -403,6 +405,47 @@ def test_the_table_shows_overrides(tmp_path: Path, run: Run, capsys: pytest.Capt
     first, second = (line for line in capsys.readouterr().out.splitlines() if "ops" in line)
     assert f"{'d' * 12} " in first and "safe-lora all" in first and "OVERRIDE" not in first
     assert "safe-lora all UNPROJECTED OVERRIDE" in second
+
+
+def test_the_table_shows_the_figures_of_a_policy_and_what_changed(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = AuditLog(tmp_path / "audit")
+
+    def record(name: str, decision: str = "accepted", **fields: Any) -> None:
+        policy = dataclasses.asdict(Policy(**fields))
+        log.record("ops", "policy", name, decision=decision, policy=policy)
+
+    record("a")
+    record("a", energy=0.5)
+    record("a", decision="refused", energy=0.9, max_total_norm=0.1)
+    record("a", energy=0.4, max_total_norm=0.25)
+    record("a", energy=0.4)
+    record("b", method="safe-lora", max_relative_norm=0.5)
+    record("b", method="safe-lora", threshold=0.5, max_relative_norm=0.5)
+    record("b", method="safe-lora", select="number", number=3)
+    log.record("ops", "policy", "c", decision="accepted", policy={"method": "later", "select": "all"})
+    log.record("ops", "delete", "c", decision="removed")
+    expected = [
+        "input-removal all energy=0.2",
+        "input-removal all energy=0.2→0.5",
+        "input-removal all energy=0.5→0.9 max_total_norm=1→0.1",
+        "input-removal all energy=0.5→0.4 max_total_norm=1→0.25",
+        "input-removal all energy=0.4 max_total_norm=0.25→1",
+        "safe-lora threshold threshold=0.35 max_relative_norm=0.5",
+        "safe-lora threshold threshold=0.35→0.5 max_relative_norm=0.5",
+        "safe-lora number threshold=0.5→0.35 number=10→3 max_relative_norm=0.5→1",
+        "later all",
+        "",
+    ]
+
+    def policies(*options: str) -> list[str]:
+        assert run("--adapter-store", str(tmp_path), *options) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "ops" in line]
+        return [line.split("│")[7].strip() for line in lines]
+
+    assert policies() == expected
+    assert policies("--adapter", "b") == expected[5:8], "what is left out still counts as before"
 
 
 @pytest.mark.parametrize("form", [["--json"], []])

@@ -82,7 +82,8 @@ def test_modules_without_a_projector_may_be_those_of_another_model(said: Said) -
     assert code == "no_projector" and text == (
         "8 of 14 modules have no projector: model.layers.20.self_attn.q_proj, "
         "model.layers.21.self_attn.q_proj, model.layers.22.self_attn.q_proj and 5 more. The projector "
-        "cache has model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj and 11 more. The adapter looks made for "
+        "cache has model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, "
+        "model.layers.0.mlp.up_proj and 11 more. The adapter looks made for "
         "another model, or the cache was built for other modules"
     )
 
