@@ -104,6 +104,13 @@ class Policy:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
+    def summary(self) -> str:
+        """What of it decides which modules are projected how, e.g. ``safe-lora, select threshold 0.35``."""
+        value = {"threshold": f" {self.threshold:g}", "number": f" {self.number}", "all": ""}[self.select]
+        energy = f", energy {self.energy:g}" if self.has_effect("energy") else ""
+        return f"{self.method}{energy}, select {self.select}{value}"
+
+    @property
     def chosen(self) -> list[str]:
         """The fields that differ from their defaults with this method."""
         default = Policy(method=self.method)

@@ -7,6 +7,7 @@ the README's table are made from it or tested against it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from safelora_vllm.store.layout import default_root
 SECTION = "safelora"
 PLUGIN = "safelora"  # in VLLM_PLUGINS
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
+ADMIN_KEY_MADE = "SAFELORA_ADMIN_API_KEY_MADE"  # set by a server that made the key itself
 METRICS_KEY = "SAFELORA_METRICS_KEY"
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
@@ -109,5 +111,6 @@ FIELDS: dict[str, Any] = get_type_hints(ServerSettings)  # name → type
 def new_admin_key() -> str:
     """A random key for servers that were given none, printed once."""
     key = secrets.token_urlsafe(24)
+    os.environ[ADMIN_KEY_MADE] = "1"
     print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
     return key

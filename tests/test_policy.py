@@ -189,6 +189,18 @@ def test_the_id_depends_on_every_field() -> None:
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id
 
 
+@pytest.mark.parametrize(
+    ("values", "summary"),
+    [
+        ({}, "input-removal, energy 0.2, select all"),
+        ({"method": "safe-lora"}, "safe-lora, select threshold 0.35"),
+        ({"method": "csulora", "select": "number", "number": 3}, "csulora, energy 0.95, select number 3"),
+    ],
+)
+def test_the_summary_has_what_decides(values: dict[str, Any], summary: str) -> None:
+    assert Policy(**values).summary == summary
+
+
 def test_the_fields_that_are_chosen() -> None:
     """What no dataclass can know, as far as it shows: fields whose values are not the method's own."""
     assert Policy().chosen == Policy(method="csulora", energy=0.95).chosen == Policy(energy=0.2).chosen == []

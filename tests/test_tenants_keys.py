@@ -108,7 +108,10 @@ def test_a_keys_file_without_tenants_opens_no_tenants_adapters(text: str, write:
     ],
 )  # fmt: skip
 def test_whether_there_is_an_admin(text: str, admin_key: str | None, expected: bool, write: Write) -> None:
-    assert KeyRing.open(write(text), admin_key, [INFERENCE]).has_admin is expected
+    ring = KeyRing.open(write(text), admin_key, [INFERENCE])
+    assert ring.has_admin is expected
+    kinds = [principal.kind for principal in ring.principals]
+    assert "inference" in kinds and ("admin" in kinds) is expected
 
 
 def test_without_tenants_inference_keys_see_every_adapter() -> None:

@@ -112,7 +112,7 @@ def _document(cache_id: str, calibration: Calibration, found: dict[str, Any] | N
 def _print(calibration: Calibration, found: dict[str, Any] | None) -> None:
     policy, strength = calibration.policy, calibration.strength
     lines = [*calibration.types.items(), ("all", calibration.whole)]
-    _print_table(f"A random adapter under {_in_words(policy)}", "type", lines)
+    _print_table(f"A random adapter under {policy.summary}", "type", lines)
     ladder = [(f"{getattr(rung, strength):g}", line) for rung, line in calibration.ladder]
     select = calibration.ladder[0][0].select
     _print_table(f"All modules, select {select}", strength, ladder, ladder[0][1].fixed)
@@ -122,13 +122,6 @@ def _print(calibration: Calibration, found: dict[str, Any] | None) -> None:
         if found["limited_by_cache"]:
             print("The cache keeps no larger energy; for more, build it with a larger --max-energy.")
         print("An upper bound: trained adapters lose more than random ones.")
-
-
-def _in_words(policy: Policy) -> str:
-    """What of the policy decides, e.g. ``safe-lora, select threshold 0.35``."""
-    value = {"threshold": f" {policy.threshold:g}", "number": f" {policy.number}", "all": ""}[policy.select]
-    energy = f", energy {policy.energy:g}" if policy.has_effect("energy") else ""
-    return f"{policy.method}{energy}, select {policy.select}{value}"
 
 
 def _print_table(

@@ -29,9 +29,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or terminal()
     policy = report.policy
     if report.modules:
-        strength = f", energy {policy.energy:g}" if policy.has_effect("energy") else ""
-        title = f"{report.adapter}: {policy.method}{strength}, select {policy.select}, {policy.mode}"
-        table = Table(title=title)
+        table = Table(title=f"{report.adapter}: {policy.summary}, {policy.mode}")
         table.add_column("module", overflow="fold")
         for column in ("rank", "similarity", "c₀", "retained", "relative norm"):
             table.add_column(column, justify="right")

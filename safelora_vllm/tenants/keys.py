@@ -89,7 +89,12 @@ class KeyRing:
     @property
     def has_admin(self) -> bool:
         """Whether anybody can change what is served for all."""
-        return any(principal.kind == "admin" for principal in self._current().keys.values())
+        return any(principal.kind == "admin" for principal in self.principals)
+
+    @property
+    def principals(self) -> list[Principal]:
+        """Whose keys are known, one for each key."""
+        return list(self._current().keys.values())
 
     def _current(self) -> _Known:
         """The keys, after a look at whether their file has changed."""

@@ -17,6 +17,7 @@ from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
+from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
@@ -86,6 +87,9 @@ class SafeLoRAEndpoint:
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
         state.safelora = reconciler = await Reconciler.start(engine_client, models)
+        door, gate = self._app.state.safelora_door, reconciler.copies.state
+        logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
+        logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
         state.safelora_manager = Manager(
             reconciler,
             await asyncio.to_thread(AuditLog, reconciler.names.root / AUDIT),
