@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import GuardError, UsageError
+from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.policy import Policy
@@ -76,7 +77,10 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     _refuse_options(args)
     _bound_cpu_memory(args)
     command.validate(args)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    finally:
+        remove_leftovers()
 
 
 def allowed_plugins() -> str:
