@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_one_owner_at_a_time(folder: Path) -> None:
     assert not folder.exists()
     remove_unowned(folder)
     remove(folder)
+
+
+def test_an_owner_that_is_just_ending_is_waited_for(folder: Path) -> None:
+    private_folder("instance")
+    lock = take_ownership(folder)
+    assert lock is not None
+    ending = threading.Timer(0.2, lock.close)
+    ending.start()
+    remove_unowned(folder, patience=60.0)
+    assert not folder.exists()
+    ending.join()
 
 
 def test_only_what_is_ours_is_removed(folder: Path) -> None:

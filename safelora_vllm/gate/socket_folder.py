@@ -18,6 +18,7 @@ from safelora_vllm.errors import GuardError
 
 SOCKET = "gate.sock"
 _LOCK = "owner.lock"
+_POLL_SECONDS = 0.05
 _STARTING_SECONDS = 60.0  # a worker has long taken its lock then
 
 
@@ -52,12 +53,21 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def remove_unowned(folder: Path) -> None:
-    """Remove the folder, unless the process that owns its gate lives."""
+def remove_unowned(folder: Path, patience: float = 0.0) -> None:
+    """Remove the folder, unless the process that owns its gate lives.
+
+    patience: seconds that it may take to end. One that was killed frees its memory before its locks.
+    """
+    deadline = time.monotonic() + patience
     with contextlib.suppress(OSError):
-        if folder.is_dir() and (lock := take_ownership(folder)) is not None:
-            with lock:
-                remove(folder)
+        while folder.is_dir():
+            if (lock := take_ownership(folder)) is not None:
+                with lock:
+                    remove(folder)
+                return
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_POLL_SECONDS)
 
 
 def remove_leftovers() -> None:

@@ -32,6 +32,7 @@ from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
+_WORKER_END_SECONDS = 10.0
 NO_LORA = ServerSettings(projectors="")
 
 
@@ -90,7 +91,7 @@ class SafeLoRAEndpoint:
         models = state.openai_serving_models
         state.safelora = reconciler = await Reconciler.start(engine_client, models)
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
-        atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent)
+        atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
