@@ -315,7 +315,7 @@ def test_times_that_a_user_can_give(text: str, expected: datetime) -> None:
     ids=lambda text: text[:12],
 )  # fmt: skip
 def test_times_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no time; give 90s") as error:
+    with pytest.raises(UsageError, match=r"is not a valid time: expected 90s") as error:
         parse_since(text)
     assert len(str(error.value)) < 250
 
@@ -451,18 +451,18 @@ def test_the_table_shows_the_figures_of_a_policy_and_what_changed(
 @pytest.mark.parametrize("form", [["--json"], []])
 def test_nothing_found(form: list[str], store: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--adapter-store", str(store), "--adapter", "nobody's", *form) == 0
-    assert capsys.readouterr() == ("", f"no such record in {store / 'audit'}\n")
+    assert capsys.readouterr() == ("", f"no matching record in {store / 'audit'}\n")
 
 
 def test_no_log_there(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UsageError, match=f"no audit log {tmp_path / 'x' / 'audit'}; give the server's --adapt"
+        UsageError, match=f"no audit log {tmp_path / 'x' / 'audit'}: expected it in the server's --adapt"
     ):
         run("--adapter-store", str(tmp_path / "x"))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     with pytest.raises(UsageError, match=str(tmp_path / "safelora-vllm" / "audit")):
         run()
-    with pytest.raises(UsageError, match="is no time"):
+    with pytest.raises(UsageError, match="is not a valid time"):
         run("--adapter-store", str(tmp_path), "--since", "yesterday")
 
 

@@ -219,7 +219,11 @@ def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["build", "--base", str(pair.aligned), *aligned, *options]) == 2
     assert main(["build", "--base", str(pair.base), *aligned, *options, "--dtype", "int8"]) == 2
     errors = capsys.readouterr().err
-    assert "give a model folder or a hub id" in errors and "V = 0" in errors and "--dtype is 'int8'" in errors
+    assert (
+        "expected a model folder or a hub id" in errors
+        and "V = 0" in errors
+        and "--dtype is 'int8'" in errors
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -197,7 +197,7 @@ def test_the_help_has_the_defaults() -> None:
     (commands,) = (action for action in _parser()._actions if action.dest == "command")
     assert isinstance(commands.choices, dict)
     text = " ".join(commands.choices["serve"].format_help().split())
-    assert "largest file; default: 2GiB" in text and "per API server; default: 8" in text
+    assert "largest file of an adapter; default: 2GiB" in text and "per API server; default: 8" in text
 
 
 @pytest.mark.parametrize(

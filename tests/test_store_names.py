@@ -152,7 +152,7 @@ def test_odd_names(name: str, names: NameStore) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 251, "é" * 45, "\ud800"], ids=ascii)
 def test_names_that_cannot_be_files(name: str, names: NameStore) -> None:
     assert names.get(name) is None
-    with pytest.raises(UsageError, match="is no adapter name"):
+    with pytest.raises(UsageError, match="is not a valid adapter name"):
         names.update(name, lambda _: AdapterRecord(name).with_version(version()))
     assert not names.root.exists()
 

@@ -119,7 +119,7 @@ def test_a_part_that_is_there_twice(name: str, place: str, tmp_path: Path) -> No
     others = b"".join(one for other, one in parts.items() if other != name)
     first, second = part(name, b"acme/1"), part(name, b"acme/2")
     body = first + (others + second if place == "behind" else second + others)
-    with pytest.raises(UsageError, match=f"{name} stands there twice"):
+    with pytest.raises(UsageError, match=f"{name} is there twice"):
         received(tmp_path, body + END)
 
 
@@ -326,8 +326,11 @@ def test_where_there_is_one_slot_a_tenant_may_have_it() -> None:
     ("sizes", "told"),
     [
         ({CONFIG: 1024**2, WEIGHTS: 5000}, ""),
-        ({CONFIG: 1024**2 + 1, WEIGHTS: 1}, f"{CONFIG} of org/name has 1,048,577 bytes; 1,048,576 are taken"),
-        ({CONFIG: 1, WEIGHTS: 5001}, f"{WEIGHTS} of org/name has 5,001 bytes; 5,000 are taken"),
+        (
+            {CONFIG: 1024**2 + 1, WEIGHTS: 1},
+            f"{CONFIG} of org/name has 1,048,577 bytes; this server accepts 1,048,576",
+        ),
+        ({CONFIG: 1, WEIGHTS: 5001}, f"{WEIGHTS} of org/name has 5,001 bytes; this server accepts 5,000"),
         ({CONFIG: 1, WEIGHTS: 10**12}, f"{WEIGHTS} of org/name has 1,000,000,000,000 bytes"),
     ],
 )
@@ -363,7 +366,7 @@ def test_what_is_no_hub_id_is_not_asked_for(
 ) -> None:
     for name in ("get_hf_file_metadata", "hf_hub_download"):
         monkeypatch.setattr(f"huggingface_hub.{name}", lambda *_args, **_more: pytest.fail("asked"))
-    with pytest.raises(UsageError, match="is no hub id; give ORGANISATION/NAME"):
+    with pytest.raises(UsageError, match="is not a valid hub id: expected ORGANISATION/NAME"):
         download(hub_id, None, tmp_path, 5000, False)
 
 

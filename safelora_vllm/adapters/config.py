@@ -77,7 +77,7 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
         reasons.append(Reason(code, detail))
 
     if config.get("peft_type") != "LORA":
-        wrong("peft_type", f"peft_type is {config.get('peft_type')!r:.80}; only LORA is served")
+        wrong("peft_type", f"peft_type is {config.get('peft_type')!r:.80}: expected 'LORA'")
     for key, code in _UNSUPPORTED.items():
         if config.get(key):
             wrong(code, f"{key} is set, which this gate cannot project; train without it")
@@ -94,14 +94,14 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
     reasons += by_cause(("unknown_config", repr(key), _UNKNOWN) for key in unknown if config[key])
     targets = config.get("target_modules")
     if not (targets is None or isinstance(targets, str) or _strings(targets)):
-        wrong("config_type", "target_modules is neither a string nor a list of strings")
+        wrong("config_type", "target_modules is not valid: expected a string or a list of strings")
     if not _rank(config.get("r")):
-        wrong("config_type", f"r is {config.get('r')!r:.80}; expected a whole number above 0")
+        wrong("config_type", f"r is {config.get('r')!r:.80}: expected a whole number above 0")
     if not _number(config.get("lora_alpha")):
-        wrong("config_type", f"lora_alpha is {config.get('lora_alpha')!r:.80}; expected a number > 0")
+        wrong("config_type", f"lora_alpha is {config.get('lora_alpha')!r:.80}: expected a number above 0")
     rslora = config.get("use_rslora", False)
     if not isinstance(rslora, bool | None):
-        wrong("config_type", f"use_rslora is {rslora!r:.80}; expected true or false")
+        wrong("config_type", f"use_rslora is {rslora!r:.80}: expected true or false")
     for key, valid in (("rank_pattern", _rank), ("alpha_pattern", _number)):
         reasons += _check_patterns(key, config.get(key), valid)
     if reasons:

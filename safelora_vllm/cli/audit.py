@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safelora_vllm.cli.options import STORE
 from safelora_vllm.errors import PolicyError, UsageError
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.store.audit_log import AuditLog, parse_since
@@ -22,12 +23,12 @@ _UNPROJECTED = ("report-only", "audit")  # the mode and its former name
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of ``safelora-vllm``."""
     parser = commands.add_parser("audit", allow_abbrev=False, help="show who did what to which adapter")
-    parser.add_argument("--adapter-store", metavar="DIR", help="the server's; default: its default")
-    parser.add_argument("--since", metavar="TIME", help="e.g. 90s, 15m, 2h, 7d (ago) or 2026-01-31")
-    parser.add_argument("--until", metavar="TIME", help="as --since; records of that moment are left out")
-    parser.add_argument("--adapter", metavar="NAME")
-    parser.add_argument("--actor", metavar="ID", help="a key's name, e.g. admin/alice or acme/ci")
-    parser.add_argument("--action", help="e.g. load")
+    parser.add_argument("--adapter-store", metavar="DIR", help=STORE)
+    parser.add_argument("--since", metavar="TIME", help="from then on: 90s, 15m, 2h, 7d (ago) or 2026-01-31")
+    parser.add_argument("--until", metavar="TIME", help="before then, written like --since")
+    parser.add_argument("--adapter", metavar="NAME", help="only this adapter")
+    parser.add_argument("--actor", metavar="ID", help="only this key, e.g. admin/alice or acme/ci")
+    parser.add_argument("--action", help="only upload, load, rollback, policy, delete or unload")
     parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
     parser.set_defaults(run=run)
 
@@ -40,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if not folder.is_dir():
             raise UsageError(
-                f"there is no audit log {folder}; give the server's --adapter-store. The log begins when "
-                "the first adapter is loaded"
+                f"there is no audit log {folder}: expected it in the server's --adapter-store. The log "
+                "begins when the first adapter is loaded"
             )
         records = _with_policy_before(AuditLog(folder).read(since, until))
         wanted = (r for r in records if all(r[0].get(name) == value for name, value in filters.items()))
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     except PermissionError as error:
         raise UsageError(f"{error.filename} cannot be read; run this as the server's user") from error
     if not shown:
-        print(f"no such record in {folder}", file=sys.stderr)
+        print(f"no matching record in {folder}", file=sys.stderr)
     return 0
 
 

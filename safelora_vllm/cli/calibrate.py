@@ -36,15 +36,17 @@ _LAST = ("effect_kept", "least_kept")
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of ``safelora-vllm``."""
     parser = commands.add_parser(
-        "calibrate", allow_abbrev=False, help="show what a policy does to a random adapter, and choose one"
+        "calibrate",
+        allow_abbrev=False,
+        help="show what a policy does to a random adapter, or find a strength",
     )
     add_projectors_option(parser)
     parser.add_argument(
         "--keep-random",
         type=float,
         metavar="SHARE",
-        help="find the method's largest strength that leaves every module this share of a random "
-        "adapter's effect, e.g. 0.99",
+        help="find the largest strength that leaves every module this share of a random adapter's effect, "
+        "e.g. 0.99",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     add_projection_options(parser)

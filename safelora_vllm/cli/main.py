@@ -12,6 +12,10 @@ from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, 
 from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 
+_DESCRIPTION = "Serve LoRA adapters with vLLM, and keep what alignment changed in the model."
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 problems found (store verify), 2 wrong usage or missing input, 3 adapter refused."
+)
 _COMMANDS = (build, inspect, project, serve, calibrate, store, audit)
 
 
@@ -33,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="safelora-vllm", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="safelora-vllm", description=_DESCRIPTION, epilog=_EXIT_CODES, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 
 from safelora_vllm.cli import DONE
-from safelora_vllm.cli.options import add_gate_options, chosen_policy
+from safelora_vllm.cli.options import ADAPTER, add_gate_options, chosen_policy
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of ``safelora-vllm``."""
     parser = commands.add_parser(
-        "project", allow_abbrev=False, help="pass an adapter through the gate, offline"
+        "project", allow_abbrev=False, help="pass an adapter through the gate and write the result"
     )
-    parser.add_argument("adapter", help="a PEFT adapter folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the new adapter")
+    parser.add_argument("adapter", help=ADAPTER)
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the projected adapter")
     parser.add_argument(
         "--base-model",
         metavar="DIR_OR_HUB_ID",

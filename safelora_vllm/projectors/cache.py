@@ -110,7 +110,7 @@ class ProjectorCache:
             return (self.folder / MANIFEST).read_bytes()
         except OSError as error:
             raise ProjectorCacheError(
-                f"no projector cache in {self.folder} ({error.strerror}); make one with "
+                f"there is no projector cache in {self.folder} ({error.strerror}); make one with "
                 "'safelora-vllm build --base BASE --aligned ALIGNED --out DIR'"
             ) from error
 

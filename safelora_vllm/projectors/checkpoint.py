@@ -50,7 +50,7 @@ def locate_model(model: str | Path) -> Path:
         return path
     name, _, revision = str(model).partition("@")
     if path.is_absolute() or name.count("/") > 1 or name.startswith("."):
-        raise CheckpointError(f"there is no folder {model}; give a model folder or a hub id")
+        raise CheckpointError(f"{model} is not a folder: expected a model folder or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -58,7 +58,7 @@ def locate_model(model: str | Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client's errors have no common base class
         raise CheckpointError(
-            f"{model} is no folder here, and the hub did not give it ({type(error).__name__}: "
+            f"{model} is not a folder, and it could not be downloaded from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); give a model folder or an id that can be downloaded"
         ) from error
 
@@ -92,7 +92,7 @@ class Checkpoint:
         for file in _weight_files(self.folder):
             for name, info in read_header(file).items():
                 if name in self.tensors:
-                    raise CheckpointError(f"{self.folder}: {name} stands in two files")
+                    raise CheckpointError(f"{self.folder}: {name} is in two files")
                 self.tensors[name] = info
 
     @property

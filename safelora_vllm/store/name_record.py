@@ -104,10 +104,10 @@ def file_of(name: str) -> str:
     try:
         file = quote(name, safe="") + SUFFIX
     except UnicodeEncodeError as error:
-        raise UsageError(f"{name!r:.100} is no adapter name: it is not Unicode text") from error
+        raise UsageError(f"{name!r:.100} is not a valid adapter name: expected Unicode text") from error
     if not name or len(file) > _LONGEST:
         raise UsageError(
-            f"{name!r:.100} is no adapter name: it takes {len(file)} bytes as a file name; give one "
+            f"{name!r:.100} is not a valid adapter name: it takes {len(file)} bytes as a file name; give one "
             f"of 1 to about {_LONGEST - len(SUFFIX)} letters and digits"
         )
     return file

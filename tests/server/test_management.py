@@ -247,7 +247,7 @@ def test_a_lowered_quota_holds_for_what_comes_next(place: Place, adapters: list[
             low = place.tenant(max_rank=3)
             with pytest.raises(QuotaExceeded, match="rank 4, max_rank is 3"):
                 await manager.add(low, "acme/y", adapters[0])
-            with pytest.raises(QuotaExceeded, match="4 would be needed of max_rank 3"):
+            with pytest.raises(QuotaExceeded, match="max_rank is 3, 4 would be needed"):
                 await manager.roll_back(low, "acme/x", 1)
             assert manager.reconciler.names.all()["acme/x"].current == 2
 

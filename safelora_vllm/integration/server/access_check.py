@@ -184,5 +184,5 @@ def _method(scope: Scope) -> str:
 
 
 def _denied(principal: Principal, access: Access) -> SafeLoRAError:
-    sentence = f"this needs {_NEEDED[access]} as 'Authorization: Bearer KEY'"
+    sentence = f"this route needs {_NEEDED[access]}: send it as 'Authorization: Bearer KEY'"
     return Forbidden(sentence) if principal.kind == "tenant" else Unauthorized(sentence)
