@@ -23,26 +23,26 @@ def text(record: dict[str, Any] | None = None, **changes: Any) -> bytes:
     return json.dumps(data).encode()
 
 
-@pytest.mark.parametrize(
-    ("stored", "told"),
-    [
-        (text({"format": 2}), "its format is 2, this safelora reads 1"),
-        (text(rank="4"), "rank is '4'"),
-        (text(rules=7), "ruleset_digest is 7"),
-        (text(by="é" * 7, digest="A" * 64), f"digest is '{'A' * 64}'"),
-        (text(version=2), "its current version is 1, of [2]"),
-        (text({"current": 2}), "its current version is 2, of [1]"),
-        (text({"current": "1" * 200}), f"its current version is '{'1' * 99}, of [1]"),
-        (text({"versions": []}), "its versions are []"),
-        (text({"name": "y"}), "it is the record of 'y'"),
-        (text({"name": 1}), "it is the record of 1"),
-        (text(created=math.nan), "NaN is not a number"),
-        (text(load_seconds=-math.inf), "-Infinity is not a number"),
-    ],
-)
-def test_what_is_wrong_with_a_record_is_told(stored: bytes, told: str) -> None:
+FAULTS = {
+    "its format is 2, this safelora reads 1": text({"format": 2}),
+    "rank is '4'": text(rank="4"),
+    "ruleset_digest is 7": text(rules=7),
+    f"digest is '{'A' * 64}'": text(digest="A" * 64),
+    "its current version is 1, of [2]": text(version=2),
+    "its current version is 2, of [1]": text({"current": 2}),
+    f"its current version is '{'1' * 99}, of [1]": text({"current": "1" * 200}),
+    "its versions are []": text({"versions": []}),
+    "it is the record of 'y'": text({"name": "y"}),
+    "it is the record of 1": text({"name": 1}),
+    "NaN is not a number": text(created=math.nan),
+    "-Infinity is not a number": text(load_seconds=-math.inf),
+}
+
+
+@pytest.mark.parametrize("told", FAULTS)
+def test_what_is_wrong_with_a_record_is_told(told: str) -> None:
     with pytest.raises(ValueError) as wrong:
-        from_json(stored, "x.json")
+        from_json(FAULTS[told], "x.json")
     assert str(wrong.value) == told
 
 
@@ -78,6 +78,7 @@ def test_one_name_has_one_file(file: str, name: str) -> None:
         ("x" * 251, f"'{'x' * 99} is no adapter name: it takes 256 bytes as a file name"),
         ("é" * 45, f"'{'é' * 45}' is no adapter name: it takes 275 bytes as a file name"),
     ],
+    ids=ascii,
 )
 def test_a_name_without_a_file_is_told_with_what_would_fit(name: str, told: str) -> None:
     with pytest.raises(UsageError) as refused:
