@@ -122,7 +122,7 @@ def to_dict(record: AdapterRecord) -> dict[str, Any]:
 
 def to_json(record: AdapterRecord, file: str) -> bytes:
     """The content of a record's file; ValueError, KeyError or TypeError where it could not be read."""
-    text = json.dumps({"format": _FORMAT, **to_dict(record)}, indent=1, allow_nan=False).encode()
+    text = json.dumps({"format": _FORMAT, **to_dict(record)}, indent=1).encode()
     from_json(text, file)
     return text
 
@@ -146,7 +146,7 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
         raise ValueError(f"its versions are {numbers}")
     if type(record.current) is not int or record.current not in numbers:
         raise ValueError(f"its current version is {record.current!r:.100}, of {numbers}")
-    if record.name != unquote(file.removesuffix(SUFFIX), errors="strict") or file_of(record.name) != file:
+    if record.name != unquote(file.removesuffix(SUFFIX)) or file_of(record.name) != file:
         raise ValueError(f"it is the record of {record.name!r:.100}")
     return record
 
