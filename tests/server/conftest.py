@@ -15,6 +15,7 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.corpus import Target
 from tests.corpus.target import sized_lora
+from tests.server.fake_server import Place
 from tests.tiny import Draft, lora_config
 
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -73,6 +74,13 @@ def write_adapter(
 def target(projectors: Path, aligned: Path) -> Target:
     """The served model as the corpus of hostile adapters attacks it."""
     return Target.of(ProjectorCache(projectors), aligned.with_name("base"), aligned)
+
+
+@pytest.fixture
+def place(cache: ProjectorCache, tmp_path: Path) -> Iterator[Place]:
+    """A gate on the tiny model pair, and API servers with fake engines on its store."""
+    with Place.start(cache, tmp_path) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

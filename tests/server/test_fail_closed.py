@@ -15,6 +15,7 @@ from server import ServerDied, guarded, plain, running
 
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.server import engine as pool
+from tests.server.fake_engine import FakeEngine
 
 REQUIRED = "--worker-extension-cls=safelora_vllm.integration.required.Guard"
 PLUGIN = {"VLLM_PLUGINS": "safelora"}
@@ -144,21 +145,6 @@ def test_a_changed_seam_of_the_api_server_does_not_start(
     assert "seam 'in flight'" in start_and_fail(command, env, tmp_path)
 
 
-class FakeEngine:
-    """Two data-parallel engines, whose workers answer what the test says."""
-
-    def __init__(self, answers: list[object]) -> None:
-        self.answers, self.engine_core = answers, self
-        self.core_engines = range(len(answers))
-
-    async def _call_utility_async(self, *arguments: object, engine: int) -> object:
-        assert arguments == ("collective_rpc", "safelora_attest", None, (), None)
-        answer = self.answers[engine]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
 GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lost": []}
 
 
@@ -176,4 +162,4 @@ GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lo
 )
 def test_attestation(answers: list[object]) -> None:
     with pytest.raises(GuardError):
-        asyncio.run(pool.ask_workers(FakeEngine(answers)))
+        asyncio.run(pool.ask_workers(FakeEngine(lambda: answers)))
