@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,7 @@ from tests.server.fake_server import Place
 from tests.tiny import Draft, lora_config
 
 CACHE = Path(__file__).parents[2] / ".cache"
+SECONDS = 900  # for one test with the server that it starts; the longest take a sixth of that
 INFERENCE_KEY = "an-inference-key"
 TENANT_KEYS = {"acme": "acme-secret-for-this-test", "globex": "globex-secret-for-this-test"}
 Q_V = ("q_proj", "v_proj")
@@ -28,11 +30,19 @@ SPY_PATH = {"PYTHONPATH": str(Path(__file__).parents[2])}
 ALL = (*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Servers run side by side. vLLM would bind the threads of each to the same cores, where they wait for
+    # each other; one thread each, wherever there is room, takes less time.
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Everything in this folder is slow and needs vLLM."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.server)
+            if config.pluginmanager.hasplugin("timeout"):
+                item.add_marker(pytest.mark.timeout(SECONDS))
 
 
 @pytest.fixture(scope="session")
