@@ -46,8 +46,8 @@ def _has_server() -> bool:
         return False
 
 
-# What takes longest begins first, so that the processes end together. Seconds on 2 cores, 2 processes.
-LONGEST = ("server", "test_many_servers", "test_parallel", "test_engines", "test_routes", "test_safety_benchmark")
+# What takes longest begins first, so that the processes end together.
+LONGEST = ("server", "test_many_servers", "test_parallel", "test_families", "test_routes")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks

@@ -16,11 +16,12 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.corpus import Target
 from tests.corpus.target import sized_lora
-from tests.server.fake_server import Place
-from tests.tiny import Draft, lora_config
+from tests.server.fake_server import FakeServer, Place
+from tests.tiny import Draft, lora, lora_config
 
 CACHE = Path(__file__).parents[2] / ".cache"
 SECONDS = 900  # for one test with the server that it starts; the longest take a sixth of that
+MAX_BYTES = 1_000_000  # of an upload to `fake`
 INFERENCE_KEY = "an-inference-key"
 TENANT_KEYS = {"acme": "acme-secret-for-this-test", "globex": "globex-secret-for-this-test"}
 Q_V = ("q_proj", "v_proj")
@@ -90,6 +91,32 @@ def target(projectors: Path, aligned: Path) -> Target:
 def place(cache: ProjectorCache, tmp_path: Path) -> Iterator[Place]:
     """A gate on the tiny model pair, and API servers with fake engines on its store."""
     with Place.start(cache, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def drafts(tmp_path: Path) -> dict[str, Path]:
+    """For `fake`, adapters as small as its model, by the names of `adapters`."""
+    return {
+        name: Draft(tensors=lora(seed=seed)).write(tmp_path / "drafts" / name)
+        for seed, name in enumerate(("qv", "other", "static"))
+    }
+
+
+@pytest.fixture
+def fake(
+    cache: ProjectorCache, drafts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeServer]:
+    """As `server`, with the same keys, and a fake engine: what it is told does not reach any weights."""
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
+    with (
+        Place.start(cache, tmp_path, select="all") as place,
+        place.server(
+            {"static": drafts["static"]}, INFERENCE_KEY, keys=str(write_keys(place.keys)),
+            adapter_roots=[str(tmp_path)], max_adapter_bytes=MAX_BYTES,
+        ) as started,
+    ):  # fmt: skip
         yield started
 
 
@@ -171,15 +198,11 @@ def say(http: httpx.Client, model: str, prompt: str = "The capital of France is"
     return str(answer.json()["choices"][0]["text"])
 
 
-def first_token(http: httpx.Client, model: str) -> tuple[str, float]:
+def first_token(
+    http: httpx.Client, model: str, prompt: str = "The capital of France is"
+) -> tuple[str, float]:
     """A completion of one token, and its log probability, which the least of a foreign delta changes."""
-    body = {
-        "model": model,
-        "prompt": "The capital of France is",
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": 1,
-    }
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1}
     answer = http.post("/v1/completions", json=body)
     answer.raise_for_status()
     choice = answer.json()["choices"][0]

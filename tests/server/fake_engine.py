@@ -138,7 +138,8 @@ def _with_state(app: FastAPI, engine: FakeEngine) -> FastAPI:
         for plugin in app.state.endpoint_plugins:
             await plugin.init_state(engine, app.state, app.state.args)
         yield
-        await app.state.safelora.stop()
+        if reconciler := getattr(app.state, "safelora", None):
+            await reconciler.stop()
 
     app.router.lifespan_context = lifespan
     return app

@@ -38,6 +38,7 @@ class FakeServer:
 
     app: FastAPI
     engine: FakeEngine
+    store: Path
     portal: BlockingPortal
 
     def client(self, key: str = "") -> TestClient:
@@ -58,12 +59,10 @@ class Place:
 
     @classmethod
     @contextmanager
-    def start(cls, cache: ProjectorCache, folder: Path, **settings: Any) -> Iterator[Place]:
+    def start(cls, cache: ProjectorCache, folder: Path, **policy: Any) -> Iterator[Place]:
         """With a gate at work until the block ends."""
-        policy = {"method": "safe-lora"}
-        given = ServerSettings(
-            str(cache.folder), str(folder / "store"), policy, trust_served_model=True, **settings
-        )
+        policy = {"method": "safe-lora", **policy}
+        given = ServerSettings(str(cache.folder), str(folder / "store"), policy, trust_served_model=True)
         config = GateConfig(str(folder / "gate.sock"), "not compared", given)
         service = GateService(config)
         with _Server(config.socket, type("Handler", (_Handler,), {"service": service})) as server:
@@ -106,7 +105,7 @@ class Place:
         app = all_routes(engine, given, static, api_key=[api_key] if api_key else None)
         with TestClient(app) as client:
             assert client.portal is not None
-            yield FakeServer(app, engine, client.portal)
+            yield FakeServer(app, engine, self.store, client.portal)
 
     def audit(self) -> list[tuple[str, str, str, list[str]]]:
         """Action, adapter, decision and reasons of each entry."""

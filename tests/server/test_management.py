@@ -1,6 +1,6 @@
 """Changes that callers make, with the real gate, stores, quotas and audit log.
 
-The engine only notes what it is asked. The routes are in `test_uploads_http` and `test_tenants_http`.
+The engine only notes what it is asked. The routes are in `test_http_uploads` and `test_http_changes`.
 """
 
 from __future__ import annotations
