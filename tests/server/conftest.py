@@ -27,6 +27,8 @@ TENANT_KEYS = {"acme": "acme-secret-for-this-test", "globex": "globex-secret-for
 Q_V = ("q_proj", "v_proj")
 # Shows what passes the access check and reaches the application (`route_spy`).
 SPY = "--middleware=tests.server.route_spy.RouteSpy"
+# The worker runs in the engine's process, which vLLM does not do by itself on a CPU: 8 s of imports less.
+UNI = "--distributed-executor-backend=uni"
 SPY_PATH = {"PYTHONPATH": str(Path(__file__).parents[2])}
 ALL = (*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -17,7 +17,7 @@ import pytest
 from server import ADMIN_KEY, Server, guarded, running
 
 from safelora_vllm.projectors.cache import ProjectorCache
-from tests.server.conftest import Q_V, client, say, upload, write_adapter
+from tests.server.conftest import Q_V, UNI, client, say, upload, write_adapter
 
 COUNT = 50
 ADAPTERS = {f"adapter-{index}": index for index in range(COUNT)}
@@ -189,7 +189,7 @@ def test_a_second_server_on_the_same_store(
 ) -> None:  # fmt: skip
     """Another host on a shared folder: it has all names, new ones within a second."""
     with (
-        running(command(aligned, projectors, own_store), tmp_path / "replica.log") as replica,
+        running(command(aligned, projectors, own_store, UNI), tmp_path / "replica.log") as replica,
         client(pair_of_servers, ADMIN_KEY) as here,
         client(replica, ADMIN_KEY) as there,
     ):
@@ -246,7 +246,7 @@ def test_restart_after_a_kill_serves_every_name(
     checked = subprocess.run([*verify, f"--adapter-store={store}"], capture_output=True, text=True)
     assert "raw" not in checked.stdout and "name" not in checked.stdout, checked.stdout
     before = {path.name: path.stat().st_mtime_ns for path in (store / "published").iterdir()}
-    line = command(aligned, projectors, store)
+    line = command(aligned, projectors, store, UNI)
     with running(line, tmp_path / "second.log") as after_it, client(after_it, ADMIN_KEY) as http:
         served = {report["adapter"]: report["digest"] for report in http.get("/v1/adapters").json()["data"]}
         for name, digest in done.items():
