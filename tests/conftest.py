@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,49 @@ def _has_server() -> bool:
         return all(importlib.util.find_spec(name) for name in ("vllm", "fastapi"))
     except ImportError:
         return False
+
+
+# What takes longest begins first, so that the processes end together.
+LONGEST = ("server", "test_many_servers", "test_parallel", "test_families", "test_routes")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For several processes: tests that share something are done by one of them, the slowest come first."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+    def place(item: pytest.Item) -> int:
+        group = groups[item]
+        if group in LONGEST:
+            return LONGEST.index(group)
+        return len(LONGEST) + (item.path.parent.name != "server")
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Names of files may be logged that are no UTF-8. xdist cannot send those to its main process."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
+def _group(item: pytest.Item) -> str:
+    """The one server, or the file if its tests share anything; otherwise none."""
+    assert isinstance(item, pytest.Function)
+    if "server" in item.fixturenames:
+        return "server"
+    known = item._fixtureinfo.name2fixturedefs
+    shared = any(fixture.scope == "module" for name in item.fixturenames for fixture in known.get(name, ()))
+    return item.path.stem if shared else ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -514,19 +514,23 @@ def test_a_second_change_within_a_tick_is_seen(names: NameStore) -> None:
     assert names.all()["x"].live.digest == B
 
 
-def test_a_thousand_names_are_looked_at_in_milliseconds(names: NameStore) -> None:
+def test_a_thousand_names_are_looked_at_again_in_milliseconds(names: NameStore) -> None:
+    """Records that have not changed are not read again. Compared in one run: other tests run beside it."""
     put(names, "acme/x", A)
     for number in range(1000):
         name = f"acme/adapter-{number}"
         (names.folder / file_of(name)).write_text(golden(name=name))
     settle(names)
-    assert len(names.all()) == 1001
-    seconds = []
-    for _ in range(10):
+
+    def look(at: NameStore) -> float:
         start = time.perf_counter()
-        names.all()
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.03  # measured: 4 ms; the rest is for a slow and busy machine
+        assert len(at.all()) == 1001
+        return time.perf_counter() - start
+
+    first = min(look(NameStore(names.root)) for _ in range(5))
+    look(names)
+    again = min(look(names) for _ in range(10))
+    assert again < first / 4  # measured: 4 ms and 54 ms; reading them all again would be as slow as at first
 
 
 def test_numbers_are_given_once(names: NameStore) -> None:

@@ -28,7 +28,7 @@ from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import REFUSED, TABLE, Access
 from safelora_vllm.integration.worker.guard import WorkerGuard
 from safelora_vllm.tenants.principal import Kind
-from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, TENANT_KEYS, client, say, write_keys
+from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, TENANT_KEYS, UNI, client, say, write_keys
 from tests.server.route_spy import INVENTED, PASSED, described
 
 METRICS_KEY = "a-metrics-key-of-this-test"
@@ -50,7 +50,7 @@ def dev_server(aligned: Path, projectors: Path, tmp_path_factory: pytest.TempPat
     command = guarded(
         aligned, projectors, folder / "store", f"--api-key={INFERENCE_KEY}", f"--root-path={ROOT}",
         f"--keys={write_keys(folder / 'keys.toml')}", f"--metrics-key={METRICS_KEY}", "--private-docs",
-        SPY,
+        SPY, UNI,
     )  # fmt: skip
     with running(command, folder / "server.log", {**SPY_PATH, "VLLM_SERVER_DEV_MODE": "1"}) as started:
         yield started
