@@ -141,7 +141,7 @@ class Policy:
                 condition, needed = _condition(field)
                 raise PolicyError(
                     f"{field} has no effect with {condition} {getattr(self, condition)!r}; give {condition} "
-                    f"{' or '.join(map(repr, needed))} too{_by_itself(field)}, or leave {field} out"
+                    f"{' or '.join(map(repr, needed))} too{_default_of(field)}, or leave {field} out"
                 )
             # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
             option = self._method.options.get(field)
@@ -221,10 +221,10 @@ def _condition(field: str) -> tuple[str, tuple[str, ...]]:
     return "method", tuple(name for name, method in METHODS.items() if field in method.options)
 
 
-def _by_itself(select: str) -> str:
-    """A note on the methods that select so without being told."""
-    names = [name for name, method in METHODS.items() if method.select == select != "all"]
-    return f" ({' and '.join(names)} has it by itself)" if names else ""
+def _default_of(field: str) -> str:
+    """A note on the methods whose ``select`` has this field's name where none is given."""
+    names = [name for name, method in METHODS.items() if method.select == field]
+    return f" (the default of {' and '.join(names)})" if names else ""
 
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:

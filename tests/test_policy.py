@@ -88,7 +88,7 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
             "energy has no effect with method 'safe-lora'; "
             "give method 'input-removal' or 'csulora' too, or leave energy out",
         ),
-        ({"threshold": 0.5}, r"give select 'threshold' too \(safe-lora has it by itself\)"),
+        ({"threshold": 0.5}, r"give select 'threshold' too \(the default of safe-lora\), or leave"),
         ({"energy": 0.0}, "with energy 0 nothing is projected"),
         ({"method": "safe-lora", "select": "number", "number": 0}, "with number 0 nothing is projected"),
         ({"method": "safe-lora", "threshold": 0}, "with threshold 0 nothing is projected"),
