@@ -20,5 +20,5 @@ def test_raised_again_it_says_the_same_and_keeps_no_frames(kept: SafeLoRAError) 
 
 
 def test_a_refusal_without_a_reason_is_a_mistake_of_ours() -> None:
-    with pytest.raises(ValueError, match="^a refusal needs at least one reason$"):
+    with pytest.raises(ValueError, match=r"^a refusal needs at least one reason$"):
         AdapterRefused([])

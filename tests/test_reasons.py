@@ -34,7 +34,7 @@ _MESSAGE = 20 * (500 + 30)
         ("x" * 501, "x" * 499 + "…"),
         ("\n" * 8_000_000, ("\\n" * 250)[:499] + "…"),
     ],
-    ids=["printable", "lines", "terminal", "unicode", "outside of the plane", "mixed", "500", "501", "millions"],
+    ids=["printable", "lines", "terminal", "unicode", "other planes", "mixed", "500", "501", "millions"],
 )
 def test_what_is_not_printable_is_escaped_and_what_is_long_is_cut(raw: str, shown: str) -> None:
     assert Reason("shape", raw).message == shown

@@ -150,8 +150,9 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        None, "safelora", 5, {}, {"other": {"projectors": "p"}}, {"safelora": None}, {"safelora": "projectors"},
-        {"safelora": ["projectors"]}, {"safelora": {}}, {"safelora": {"projectors": ""}},
+        None, "safelora", 5, {}, {"other": {"projectors": "p"}}, {"safelora": None},
+        {"safelora": "projectors"}, {"safelora": ["projectors"]}, {"safelora": {}},
+        {"safelora": {"projectors": ""}},
     ],
     ids=str,
 )  # fmt: skip
