@@ -158,7 +158,7 @@ class Policy:
                 condition, needed = _condition(field)
                 raise PolicyError(
                     f"`{field}` has no effect with `{condition}` {getattr(self, condition)!r}. Set "
-                    f"`{condition}` to {' or '.join(map(repr, needed))}{_by_itself(field)}, or leave "
+                    f"`{condition}` to {' or '.join(map(repr, needed))}{_default_of(field)}, or leave "
                     f"`{field}` out"
                 )
             # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
@@ -239,9 +239,9 @@ def _condition(field: str) -> tuple[str, tuple[str, ...]]:
     return "method", tuple(name for name, method in METHODS.items() if field in method.options)
 
 
-def _by_itself(select: str) -> str:
-    """A note on the methods that select so without being told."""
-    names = [name for name, method in METHODS.items() if method.select == select != "all"]
+def _default_of(field: str) -> str:
+    """A note on the methods whose ``select`` has this field's name where none is given."""
+    names = [name for name, method in METHODS.items() if method.select == field]
     return f" (the default of {' and '.join(names)})" if names else ""
 
 

@@ -95,7 +95,7 @@ class ServerSettings:
             except msgspec.ValidationError as error:
                 wrong.append(f"{name} is {value!r:.80}: {error}")
         if wrong:
-            raise GuardError(f"safelora settings: {'; '.join(wrong)}; see README, Configuration")
+            raise GuardError(f"safelora settings: {'; '.join(wrong)}; see docs/configuration.md")
         settings = cls(**values)
         Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -60,3 +62,25 @@ def test_a_value_that_projects_nothing_is_told_in_full() -> None:
         str(told.value)
         == "with `energy` 0 nothing is projected. If that is meant, set `mode` to 'report-only'"
     )
+
+
+def test_all_methods_are_named_whose_default_a_field_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "csulora", dataclasses.replace(METHODS["csulora"], select="threshold"))
+    with pytest.raises(PolicyError) as told:
+        Policy(threshold=0.5).check_effective(["threshold"])
+    assert "give select 'threshold' too (the default of safe-lora and csulora), or" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "todays"),
+    [
+        ({}, {}),
+        ({"energy": 0.5}, {"energy": 0.5}),
+        ({"mode": "enforce", "number": 3}, {"mode": "enforce", "number": 3}),
+        ({"mode": "audit", "number": 3}, {"mode": "report-only", "number": 3}),
+        ({"mode": ["audit"]}, {"mode": ["audit"]}),
+    ],
+    ids=str,
+)
+def test_stored_values_change_in_their_mode_only(stored: dict[str, Any], todays: dict[str, Any]) -> None:
+    assert stored_values(stored) == todays and stored_values(stored) is not stored

@@ -29,10 +29,12 @@ _MESSAGE = 20 * (500 + 30)
         ("\x1b[2J\x9b", "\\x1b[2J\\x9b"),
         ("\ud800 \u2028 \u202e \u200b", "\\ud800 \\u2028 \\u202e \\u200b"),
         ("\0\U000e0041", "\\x00\\U000e0041"),
+        ("größer \\ ' \0", "größer \\ ' \\x00"),
         ("x" * 500, "x" * 500),
         ("x" * 501, "x" * 499 + "…"),
         ("\n" * 8_000_000, ("\\n" * 250)[:499] + "…"),
     ],
+    ids=["printable", "lines", "terminal", "unicode", "other planes", "mixed", "500", "501", "millions"],
 )
 def test_what_is_not_printable_is_escaped_and_what_is_long_is_cut(raw: str, shown: str) -> None:
     assert Reason("shape", raw).message == shown

@@ -29,6 +29,15 @@ def keys_file(folder: Path, text: str) -> Path:
     return new.rename(file)
 
 
+def test_the_metrics_key_is_its_own_kind_with_and_without_a_file(tmp_path: Path) -> None:
+    for file in (None, keys_file(tmp_path, f'[admin]\na = "{SECRET}"\n')):
+        ring = KeyRing.open(file, None, [], OTHER)
+        assert ring.identify(OTHER) == Principal("metrics", "metrics")
+        assert ring.identify(None) == Principal("anonymous", "anonymous", sees_all=file is None)
+    with pytest.raises(KeysError, match="the keys admin/environment and metrics have the same secret"):
+        KeyRing.open(None, SECRET, [], SECRET)
+
+
 def test_limits_may_be_zero_and_a_tenant_may_have_no_keys(tmp_path: Path) -> None:
     limits = "max_adapters = 0\nmax_bytes = 0\nmax_rank = 0\n"
     text = f'[tenants.acme]\n{limits}[tenants.acme.keys]\nci = "{SECRET}"\n[tenants.later]\n{limits}'

@@ -95,7 +95,11 @@ def test_what_a_whole_body_holds(tmp_path: Path) -> None:
     assert (tmp_path / "1" / WEIGHTS).read_bytes() == b"w"
 
 
-@pytest.mark.parametrize("files", [b"", FILE + part(CONFIG, b"{}"), part(CONFIG, b"{}"), FILE + BOTH])
+@pytest.mark.parametrize(
+    "files",
+    [b"", FILE + part(CONFIG, b"{}"), part(CONFIG, b"{}"), FILE + BOTH],
+    ids=["none", "archive and one", "one", "archive and both"],
+)
 def test_a_body_has_both_files_or_one_archive(files: bytes, tmp_path: Path) -> None:
     found = received(tmp_path, NAME + files + END)
     with pytest.raises(UsageError, match=f"send {CONFIG} and {WEIGHTS}, or one {ARCHIVE}"):
@@ -213,6 +217,7 @@ def test_one_header_without_end(side: str, tmp_path: Path) -> None:
         b"", b"application/json", b"text/plain; boundary=b", b"multipart/mixed; boundary=b",
         b"multipart/form-data", b"multipart/form-data; boundary=", b"multipart/form-data; border=b",
     ],
+    ids=repr,
 )  # fmt: skip
 def test_a_body_of_another_type(kind: bytes, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not multipart/form-data with a boundary"):
@@ -226,6 +231,7 @@ def test_a_body_of_another_type(kind: bytes, tmp_path: Path) -> None:
         part("name", b"acme/\xff") + END, part("hub_id", b"\xff") + NAME + END,
         NAME + part("x", b"").replace(b'"x"', b'"\xff"') + END,
     ],
+    ids=repr,
 )  # fmt: skip
 def test_a_body_that_cannot_be_read(body: bytes, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the multipart body cannot be read"):
