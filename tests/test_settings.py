@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.settings import FIELDS, ServerSettings
 from safelora_vllm.store.layout import default_root
 
-README = Path(__file__).parent.parent / "README.md"
 # Each option of ``serve`` that is a setting, with a value; the other settings stand in the section only.
 OPTIONS: dict[str, tuple[list[str], Any]] = {
     "projectors": (["--projectors", "/p"], "/p"),
@@ -172,25 +170,6 @@ def test_what_is_not_given_has_its_default() -> None:
     assert settings("--projectors", "/p", "--keys", "", "--adapter-store", "") == ServerSettings("/p")
     assert ServerSettings("/p").store == str(default_root())
     assert settings("--projectors", "p").projectors == str(Path("p").resolve())
-
-
-def configuration() -> dict[str, str]:
-    """Rows of the README's table of settings by the setting that they name."""
-    text = README.read_text()
-    table = text[text.index("| where | setting | meaning |") :].partition("\n\n")[0]
-    return {name: row for row in table.splitlines() for name in re.findall(r"`([a-z_]+)`", row.split("|")[2])}
-
-
-def test_the_readme_names_every_setting_and_its_default() -> None:
-    rows = configuration()
-    assert set(FIELDS) <= set(rows)
-    fields = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
-    assert f"default {fields['concurrent_uploads']} " in rows["concurrent_uploads"]
-    assert f"default {size_text(fields['max_adapter_bytes'])} " in rows["max_adapter_bytes"].replace(
-        " GiB", "GiB"
-    )
-    for name, (options, _) in OPTIONS.items():
-        assert f"`{options[0]}`" in rows[name]
 
 
 def test_the_help_has_the_defaults() -> None:
