@@ -35,7 +35,7 @@ ELEMENT, BASIS, SHARE = torch.bfloat16.itemsize, torch.float32.itemsize, torch.f
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one module. projector: Ĉ, or V where that is smaller. inputs: R. outputs: L. shares: of energy."""
+    """Bytes of one module. projector: Ĉ, or V where that is smaller. inputs: R. outputs: L. shares: energy."""
 
     projector: int
     inputs: int
@@ -44,7 +44,7 @@ class Sizes:
 
 
 def sizes(shape: tuple[int, int], inputs: int, outputs: int, kept: int) -> Sizes:
-    """Of a module of ``--form auto``, with that many directions of R and L held, and that many in the cache."""
+    """Of a module of ``--form auto``, with so many directions of R and L held, and so many in the cache."""
     d_out, d_in = shape
     return Sizes(
         ELEMENT * d_out * min(d_out, d_in), BASIS * d_in * inputs, BASIS * d_out * outputs, SHARE * kept
