@@ -36,7 +36,7 @@ STORE = "`~/.local/share/safelora-vllm`"  # see default_root, which reads XDG_DA
 OF_OTHERS = {"VLLM_CPU_KVCACHE_SPACE", "HF_HUB_OFFLINE"}
 # Variables that the server's processes set for each other.
 INTERNAL = {"SAFELORA_ADMIN_API_KEY_MADE"}
-_MARKED = re.compile(r"(?<![\w/-])(--[a-z][\w-]*|[A-Z]+_[A-Z_]+|/[a-z]+[\w./]*)")
+_MARKED = re.compile(r"(?<![\w/~.-])(--[a-z][\w-]*|[A-Z]+_[A-Z_]+|[a-z]+_[a-z_]+|~?/[a-z.]+[\w./-]*)")
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -76,7 +76,7 @@ def shown(action: argparse.Action) -> str:
 
 def meaning(action: argparse.Action) -> str:
     """The help without its default."""
-    return code(re.sub(r"(?:^|; )default: .*$", "", action.help or ""))
+    return code(re.sub(r" \(default\)|(?:^|; )default: .*$", "", action.help or ""))
 
 
 def default(action: argparse.Action) -> str:

@@ -37,7 +37,8 @@ _PACKAGE = ROOT / "safelora_vllm"
 _PLACES = (ROOT, _PACKAGE, _PACKAGE / "integration", _PACKAGE / "integration" / "server", ROOT / "tests")
 # Files that users have, and those that the server writes.
 _NOT_OURS = {
-    "adapter_config.json", "config.json", "manifest.json", "models.json", "keys.toml", "report.json", "tokenizer.json",
+    "adapter_config.json", "config.json", "manifest.json", "models.json", "keys.toml", "report.json",
+    "tokenizer.json",
     "model.safetensors.index.json", "dashboard.json", "prometheus.toml", "setup.py", "sitecustomize.py",
     "openai/api_server.py",
 }  # fmt: skip

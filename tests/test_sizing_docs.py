@@ -35,7 +35,10 @@ ELEMENT, BASIS, SHARE = torch.bfloat16.itemsize, torch.float32.itemsize, torch.f
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one module. projector: Ĉ, or V where that is smaller. inputs: R. outputs: L. shares: energy."""
+    """Bytes of one module.
+
+    projector: Ĉ, or V where that is smaller. inputs: R. outputs: L. shares: of energy.
+    """
 
     projector: int
     inputs: int
@@ -71,9 +74,7 @@ def written_table() -> str:
     for name, shape in SHAPES.items():
         size = sizes(shape, most(shape, default), 0, 0)
         form = "Ĉ" if shape[0] <= shape[1] else "V"
-        lines.append(
-            f"| `{name}` | {shape[0]} × {shape[1]} | {form}: {size.projector:,} | {size.inputs:,} |"
-        )
+        lines.append(f"| `{name}` | {shape[0]} × {shape[1]} | {form}: {size.projector:,} | {size.inputs:,} |")
     projectors = total(lambda shape: sizes(shape, 0, 0, 0))
     inputs = total(lambda shape: sizes(shape, most(shape, default), 0, 0)) - projectors
     lines.append(f"| **all, times {LAYERS} layers** | | **{projectors:,}** | **{inputs:,}** |")
@@ -133,9 +134,7 @@ def test_a_gate_holds_as_much_as_the_formula_says(
 
 def test_a_cache_is_as_large_as_the_formula_says(cache: ProjectorCache) -> None:
     kept = {name: len(cache.projector(name).energies) for name in cache.modules}
-    found = [
-        sizes(entry.shape, kept[name], kept[name], kept[name]) for name, entry in cache.modules.items()
-    ]
+    found = [sizes(entry.shape, kept[name], kept[name], kept[name]) for name, entry in cache.modules.items()]
     assert sum(ProjectorCache(cache.folder).resident_bytes().values()) == sum(
         sum(vars(size).values()) for size in found
     )
