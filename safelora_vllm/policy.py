@@ -41,14 +41,14 @@ class Policy:
             ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
             (as in the paper), ``all`` for the others (which need no similarity).
         threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
-        number: the paper's K.
+        number: the paper's K, how many modules are projected.
         energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and
             R). Default: 0.2; for csulora 0.95, as in its paper.
-        max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused: a bound on
-            how far one can be multiplied up so that what the projection leaves is enough.
-        max_total_norm: so is one with (Σ ‖s·BA‖² / Σ ‖W‖²)^½ above it, the latter sum over all modules of
-            the projector cache. Adapters that were trained alike are alike in it, whatever modules they
-            change.
+        max_relative_norm: an adapter is refused if ‖s·BA‖_F / ‖W‖_F of any module is larger. Bounds how far
+            an adapter can be multiplied up so that what the projection leaves is enough.
+        max_total_norm: an adapter is refused if (Σ ‖s·BA‖² / Σ ‖W‖²)^½ is larger, with Σ ‖W‖² over all
+            modules of the projector cache. Adapters that were trained alike have similar values, whatever
+            modules they change.
         mode: ``enforce``, or ``report-only``, which serves the adapter unprojected and only reports.
 
     Raises:

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
