@@ -71,6 +71,18 @@ def first(call: ast.Call) -> ast.expr | None:
     return next(iter([*call.args, *named]), None)
 
 
+def faults(tree: ast.AST) -> Iterator[ast.expr]:
+    """The codes in what `by_cause` is given: code, name, cause."""
+    if any(isinstance(node, ast.Call) and called(node) == "by_cause" for node in ast.walk(tree)):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and len(node.elts) == 3:
+                code = node.elts[0]
+                if isinstance(code, ast.Name) or (
+                    isinstance(code, ast.Constant) and re.fullmatch("[a-z_]+", str(code.value))
+                ):
+                    yield code
+
+
 def given() -> tuple[set[str], set[tuple[str, str]]]:
     """The codes that are written where a reason is made, and the places where they are chosen."""
     files = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
@@ -84,6 +96,11 @@ def given() -> tuple[set[str], set[tuple[str, str]]]:
             if isinstance(code, ast.Constant):
                 codes.add(code.value)
             elif ast.unparse(code) not in parameters:
+                places.add((file, ast.unparse(code)))
+        for code in faults(tree):
+            if isinstance(code, ast.Constant):
+                codes.add(code.value)
+            else:
                 places.add((file, ast.unparse(code)))
     return codes, places
 
