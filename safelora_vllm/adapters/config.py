@@ -81,9 +81,9 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
     for key, code in _UNSUPPORTED.items():
         if config.get(key):
             wrong(code, f"{key} is set, which this gate cannot project; train without it")
-    if config.get("bias", "none") not in ("none", None):
+    if config.get("bias") not in ("none", None):
         wrong("bias", f"bias is {config['bias']!r:.80}; train with bias='none'")
-    init = config.get("init_lora_weights", True)
+    init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in _PLAIN_INITS)):
         wrong(
             "init",
@@ -99,7 +99,7 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
         wrong("config_type", f"r is {config.get('r')!r:.80}: expected a whole number above 0")
     if not _number(config.get("lora_alpha")):
         wrong("config_type", f"lora_alpha is {config.get('lora_alpha')!r:.80}: expected a number above 0")
-    rslora = config.get("use_rslora", False)
+    rslora = config.get("use_rslora")
     if not isinstance(rslora, bool | None):
         wrong("config_type", f"use_rslora is {rslora!r:.80}: expected true or false")
     for key, valid in (("rank_pattern", _rank), ("alpha_pattern", _number)):

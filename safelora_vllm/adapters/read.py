@@ -79,7 +79,7 @@ def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
         folder = path.is_dir()
         there = folder or (path.exists() and path.name not in (CONFIG, WEIGHTS))
     except (OSError, ValueError):  # a name too long for the file system, or with a zero byte
-        folder = there = False
+        raise _not_found(path) from None
     if not there:
         raise _not_found(path)
     config_bytes, weights, header = (_read_folder if folder else _read_archive)(path, limits)
