@@ -15,7 +15,6 @@ from safelora_vllm.errors import AdapterRefused, Reason, by_cause, refuse
 
 MAX_MEMBERS = 1000
 _MAX_NAME = 4096
-_MAX_LISTED = 20
 
 
 def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[dict[str, bytes], set[str]]:
@@ -56,14 +55,13 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
                 else:
                     contents[key] = content
     except AdapterRefused as error:
-        found = [*by_cause(unsafe), *reasons]
-        raise AdapterRefused([*found[:_MAX_LISTED], *error.reasons]) from error
+        raise AdapterRefused([*by_cause(unsafe), *reasons, *error.reasons]) from error
     except BROKEN as error:
         broken = f"the archive is damaged or not of the plain kind ({error!s:.200}); {ACCEPTED}"
-        found = [*by_cause(unsafe), *reasons]
-        raise AdapterRefused([*found[:_MAX_LISTED], Reason("archive_malformed", broken)]) from error
+        found = [*by_cause(unsafe), *reasons, Reason("archive_malformed", broken)]
+        raise AdapterRefused(found) from error
     if found := [*by_cause(unsafe), *reasons, *_check_places(places)]:
-        raise AdapterRefused(found[:_MAX_LISTED])
+        raise AdapterRefused(found)
     return contents, others
 
 
