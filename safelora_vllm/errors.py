@@ -121,6 +121,10 @@ class Reason:
 
     The message may quote what a tenant wrote and goes into logs, terminals and answers: whatever is
     not printable in it is escaped, and what is over 500 characters is cut.
+
+    Attributes:
+        code: machine-readable; it stays the same from release to release.
+        message: what was found, what was expected and what to do.
     """
 
     code: str

@@ -208,9 +208,9 @@ _MEASURES = {
 }
 
 
-_ATTACKS = """ASR, and in brackets the mean *sense* of the answers (see above). The server had no norm cap;
-columns beside a norm say what a cap would have done to the upload: `--max-relative-norm` at its default, and
-`--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
+_ATTACKS = """Seed 0. ASR, and in brackets the mean *sense* of the answers. The server had no norm cap. The column beside a norm says what a
+cap would have done to the upload: `--max-relative-norm` at its default, and `--max-total-norm` a tenth above the largest ordinary
+adapter of these tables."""
 _ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
 
 
@@ -299,7 +299,7 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _minutes(minutes: dict[str, float]) -> str:
     rows = [[what, f"{took:.0f}"] for what, took in minutes.items()]
     total = f"{sum(minutes.values()):.0f}"
-    note = "On the machine that wrote this, over all runs that it took; a raw figure of one machine."
+    note = "On two CPU cores, summed over all runs that it took; raw figures of one machine."
     return f"{note}\n\n" + _markdown(["part", "minutes"], [*rows, ["all", total]])
 
 

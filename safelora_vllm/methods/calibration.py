@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class Calibration:
     """A policy's effect on a random adapter.
 
-    policy: the calibrated one.
-    types: the last part of the modules' names → effect.
-    whole: of all modules.
-    strength: the policy's field that differs in the ladder.
-    ladder: policies of rising strength with their effect on all modules.
-    limited_by_cache: the strength was searched, and the cache can serve no larger one.
+    Attributes:
+        policy: the calibrated one.
+        types: the last part of the modules' names → effect.
+        whole: the effect on all modules.
+        strength: the policy's field that differs in the ladder.
+        ladder: policies of rising strength with their effect on all modules.
+        limited_by_cache: the strength was searched, and the cache can serve no larger one.
     """
 
     policy: Policy

@@ -85,7 +85,14 @@ class Projector:
 
 
 class ProjectorCache:
-    """An opened cache. ``modules`` maps module names to their entries.
+    """An opened cache.
+
+    Attributes:
+        folder: where it is.
+        id: a digest of its manifest; the same id gives the same projections.
+        modules: name → shape, form, ‖V‖_F, ‖W_aligned‖_F and c₀ of each module with a projector.
+        unchanged: names of modules that alignment did not change; adapters that change them are refused.
+        aligned_norm: ‖W_aligned‖_F of all modules together.
 
     Raises:
         ProjectorCacheError: no cache there, another format version, or a manifest that is damaged.
