@@ -17,9 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "policies.md")
-BLOCK = re.compile(
-    r"(<!-- ([\w-]+): written by python benchmarks/tables\.py -->\n)(.*?)(<!-- end -->)", re.S
-)
+BLOCK = re.compile(r"(<!-- ([\w-]+): written by python benchmarks/tables\.py -->\n)(.*?)(<!-- end -->)", re.S)
 _HURT = ("disturbed", "hung", "died")
 _KINDS = {"qv-r8": "q and v, r = 8", "all-r16": "all linear, r = 16"}
 _CONTENDERS = {
@@ -174,9 +172,7 @@ def growth() -> str:
     for name, title in _GROWS.items():
         digits = 1 if name in ("open_files", "threads", "store_mb") else 0
         figures = (fits[name][part] for part in ("mean", "per_hour", "standard_error"))
-        mean, slope, error = (
-            number(value, 0 if part == 0 else digits) for part, value in enumerate(figures)
-        )
+        mean, slope, error = (number(value, 0 if part == 0 else digits) for part, value in enumerate(figures))
         rows.append([title, mean, slope, error])
     return markdown(["what", "mean", "slope per hour", "its standard error"], rows)
 
@@ -261,7 +257,9 @@ def tables() -> dict[str, Callable[[], str]]:
     """All tables by name."""
     import safety_tables
 
-    mine = (runs, projection, hot_load, hostile, crash, soak, growth, fuzz, vetting, slots, request_cost, demo)
+    mine = (
+        runs, projection, hot_load, hostile, crash, soak, growth, fuzz, vetting, slots, request_cost, demo,
+    )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *safety_tables.TABLES)}
 
 

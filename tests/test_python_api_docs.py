@@ -117,7 +117,8 @@ def reference() -> str:
         [
             *(of_function(name, getattr(sl, name)) for name in functions),
             *(of_class(name, getattr(sl, name)) for name in classes),
-            "### __version__\n\nThe installed release, a text. `0+unknown` in a source tree that is not installed.",
+            "### __version__",
+            "The installed release, a text. `0+unknown` in a source tree that is not installed.",
         ]
     )
 
