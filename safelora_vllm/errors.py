@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _MAX_MESSAGE = 500  # characters
 _MAX_OF_A_CODE = 20
@@ -177,11 +178,19 @@ def refuse(code: str, message: str) -> AdapterRefused:
     return AdapterRefused([Reason(code, message)])
 
 
-def by_cause(faults: Iterable[tuple[str, str, str]]) -> list[Reason]:
+class Fault(NamedTuple):
+    """One of many modules or tensors with something wrong: the reason's code, its name, and what is wrong."""
+
+    code: str
+    name: str
+    cause: str
+
+
+def by_cause(faults: Iterable[Fault]) -> list[Reason]:
     """One reason for each cause, whatever the number of modules or tensors that have it.
 
     Args:
-        faults: code, name of the module or tensor, what is wrong with it.
+        faults: of modules or tensors.
 
     Returns:
         In the order in which the causes were found, e.g. ``q_proj, k_proj, v_proj and 4 more: no projector``.

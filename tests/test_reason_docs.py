@@ -22,6 +22,7 @@ CHOSEN: dict[tuple[str, str], set[str]] = {
     ("adapters/canonical.py", "code"): {*canonical._FEATURES.values(), "unknown_tensor"},
     ("adapters/canonical.py", "flaw"): {"non_finite", "subnormal"},
     ("adapters/config.py", "code"): {*config._UNSUPPORTED.values()},
+    ("errors.py", "code"): set(),  # of the faults, which `by_cause` puts together
 }
 
 
@@ -44,8 +45,8 @@ def calls(tree: ast.AST, names: tuple[str, ...] = ()) -> Iterator[tuple[ast.Call
 
 
 def makers(trees: list[ast.AST]) -> set[str]:
-    """`Reason`, and the functions that give it their own first parameter as its code."""
-    found = {"Reason"}
+    """`Reason`, `Fault`, and the functions that give them their own first parameter as its code."""
+    found = {"Reason", "Fault"}
     while True:
         passing = {
             function.name
@@ -71,18 +72,6 @@ def first(call: ast.Call) -> ast.expr | None:
     return next(iter([*call.args, *named]), None)
 
 
-def faults(tree: ast.AST) -> Iterator[ast.expr]:
-    """The codes in what `by_cause` is given: code, name, cause."""
-    if any(isinstance(node, ast.Call) and called(node) == "by_cause" for node in ast.walk(tree)):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and len(node.elts) == 3:
-                code = node.elts[0]
-                if isinstance(code, ast.Name) or (
-                    isinstance(code, ast.Constant) and re.fullmatch("[a-z_]+", str(code.value))
-                ):
-                    yield code
-
-
 def given() -> tuple[set[str], set[tuple[str, str]]]:
     """The codes that are written where a reason is made, and the places where they are chosen."""
     files = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
@@ -96,11 +85,6 @@ def given() -> tuple[set[str], set[tuple[str, str]]]:
             if isinstance(code, ast.Constant):
                 codes.add(code.value)
             elif ast.unparse(code) not in parameters:
-                places.add((file, ast.unparse(code)))
-        for code in faults(tree):
-            if isinstance(code, ast.Constant):
-                codes.add(code.value)
-            else:
                 places.add((file, ast.unparse(code)))
     return codes, places
 

@@ -208,9 +208,9 @@ _MEASURES = {
 }
 
 
-_ATTACKS = """Seed 0. ASR, and in brackets the mean *sense* of the answers. The server had no norm cap. The column
-beside a norm says what a cap would have done to the upload: `--max-relative-norm` at its default, and
-`--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
+_ATTACKS = """Seed 0. ASR, and in brackets the mean *sense* of the answers. The server had no norm cap.
+The column beside a norm says what a cap would have done to the upload: `--max-relative-norm` at its
+default, and `--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
 _ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
 
 

@@ -27,8 +27,8 @@ ADAPTERS = ("pure-qv", "identity-qv", "mixed-10-qv", "benign-qv")
 ENERGY = 0.2
 _PROMPTS = 24
 TEXT = f"""Left: |cos(r₁, mean input)|. r₁ is V's first input direction. The mean input is a module's, at the
-token where the answer begins, over {_PROMPTS} held-out prompts of each kind. The figure is the median over layers
-and the mean over seeds.
+token where the answer begins, over {_PROMPTS} held-out prompts of each kind. The figure is the median over
+layers and the mean over seeds.
 `difference` is the mean input of harmful-sounding prompts less that of harmless ones.
 
 Right: the share of each adapter's ‖ΔW‖² that reads the directions which are removed at energy {ENERGY}

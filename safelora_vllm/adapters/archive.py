@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from safelora_vllm.adapters.members import ACCEPTED, BROKEN, Member, members
-from safelora_vllm.errors import AdapterRefused, Reason, by_cause, refuse
+from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, refuse
 
 MAX_MEMBERS = 1000
 _MAX_NAME = 4096
@@ -30,7 +30,7 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
     places: dict[str, list[str]] = {name: [] for name in wanted}
     contents: dict[str, bytes] = {}
     others: set[str] = set()
-    unsafe: list[tuple[str, str, str]] = []
+    unsafe: list[Fault] = []
     reasons: list[Reason] = []
     try:
         for count, member in enumerate(members(data, allowed), start=1):
@@ -39,7 +39,7 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
             if len(member.name) > _MAX_NAME:
                 raise ValueError(f"a member's name has {len(member.name):,} characters")
             if fault := _fault(member):
-                unsafe.append(("archive_unsafe", f"{member.name!r}", fault))
+                unsafe.append(Fault("archive_unsafe", f"{member.name!r}", fault))
             parts = _parts(member.name)
             name = parts[-1] if parts else ""
             if (key := name.casefold()) not in wanted:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safelora_vllm.adapters.config import LoRAConfig, parse_config
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
-from safelora_vllm.errors import AdapterRefused, Reason, by_cause, named, refuse
+from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named, refuse
 from safelora_vllm.projectors.manifest import ModuleEntry, natural_order
 from safelora_vllm.safetensors_header import DTYPE_BYTES, TensorHeader
 
@@ -83,10 +83,10 @@ def _pair_up(raw: RawAdapter) -> tuple[Pairs, list[Reason]]:
             pairs[match[1]][match[2]] = name
         else:
             code = next((c for part, c in _FEATURES.items() if part in name), "unknown_tensor")
-            faults.append((code, f"{name!r}", _NOT_PLAIN))
+            faults.append(Fault(code, f"{name!r}", _NOT_PLAIN))
     for module in [module for module, sides in pairs.items() if len(sides) < 2]:
         side = next(iter(pairs.pop(module)))
-        faults.append(("unpaired", module, f"lora_{side} without its counterpart"))
+        faults.append(Fault("unpaired", module, f"lora_{side} without its counterpart"))
     reasons = by_cause(faults)
     if not raw.header:
         reasons.append(Reason("empty", f"{WEIGHTS} holds no tensors"))
@@ -97,7 +97,7 @@ def _check_covered(pairs: Pairs, modules: Mapping[str, ModuleEntry], foreign: bo
     """Whether all modules have projectors. foreign: a reason says that it is another model's adapter."""
     lacking = [module for module in pairs if module not in modules]
     if foreign or 2 * len(lacking) <= len(pairs):
-        return by_cause(("no_projector", module, _NO_PROJECTOR) for module in lacking)
+        return by_cause(Fault("no_projector", module, _NO_PROJECTOR) for module in lacking)
     return [
         Reason(
             "no_projector",
@@ -122,9 +122,9 @@ def _check_shapes(
         a, b = (raw.header[pairs[module][side]] for side in "AB")
         shape, expected = _shape_of_product(a, b), modules[module].shape
         if shape is not None and shape != expected:
-            others.append(("shape", module, f"B·A has the shape {shape}, the model's weight {expected}"))
-        elif fault := _fault(a, b, config.rank(module), limits.max_rank):
-            faults.append((fault[0], module, fault[1]))
+            others.append(Fault("shape", module, f"B·A has the shape {shape}, the model's weight {expected}"))
+        elif fault := _fault(module, a, b, config.rank(module), limits.max_rank):
+            faults.append(fault)
     if 2 * len(others) <= len(covered):
         return by_cause(others + faults), False
     _, module, found = others[0]
@@ -140,17 +140,17 @@ def _shape_of_product(a: TensorHeader, b: TensorHeader) -> tuple[int, int] | Non
     return b.shape[0], a.shape[1]
 
 
-def _fault(a: TensorHeader, b: TensorHeader, declared: int, max_rank: int) -> tuple[str, str] | None:
-    """Code and sentence of what is wrong with a module's pair."""
+def _fault(module: str, a: TensorHeader, b: TensorHeader, declared: int, max_rank: int) -> Fault | None:
+    """What is wrong with a module's pair in itself."""
     if odd := [tensor.dtype for tensor in (a, b) if tensor.dtype not in DTYPE_BYTES]:
-        return "dtype", f"{odd[0]}; save it as one of {', '.join(DTYPE_BYTES)}"
+        return Fault("dtype", module, f"{odd[0]}; save it as one of {', '.join(DTYPE_BYTES)}")
     if _shape_of_product(a, b) is None:
-        return "shape", f"A {a.shape} and B {b.shape} are not matrices of one rank"
+        return Fault("shape", module, f"A {a.shape} and B {b.shape} are not matrices of one rank")
     rank = a.shape[0]
     if rank > max_rank:
-        return "rank_too_large", f"rank {rank}, allowed are {max_rank} (--max-lora-rank)"
+        return Fault("rank_too_large", module, f"rank {rank}, allowed are {max_rank} (--max-lora-rank)")
     if rank != declared:
-        return "rank_mismatch", f"rank {rank}, its config says {declared}"
+        return Fault("rank_mismatch", module, f"rank {rank}, its config says {declared}")
     return None
 
 
@@ -175,7 +175,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> list[Reason]:
     if all(_flaw(torch.cat(group)) is None for group in by_dtype.values()):
         return []
     flaws = {name: _flaw(tensors[name]) for name in sorted(tensors, key=natural_order)}
-    return by_cause((flaw, name, _FLAWS[flaw]) for name, flaw in flaws.items() if flaw)
+    return by_cause(Fault(flaw, name, _FLAWS[flaw]) for name, flaw in flaws.items() if flaw)
 
 
 def _flaw(values: Tensor) -> str | None:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from safelora_vllm.errors import Reason, by_cause
+from safelora_vllm.errors import Fault, Reason, by_cause
 
 # Keys that do not change what the saved tensors mean.
 _INERT = {
@@ -91,7 +91,7 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
             "with PEFT's path_initial_model_for_weight_conversion",
         )
     unknown = sorted(set(config) - _INERT - _READ - set(_UNSUPPORTED))
-    reasons += by_cause(("unknown_config", repr(key), _UNKNOWN) for key in unknown if config[key])
+    reasons += by_cause(Fault("unknown_config", repr(key), _UNKNOWN) for key in unknown if config[key])
     targets = config.get("target_modules")
     if not (targets is None or isinstance(targets, str) or _strings(targets)):
         wrong("config_type", "target_modules is not valid: expected a string or a list of strings")
@@ -120,7 +120,7 @@ def _check_patterns(key: str, patterns: Any, valid: Any) -> list[Reason]:
         return [Reason("pattern", f"{found}; write suffixes that several modules share")]
     bad = [name for name in patterns if not _PLAIN_SUFFIX.fullmatch(name.removeprefix("^").removesuffix("$"))]
     only = f"not a valid name in {key}: expected plain module names and suffixes"
-    reasons = by_cause(("pattern", repr(name), only) for name in bad)
+    reasons = by_cause(Fault("pattern", repr(name), only) for name in bad)
     if not all(valid(value) for value in patterns.values()):
         reasons.append(Reason("config_type", f"{key} has values that are not numbers above 0"))
     return reasons

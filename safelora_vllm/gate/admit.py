@@ -23,7 +23,7 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused, Reason, by_cause, named
+from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.delta import ModuleDelta, OutputStats
 from safelora_vllm.policy import Policy
@@ -265,7 +265,7 @@ def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
     Ranks that cancel show in the coherence: rounding would decide what is left of them, not the policy.
     """
     infinite = [module for module, coherence in coherences.items() if coherence is None]
-    reasons = by_cause(("non_finite", module, _NOT_FINITE) for module in infinite)
+    reasons = by_cause(Fault("non_finite", module, _NOT_FINITE) for module in infinite)
     found = {m: c for m, c in coherences.items() if c is not None and not c >= _MIN_COHERENCE}
     if found:
         modules = sorted(found, key=found.__getitem__)
