@@ -23,14 +23,14 @@ KEYS = "set in the config, but not known to this gate; remove it, or train witho
 NAMES = "not a valid name in {}: expected plain module names and suffixes"
 OBJECT = "{} is not an object of module names and numbers"
 VALUES = "{} has values that are not numbers above 0"
-RANK, ALPHA = "r is {}; expected a whole number above 0", "lora_alpha is {}; expected a number > 0"
-TARGETS = "target_modules is neither a string nor a list of strings"
+RANK, ALPHA = "r is {}: expected a whole number above 0", "lora_alpha is {}: expected a number above 0"
+TARGETS = "target_modules is not valid: expected a string or a list of strings"
 MANY = "{} has 4,097 patterns, allowed are 4,096; write suffixes that several modules share"
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
-    ({"peft_type": "IA3"}, "peft_type", "peft_type is 'IA3'; only LORA is served"),
-    ({"peft_type": None}, "peft_type", "peft_type is None; only LORA is served"),
+    ({"peft_type": "IA3"}, "peft_type", "peft_type is 'IA3': expected 'LORA'"),
+    ({"peft_type": None}, "peft_type", "peft_type is None: expected 'LORA'"),
     *[
         ({key: True}, code, SET.format(key))
         for key, code in {
@@ -55,7 +55,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     *[({"lora_alpha": value}, TYPE, ALPHA.format(value)) for value in (math.inf, math.nan)],
     ({"lora_alpha": OVER}, TYPE, ALPHA.format(str(OVER)[:80])),
     ({"lora_alpha": "8"}, TYPE, ALPHA.format("'8'")),
-    ({"use_rslora": 1}, TYPE, "use_rslora is 1; expected true or false"),
+    ({"use_rslora": 1}, TYPE, "use_rslora is 1: expected true or false"),
     *[({key: value}, TYPE, OBJECT.format(key)) for key in PATTERNS for value in ([], 0, False, "", ["q"], 5)],
     *[({key: {"q": value}}, TYPE, VALUES.format(key)) for key in PATTERNS for value in (0, -1, True, None)],
     ({"rank_pattern": {"q": 2, "k": 2**31}}, TYPE, VALUES.format("rank_pattern")),
@@ -124,7 +124,7 @@ def test_what_a_config_may_leave_out() -> None:
     assert parse_config({}) == (
         None,
         [
-            Reason("peft_type", "peft_type is None; only LORA is served"),
+            Reason("peft_type", "peft_type is None: expected 'LORA'"),
             Reason(TYPE, RANK.format(None)),
             Reason(TYPE, ALPHA.format(None)),
         ],

@@ -68,7 +68,7 @@ def test_all_methods_are_named_whose_default_a_field_needs(monkeypatch: pytest.M
     monkeypatch.setitem(METHODS, "csulora", dataclasses.replace(METHODS["csulora"], select="threshold"))
     with pytest.raises(PolicyError) as told:
         Policy(threshold=0.5).check_effective(["threshold"])
-    assert "give select 'threshold' too (the default of safe-lora and csulora), or" in str(told.value)
+    assert "Set `select` to 'threshold' (the default of safe-lora and csulora), or" in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,14 @@ class RouteAccess:
 
     def _other_methods(self, principal: Principal, routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
         """By which the caller may call the path."""
-        same_path = [route for route in routes if route.matches(scope)[0] is Match.PARTIAL]
+        same_path = [
+            route for route in routes if isinstance(route, Route) and route.matches(scope)[0] is Match.PARTIAL
+        ]
         return sorted(
             {
                 method
                 for route in same_path
-                for method in getattr(route, "methods", None) or ()
+                for method in route.methods or ()
                 if principal.kind
                 in self.may(self.access(name_of(route, _method({**scope, "method": method}))))
             }
