@@ -7,10 +7,10 @@ middleware, routes, reconciling, quotas, store and audit log. Nothing generates.
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +111,28 @@ def all_routes(
 
     static: adapters of ``--lora-modules``. options: vLLM's of the front end, such as ``api_key``.
     """
+    with root_logger_left_alone():
+        app, models = _vllms(engine, settings, options)
+    for number, (name, folder) in enumerate((static or {}).items(), start=1):
+        models.lora_requests[name] = LoRARequest(name, number, str(folder))
+    app.state.openai_serving_models, app.state.engine_client = models, engine
+    return _with_state(app, engine)
+
+
+@contextmanager
+def root_logger_left_alone() -> Iterator[None]:
+    """What vLLM imports for SageMaker lets only errors through, also to pytest's ``caplog``."""
+    loggers = [logging.root, *logging.root.handlers]
+    levels = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _vllms(engine: FakeEngine, settings: ServerSettings, options: dict[str, Any]) -> tuple[FastAPI, Any]:
+    """vLLM's application and its `OpenAIServingModels`."""
     try:
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
@@ -121,13 +143,9 @@ def all_routes(
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     args = Namespace(**vars(FrontendArgs(**options)))
-    args.enable_lora, args.additional_config = True, json.loads(json.dumps(settings.to_section()))
-    app = build_app(args, ("generate",))
-    models = OpenAIServingModels(engine, [BaseModelPath(MODEL, MODEL)])
-    for number, (name, folder) in enumerate((static or {}).items(), start=1):
-        models.lora_requests[name] = LoRARequest(name, number, str(folder))
-    app.state.openai_serving_models, app.state.engine_client = models, engine
-    return _with_state(app, engine)
+    args.enable_lora, args.additional_config = True, settings.to_section()
+    args.enable_fault_tolerance = False  # the engine's, which 0.28 looks at
+    return build_app(args, ("generate",)), OpenAIServingModels(engine, [BaseModelPath(MODEL, MODEL)])
 
 
 def _with_state(app: FastAPI, engine: FakeEngine) -> FastAPI:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import importlib
 import json
-import logging
 import pkgutil
 import warnings
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from safelora_vllm.integration.server.access_rules import REFUSED, TABLE, Access
 from safelora_vllm.integration.worker.guard import WorkerGuard
 from safelora_vllm.tenants.principal import Kind
 from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, TENANT_KEYS, UNI, client, say, write_keys
+from tests.server.fake_engine import root_logger_left_alone
 from tests.server.route_spy import INVENTED, PASSED, described
 
 METRICS_KEY = "a-metrics-key-of-this-test"
@@ -91,9 +90,7 @@ def names(route: dict[str, Any]) -> list[str]:
 
 def test_no_route_of_vllm_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is forgotten is closed: safe, but its users would be refused."""
-    level = logging.root.level  # what vLLM imports for SageMaker raises it
-    with warnings.catch_warnings(), contextlib.ExitStack() as after:
-        after.callback(logging.root.setLevel, level)
+    with warnings.catch_warnings(), root_logger_left_alone():
         warnings.simplefilter("ignore")  # vLLM's
         found = {name for route in vllm_routes(monkeypatch) for name in names(described(route))}
     assert len(found) > 50
