@@ -7,9 +7,9 @@ SHELL := /bin/bash
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
-# Processes that share the tests, each with its own servers. tests/conftest.py says which go together.
+# Processes that share the tests, each with its own servers. tests/conftest.py says which tests go together.
 PROCESSES ?= 2
-PARALLEL := -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(PROCESSES) --dist loadfile
 BIN := .venv/bin
 BASE := .cache/models/base
 ALIGNED := .cache/models/aligned

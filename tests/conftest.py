@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Generator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -47,27 +47,46 @@ def _has_server() -> bool:
         return False
 
 
+# The files whose tests use the one server of the session, which one process starts.
+ONE_SERVER = (
+    "test_corpus_live", "test_loading", "test_metrics", "test_openapi", "test_routes", "test_survival",
+    "test_tenants", "test_uploads", "test_weights",
+)  # fmt: skip
 # What takes longest begins first, so that the processes end together.
-LONGEST = ("server", "test_many_servers", "test_parallel", "test_families", "test_routes")
+LONGEST = (
+    *ONE_SERVER, "test_many_servers", "test_fail_closed", "test_parallel", "test_families",
+    "test_routes_closed", "test_safety_benchmark", "test_offline", "test_slots", "test_cpu_engine",
+)  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several processes: tests that share something are done by one of them, the slowest come first."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which several processes take the files."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()) and item.path.stem not in ONE_SERVER:
+            raise pytest.UsageError(
+                f"{item.path.name} uses the fixture 'server', and another process may have started it "
+                "already: add the file to ONE_SERVER in tests/conftest.py"
+            )
 
     def place(item: pytest.Item) -> int:
-        group = groups[item]
-        if group in LONGEST:
-            return LONGEST.index(group)
-        return len(LONGEST) + (item.path.parent.name != "server")
+        known = item.path.stem in LONGEST
+        return LONGEST.index(item.path.stem) if known else len(LONGEST) + (item.path.parent.name != "server")
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process does a file, in the order above, and one does all files with the one server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "server" if Path(file).stem in ONE_SERVER else file
+
+    config.option.loadscopereorder = False
+    return FileByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -78,16 +97,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
     ]
     return report
-
-
-def _group(item: pytest.Item) -> str:
-    """The one server, or the file if its tests share anything; otherwise none."""
-    assert isinstance(item, pytest.Function)
-    if "server" in item.fixturenames:
-        return "server"
-    known = item._fixtureinfo.name2fixturedefs
-    shared = any(fixture.scope == "module" for name in item.fixturenames for fixture in known.get(name, ()))
-    return item.path.stem if shared else ""
 
 
 @pytest.fixture(scope="session", autouse=True)
