@@ -223,7 +223,7 @@ def test_weights_of_which_the_beginning_changed(folder: Path, monkeypatch: pytes
         (b'"peft_type"', "is not a JSON object"),
         (b"{", "is not plain JSON: Expecting property name"),
         (b'{"a": NaN}', "is not plain JSON: NaN is not a number"),
-        (b'{"a": 1, "a": 2}', "is not plain JSON: a key stands twice"),
+        (b'{"a": 1, "a": 2}', "is not plain JSON: a key is there twice"),
         (b"[" * 100_000, "is not plain JSON: maximum recursion depth"),
         (b"\xff\xfe{", "is not plain JSON: "),
         (b" " * 50 + b"<!DOCTYPE html>", "is not plain JSON: it is a web page"),
