@@ -258,7 +258,11 @@ def test_any_name_and_value_survive(
     assert data.isascii() and data.count(b"\n") == len(data.splitlines()) == 3
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), b"bytes", Path(), {1, 2}, object()], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), b"bytes", Path(), {1, 2}, object()],
+    ids=["nan", "inf", "bytes", "path", "set", "object"],  # an object's address differs between processes
+)
 def test_what_json_does_not_have_is_the_callers_mistake(value: Any, tmp_path: Path) -> None:
     log = AuditLog(tmp_path)
     with pytest.raises((TypeError, ValueError)):
