@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
 
 _SIMILARITIES = st.dictionaries(
     st.text("abc.", min_size=1, max_size=4), st.none() | st.floats(-1, 1), min_size=1, max_size=20
@@ -207,6 +208,21 @@ def test_the_fields_that_are_chosen() -> None:
     assert Policy(method="safe-lora", select="all").chosen == ["select"]
     assert Policy(method="csulora", energy=0.2, max_total_norm=0.5).chosen == ["energy", "max_total_norm"]
     assert Policy(threshold=0.5, number=3, mode="report-only").chosen == ["threshold", "number", "mode"]
+
+
+def test_the_methods_that_select_so_by_themselves_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "other", dataclasses.replace(METHODS["safe-lora"], name="other"))
+    with pytest.raises(PolicyError) as told:
+        Policy(threshold=0.5).check_effective(["threshold"])
+    assert str(told.value) == (
+        "`threshold` has no effect with `select` 'all'. Set `select` to 'threshold' (the default of "
+        "safe-lora and other), or leave `threshold` out"
+    )
+
+
+def test_a_stored_policy_without_a_former_word_is_read_as_it_is() -> None:
+    for values in ({"energy": 0.5}, {"energy": 0.5, "mode": "enforce"}, {"mode": ["audit"]}):
+        assert stored_values(values) == values
 
 
 def test_a_mode_s_former_name_is_read_where_it_was_stored_and_refused_where_it_is_typed() -> None:
