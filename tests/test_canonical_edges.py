@@ -186,12 +186,13 @@ TOLD: dict[str, tuple[Tensors, Told]] = {
     ),
     "values": (
         {
-            name: tensor * (float("-inf") if "10" in name else 1e-40 if ".k." in name else 1)
+            name: tensor * (float("-inf") if ".q." in name else 1e-40 if ".k." in name else 1)
             for name, tensor in factors(2).items()
         } | {key("l.1.v", "A"): torch.full((2, 4), 1e-40).bfloat16()},
         [("subnormal", f"{key('l.1.k', 'A')}, {key('l.1.k', 'B')}, {key('l.1.v', 'A')}: subnormal values, "
           "which slow processors down; set them to zero"),
-         ("non_finite", f"{key('l.10.q', 'A')}, {key('l.10.q', 'B')}: NaN or infinite values")],
+         ("non_finite", f"{key('l.2.q', 'A')}, {key('l.2.q', 'B')}, {key('l.10.q', 'A')} and 1 more: NaN or "
+          "infinite values")],
     ),
 }  # fmt: skip
 
@@ -209,6 +210,8 @@ def test_faults_of_config_names_shapes_and_cover_are_told_together() -> None:
     found = [code for code, _ in told(raw(tensors, use_dora=True))]
     assert found == ["dora", "unknown_tensor", "no_projector"]
     assert [code for code, _ in told(raw(factors(2), use_dora=True))] == ["dora"]
+    _, (_, text) = told(raw(factors(2, "l.2.q", "m.9", "m.10"), use_dora=True))
+    assert text.startswith("2 of 3 modules have no projector: m.9, m.10. The projector cache has ")
 
 
 def test_float16_may_have_subnormal_values_others_not() -> None:
@@ -244,7 +247,7 @@ def test_weights_that_the_library_does_not_load() -> None:
 def golden(dtype: torch.dtype, **options: str) -> tuple[dict[str, Any], Tensors, bytes]:
     """The files of two modules of rank 1 and 2."""
     weights = {
-        "l.2.q": (torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])),
+        "l.2.q": (torch.tensor([[1.0, 2.0, 7.0]]), torch.tensor([[3.0], [4.0]])),
         "l.1.k": (torch.eye(2), torch.tensor([[5.0, 6.0]])),
     }
     files = canonical_files(weights, "org/model", dtype, **options)
@@ -263,7 +266,7 @@ def test_the_canonical_files(dtype: torch.dtype) -> None:
     assert golden(dtype, revision="")[0] == expected
     assert list(golden(dtype, revision="v1")[0].items()) == [*expected.items(), ("revision", "v1")]
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
-        key("l.2.q", "A"): [[1.0, 2.0], [0.0, 0.0]],
+        key("l.2.q", "A"): [[1.0, 2.0, 7.0], [0.0, 0.0, 0.0]],
         key("l.2.q", "B"): [[3.0, 0.0], [4.0, 0.0]],
         key("l.1.k", "A"): [[1.0, 0.0], [0.0, 1.0]],
         key("l.1.k", "B"): [[5.0, 6.0]],

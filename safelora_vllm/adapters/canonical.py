@@ -51,10 +51,7 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
     """
     config, reasons = parse_config(raw.config)
     pairs, odd = _pair_up(raw)
-    misfits: list[Reason] = []
-    foreign = False
-    if config is not None:
-        misfits, foreign = _check_shapes(pairs, raw, modules, config, limits)
+    misfits, foreign = _check_shapes(pairs, raw, modules, config, limits) if config else ([], False)
     reasons += [*odd, *misfits, *_check_covered(pairs, modules, foreign)]
     if not reasons:
         reasons = _check_padding(pairs, raw, limits)

@@ -171,14 +171,14 @@ def _tar_members(tape: BoundedStream) -> Iterator[Member]:
 def _extended(header: tarfile.TarInfo, extensions: Mapping[bytes, bytes]) -> tuple[str, int]:
     """A member's name and size, from its header or from what stands before it."""
     long_name = extensions.get(tarfile.GNUTYPE_LONGNAME, b"").partition(b"\0")[0]
-    name, size = long_name.decode("utf-8", "surrogateescape") or header.name, header.size
+    name, size = long_name.decode(errors="surrogateescape") or header.name, header.size
     for kind in (tarfile.XGLTYPE, tarfile.XHDTYPE):
         records = _pax_records(extensions.get(kind, b""))
         if kind == tarfile.XGLTYPE and not records.keys().isdisjoint({b"path", b"size"}):
             raise ValueError("a pax record names all members alike")
         if any(key.startswith(b"GNU.sparse.") for key in records):
             raise ValueError(f"{name!r:.100} is sparse")
-        name = records.get(b"path", b"").decode("utf-8", "surrogateescape") or name
+        name = records.get(b"path", b"").decode(errors="surrogateescape") or name
         if (text := records.get(b"size")) is not None:
             size = _number(text)
     return name, size
