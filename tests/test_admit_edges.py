@@ -195,6 +195,12 @@ def test_the_caps_on_what_came(mode: str, plain: Path, rules: GateSettings) -> N
         assert len(report.modules) == 3 and report.total_norm == pytest.approx(total)
 
 
+def test_the_largest_is_named_first(rules: GateSettings, tmp_path: Path) -> None:
+    raw = read(ranks(q={0: 1.0}, k={1: 2.0}, v={0: 0.5}).write(tmp_path / "a"))
+    ((_, text),) = told(evaluate(raw, "name", rules.under({"max_relative_norm": 0.1}))[0])
+    assert text.startswith(f"{K}, {Q}, {V}: the adapter is up to 0.4472136 times")
+
+
 def test_the_caps_on_what_would_be_served(plain: Path, rules: GateSettings) -> None:
     """Ĉ enlarges q by 4/√5 and removes k: each counts by the larger of what came and what is served."""
     raw, total = read(plain), math.hypot(GROWS, 0.5) / math.sqrt(15)
