@@ -256,6 +256,11 @@ def test_ranks_that_cancel(mode: str, rules: GateSettings, tmp_path: Path) -> No
     assert len(report.digest) == 64
 
 
+def test_the_least_coherence_that_passes() -> None:
+    assert module._check_sound({"a": 1.5e-3, "b": 1.0}) == []
+    assert [reason.code for reason in module._check_sound({"a": 1.4999e-3, "b": 1.0})] == ["cancellation"]
+
+
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])
 def test_values_that_overflow(mode: str, rules: GateSettings, tmp_path: Path) -> None:
     """In float16, q by its scale and k by what Ĉ would make of it; v is sound, and cancels."""
