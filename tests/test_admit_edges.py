@@ -141,6 +141,18 @@ def test_the_method_the_dtype_and_the_device_are_those_of_the_settings(
     assert asked == [(name, device) for name in (K, Q, V)]
 
 
+def test_factors_are_measured_on_the_device(
+    plain: Path, rules: GateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(a: torch.Tensor, b: torch.Tensor, *_: object) -> None:
+        raise LookupError(a.device.type, b.device.type)
+
+    monkeypatch.setattr(module, "ModuleDelta", taken)
+    with pytest.raises(LookupError) as caught:
+        evaluate(read(plain), "name", dataclasses.replace(rules, device=torch.device("meta")))
+    assert caught.value.args == ("meta", "meta")
+
+
 def test_a_refusal_before_anything_is_measured(rules: GateSettings, tmp_path: Path) -> None:
     draft = ranks(q={0: 1.0})
     draft.config["use_dora"] = True
