@@ -67,16 +67,16 @@ def test_what_is_no_number_is_not_written(field: str, value: float) -> None:
 )
 def test_one_name_has_one_file(file: str, name: str) -> None:
     """Another way to quote it does not make a second record of a name."""
-    with pytest.raises((ValueError, UsageError), match=r"it is the record of|not Unicode"):
+    with pytest.raises((ValueError, UsageError), match=r"it is the record of|expected Unicode text"):
         from_json(text({"name": name}), file)
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("", "'' is no adapter name: it takes 5 bytes as a file name"),
-        ("x" * 251, f"'{'x' * 99} is no adapter name: it takes 256 bytes as a file name"),
-        ("é" * 45, f"'{'é' * 45}' is no adapter name: it takes 275 bytes as a file name"),
+        ("", "'' is not a valid adapter name: it takes 5 bytes as a file name"),
+        ("x" * 251, f"'{'x' * 99} is not a valid adapter name: it takes 256 bytes as a file name"),
+        ("é" * 45, f"'{'é' * 45}' is not a valid adapter name: it takes 275 bytes as a file name"),
     ],
     ids=ascii,
 )
