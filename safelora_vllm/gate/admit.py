@@ -25,7 +25,9 @@ from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.certified import Interval
 from safelora_vllm.methods.delta import ModuleDelta, OutputStats
+from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
@@ -186,17 +188,20 @@ def evaluate(
             )
             for module, (a, b) in weights.items()
         }
-        selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
+        parts = parts_read(policy)
+        similarities = {module: delta.similarity_by(parts) for module, delta in deltas.items()}
+        selected = policy.selects({module: found and found.middle for module, found in similarities.items()})
         reasons, broken, weights_served, modules, norms = [], [], {}, [], []
         for module, delta in deltas.items():
             a, b = delta.a, delta.b
             if module in selected:
                 a, b = METHODS[policy.method].project(delta, policy)
             served = delta.served(a, b)
-            broken += _check_sound(module, delta, served)
+            similarity = similarities[module]
+            broken += _check_sound(module, delta, similarity, served)
             reasons += _check_norm(module, delta, served, policy)
             norms.append((delta.norm, max(1.0, served.retained or 0.0) * delta.norm))
-            modules.append(_module_report(module, delta, served, module in selected))
+            modules.append(_module_report(module, delta, similarity, served, module in selected))
             weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
     if broken:  # not in report-only mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
@@ -240,13 +245,15 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     ]
 
 
-def _check_sound(module: str, delta: ModuleDelta, served: OutputStats) -> list[Reason]:
+def _check_sound(
+    module: str, delta: ModuleDelta, similarity: Interval | None, served: OutputStats
+) -> list[Reason]:
     """Whether the figures mean what they say.
 
     A NaN or an infinity anywhere in the factors shows in the float64 norm of their product. Ranks that
     cancel show in the coherence: rounding would decide what is left of them, not the policy.
     """
-    figures = (delta.norm, delta.similarity or 0.0, served.retained or 0.0)
+    figures = (delta.norm, *(similarity or ()), served.retained or 0.0)
     if not all(math.isfinite(figure) for figure in figures):
         return [Reason("non_finite", f"{module}: scaling or projecting it gave values that are not finite")]
     if not min(delta.coherence, served.coherence) >= _MIN_COHERENCE:
@@ -261,12 +268,15 @@ def _check_sound(module: str, delta: ModuleDelta, served: OutputStats) -> list[R
     return []
 
 
-def _module_report(module: str, delta: ModuleDelta, served: OutputStats, selected: bool) -> ModuleReport:
+def _module_report(
+    module: str, delta: ModuleDelta, similarity: Interval | None, served: OutputStats, selected: bool
+) -> ModuleReport:
     entry = delta.projector.entry
     return ModuleReport(
         name=module,
         rank=delta.b.shape[1],
-        similarity=delta.similarity,
+        similarity=similarity.middle if similarity else None,
+        similarity_error=similarity.error if similarity else 0.0,
         null_similarity=entry.null_similarity,
         retained=served.retained,
         relative_norm=delta.relative_norm,

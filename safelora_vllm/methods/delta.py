@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safelora_vllm.methods import lowrank
-from safelora_vllm.projectors.cache import Projector
+from safelora_vllm.methods import certified, lowrank
+from safelora_vllm.methods.certified import Interval
+from safelora_vllm.projectors.cache import Parts, Projector
 
 
 class OutputStats(NamedTuple):
@@ -54,18 +55,22 @@ class ModuleDelta:
         return lowrank.gram(self.a)
 
     @cached_property
+    def _own(self) -> lowrank.Products:
+        return lowrank.products(self.b, self.b, self.gram)
+
+    @cached_property
     def _products(self) -> lowrank.Products:
         return lowrank.products(self.image, self.b, self.gram)
 
     @property
     def norm(self) -> float:
         """‖BA‖_F."""
-        return math.sqrt(self._products.yy)
+        return math.sqrt(self._own.yy)
 
     @property
     def coherence(self) -> float:
         """See `lowrank.coherence`, of B and A."""
-        return lowrank.coherence(self._products.yy, self._products.y_spread)
+        return lowrank.coherence(self._own.yy, self._own.y_spread)
 
     @property
     def similarity(self) -> float | None:
@@ -73,9 +78,23 @@ class ModuleDelta:
 
         None where every rank has a zero side, and only there: such a delta changes nothing.
         """
-        if self._products.y_spread == 0.0:
+        if self._own.y_spread == 0.0:
             return None
         return lowrank.cosine(*self._products[:3])
+
+    def similarity_by(self, parts: Parts) -> Interval | None:
+        """The similarity from what a policy reads of the cache; None as for `similarity`.
+
+        With Ĉ or V its error is 0; else the interval holds it, see `methods.certified`.
+        """
+        if self._own.y_spread == 0.0:
+            return None
+        if parts.operator:
+            return Interval(lowrank.cosine(*self._products[:3]) or 0.0, 0.0)
+        sizes, t = self.projector.spectrum(parts.output_energy)
+        basis = self.projector.output_basis(parts.output_energy)
+        known = certified.sums(self.b, self.gram, basis, sizes.to(basis.device)).tolist()
+        return certified.interval(known, self._own.yy, self.coherence, sizes, t)
 
     @property
     def relative_norm(self) -> float:

@@ -48,8 +48,9 @@ class Method:
     options: the policy's fields that it reads, besides those that select modules and the caps.
     select: which modules it projects where a policy does not say so.
     energy: the policy's energy where it does not say so.
-    reads_output_bases: whether it reads L of the projector cache, which takes memory. Of the methods with an
-        ``energy``, all read R.
+    reads_operator: whether it reads Ĉ or V of the projector cache, which takes the most memory.
+    reads_output_bases: whether it reads L, which takes memory too. Of the methods with an ``energy``, all
+        read R.
     calibrator: what it does to a random adapter; without one it cannot be calibrated.
     """
 
@@ -58,6 +59,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     select: str = "all"
     energy: float = 0.2
+    reads_operator: bool = False
     reads_output_bases: bool = False
     calibrator: Calibrator | None = None
 

@@ -77,5 +77,6 @@ METHOD = Method(
     name="safe-lora",
     project=project,
     select="threshold",  # as in the paper
+    reads_operator=True,
     calibrator=Calibrator(_effect, _ladder),
 )

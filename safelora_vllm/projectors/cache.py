@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +29,18 @@ from torch import Tensor
 from safelora_vllm.errors import PolicyError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
 from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, MANIFEST, ModuleEntry, parse_manifest
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a cache are read while adapters are judged.
+
+    operator: Ĉ or V. input_energy, output_energy: the share of ‖V‖_F² up to which R and L are read.
+    """
+
+    operator: bool = True
+    input_energy: float = 1.0
+    output_energy: float = 1.0
 
 
 class Projector:
@@ -48,11 +61,23 @@ class Projector:
 
     @cached_property
     def energies(self) -> Tensor:
-        """The shares of ‖V‖_F² that its first 1…n singular values hold, (n,) float64, rising.
+        """The shares of ‖V‖_F² that its first 1…n singular values hold, (n,) float64, rising, on the CPU.
 
         The cache ends them where its ``--max-energy`` is reached.
         """
-        return self._tensor("energy")
+        return self._cache.tensor(f"{self.entry.name}.energy", self.entry.shard, torch.device("cpu"))
+
+    def spectrum(self, energy: float) -> tuple[Tensor, float]:
+        """σ_i²/‖V‖_F² (k,) float64 of the directions of `output_basis`, and a bound on all that follow.
+
+        The cache ends at its ``--max-energy``: beyond it a value is at most the last one, and at most all
+        that is left.
+        """
+        k, shares = self.directions(energy), self.energies
+        sizes = torch.diff(shares, prepend=shares.new_zeros(1))
+        if k < len(shares):
+            return sizes[:k], float(sizes[k])
+        return sizes, max(0.0, min(float(sizes[-1]), 1.0 - float(shares[-1])))
 
     def directions(self, energy: float, clipped: bool = False) -> int:
         """k, the fewest singular values of V that hold ``energy`` of ‖V‖_F².
@@ -151,28 +176,36 @@ class ProjectorCache:
         max_bytes: int | None = None,
         input_energy: float = 1.0,
         output_energy: float = 1.0,
+        operator: bool = True,
     ) -> None:
-        """Keep tensors on ``device``, in the manifest's order, up to ``max_bytes`` of them.
+        """Keep tensors on ``device``, up to ``max_bytes`` of them.
 
-        Of the bases only the directions up to these energies, as far as the cache has them: what a policy
-        reads. All else is read from the shards at each use, and a shard whose file changed is verified
-        again before that.
+        Of the bases only the directions up to these energies, as far as the cache has them, and Ĉ or V only
+        where it is read: what `Parts` says. The small parts of all modules come before the large ones: the
+        energies (on the CPU), R, L, then Ĉ or V. All else is read from the shards at each use, and a shard
+        whose file changed is verified again before that.
         """
         used = 0
-        for entry in self.modules.values():
-            projector = Projector(entry, self, torch.device("cpu"))
-            wanted: dict[str, int | None] = {"projector" if entry.form == "dense" else "delta": None}
-            wanted |= {"input_basis": projector.directions(input_energy, clipped=True), "energy": None}
-            wanted |= {"output_basis": projector.directions(output_energy, clipped=True)}
-            for part, columns in wanted.items():
-                key = f"{entry.name}.{part}"
-                if columns == 0:
-                    continue
-                tensor = self._read(key, entry.shard, columns).to(device)
-                if max_bytes is not None and used + tensor.nbytes > max_bytes:
-                    return
-                used += tensor.nbytes
-                self._resident[key] = tensor
+        for entry, part, columns in self._wanted(input_energy, output_energy, operator):
+            key = f"{entry.name}.{part}"
+            tensor = self._read(key, entry.shard, columns).to("cpu" if part == "energy" else device)
+            if max_bytes is not None and used + tensor.nbytes > max_bytes:
+                return
+            used += tensor.nbytes
+            self._resident[key] = tensor
+
+    def _wanted(
+        self, input_energy: float, output_energy: float, operator: bool
+    ) -> Iterator[tuple[ModuleEntry, str, int | None]]:
+        """Module, part and columns of what `load` keeps, in its order."""
+        entries = self.modules.values()
+        yield from ((entry, "energy", None) for entry in entries)
+        for part, energy in (("input_basis", input_energy), ("output_basis", output_energy)):
+            for entry in entries:
+                if columns := self.projector(entry.name).directions(energy, clipped=True):
+                    yield entry, part, columns
+        if operator:
+            yield from ((e, "projector" if e.form == "dense" else "delta", None) for e in entries)
 
     def projector(self, name: str, device: str | torch.device = "cpu") -> Projector:
         """The operators of one module. ``name`` must be in ``modules``."""
