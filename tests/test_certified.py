@@ -19,7 +19,7 @@ from safelora_vllm.methods.certified import Interval
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import METHOD_NAMES, Policy
-from safelora_vllm.projectors.cache import Parts, ProjectorCache
+from safelora_vllm.projectors.cache import Parts, ProjectorCache, Spectrum
 from tests import reference
 from tests.tiny import Draft, Pair, module_shapes
 
@@ -34,7 +34,7 @@ def thin(energy: float) -> Parts:
 
 def found_by(delta: ModuleDelta, parts: Parts) -> Interval:
     """The interval of a delta that is not zero."""
-    found = delta.similarity_by(parts)
+    found = delta.stats(parts).similarity
     assert found is not None
     return found
 
@@ -111,13 +111,14 @@ def test_the_width_is_that_of_the_formula_and_shrinks_with_more_directions(
 def test_both_ends_are_met_by_some_delta() -> None:
     """V = diag(2, 1, 1, 0), k = 1. What U_1 leaves out lies where V has nothing, or where w is t."""
     sizes, t = torch.tensor([4 / 6], dtype=torch.float64), 1 / 6
+    spectrum = Spectrum(sizes, float(sizes.norm()), t)
     basis, operator = torch.eye(4)[:, :1], torch.diag(torch.tensor([4.0, 1.0, 1.0, 0.0]).double())
     for direction in (1, 3):
         b = torch.zeros(4, 1)
         b[0], b[direction] = 0.6, 0.8
         exact = reference.cosine(operator @ b.double(), b.double())
-        known = certified.sums(b, torch.eye(1).double(), basis, sizes).tolist()
-        low_high = certified.interval(known, 1.0, 1.0, sizes, t)
+        known = certified.sums(b, torch.eye(1).double(), basis, spectrum.weights).tolist()
+        low_high = certified.interval(known, 1.0, 1.0, spectrum)
         end = low_high.middle + (low_high.error if direction == 1 else -low_high.error)
         assert end == pytest.approx(exact, abs=2e-6)  # the allowance for rounding, and B in float32
 
@@ -128,8 +129,8 @@ def test_a_cache_that_ends_bounds_the_rest_by_its_last_value(cache: ProjectorCac
         squares = torch.linalg.svdvals(pair.v(name)) ** 2
         squares /= squares.sum()
         for energy in (0.0, 0.3, 0.95):
-            sizes, t = projector.spectrum(energy)
-            k = len(sizes)
+            spectrum = projector.spectrum(energy)
+            sizes, t, k = spectrum.sizes, spectrum.following, len(spectrum.sizes)
             assert k == projector.directions(energy)
             assert torch.allclose(sizes, squares[:k], rtol=0, atol=1e-12)
             following = float(squares[k]) if k < len(squares) else 0.0
@@ -144,7 +145,7 @@ def test_what_is_not_finite_has_no_interval(bad: float, cache: ProjectorCache) -
     delta = ModuleDelta(a, b, cache.projector("model.layers.0.self_attn.q_proj"))
     assert all(math.isnan(figure) for figure in found_by(delta, thin(0.2)))
     zero = ModuleDelta(a, torch.zeros(96, 2), delta.projector)
-    assert zero.similarity_by(thin(0.2)) is zero.similarity_by(Parts()) is None
+    assert zero.stats(thin(0.2)).similarity is zero.stats(Parts()).similarity is None
 
 
 @pytest.mark.parametrize(

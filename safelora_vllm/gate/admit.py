@@ -24,10 +24,7 @@ import torch
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.methods import METHODS
-from safelora_vllm.methods.certified import Interval
-from safelora_vllm.methods.delta import ModuleDelta, OutputStats
-from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.methods.judge import JudgedModule, judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
@@ -35,7 +32,7 @@ from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
-_FORMAT = 4  # raise it when the same input would be published as other bytes
+_FORMAT = 5  # raise it when the same input would be published as other bytes
 # ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
 # delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
 _MIN_COHERENCE = 1.5e-3
@@ -179,30 +176,13 @@ def evaluate(
     except AdapterRefused as error:
         return Report.refused(name, raw.digest, cache.id, policy, error), None
     with stages.time("project"), torch.inference_mode():
-        deltas = {
-            module: ModuleDelta(
-                a.to(settings.device),
-                b.to(settings.device),
-                cache.projector(module, settings.device),
-                settings.dtype,
-            )
-            for module, (a, b) in weights.items()
-        }
-        parts = parts_read(policy)
-        similarities = {module: delta.similarity_by(parts) for module, delta in deltas.items()}
-        selected = policy.selects({module: found and found.middle for module, found in similarities.items()})
         reasons, broken, weights_served, modules, norms = [], [], {}, [], []
-        for module, delta in deltas.items():
-            a, b = delta.a, delta.b
-            if module in selected:
-                a, b = METHODS[policy.method].project(delta, policy)
-            served = delta.served(a, b)
-            similarity = similarities[module]
-            broken += _check_sound(module, delta, similarity, served)
-            reasons += _check_norm(module, delta, served, policy)
-            norms.append((delta.norm, max(1.0, served.retained or 0.0) * delta.norm))
-            modules.append(_module_report(module, delta, similarity, served, module in selected))
-            weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
+        for module in judge(weights, cache, policy, settings.device, settings.dtype):
+            broken += _check_sound(module)
+            reasons += _check_norm(module, policy)
+            norms.append((module.came.norm, max(1.0, module.served.retained or 0.0) * module.came.norm))
+            modules.append(_module_report(module))
+            weights_served[module.entry.name] = (module.a, module.b)
     if broken:  # not in report-only mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
@@ -218,15 +198,15 @@ def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
             store.keep(raw.digest, raw.files)
 
 
-def _check_norm(module: str, delta: ModuleDelta, served: OutputStats, policy: Policy) -> list[Reason]:
+def _check_norm(module: JudgedModule, policy: Policy) -> list[Reason]:
     """The cap holds for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1."""
-    largest = max(1.0, served.retained or 0.0) * delta.relative_norm
+    largest = max(1.0, module.served.retained or 0.0) * module.relative_norm
     if largest <= policy.max_relative_norm:
         return []
     return [
         Reason(
             "relative_norm",
-            f"{module}: the adapter is {largest:.8g} times its weight, allowed are "
+            f"{module.entry.name}: the adapter is {largest:.8g} times its weight, allowed are "
             f"{policy.max_relative_norm:.8g} (max_relative_norm)",
         )
     ]
@@ -245,22 +225,21 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     ]
 
 
-def _check_sound(
-    module: str, delta: ModuleDelta, similarity: Interval | None, served: OutputStats
-) -> list[Reason]:
+def _check_sound(module: JudgedModule) -> list[Reason]:
     """Whether the figures mean what they say.
 
     A NaN or an infinity anywhere in the factors shows in the float64 norm of their product. Ranks that
     cancel show in the coherence: rounding would decide what is left of them, not the policy.
     """
-    figures = (delta.norm, *(similarity or ()), served.retained or 0.0)
+    name, came, served = module.entry.name, module.came, module.served
+    figures = (came.norm, *(module.similarity or ()), served.retained or 0.0)
     if not all(math.isfinite(figure) for figure in figures):
-        return [Reason("non_finite", f"{module}: scaling or projecting it gave values that are not finite")]
-    if not min(delta.coherence, served.coherence) >= _MIN_COHERENCE:
+        return [Reason("non_finite", f"{name}: scaling or projecting it gave values that are not finite")]
+    if not (coherence := min(came.coherence, served.coherence)) >= _MIN_COHERENCE:
         return [
             Reason(
                 "cancellation",
-                f"{module}: its ranks cancel each other to {min(delta.coherence, served.coherence):.1e} of "
+                f"{name}: its ranks cancel each other to {coherence:.1e} of "
                 f"their squared norm; {_MIN_COHERENCE:g} is the least that can be judged. Merge and "
                 "factorise it again (a singular value decomposition of B·A)",
             )
@@ -268,19 +247,17 @@ def _check_sound(
     return []
 
 
-def _module_report(
-    module: str, delta: ModuleDelta, similarity: Interval | None, served: OutputStats, selected: bool
-) -> ModuleReport:
-    entry = delta.projector.entry
+def _module_report(module: JudgedModule) -> ModuleReport:
+    similarity = module.similarity
     return ModuleReport(
-        name=module,
-        rank=delta.b.shape[1],
+        name=module.entry.name,
+        rank=module.rank,
         similarity=similarity.middle if similarity else None,
         similarity_error=similarity.error if similarity else 0.0,
-        null_similarity=entry.null_similarity,
-        retained=served.retained,
-        relative_norm=delta.relative_norm,
-        decision="projected" if selected else "kept",
+        null_similarity=module.entry.null_similarity,
+        retained=module.served.retained,
+        relative_norm=module.relative_norm,
+        decision="projected" if module.projected else "kept",
     )
 
 

@@ -14,11 +14,14 @@ D² ≥ tN, the least such quotient is at δ = 0, the largest at δ = tq with ε
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from safelora_vllm.projectors.projector import Spectrum
 
 # Bound on the error of each √x_i, for a coherence of 1 (see `lowrank.coherence`): 2⁻²⁴ from the rounding of
 # u_i to float32, and less from float64 sums. Their terms are larger than ‖BA‖² by 1/coherence.
@@ -32,40 +35,38 @@ class Interval(NamedTuple):
     error: float
 
 
-def sums(b: Tensor, gram: Tensor, basis: Tensor, sizes: Tensor) -> Tensor:
-    """N, D² and Σx_i, not yet divided by ‖BA‖², as (3,) float64.
+def sums(b: Tensor, gram: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
+    """N, D² and Σx_i, not yet divided by ‖BA‖², as (3,) float64. All may have leading dimensions of modules.
 
     Args:
         b: B (d_out, r).
         gram: A Aᵀ (r, r), float64.
         basis: L (d_out, k).
-        sizes: w (k,), float64.
+        weights: (3, k) float64, see `Spectrum.weights`.
     """
     parts = basis.to(torch.float64).mT @ b.to(torch.float64)
-    shares = ((parts @ gram) * parts).sum(-1).clamp_min(0.0)
-    return torch.stack([(sizes * shares).sum(-1), (sizes**2 * shares).sum(-1), shares.sum(-1)], dim=-1)
+    shares = ((parts @ gram) * parts).sum(-1)
+    return (weights @ shares[..., None])[..., 0]
 
 
-def interval(
-    known: Sequence[float], norm_squared: float, coherence: float, sizes: Tensor, t: float
-) -> Interval:
+def interval(known: Sequence[float], norm_squared: float, coherence: float, spectrum: Spectrum) -> Interval:
     """The interval that holds the similarity of a delta that is not zero, NaN where that is not finite.
 
     Args:
         known: N, D² and Σx_i of `sums`.
         norm_squared: ‖BA‖².
         coherence: see `lowrank.coherence`.
-        sizes, t: of `Projector.spectrum`.
+        spectrum: of the directions of L.
     """
     if not (norm_squared > 0.0 and all(map(math.isfinite, (norm_squared, *known)))):
         return Interval(math.nan, math.nan)
-    n, d_squared, inside = (value / norm_squared for value in known)
-    d, rounding = math.sqrt(d_squared), _ROUNDING / math.sqrt(coherence)
-    slack_d, slack_q = rounding * float(sizes.norm()), 2 * rounding * math.sqrt(len(sizes))
+    n, d_squared, inside = (max(value, 0.0) / norm_squared for value in known)
+    d, rounding = math.sqrt(d_squared), _ROUNDING / math.sqrt(max(coherence, sys.float_info.min))
+    slack_d, slack_q = rounding * spectrum.norm, 2 * rounding * math.sqrt(len(spectrum.sizes))
     if d <= slack_d:
         return Interval(0.5, 0.5)
     q = min(1.0, max(0.0, 1.0 - inside) + slack_q)
     slack = (d * slack_q + slack_d) / (d - slack_d)
-    low = max(0.0, n / d - slack)
+    low, t = max(0.0, n / d - slack), spectrum.following
     high = min(1.0, (n + t * q) / math.sqrt(d_squared + t**2 * q) + slack)
     return Interval((low + high) / 2, (high - low) / 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safelora_vllm.methods import METHODS
-from safelora_vllm.projectors.cache import Parts
+from safelora_vllm.projectors.projector import Parts
 
 if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
