@@ -21,7 +21,7 @@ from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import Parts, ProjectorCache, Spectrum
 from tests import reference
-from tests.tiny import Draft, Pair, module_shapes
+from tests.tiny import Draft, Pair, key, module_shapes
 
 ENERGIES = (0.0, 0.05, 0.2, 0.5, 0.8, 0.95)
 DEFAULT = Policy()
@@ -146,6 +146,20 @@ def test_what_is_not_finite_has_no_interval(bad: float, cache: ProjectorCache) -
     assert all(math.isnan(figure) for figure in found_by(delta, thin(0.2)))
     zero = ModuleDelta(a, torch.zeros(96, 2), delta.projector)
     assert zero.stats(thin(0.2)).similarity is zero.stats(Parts()).similarity is None
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, Policy(method="safe-lora")], ids=["certified", "exact"])
+def test_ranks_that_cancel_wholly_are_refused_as_such(
+    policy: Policy, cache: ProjectorCache, tmp_path: Path
+) -> None:
+    draft, name = Draft(), "model.layers.0.self_attn.q_proj"
+    a, b = (draft.tensors[key(name, side)] for side in "AB")
+    a[1], a[3], b[:, 1], b[:, 3] = a[0], a[2], -b[:, 0], -b[:, 2]
+    upload = read_adapter(draft.write(tmp_path / "adapter"), Limits())
+    report, _ = evaluate(upload, "a", GateSettings(cache, policy))
+    assert [(reason.code, reason.message.split(":")[0]) for reason in report.reasons] == [
+        ("cancellation", name)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def sums(b: Tensor, gram: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
 
 
 def interval(known: Sequence[float], norm_squared: float, coherence: float, spectrum: Spectrum) -> Interval:
-    """The interval that holds the similarity of a delta that is not zero, NaN where that is not finite.
+    """The interval that holds the similarity of a delta with a rank that is not zero, NaN if not finite.
 
     Args:
         known: N, D² and Σx_i of `sums`.
@@ -58,8 +58,10 @@ def interval(known: Sequence[float], norm_squared: float, coherence: float, spec
         coherence: see `lowrank.coherence`.
         spectrum: of the directions of L.
     """
-    if not (norm_squared > 0.0 and all(map(math.isfinite, (norm_squared, *known)))):
+    if not all(map(math.isfinite, (norm_squared, *known))):
         return Interval(math.nan, math.nan)
+    if norm_squared == 0.0:  # ranks that cancel wholly have no direction
+        return Interval(0.5, 0.5)
     n, d_squared, inside = (max(value, 0.0) / norm_squared for value in known)
     d, rounding = math.sqrt(d_squared), _ROUNDING / math.sqrt(max(coherence, sys.float_info.min))
     slack_d, slack_q = rounding * spectrum.norm, 2 * rounding * math.sqrt(len(spectrum.sizes))
