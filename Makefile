@@ -7,6 +7,9 @@ SHELL := /bin/bash
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
+# Processes that share the tests, each with its own servers. tests/conftest.py says which tests go together.
+PROCESSES ?= 2
+PARALLEL := -n $(PROCESSES) --dist loadfile
 BIN := .venv/bin
 BASE := .cache/models/base
 ALIGNED := .cache/models/aligned
@@ -40,10 +43,10 @@ serve: models
 	$(BIN)/python examples/demo.py --serve
 
 test: models
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q $(PARALLEL) tests
 
 test-fast: .venv/.ready
-	$(BIN)/python -m pytest -q tests -m "not server"
+	$(BIN)/python -m pytest -q $(PARALLEL) tests -m "not server"
 
 # A million executions, guided by coverage; `make test` runs the same targets for some seconds.
 fuzz: .venv/.ready

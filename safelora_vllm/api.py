@@ -10,6 +10,8 @@ The commands ``build``, ``inspect``, ``project`` and ``calibrate`` only parse op
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 import shutil
 import sys
@@ -28,11 +30,14 @@ from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import ModelName
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger("vllm.safelora.api")
 
 
 def build_projectors(
@@ -97,7 +102,7 @@ def inspect_adapter(
     Raises:
         AdapterNotFound: there is nothing at the path.
         UsageError: ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -124,6 +129,7 @@ def project_adapter(
     policy: Policy | None = None,
     *,
     device: str = "cpu",
+    base_model: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Pass an adapter through the gate and write what may be served, as PEFT would.
 
@@ -134,6 +140,9 @@ def project_adapter(
         policy: the rules to judge it by. None: the default policy. With mode ``report-only`` the adapter is
             written unprojected.
         device: where to project, such as ``cuda``.
+        base_model: the model of the new adapter, a folder or a hub id, which PEFT's
+            ``AutoPeftModelForCausalLM`` loads. None: the aligned model, as `build_projectors` was given it.
+            What the adapter itself names is never taken over: its author would choose what is loaded.
 
     Returns:
         The report of the adapter, which was accepted.
@@ -142,7 +151,7 @@ def project_adapter(
         AdapterRefused: the gate refuses it; nothing was written. `inspect_adapter` has the report.
         AdapterNotFound: there is nothing at the path.
         UsageError: ``out`` exists or cannot be written, or ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -158,8 +167,16 @@ def project_adapter(
     """
     out = Path(out)
     if out.exists():
-        raise UsageError(f"{out} exists; remove it or give another folder as out")
+        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     settings = _settings(projectors, policy, device)
+    model = settings.cache.aligned_model if base_model is None else ModelName.of(os.fspath(base_model))
+    if model is None:
+        logger.warning(
+            "the projector cache does not say for which model it was built. base_model_name_or_path stays "
+            "empty, so AutoPeftModelForCausalLM cannot load the adapter. Name the model with base_model"
+        )
+    else:
+        settings = dataclasses.replace(settings, base_model=model.name, revision=model.revision)
     with _on_disk(adapter) as (path, name), _beside(out) as scratch:
         admission = admit(path, name, settings, PublishedStore(scratch))
         if admission.folder is None:
@@ -187,7 +204,7 @@ def calibrate_policy(
 
     Raises:
         UsageError: the method cannot be calibrated, or no strength keeps the share.
-        PolicyError: the policy has more energy than the cache.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing, empty or damaged.
 
     Example:
@@ -197,6 +214,7 @@ def calibrate_policy(
         (0.29, True)
     """
     policy = policy or Policy()
+    policy.check_effective(policy.chosen)
     calibrator_of(policy.method)  # before anything is read
     if keep_random is not None:
         search_of(policy.method)
@@ -213,7 +231,9 @@ def calibrate_policy(
 def _settings(
     projectors: str | os.PathLike[str] | ProjectorCache, policy: Policy | None, device: str
 ) -> GateSettings:
-    return GateSettings(_cache(projectors), policy or Policy(), _device(device))
+    policy = policy or Policy()
+    policy.check_effective(policy.chosen)
+    return GateSettings(_cache(projectors), policy, _device(device))
 
 
 def _cache(projectors: str | os.PathLike[str] | ProjectorCache) -> ProjectorCache:
@@ -225,7 +245,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"torch cannot use the device {name!r} here; try cpu") from error
+        raise UsageError(f"torch cannot use the `device` {name!r} here; try cpu") from error
 
 
 @contextlib.contextmanager
@@ -267,7 +287,7 @@ def _beside(out: Path) -> Iterator[str]:
         scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=".project-")
     except OSError as error:
         raise UsageError(
-            f"{out.parent} cannot be written ({error.strerror}); give another folder as out"
+            f"{out.parent} cannot be written ({error.strerror}): give another folder as `out`"
         ) from error
     with scratch as folder:
         yield folder

@@ -23,12 +23,16 @@ Every message says what was found, what was expected and what to do.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _MAX_MESSAGE = 500  # characters
 _MAX_OF_A_CODE = 20
 _MAX_REASONS = 100
 _MAX_IN_MESSAGE = 20
+_NAMED = 3  # names that a sentence about many shows
+_MAX_NAME = 90  # characters of each
 
 
 class SafeLoRAError(Exception):
@@ -121,6 +125,10 @@ class Reason:
 
     The message may quote what a tenant wrote and goes into logs, terminals and answers: whatever is
     not printable in it is escaped, and what is over 500 characters is cut.
+
+    Attributes:
+        code: machine-readable; it stays the same from release to release.
+        message: what was found, what was expected and what to do.
     """
 
     code: str
@@ -138,8 +146,8 @@ class Reason:
 class AdapterRefused(SafeLoRAError):
     """The adapter may not be served. ``reasons`` holds every cause found, not only the first.
 
-    One line per tensor could be many thousands: repeats are left out, and so is what is over 20 of one
-    code or over 100 in all. Every code stays. The message shows the first 20.
+    Repeats are left out, and so is what is over 20 of one code or over 100 in all. Every code stays. The
+    message shows the first 20.
     """
 
     def __init__(self, reasons: list[Reason]) -> None:
@@ -168,6 +176,36 @@ def fresh_copy(error: SafeLoRAError) -> SafeLoRAError:
 def refuse(code: str, message: str) -> AdapterRefused:
     """Shorthand for a refusal with one reason."""
     return AdapterRefused([Reason(code, message)])
+
+
+class Fault(NamedTuple):
+    """One of many modules or tensors with something wrong: the reason's code, its name, and what is wrong."""
+
+    code: str
+    name: str
+    cause: str
+
+
+def by_cause(faults: Iterable[Fault]) -> list[Reason]:
+    """One reason for each cause, whatever the number of modules or tensors that have it.
+
+    Args:
+        faults: of modules or tensors.
+
+    Returns:
+        In the order in which the causes were found, e.g. ``q_proj, k_proj, v_proj and 4 more: no projector``.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    for code, name, cause in faults:
+        names.setdefault((code, cause), []).append(name)
+    return [Reason(code, f"{named(found)}: {cause}") for (code, cause), found in names.items()]
+
+
+def named(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown = ", ".join(name[:_MAX_NAME] for name in names[:_NAMED])
+    more = len(names) - _NAMED
+    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def _bounded(reasons: list[Reason]) -> list[Reason]:

@@ -48,7 +48,7 @@ def writing(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreUnavailable(
-            f"the adapter store {root} cannot be written ({error.strerror or error}); free space or mend "
+            f"the adapter store {root} cannot be written ({error.strerror or error}); free space or fix "
             "its permissions, then try again"
         ) from error
 

@@ -31,6 +31,9 @@ CAPS = ("max_relative_norm", "max_total_norm")
 class Policy:
     """The rules an adapter is judged by. Field names are those of the command-line options.
 
+    A field may have no effect with the others, such as ``number`` where ``select`` is ``all``. The functions
+    that take a policy refuse that where the field has another value than its default: see `check_effective`.
+
     Attributes:
         method: ``input-removal`` (A' = A − (A R) Rᵀ, the default), ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B)
             or ``csulora`` (arXiv 2605.30640, damps what is not in both L and R).
@@ -38,14 +41,14 @@ class Policy:
             ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
             (as in the paper), ``all`` for the others (which need no similarity).
         threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
-        number: the paper's K.
+        number: the paper's K, how many modules are projected.
         energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and
             R). Default: 0.2; for csulora 0.95, as in its paper.
-        max_relative_norm: an adapter with ‖s·BA‖_F / ‖W‖_F above it in any module is refused: a bound on
-            how far one can be multiplied up so that what the projection leaves is enough.
-        max_total_norm: so is one with (Σ ‖s·BA‖² / Σ ‖W‖²)^½ above it, the latter sum over all modules of
-            the projector cache. Adapters that were trained alike are alike in it, whatever modules they
-            change.
+        max_relative_norm: an adapter is refused if ‖s·BA‖_F / ‖W‖_F of any module is larger. Bounds how far
+            an adapter can be multiplied up so that what the projection leaves is enough.
+        max_total_norm: an adapter is refused if (Σ ‖s·BA‖² / Σ ‖W‖²)^½ is larger, with Σ ‖W‖² over all
+            modules of the projector cache. Adapters that were trained alike have similar values, whatever
+            modules they change.
         mode: ``enforce``, or ``report-only``, which serves the adapter unprojected and only reports.
 
     Raises:
@@ -60,7 +63,7 @@ class Policy:
         >>> sl.Policy(energy=2)
         Traceback (most recent call last):
             ...
-        safelora_vllm.errors.PolicyError: energy is 2; give a number from 0 to 1
+        safelora_vllm.errors.PolicyError: `energy` is 2: expected a number from 0 to 1
     """
 
     method: str = "input-removal"
@@ -80,13 +83,13 @@ class Policy:
             object.__setattr__(self, "energy", self._method.energy)
         _one_of("select", self.select, SELECTIONS)
         if isinstance(self.mode, str) and (word := _FORMER_MODES.get(self.mode)):
-            raise PolicyError(f"mode {self.mode!r} has another name now: use {word!r}")
+            raise PolicyError(f"`mode` {self.mode!r} has another name now: use {word!r}")
         _one_of("mode", self.mode, MODES)
         for field, low, high in _RANGES:
             _in_range(field, getattr(self, field), low, high)
             object.__setattr__(self, field, float(getattr(self, field)) + 0.0)  # 1 and 1.0, 0.0 and -0.0
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 0:
-            raise PolicyError(f"number is {self.number!r:.80}; give a whole number of modules, 0 or more")
+            raise PolicyError(f"`number` is {self.number!r:.80}: expected a number of modules, 0 or more")
 
     @property
     def enforcing(self) -> bool:
@@ -101,6 +104,20 @@ class Policy:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
+    def summary(self) -> str:
+        """What of it decides which modules are projected how, e.g. ``safe-lora, select threshold 0.35``."""
+        value = {"threshold": f" {self.threshold:g}", "number": f" {self.number}", "all": ""}[self.select]
+        energy = f", energy {self.energy:g}" if self.has_effect("energy") else ""
+        return f"{self.method}{energy}, select {self.select}{value}"
+
+    @property
+    def chosen(self) -> list[str]:
+        """The fields that differ from their defaults with this method."""
+        default = Policy(method=self.method)
+        names = (field.name for field in dataclasses.fields(self))
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
+    @property
     def _method(self) -> Method:
         return METHODS[self.method]
 
@@ -108,10 +125,10 @@ class Policy:
     def from_mapping(cls, values: Mapping[str, Any]) -> Policy:
         """A policy from a configuration's mapping. Unknown keys are an error, not ignored."""
         if not isinstance(values, Mapping):
-            raise PolicyError(f'the policy is {values!r:.80}; give an object such as {{"energy": 0.2}}')
+            raise PolicyError(f'the policy is {values!r:.80}: expected an object such as {{"energy": 0.2}}')
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise PolicyError(f"unknown policy keys {unknown}; known are {sorted(known)}")
+            raise PolicyError(f"{unknown} are not valid fields of a policy: expected some of {sorted(known)}")
         return cls(**values)
 
     @classmethod
@@ -140,16 +157,17 @@ class Policy:
             if not self.has_effect(field):
                 condition, needed = _condition(field)
                 raise PolicyError(
-                    f"{field} has no effect with {condition} {getattr(self, condition)!r}; give {condition} "
-                    f"{' or '.join(map(repr, needed))} too{_by_itself(field)}, or leave {field} out"
+                    f"`{field}` has no effect with `{condition}` {getattr(self, condition)!r}. Set "
+                    f"`{condition}` to {' or '.join(map(repr, needed))}{_default_of(field)}, or leave "
+                    f"`{field}` out"
                 )
             # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
             option = self._method.options.get(field)
             idle = field in ("number", "threshold") or (option is not None and option.more_is_stricter)
             if idle and getattr(self, field) <= 0:
                 raise PolicyError(
-                    f"with {field} {getattr(self, field):g} nothing is projected; if that is meant, choose "
-                    "mode 'report-only'"
+                    f"with `{field}` {getattr(self, field):g} nothing is projected. If that is meant, set "
+                    "`mode` to 'report-only'"
                 )
 
     def has_effect(self, field: str) -> bool:
@@ -221,15 +239,15 @@ def _condition(field: str) -> tuple[str, tuple[str, ...]]:
     return "method", tuple(name for name, method in METHODS.items() if field in method.options)
 
 
-def _by_itself(select: str) -> str:
-    """A note on the methods that select so without being told."""
-    names = [name for name, method in METHODS.items() if method.select == select != "all"]
-    return f" ({' and '.join(names)} has it by itself)" if names else ""
+def _default_of(field: str) -> str:
+    """A note on the methods whose ``select`` has this field's name where none is given."""
+    names = [name for name, method in METHODS.items() if method.select == field]
+    return f" (the default of {' and '.join(names)})" if names else ""
 
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise PolicyError(f"{field} is {value!r:.80}; choose one of {', '.join(allowed)}")
+        raise PolicyError(f"`{field}` is {value!r:.80}: expected one of {', '.join(allowed)}")
 
 
 def _in_range(field: str, value: object, low: float, high: float) -> None:
@@ -237,4 +255,4 @@ def _in_range(field: str, value: object, low: float, high: float) -> None:
     if not number or not low <= value <= high:  # type: ignore[operator]
         above = high == sys.float_info.max
         wanted = f"finite number of {low:g} or more" if above else f"number from {low:g} to {high:g}"
-        raise PolicyError(f"{field} is {value!r:.80}; give a {wanted}")
+        raise PolicyError(f"`{field}` is {value!r:.80}: expected a {wanted}")

@@ -63,6 +63,11 @@ class Report:
     modules: list[ModuleReport]
     total_norm: float = 0.0
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every module's delta is zero, so that the model answers as without the adapter."""
+        return bool(self.modules) and all(module.similarity is None for module in self.modules)
+
     def named(self, adapter: str) -> Report:
         """The same report under the name that the adapter is served by."""
         return dataclasses.replace(self, adapter=adapter)

@@ -19,6 +19,19 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the dtypes that are served
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 _MAX_SIDES = 8
 _MAX_TENSORS = 16_384  # a model of 128 layers with seven modules has 1,792 of them
+_PICKLE = "it is a file of torch.save (a pickle, perhaps in a zip). Save it as safetensors"
+_PAGE = "it is a web page, perhaps of a failed download. Download the file itself"
+# How files begin that are sent in place of weights or a config; letters in lower case.
+_OTHERS = {
+    b"pk\3\4": _PICKLE,
+    **{bytes((0x80, protocol, sign)): _PICKLE for protocol in range(2, 6) for sign in b"\x8a\x95}(]c"},
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file. Run 'git lfs pull'",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"\x1f\x8b": "it is a gzip archive. Unpack it, or send it as the archive",
+    b"gguf": "it is a GGUF file. Save it as safetensors",
+}
+LONGEST_SIGN = 64  # bytes that tell, with blanks before them
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,16 @@ def read_header(file: BinaryIO, size: int, limit: int) -> tuple[bytes, Header]:
         _check_layout([_span(entry) for entry in entries.values()], size - 8 - length)
         header = {n: TensorHeader(entry["dtype"], tuple(entry["shape"])) for n, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise refuse("weights_malformed", f"the weights are no whole safetensors file: {error}") from error
+        file.seek(0)
+        found = other_format(file.read(LONGEST_SIGN)) or str(error)
+        raise refuse("weights_malformed", f"the weights are not a whole safetensors file: {found}") from error
     return start + text, header
+
+
+def other_format(beginning: bytes) -> str | None:
+    """What a file is that is often taken for weights, and what to do; from its first `LONGEST_SIGN` bytes."""
+    text = beginning.lstrip().lower()
+    return next((found for sign, found in _OTHERS.items() if text.startswith(sign)), None)
 
 
 def plain_json(text: bytes) -> Any:
@@ -71,7 +92,7 @@ def _reject_constant(name: str) -> float:
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is there twice")
     return found
 
 

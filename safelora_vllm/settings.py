@@ -1,12 +1,13 @@
 """Settings of a guarded server: ``--additional-config '{"safelora": {…}}'`` reaches every worker.
 
-Each setting and its default stand here only: the gate is started with this class, and the command's help and
-the README's table are made from it or tested against it.
+Each setting and its default stand here only: the gate is started with this class, the command's help is made
+from it, and the tables of docs/configuration.md are made from the docstrings.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from safelora_vllm.store.layout import default_root
 SECTION = "safelora"
 PLUGIN = "safelora"  # in VLLM_PLUGINS
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
+ADMIN_KEY_MADE = "SAFELORA_ADMIN_API_KEY_MADE"  # set by a server that made the key itself
 METRICS_KEY = "SAFELORA_METRICS_KEY"
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
@@ -35,22 +37,22 @@ class ServerSettings:
 
     Attributes:
         projectors: folder of the projector cache.
-        store: folder for published adapters.
-        policy: fields of `safelora_vllm.policy.Policy`.
-        trust_served_model: do not compare the served model with the cache's aligned side, for quantised
-            copies of it.
-        projector_bytes: bound on projectors kept on the worker's device; the rest is read from disk at each
-            use.
-        max_adapter_bytes: largest file that is received, and largest weights file that the gate reads.
+        store: folder of the adapter store.
+        policy: fields of the policy, by their names there.
+        trust_served_model: do not compare the served model with the cache's aligned model. For a quantised
+            or converted copy of it.
+        projector_bytes: most bytes of projectors that the gate keeps on its device. The rest is read from
+            disk at each use.
+        max_adapter_bytes: largest upload that is received, and largest weights file that the gate reads.
         store_bytes: budget of the published copies in the store.
-        keys: the keys file.
-        adapter_roots: folders that loads by path may read; none means every folder for ``load_lora_adapter``
-            and none for uploads.
-        concurrent_uploads: per API server.
-        allow_hub: whether uploads may name a hub repository.
-        private_docs: whether the API's documentation needs a key.
-        route_access: "METHOD /path" of a route that this package does not know → who may call it, one of
-            anybody, users, tenants.
+        keys: TOML file with admin and tenant keys.
+        adapter_roots: folders that loads by path may read. Without one, ``load_lora_adapter`` reads any
+            folder and ``POST /v1/adapters`` none.
+        concurrent_uploads: uploads that one API server receives at once. Others get status 429.
+        allow_hub: uploads may name a hub repository.
+        private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
+        route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
+            section an object such as ``{"GET /x": "users"}``. A route without an entry needs an admin key.
     """
 
     projectors: str
@@ -93,7 +95,7 @@ class ServerSettings:
             except msgspec.ValidationError as error:
                 wrong.append(f"{name} is {value!r:.80}: {error}")
         if wrong:
-            raise GuardError(f"safelora settings: {'; '.join(wrong)}; see README, Configuration")
+            raise GuardError(f"safelora settings: {'; '.join(wrong)}; see docs/configuration.md")
         settings = cls(**values)
         Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings
@@ -109,5 +111,6 @@ FIELDS: dict[str, Any] = get_type_hints(ServerSettings)  # name → type
 def new_admin_key() -> str:
     """A random key for servers that were given none, printed once."""
     key = secrets.token_urlsafe(24)
+    os.environ[ADMIN_KEY_MADE] = "1"
     print(f"\nsafelora: admin key for this run (set {ADMIN_KEY} to choose it): {key}\n", flush=True)
     return key

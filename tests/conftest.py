@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -46,12 +47,70 @@ def _has_server() -> bool:
         return False
 
 
+# The files whose tests use the one server of the session, which one process starts.
+ONE_SERVER = (
+    "test_corpus_live", "test_loading", "test_metrics", "test_openapi", "test_routes", "test_survival",
+    "test_tenants", "test_uploads", "test_weights",
+)  # fmt: skip
+# What takes longest begins first, so that the processes end together.
+LONGEST = (
+    *ONE_SERVER, "test_many_servers", "test_fail_closed", "test_parallel", "test_families",
+    "test_routes_closed", "test_safety_benchmark", "test_offline", "test_slots", "test_cpu_engine",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which several processes take the files."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()) and item.path.stem not in ONE_SERVER:
+            raise pytest.UsageError(
+                f"{item.path.name} uses the fixture 'server', and another process may have started it "
+                "already: add the file to ONE_SERVER in tests/conftest.py"
+            )
+
+    def place(item: pytest.Item) -> int:
+        known = item.path.stem in LONGEST
+        return LONGEST.index(item.path.stem) if known else len(LONGEST) + (item.path.parent.name != "server")
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process does a file, in the order above, and one does all files with the one server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "server" if Path(file).stem in ONE_SERVER else file
+
+    config.option.loadscopereorder = False
+    return FileByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Names of files may be logged that are no UTF-8. xdist cannot send those to its main process."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """On a shared machine torch's threads wait for each other many times longer than they compute."""
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pytest, which looks at the root logger. Once vLLM is imported, its logger keeps all to itself."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

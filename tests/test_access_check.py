@@ -228,9 +228,36 @@ def test_what_runs_without_a_key_is_open(path: str, method: str, root: str) -> N
 def test_callers_who_may_use_models_are_told_that_nothing_is_there(http: TestClient) -> None:
     answer = call(http, "inference", "GET", "/v1/none")
     assert answer.status_code == 404 and "there is no GET '/v1/none'" in answer.json()["error"]["message"]
-    assert call(http, "inference", "PUT", "/v1/models").status_code == 404
-    assert call(http, "admin", "PUT", "/v1/models").status_code == 405  # the application's own answer
+    answer = call(http, "admin", "GET", "/v1/none")
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "NotFoundError"
     assert call(http, "inference", "GET", "/v1/models/").json()["route"] == "/v1/models"  # redirected
+
+
+def test_a_method_that_a_path_does_not_have(http: TestClient) -> None:
+    """Named are those that the caller may use; where there are none, nothing is there."""
+    for who in ("admin", "inference"):
+        answer = call(http, who, "PUT", "/v1/models")
+        assert answer.status_code == 405 and answer.headers["Allow"] == "GET, HEAD"
+        assert answer.json()["error"] == {
+            "message": "PUT is not a valid method of '/v1/models': expected GET, HEAD",
+            "type": "MethodNotAllowedError", "param": None, "code": 405,
+        }  # fmt: skip
+    ours = {who: call(http, who, "PATCH", "/v1/adapters/acme/a") for who in ("admin", "inference")}
+    assert [ours[who].headers["Allow"] for who in ("admin", "inference")] == [
+        "DELETE, GET, HEAD",
+        "GET, HEAD",
+    ]
+    assert call(http, "admin", "DELETE", "/pause").headers["Allow"] == "POST"
+    assert call(http, "inference", "DELETE", "/pause").status_code == 404
+    assert call(http, "stranger", "DELETE", "/v1/models").status_code == 401
+    long = call(http, "admin", "PATCH", f"/v1/adapters/{'x' * 500}")
+    assert long.status_code == 405 and len(long.json()["error"]["message"]) < 300
+    twice = Route("/ping", lambda _: JSONResponse({}), methods=["GET", "POST"])
+    with TestClient(application(twice)) as client:
+        assert (
+            client.put("/ping", headers={"Authorization": f"Bearer {ADMIN}"}).headers["Allow"]
+            == "GET, HEAD, POST"
+        )
 
 
 def test_a_browser_s_preflight_needs_no_key(http: TestClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import inspect
 import json
 import re
@@ -18,6 +19,7 @@ import safelora_vllm as sl
 import safelora_vllm.api
 import safelora_vllm.policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import ModelName
 from tests.tiny import LLAMA, Draft, Pair, lora_config, module_shapes
 
 README = Path(__file__).parent.parent / "README.md"
@@ -105,18 +107,74 @@ def test_a_refusal_is_a_report_or_an_error_with_the_same_reasons(here: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("org/chat", ("org/chat", None)),
+        ("org/chat@v1.5", ("org/chat", "v1.5")),
+        ("models/base", ("models/base", None)),
+        (Path("models/base"), ("models/base", None)),
+        ("", ("", None)),
+    ],
+    ids=str,
+)
+def test_the_base_model_of_a_projected_adapter(
+    given: Any, expected: tuple[str, str | None], here: Path
+) -> None:
+    sl.project_adapter("my-adapter", "projectors", "out", base_model=given)
+    config = json.loads((here / "out" / "adapter_config.json").read_text())
+    name, revision = expected
+    name = str((here / name).resolve()) if name == "models/base" else name
+    assert (config["base_model_name_or_path"], config.get("revision")) == (name, revision)
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"aligned": 5}'])
+def test_a_cache_that_does_not_know_its_model(
+    text: str | None, here: Path, cache: ProjectorCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = Path(shutil.copytree(cache.folder, here / "old"))
+    (old / "models.json").unlink()
+    if text is not None:
+        (old / "models.json").write_text(text)
+    assert ProjectorCache(old).id == cache.id
+    sl.project_adapter("my-adapter", old, "out")
+    assert json.loads((here / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == ""
+    (record,) = (record for record in caplog.records if record.name == "vllm.safelora.api")
+    assert "Name the model with base_model" in record.getMessage()
+
+
+def test_a_cache_of_hub_models_knows_their_ids_and_revisions(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: getattr(pair, name[4:]))
+    cache = sl.build_projectors("org/base", "org/aligned@v2", tmp_path / "cache")
+    assert cache.aligned_model == ModelName("org/aligned", "v2")
+    assert json.loads((cache.folder / "models.json").read_text())["base"] == {
+        "name": "org/base",
+        "revision": None,
+    }
+
+
+@pytest.mark.parametrize(
     ("call", "told"),
     [
         (lambda: sl.inspect_adapter("my-adapter", "nowhere"), "no projector cache in nowhere"),
         (lambda: sl.inspect_adapter("nothing", "projectors"), "there is no adapter folder 'nothing'"),
         (lambda: sl.inspect_adapter(3, "projectors"), "of type int is not a valid adapter: expected"),  # type: ignore[arg-type]
-        (lambda: sl.inspect_adapter("my-adapter", "projectors", device="x"), "cannot use the device 'x'"),
+        (lambda: sl.inspect_adapter("my-adapter", "projectors", device="x"), "cannot use the `device` 'x'"),
         (
             lambda: sl.project_adapter("my-adapter", "projectors", "out", sl.Policy(energy=0.99)),
-            "--max-energy",
+            "a `max_energy` of 0.99",
         ),
-        (lambda: sl.project_adapter("my-adapter", "projectors", "models"), "models exists; remove it or"),
+        (lambda: sl.project_adapter("my-adapter", "projectors", "models"), "models exists: remove it, or"),
         (lambda: sl.calibrate_policy("projectors", sl.Policy(method="csulora")), "cannot be calibrated"),
+        *(
+            (functools.partial(*call, sl.Policy(number=3)), "`number` has no effect with `select` 'all'")
+            for call in (
+                (sl.inspect_adapter, "my-adapter", "projectors"),
+                (sl.project_adapter, "my-adapter", "projectors", "out"),
+                (sl.calibrate_policy, "projectors"),
+            )
+        ),
     ],
 )
 @pytest.mark.usefixtures("here")

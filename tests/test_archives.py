@@ -542,9 +542,31 @@ def test_even_the_largest_that_is_accepted_takes_little_memory(tmp_path: Path) -
 
 
 def test_a_refused_format_is_told_what_is_accepted(tmp_path: Path) -> None:
-    for mode, name in (("w:bz2", "bzip2"), ("w:xz", "xz")):
-        with pytest.raises(AdapterRefused, match=rf"the file is {name}; give a .tar, .tar.gz or .zip of"):
-            read(tmp_path, tar(C1, W1, mode=mode))
+    page = b"<!DOCTYPE html><title>404</title>"
+    for archive, found in (
+        (tar(C1, W1, mode="w:bz2"), "it is bzip2"),
+        (tar(C1, W1, mode="w:xz"), "it is xz"),
+        (page, "it is a web page, perhaps of a failed download. Download the file itself"),
+        (b"anything", "it is of no known type"),
+    ):
+        with pytest.raises(AdapterRefused) as refused:
+            read(tmp_path, archive)
+        (reason,) = refused.value.reasons
+        expected = (
+            f"the file is not a valid archive: {found}; give a .tar, .tar.gz or .zip of the folder that"
+        )
+        assert reason.message.startswith(expected)
+
+
+def test_many_unsafe_members_are_named_once(tmp_path: Path) -> None:
+    evil = [(f"../{number}", b"x") for number in range(30)]
+    with pytest.raises(AdapterRefused) as refused:
+        read(tmp_path, tar(C1, W1, *evil))
+    (reason,) = refused.value.reasons
+    assert reason.code == "archive_unsafe"
+    assert reason.message.startswith(
+        "'../0', '../1', '../2' and 27 more: '..' or a zero byte in its path; pack"
+    )
 
 
 # --- how the file is opened

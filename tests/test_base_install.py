@@ -53,7 +53,7 @@ def test_every_command_but_serve_works_and_so_do_the_lines_of_the_readme(pair: P
         "the adapter store is sound\n0\n",
     ):
         assert told in done.stdout, told
-    assert "no such record" in done.stderr and done.stdout.endswith("0\n0\n")
+    assert "no matching record" in done.stderr and done.stdout.endswith("0\n0\n")
     for out in ("out", "projected"):
         assert (tmp_path / out / "adapter_model.safetensors").exists()
 

@@ -21,6 +21,7 @@ from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors import build as module
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
 from tests import reference
 from tests.tiny import LLAMA, Q0, UP0, Pair, aligned_weights, base_weights, module_shapes, write_checkpoint
 
@@ -104,10 +105,44 @@ def test_unchanged_modules_are_listed_and_have_no_projector(make: Make, pair: Pa
     assert len(cache.modules) == len(module_shapes()) - 1
 
 
-def test_identical_models(make: Make, pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"identical weights \(V = 0\).*before alignment as --base"):
-        make(base=pair.aligned)
+_IDENTICAL = r"identical weights \(V = 0\).*before alignment as the base"
+
+
+@pytest.mark.parametrize("how", ["same", "link", "copy", "sharded"])
+def test_identical_models(
+    how: str, make: Make, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pair.aligned if how == "same" else tmp_path / "base"
+    if how == "link":
+        base.symlink_to(pair.aligned)
+    elif how == "copy":
+        shutil.copytree(pair.aligned, base)
+    elif how == "sharded":
+        write_checkpoint(base, pair.after, shards=3)
+    monkeypatch.setattr(module, "build_module", lambda *_: pytest.fail("worked"))
+    if how in ("same", "link"):
+        monkeypatch.setattr(module.Checkpoint, "raw", lambda *_: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match=_IDENTICAL):
+        make(base=base)
     assert not list(tmp_path.glob("*cache*"))  # neither the folder nor a hidden part of it
+
+
+def test_models_that_differ_where_no_sample_is_taken(make: Make, pair: Pair, tmp_path: Path) -> None:
+    """Equal fingerprints are no proof: all of both is compared then."""
+
+    def change(state: dict[str, Tensor]) -> None:
+        state[f"{UP0}.weight"][3, 3] += 1.0
+
+    base = spoiled(tmp_path, "aligned", change)
+    assert Checkpoint(base).fingerprint() == Checkpoint(pair.aligned).fingerprint()
+    assert set(ProjectorCache(make(base=base)).modules) == {UP0}
+
+
+def test_models_that_differ_only_in_what_has_no_projector(make: Make, tmp_path: Path) -> None:
+    base = spoiled(tmp_path, "aligned", lambda state: state["lm_head.weight"].add_(1.0))
+    with pytest.raises(CheckpointError, match=_IDENTICAL):
+        make(base=base)
+    assert not list(tmp_path.glob("*cache*"))
 
 
 _UP = "model.layers.1.mlp.up_proj.weight"
@@ -167,7 +202,7 @@ def test_modules_that_are_not_there(make: Make) -> None:
 
 def test_an_existing_folder_is_not_touched(make: Make, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    with pytest.raises(UsageError, match="exists; remove it or give another folder as out"):
+    with pytest.raises(UsageError, match="exists: remove it, or give another folder as `out`"):
         make()
     assert not list((tmp_path / "cache").iterdir())
 
@@ -176,7 +211,7 @@ def test_an_existing_folder_is_not_touched(make: Make, tmp_path: Path) -> None:
     "options", [{"dtype": "int8"}, {"form": "sparse"}, {"max_energy": 0.0}, {"max_energy": 1.1}], ids=str
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(options)).replace("_", "-")):
+    with pytest.raises(UsageError, match=rf"`{next(iter(options))}` is "):
         BuildOptions(**options)
 
 
@@ -198,7 +233,7 @@ def test_the_room_that_is_asked_for_is_enough_and_not_twice_what_is_needed(
     """For a V whose singular values are about equal; where a few hold most, less is needed."""
     usage, free = namedtuple("usage", "total used free"), 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, free))
-    with pytest.raises(UsageError, match=r"or give fewer --modules or a smaller --max-energy") as refused:
+    with pytest.raises(UsageError, match=r"or give fewer `modules` or a smaller `max_energy`") as refused:
         make(form=form, modules=(Q0,))
     found = re.search(r"up to ([\d,]+) bytes", str(refused.value))
     assert found is not None

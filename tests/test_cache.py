@@ -54,7 +54,7 @@ def test_the_manifest_has_these_keys_and_no_others(folder: Path, pair: Pair) -> 
     for name, shard in manifest["shards"].items():
         assert shard["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert ProjectorCache(folder).id == hashlib.sha256(text).hexdigest()
-    assert {file.name for file in folder.iterdir()} == {"manifest.json", *manifest["shards"]}
+    assert {file.name for file in folder.iterdir()} == {"manifest.json", "models.json", *manifest["shards"]}
 
 
 def test_verify_accepts_what_the_build_wrote_and_finds_a_flipped_byte(folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_no_cache_there_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_only_the_aligned_model_may_be_served(cache: ProjectorCache, pair: Pair) -> None:
     cache.check_model(Checkpoint(pair.aligned).fingerprint(), pair.aligned)
-    with pytest.raises(ProjectorCacheError, match=r"another aligned model .* --trust-served-model"):
+    with pytest.raises(ProjectorCacheError, match=r"another aligned model .* `trust_served_model`"):
         cache.check_model(Checkpoint(pair.base).fingerprint(), pair.base)
 
 
@@ -210,7 +210,7 @@ def test_energy_up_to_what_was_kept(side: str, cache: ProjectorCache) -> None:
         assert torch.equal(basis(0.5), kept[:, : basis(0.5).shape[1]]) and basis(0.0).shape[1] == 0
         # Orthonormal columns, in float32.
         assert torch.allclose(kept.T @ kept, torch.eye(kept.shape[1]), atol=1e-5)
-        with pytest.raises(PolicyError, match=r"build it again with --max-energy 0\.999 or more"):
+        with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.999 or more"):
             basis(0.999)
 
 

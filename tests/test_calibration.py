@@ -189,14 +189,14 @@ def test_the_energy_that_keeps_a_share_is_the_largest(
 def test_the_energies_differ_with_the_share_and_end_with_the_cache(projectors: list[Projector]) -> None:
     found = [energy_that_keeps(share, projectors) for share in (0.0, 0.5, 0.9, 0.95)]
     assert found == sorted(set(found), reverse=True) and found[0] == largest_energy(projectors) == 0.95
-    with pytest.raises(PolicyError, match=r"--max-energy 0\.99"):
+    with pytest.raises(PolicyError, match=r"a `max_energy` of 0\.99"):
         calibrate(projectors, Policy(method="input-removal", energy=0.99))
 
 
 def test_a_share_that_no_energy_keeps(projectors: list[Projector]) -> None:
     with pytest.raises(UsageError, match=r"even 0\.01 takes 1 of 96 directions .* leaves 0\.9896") as error:
         energy_that_keeps(1.0, projectors)
-    advised = float(str(error.value).split("--keep-random ")[1].split()[0])
+    advised = float(str(error.value).split("`keep_random` ")[1].split()[0])
     assert energy_that_keeps(advised, projectors) > 0.0
     with pytest.raises(UsageError, match="no energy keeps"):
         energy_that_keeps(advised + 2e-4, projectors)
@@ -204,7 +204,7 @@ def test_a_share_that_no_energy_keeps(projectors: list[Projector]) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_what_is_no_share(share: float, projectors: list[Projector]) -> None:
-    with pytest.raises(UsageError, match="give a share from 0 to 1"):
+    with pytest.raises(UsageError, match="expected a share from 0 to 1"):
         energy_that_keeps(share, projectors)
 
 
@@ -256,7 +256,7 @@ def test_a_method_that_nobody_calibrated() -> None:
     assert {name for name, method in METHODS.items() if method.calibrator is None} == {"csulora"}
     with pytest.raises(UsageError, match=r"'csulora' cannot be calibrated .* knows safe-lora, input-removal"):
         calibrator_of("csulora")
-    with pytest.raises(UsageError, match=r"keep-random has no effect with method 'safe-lora'"):
+    with pytest.raises(UsageError, match=r"`keep_random` has no effect with `method` 'safe-lora'"):
         search_of("safe-lora")
 
 

@@ -142,7 +142,9 @@ def sentences(
     return [reason.message for reason in report.reasons]
 
 
-_NOT_FINITE = f"{Q1}: scaling or projecting it gave values that are not finite"
+_NOT_FINITE = (
+    f"{Q1}: scaling (lora_alpha) or projecting gave values that are not finite; use a smaller lora_alpha"
+)
 
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])

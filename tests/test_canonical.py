@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,6 +133,20 @@ def test_projected_it_answers_like_the_merged_formula(
     assert (found - logits(model(pair))).abs().max() > 100 * _MERGED
 
 
+def test_peft_finds_the_aligned_model_by_itself(pair: Pair, cache: ProjectorCache, tmp_path: Path) -> None:
+    """Whatever the uploaded config says: its author would choose which model is loaded."""
+    saved_by_peft(pair, tmp_path / "adapter", CONFIGS["plain"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "evil/model", "revision": "evil"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    out = command(cache, tmp_path / "adapter", tmp_path / "out")
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(pair.aligned) and "revision" not in written
+    found = logits(AutoPeftModelForCausalLM.from_pretrained(out))
+    expected = logits(PeftModel.from_pretrained(model(pair), out))
+    assert torch.equal(found, expected) and not torch.allclose(expected, logits(model(pair)), atol=1e-3)
+
+
 def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: PublishedStore) -> None:
     settings = GateSettings(cache, Policy(method="safe-lora", threshold=-1.0), base_model="tiny-chat")
     folder = admit(Draft().write(tmp_path / "a"), "tenant", settings, store).folder
@@ -147,6 +162,12 @@ def test_golden_config_and_names(cache: ProjectorCache, tmp_path: Path, store: P
     }
     tensors = load_file(folder / "adapter_model.safetensors")
     assert set(tensors) == {key(module, side) for module in module_shapes() for side in "AB"}
+    named = dataclasses.replace(settings, base_model="org/chat", revision="v1")
+    assert named.ruleset_digest != settings.ruleset_digest
+    other = admit(tmp_path / "a", "tenant", named, store).folder
+    assert other is not None and other != folder
+    config = json.loads((other / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/chat", "v1")
     draft = Draft()
     served, came = ([t[key(Q0, side)].double() for side in "BA"] for t in (tensors, draft.tensors))
     for rank in range(4):  # powers of two go between the sides of a rank, which changes no product

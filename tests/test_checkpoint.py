@@ -102,7 +102,7 @@ def test_a_tensor_in_two_shards(pair: Pair, tmp_path: Path) -> None:
     sharded = write_checkpoint(tmp_path / "sharded", pair.before, shards=2)
     first, second = sorted(sharded.glob("model-*"))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(CheckpointError, match="stands in two files"):
+    with pytest.raises(CheckpointError, match="is in two files"):
         Checkpoint(sharded)
 
 
@@ -116,7 +116,7 @@ def test_a_config_that_is_not_json(pair: Pair, tmp_path: Path) -> None:
 def test_no_such_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: pytest.fail("asked"))
     for path in (tmp_path / "none", "./none", "a/b/c"):
-        with pytest.raises(CheckpointError, match="give a model folder or a hub id"):
+        with pytest.raises(CheckpointError, match="expected a model folder or a hub id"):
             locate_model(path)
 
 

@@ -67,7 +67,7 @@ def test_inspect_several_has_a_line_each_and_the_largest_norms(
 def test_project_into_what_is_no_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, out, error = run("project", "--out", str(tmp_path / "file" / "out"))
-    assert (code, out) == (2, "") and "cannot be written" in error and "another folder as out" in error
+    assert (code, out) == (2, "") and "cannot be written" in error and "another folder as --out" in error
 
 
 @pytest.mark.parametrize("command", ["inspect", "project", "serve"])
@@ -75,7 +75,11 @@ def test_an_option_without_effect_is_wrong_usage(run: Run, tmp_path: Path, comma
     code, _, error = run(
         command, "--number", "3", *(["--out", str(tmp_path / "out")] * (command == "project"))
     )
-    assert code == 2 and "number has no effect" in error and not (tmp_path / "out").exists()
+    assert (
+        code == 2
+        and "--number has no effect with --select 'all'. Set --select to 'number', or leave --number" in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: ProjectorCache) -> None:
@@ -145,6 +149,17 @@ def test_project_writes_a_peft_adapter_with_its_report(run: Run, tmp_path: Path)
     assert list(out.parent.iterdir()) == [out]  # nothing temporary is left
 
 
+def test_project_says_that_an_adapter_of_zeros_changes_nothing(run: Run, tmp_path: Path) -> None:
+    zeros = Draft()
+    for name, tensor in zeros.tensors.items():
+        tensor.mul_(0.0 if "lora_B" in name else 1.0)
+    zeros.write(tmp_path / "zeros")
+    code, text, _ = run("project", "--out", str(tmp_path / "out"), adapter="zeros")
+    assert code == 0 and "the adapter changes nothing" in text
+    _, text, _ = run("project", "--out", str(tmp_path / "other"))
+    assert "changes nothing" not in text
+
+
 def test_project_of_a_refused_adapter_writes_nothing(run: Run, tmp_path: Path) -> None:
     code, text, error = run("project", "--out", str(tmp_path / "out"), adapter="bad")
     assert code == 3 and text == "" and "refused: " in error and "[dora]" in error
@@ -153,7 +168,7 @@ def test_project_of_a_refused_adapter_writes_nothing(run: Run, tmp_path: Path) -
 
 def test_project_does_not_touch_an_existing_folder(run: Run, tmp_path: Path) -> None:
     code, _, error = run("project", "--out", str(tmp_path / "bad"))
-    assert code == 2 and "exists; remove it or give another folder as out" in error
+    assert code == 2 and "exists: remove it, or give another folder as --out" in error
 
 
 @pytest.mark.parametrize(
@@ -205,7 +220,11 @@ def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["build", "--base", str(pair.aligned), *aligned, *options]) == 2
     assert main(["build", "--base", str(pair.base), *aligned, *options, "--dtype", "int8"]) == 2
     errors = capsys.readouterr().err
-    assert "give a model folder or a hub id" in errors and "V = 0" in errors and "dtype is 'int8'" in errors
+    assert (
+        "expected a model folder or a hub id" in errors
+        and "V = 0" in errors
+        and "--dtype is 'int8'" in errors
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +238,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_former_name_of_a_mode_is_told(run: Run) -> None:
     code, out, error = run("inspect", "--mode", "audit")
-    assert (code, out) == (2, "") and "mode 'audit' has another name now: use 'report-only'" in error
+    assert (code, out) == (2, "") and "--mode 'audit' has another name now: use 'report-only'" in error
 
 
 def test_report_only_writes_it_unprojected_and_says_so(run: Run, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ VLLMS = {
     "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--max-model-len", "--middleware", "--port",
     "--served-model-name", "--tensor-parallel-size", "--weight-transfer-config", "--worker-extension-cls",
     "--enable-offline-docs", "--dtype", "--max-num-seqs", "--gpu-memory-utilization", "--model",
+    "--no-enable-lora", "--pipeline-parallel-size", "--kv-cache-memory-bytes",
     "--disable-fastapi-docs", "--disable-log-requests", "--chat-template", "--enable-prefix-caching",
 }  # fmt: skip
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -36,7 +37,8 @@ _PACKAGE = ROOT / "safelora_vllm"
 _PLACES = (ROOT, _PACKAGE, _PACKAGE / "integration", _PACKAGE / "integration" / "server", ROOT / "tests")
 # Files that users have, and those that the server writes.
 _NOT_OURS = {
-    "adapter_config.json", "config.json", "manifest.json", "keys.toml", "report.json", "tokenizer.json",
+    "adapter_config.json", "config.json", "manifest.json", "models.json", "keys.toml", "report.json",
+    "tokenizer.json",
     "model.safetensors.index.json", "dashboard.json", "prometheus.toml", "setup.py", "sitecustomize.py",
     "openai/api_server.py",
 }  # fmt: skip
@@ -126,10 +128,9 @@ def test_commands_and_options_exist(document: Path) -> None:
     for text in code(document.read_text()):
         for line in re.split(r"\n|&&|;|\|", text):
             words = line.split(" #")[0].split()
-            command = next(
-                (words[n + 1] for n, word in enumerate(words[:-1]) if word.endswith("safelora-vllm")), None
-            )
-            given = [re.match(r"--[a-z][a-z-]*", word) for word in words]
+            at = next((n + 1 for n, word in enumerate(words[:-1]) if word.endswith("safelora-vllm")), None)
+            command = words[at] if at is not None else None
+            given = [re.match(r"--[a-z][a-z-]*", word) for word in words[at or 0 :]]
             names = {match[0] for match in given if match}
             if command is not None and re.fullmatch("[a-z]+", command):
                 if command not in known:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from safetensors import SafetensorError, safe_open
 
 from safelora_vllm import errors
@@ -22,7 +23,7 @@ from safelora_vllm.errors import (
     UsageError,
 )
 from safelora_vllm.integration.server.callers import acting_as
-from safelora_vllm.integration.server.http_errors import NotServing, error_response
+from safelora_vllm.integration.server.http_errors import NotServing, documented, error_response
 from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.tenants.principal import UNAUTHENTICATED, Principal
@@ -134,6 +135,26 @@ def test_when_to_come_back(kind: type[SafeLoRAError], seconds: str | None) -> No
 )  # fmt: skip
 def test_paths_are_masked_wherever_they_stand(message: str, expected: str | None) -> None:
     assert told(message) == (message if expected is None else expected)
+
+
+def test_the_log_has_what_callers_are_not_told_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vllm.safelora.http")
+    message = "100 %s of /srv/store is damaged"
+    for kind in (ProjectorCacheError, UsageError):
+        answered(kind(message))
+    answered(ProjectorCacheError("an admin reads this in the answer"), ADMIN)
+    logged = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert logged == [("vllm.safelora.http", "ERROR", message)]
+
+
+def test_errors_that_are_documented_have_their_form_in_the_schema() -> None:
+    app = FastAPI()
+    app.add_api_route("/x", lambda: None, responses=documented(404, 422))
+    answers = app.openapi()["paths"]["/x"]["get"]["responses"]
+    for status in ("404", "422"):
+        assert answers[status]["content"]["application/json"]["schema"] == {
+            "$ref": "#/components/schemas/ErrorBody"
+        }
 
 
 def gone(folder: Path) -> None:

@@ -17,3 +17,8 @@ def test_raised_again_it_says_the_same_and_keeps_no_frames(kept: SafeLoRAError) 
         assert raised.value is not kept and str(raised.value) == str(kept)
         assert vars(raised.value) == vars(kept)
     assert kept.__traceback__ is None
+
+
+def test_a_refusal_without_a_reason_is_a_mistake_of_ours() -> None:
+    with pytest.raises(ValueError, match=r"^a refusal needs at least one reason$"):
+        AdapterRefused([])

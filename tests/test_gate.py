@@ -290,8 +290,21 @@ def test_one_log_line_per_decision(
         (tmp_path / "empty").mkdir()
         admit(tmp_path / "empty", "bad", gate, store)
     good, bad = (record.getMessage() for record in caplog.records)
-    assert "accepted" in good and "\n" not in good
+    assert "accepted" in good and "\n" not in good and "changes nothing" not in good
     assert "refused: missing_file" in bad
+
+
+@pytest.mark.parametrize("mode", ["enforce", "report-only"])
+def test_the_log_says_that_an_adapter_of_zeros_changes_nothing(
+    mode: str, gate: GateSettings, store: PublishedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = Draft()
+    for module in module_shapes():
+        draft.tensors[key(module, "B")].zero_()
+    with caplog.at_level(logging.INFO, "vllm.safelora"):
+        admit(draft.write(tmp_path / "zeros"), "zeros", gate.under({"mode": mode}), store)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("; it changes nothing: each module has an A or a B of zeros")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -189,7 +189,7 @@ def test_a_refusal_is_an_answer_not_an_error(client: GateClient, tmp_path: Path)
 def test_errors_come_back_as_their_own_class(client: GateClient, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no adapter folder"):
         client.admit(str(tmp_path / "none"), "tenant")
-    with pytest.raises(PolicyError, match="unknown policy keys"):
+    with pytest.raises(PolicyError, match="are not valid fields of a policy"):
         client.ensure("0" * 64, "tenant", {"nothing": 1})
     assert client.state()
 
@@ -272,11 +272,11 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
     wrong: list[tuple[dict[str, Any], type[SafeLoRAError], str]] = [
         ({"projectors": str(tmp_path)}, ProjectorCacheError, "no projector cache in"),
         *(
-            ({"policy": {"method": method, "energy": 0.99}}, PolicyError, "energy 0.99 is above")
+            ({"policy": {"method": method, "energy": 0.99}}, PolicyError, "`energy` 0.99 is above")
             for method in METHOD_NAMES
             if method != "safe-lora"
         ),
-        ({"policy": {"unknown": 1}}, PolicyError, "unknown policy keys"),
+        ({"policy": {"unknown": 1}}, PolicyError, "are not valid fields of a policy"),
     ]
     for changes, kind, message in wrong:
         with pytest.raises(kind, match=message):

@@ -129,7 +129,7 @@ def test_what_is_removed_does_not_come_back_by_rounding(deltas: dict[str, Module
     "method", [name for name in METHOD_NAMES if Policy(method=name).has_effect("energy")]
 )
 def test_more_energy_than_the_cache_keeps_is_refused(method: str, deltas: dict[str, ModuleDelta]) -> None:
-    with pytest.raises(PolicyError, match=r"energy 0\.99 is above .* --max-energy 0\.99"):
+    with pytest.raises(PolicyError, match=r"`energy` 0\.99 is above .* a `max_energy` of 0\.99"):
         METHODS[method].project(next(iter(deltas.values())), Policy(method=method, energy=0.99))
 
 
@@ -312,9 +312,9 @@ def test_a_method_is_its_entry_in_the_registry(
     stricter = dataclasses.replace(policy, energy=0.75)
     assert stricter.at_least_as_strict(policy) and not policy.at_least_as_strict(stricter)
     assert policy.tightened(stricter) == stricter
-    with pytest.raises(PolicyError, match="give method 'input-removal' or 'csulora' or 'halving' too"):
+    with pytest.raises(PolicyError, match="Set `method` to 'input-removal' or 'csulora' or 'halving', or"):
         Policy(method="safe-lora").check_effective(["energy"])
-    with pytest.raises(PolicyError, match="with energy 0 nothing is projected"):
+    with pytest.raises(PolicyError, match="with `energy` 0 nothing is projected"):
         Policy(method="halving", energy=0.0).check_effective(["energy"])
     report = judge(Draft().write(tmp_path / "a"), GateSettings(cache, policy), store).report
     retained = sorted(report.values("retained"))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
 
 _SIMILARITIES = st.dictionaries(
     st.text("abc.", min_size=1, max_size=4), st.none() | st.floats(-1, 1), min_size=1, max_size=20
@@ -73,26 +74,26 @@ def test_values_out_of_range_or_of_another_type_are_refused(values: dict[str, An
 
 
 def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(PolicyError, match=r"\['treshold'\]; known are .*'threshold'"):
+    with pytest.raises(PolicyError, match=r"\['treshold'\] are not valid fields .*'threshold'"):
         Policy.from_mapping({"treshold": 0.3})
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"number": 5}, "number has no effect with select 'all'"),
-        ({"method": "safe-lora", "number": 5}, "number has no effect with select 'threshold'"),
-        ({"select": "all", "threshold": 0.2}, "threshold has no effect with select 'all'"),
+        ({"number": 5}, "`number` has no effect with `select` 'all'"),
+        ({"method": "safe-lora", "number": 5}, "`number` has no effect with `select` 'threshold'"),
+        ({"select": "all", "threshold": 0.2}, "`threshold` has no effect with `select` 'all'"),
         (
             {"method": "safe-lora", "energy": 0.5},
-            "energy has no effect with method 'safe-lora'; "
-            "give method 'input-removal' or 'csulora' too, or leave energy out",
+            "`energy` has no effect with `method` 'safe-lora'. "
+            "Set `method` to 'input-removal' or 'csulora', or leave `energy` out",
         ),
-        ({"threshold": 0.5}, r"give select 'threshold' too \(safe-lora has it by itself\)"),
-        ({"energy": 0.0}, "with energy 0 nothing is projected"),
-        ({"method": "safe-lora", "select": "number", "number": 0}, "with number 0 nothing is projected"),
-        ({"method": "safe-lora", "threshold": 0}, "with threshold 0 nothing is projected"),
-        ({"method": "safe-lora", "threshold": -1}, "with threshold -1 nothing is projected"),
+        ({"threshold": 0.5}, r"Set `select` to 'threshold' \(the default of safe-lora\), or leave"),
+        ({"energy": 0.0}, "with `energy` 0 nothing is projected"),
+        ({"method": "safe-lora", "select": "number", "number": 0}, "with `number` 0 nothing is projected"),
+        ({"method": "safe-lora", "threshold": 0}, "with `threshold` 0 nothing is projected"),
+        ({"method": "safe-lora", "threshold": -1}, "with `threshold` -1 nothing is projected"),
     ],
 )
 def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
@@ -189,6 +190,41 @@ def test_the_id_depends_on_every_field() -> None:
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id
 
 
+@pytest.mark.parametrize(
+    ("values", "summary"),
+    [
+        ({}, "input-removal, energy 0.2, select all"),
+        ({"method": "safe-lora"}, "safe-lora, select threshold 0.35"),
+        ({"method": "csulora", "select": "number", "number": 3}, "csulora, energy 0.95, select number 3"),
+    ],
+)
+def test_the_summary_has_what_decides(values: dict[str, Any], summary: str) -> None:
+    assert Policy(**values).summary == summary
+
+
+def test_the_fields_that_are_chosen() -> None:
+    """What no dataclass can know, as far as it shows: fields whose values are not the method's own."""
+    assert Policy().chosen == Policy(method="csulora", energy=0.95).chosen == Policy(energy=0.2).chosen == []
+    assert Policy(method="safe-lora", select="all").chosen == ["select"]
+    assert Policy(method="csulora", energy=0.2, max_total_norm=0.5).chosen == ["energy", "max_total_norm"]
+    assert Policy(threshold=0.5, number=3, mode="report-only").chosen == ["threshold", "number", "mode"]
+
+
+def test_the_methods_that_select_so_by_themselves_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "other", dataclasses.replace(METHODS["safe-lora"], name="other"))
+    with pytest.raises(PolicyError) as told:
+        Policy(threshold=0.5).check_effective(["threshold"])
+    assert str(told.value) == (
+        "`threshold` has no effect with `select` 'all'. Set `select` to 'threshold' (the default of "
+        "safe-lora and other), or leave `threshold` out"
+    )
+
+
+def test_a_stored_policy_without_a_former_word_is_read_as_it_is() -> None:
+    for values in ({"energy": 0.5}, {"energy": 0.5, "mode": "enforce"}, {"mode": ["audit"]}):
+        assert stored_values(values) == values
+
+
 def test_a_mode_s_former_name_is_read_where_it_was_stored_and_refused_where_it_is_typed() -> None:
     with pytest.raises(PolicyError, match="use 'report-only'"):
         Policy.from_mapping({"mode": "audit"})
@@ -196,7 +232,7 @@ def test_a_mode_s_former_name_is_read_where_it_was_stored_and_refused_where_it_i
     assert Policy.from_stored(stored) == Policy(mode="report-only", energy=0.5)
     assert stored["mode"] == "audit"
     for values in ({"mode": "off"}, {"mode": ["audit"]}):
-        with pytest.raises(PolicyError, match="choose one of enforce, report-only"):
+        with pytest.raises(PolicyError, match="expected one of enforce, report-only"):
             Policy.from_stored(values)
 
 
@@ -290,5 +326,5 @@ def test_the_stricter_value_stays_whichever_side_has_it(
 
 @pytest.mark.parametrize("values", [None, [], 5, "energy", [["energy", 0.2]]], ids=repr)
 def test_a_policy_is_an_object(values: Any) -> None:
-    with pytest.raises(PolicyError, match="give an object"):
+    with pytest.raises(PolicyError, match="expected an object"):
         Policy.from_mapping(values)

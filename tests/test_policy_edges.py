@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -34,14 +36,17 @@ def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(meth
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "none"}, "method is 'none'; choose one of safe-lora, input-removal, csulora"),
-        ({"select": "some"}, "select is 'some'; choose one of threshold, number, all"),
-        ({"mode": "off"}, "mode is 'off'; choose one of enforce, report-only"),
-        ({"threshold": 2}, "threshold is 2; give a number from -1 to 1"),
-        ({"energy": -0.1}, "energy is -0.1; give a number from 0 to 1"),
-        ({"max_relative_norm": math.inf}, "max_relative_norm is inf; give a finite number of 0 or more"),
-        ({"max_total_norm": True}, "max_total_norm is True; give a finite number of 0 or more"),
-        ({"number": -1}, "number is -1; give a whole number of modules, 0 or more"),
+        ({"method": "none"}, "`method` is 'none': expected one of safe-lora, input-removal, csulora"),
+        ({"select": "some"}, "`select` is 'some': expected one of threshold, number, all"),
+        ({"mode": "off"}, "`mode` is 'off': expected one of enforce, report-only"),
+        ({"threshold": 2}, "`threshold` is 2: expected a number from -1 to 1"),
+        ({"energy": -0.1}, "`energy` is -0.1: expected a number from 0 to 1"),
+        (
+            {"max_relative_norm": math.inf},
+            "`max_relative_norm` is inf: expected a finite number of 0 or more",
+        ),
+        ({"max_total_norm": True}, "`max_total_norm` is True: expected a finite number of 0 or more"),
+        ({"number": -1}, "`number` is -1: expected a number of modules, 0 or more"),
     ],
 )
 def test_a_value_that_is_not_valid_is_told_in_full(values: dict[str, Any], message: str) -> None:
@@ -54,5 +59,28 @@ def test_a_value_that_projects_nothing_is_told_in_full() -> None:
     with pytest.raises(PolicyError) as told:
         Policy(energy=0.0).check_effective(["energy"])
     assert (
-        str(told.value) == "with energy 0 nothing is projected; if that is meant, choose mode 'report-only'"
+        str(told.value)
+        == "with `energy` 0 nothing is projected. If that is meant, set `mode` to 'report-only'"
     )
+
+
+def test_all_methods_are_named_whose_default_a_field_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "csulora", dataclasses.replace(METHODS["csulora"], select="threshold"))
+    with pytest.raises(PolicyError) as told:
+        Policy(threshold=0.5).check_effective(["threshold"])
+    assert "Set `select` to 'threshold' (the default of safe-lora and csulora), or" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "todays"),
+    [
+        ({}, {}),
+        ({"energy": 0.5}, {"energy": 0.5}),
+        ({"mode": "enforce", "number": 3}, {"mode": "enforce", "number": 3}),
+        ({"mode": "audit", "number": 3}, {"mode": "report-only", "number": 3}),
+        ({"mode": ["audit"]}, {"mode": ["audit"]}),
+    ],
+    ids=str,
+)
+def test_stored_values_change_in_their_mode_only(stored: dict[str, Any], todays: dict[str, Any]) -> None:
+    assert stored_values(stored) == todays and stored_values(stored) is not stored

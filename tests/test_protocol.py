@@ -142,7 +142,7 @@ def test_an_error_about_a_file_whose_name_is_not_unicode() -> None:
         (STATE.replace(b'"pid":1,', b""), "missing required field `pid`"),
         (STATE.replace(b'"pid"', b'"more":1,"pid"'), "unknown field `more`"),
         (STATE.replace(b"0.25", b"null"), r"at `\$.busy_seconds`"),
-        (STATE.replace(b'"csulora"', b'"none"'), "method is 'none'"),
+        (STATE.replace(b'"csulora"', b'"none"'), "`method` is 'none'"),
         (STATE[:-10], "truncated"), (STATE + b"{}", "trailing"),
         (encode(Metrics("")), "Metrics is not a valid answer of a gate: expected GateState"),
         (b'{"type":"error","kind":"AdapterRefused","message":"x"}', "a refusal has reasons"),

@@ -50,18 +50,18 @@ def many(count: int) -> list[Content]:
     [
         (ACME, record("acme/new", [B]), {"bytes": 70}, ""),
         (ACME, record("acme/new", [C]), {"bytes": 101}, ""),
-        (ACME, record("acme/new", [C]), {"bytes": 100}, "101 would be needed of max_bytes 100"),
-        (ACME, record("acme/one", [A, C]), {"bytes": 100}, "101 would be needed of max_bytes 100"),
+        (ACME, record("acme/new", [C]), {"bytes": 100}, "max_bytes is 100, 101 would be needed"),
+        (ACME, record("acme/one", [A, C]), {"bytes": 100}, "max_bytes is 100, 101 would be needed"),
         (ACME, record("acme/one", [C]), {"bytes": 61}, ""),
-        (ACME, record("acme/one", [C]), {"bytes": 60}, "61 would be needed of max_bytes 60"),
-        ({"acme/one": [A, B]}, record("acme/new", [C]), {"bytes": 100}, "101 would be needed of max_bytes"),
+        (ACME, record("acme/one", [C]), {"bytes": 60}, "max_bytes is 60, 61 would be needed"),
+        ({"acme/one": [A, B]}, record("acme/new", [C]), {"bytes": 100}, "max_bytes is 100, 101 would be"),
         ({"acme2/x": [A], "acm/x": [A], "acme": [A], "x": [A]}, record("acme/new", [C]), {"bytes": 31}, ""),
         ({"acme2/x": [A], "acm/x": [A], "acme": [A], "x": [A]}, record("acme/new", [C]), {"adapters": 1}, ""),
         (ACME, record("acme/new", [C]), {"adapters": 3}, ""),
-        (ACME, record("acme/new", [C]), {"adapters": 2}, "3 would be needed of max_adapters 2"),
+        (ACME, record("acme/new", [C]), {"adapters": 2}, "max_adapters is 2, 3 would be needed"),
         (ACME, record("acme/two", [B, C]), {"adapters": 2}, ""),
         (ACME, record("acme/new", [C], rank=8), {"rank": 8}, ""),
-        (ACME, record("acme/new", [C], rank=9), {"rank": 8}, "9 would be needed of max_rank 8"),
+        (ACME, record("acme/new", [C], rank=9), {"rank": 8}, "max_rank is 8, 9 would be needed"),
         (ACME, record("acme/new", [C]), {}, ""),
     ],
     ids=[
@@ -86,7 +86,7 @@ def test_the_rank_is_that_of_the_version_to_be_served(tmp_path: Path) -> None:
     store, tenant = stored(tmp_path, {}), principal(rank=8)
     large, small = record("acme/x", [A], rank=16), record("acme/x", [B], rank=8)
     check_quota(store, tenant, large.with_version(small.live))
-    with pytest.raises(QuotaExceeded, match="16 would be needed of max_rank 8"):
+    with pytest.raises(QuotaExceeded, match="max_rank is 8, 16 would be needed"):
         check_quota(store, tenant, small.with_version(large.live))
 
 
@@ -129,13 +129,13 @@ def test_content_as_large_as_what_is_left_gets_its_name(count: int, tmp_path: Pa
             if fits:
                 check_quota(store, tenant, after)
             else:
-                with pytest.raises(QuotaExceeded, match="2001 would be needed of max_bytes 2000"):
+                with pytest.raises(QuotaExceeded, match="max_bytes is 2000, 2001 would be needed"):
                     check_quota(store, tenant, after)
 
 
 def test_another_adapter_needs_a_place_before_it_is_looked_at(tmp_path: Path) -> None:
     store, full = stored(tmp_path, ACME), principal(adapters=2)
-    with pytest.raises(QuotaExceeded, match="3 would be needed of max_adapters 2"):
+    with pytest.raises(QuotaExceeded, match="max_adapters is 2, 3 would be needed"):
         allowed(store, full, "acme/new", None)
     assert allowed(store, full, "acme/one", store.get("acme/one")) == Allowance()
     assert allowed(store, principal(adapters=3), "acme/new", None) == Allowance()

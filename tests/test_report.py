@@ -9,7 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
-from safelora_vllm.cli.tables import print_report
+from safelora_vllm.cli.tables import print_report, print_summary
 from safelora_vllm.errors import AdapterRefused, Reason, refuse
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import ModuleReport, Report
@@ -108,6 +108,23 @@ def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
     assert row.count("–") == 2 and "kept" in row
     assert "tenant: accepted, 1 of 2 modules projected" in text
     assert "total norm 0.003 (allowed 1), largest module 0.02 (allowed 1)" in text
+
+
+def test_an_adapter_of_zeros_is_said_to_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    zeros = dataclasses.replace(REPORT, modules=[MODULES[1], MODULES[1]], total_norm=0.0)
+    assert zeros.changes_nothing and not REPORT.changes_nothing
+    assert not dataclasses.replace(REPORT, modules=[]).changes_nothing
+    sentence = "the adapter changes nothing: each of its modules has an A or a B of zeros"
+    assert sentence in printed(zeros) and sentence not in printed(REPORT)
+    print_summary([zeros, REPORT])
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "tenant" in line)
+    assert "accepted, changes nothing" in first and "changes nothing" not in second
+
+
+def test_reasons_name_options_where_options_were_typed() -> None:
+    reason = Reason("relative_norm", "allowed are 1 (`max_relative_norm`), see `lora_alpha`")
+    text = printed(dataclasses.replace(REPORT, accepted=False, reasons=[reason]))
+    assert "[relative_norm] allowed are 1 (--max-relative-norm), see `lora_alpha`" in text
 
 
 def test_in_report_only_mode_nothing_is_said_to_be_projected() -> None:

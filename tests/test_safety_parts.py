@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -155,3 +156,9 @@ def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
     assert rows["raw-0"]["utility_lost"]["mean"] == 0.0
     assert rows["scaling-0.5"]["utility_lost"]["mean"] == pytest.approx(0.25)  # not 1/2 − 1/2: the first two
     assert rows["scaling-0.5"]["over_aligned"]["mean"] == pytest.approx(0.25)
+
+
+def test_the_page_of_results_is_that_of_the_figures() -> None:
+    """`python benchmarks/safety/report.py` writes it anew."""
+    figures = json.loads((report.HERE / "results.json").read_text())
+    assert (report.HERE / "RESULTS.md").read_text() == report.text_of(figures)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safelora_vllm.errors import GuardError, PolicyError
-from safelora_vllm.integration.launch import _check_rules, _refuse_options
+from safelora_vllm.integration.launch import (
+    _check_rules,
+    _refuse_options,
+    _takes_most_memory,
+    cpu_kv_cache_bytes,
+)
 from safelora_vllm.policy import METHOD_NAMES
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
@@ -36,6 +42,22 @@ def test_options_that_leave_a_way_around(monkeypatch: pytest.MonkeyPatch) -> Non
         _refuse_options(options())
 
 
+def test_a_cpu_server_takes_a_few_gib_unless_its_user_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(**given: Any) -> bool:
+        args = argparse.Namespace(**{"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.92, **given})
+        return _takes_most_memory(args, 0.92)
+
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert asked()
+    assert not asked(kv_cache_memory_bytes=2**30) and not asked(gpu_memory_utilization=0.5)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
+    assert asked()
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert not asked()
+    assert cpu_kv_cache_bytes(100 * 2**30) == cpu_kv_cache_bytes(16 * 2**30) == 4 * 2**30
+    assert cpu_kv_cache_bytes(8 * 2**30) == 2 * 2**30
+
+
 def test_rules_that_cannot_hold(
     cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,7 +67,7 @@ def test_rules_that_cannot_hold(
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     for method in set(METHOD_NAMES) - {"safe-lora"}:
         check(method=method, energy=0.9)
-        with pytest.raises(PolicyError, match="build it again with --max-energy"):
+        with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.9999"):
             check(method=method, energy=0.9999)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with pytest.raises(GuardError, match="unset it"):

@@ -4,6 +4,7 @@ to be named besides."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -18,10 +19,9 @@ from safelora_vllm.cli.options import size, size_text
 from safelora_vllm.cli.serve import _settings
 from safelora_vllm.errors import GuardError
 from safelora_vllm.gate.protocol import GateConfig
-from safelora_vllm.settings import FIELDS, ServerSettings
+from safelora_vllm.settings import FIELDS, ServerSettings, new_admin_key
 from safelora_vllm.store.layout import default_root
 
-README = Path(__file__).parent.parent / "README.md"
 # Each option of ``serve`` that is a setting, with a value; the other settings stand in the section only.
 OPTIONS: dict[str, tuple[list[str], Any]] = {
     "projectors": (["--projectors", "/p"], "/p"),
@@ -141,8 +141,42 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
     values = {"projectors": "p", "store_bytes": "x", "allow_hub": 1}
     with pytest.raises(GuardError) as error:
         ServerSettings.from_additional_config({"safelora": values})
-    assert "store_bytes is 'x': Expected `int | null`, got `str`" in str(error.value)
-    assert "allow_hub is 1: Expected `bool`, got `int`" in str(error.value)
+    assert str(error.value) == (
+        "safelora settings: store_bytes is 'x': Expected `int | null`, got `str`; "
+        "allow_hub is 1: Expected `bool`, got `int`; see docs/configuration.md"
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None, "safelora", 5, {}, {"other": {"projectors": "p"}}, {"safelora": None},
+        {"safelora": "projectors"}, {"safelora": ["projectors"]}, {"safelora": {}},
+        {"safelora": {"projectors": ""}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_without_a_projector_cache_it_says_what_to_do(config: Any) -> None:
+    with pytest.raises(GuardError) as error:
+        ServerSettings.from_additional_config(config)
+    assert str(error.value) == (
+        "safelora is loaded but has no projector cache, so no adapter may be served. Start with "
+        "'safelora-vllm serve MODEL --projectors DIR', or give vLLM --additional-config "
+        """'{"safelora": {"projectors": "DIR"}}'; to run without the guard, leave safelora out of """
+        "VLLM_PLUGINS or uninstall it"
+    )
+
+
+def test_a_new_admin_key_is_long_and_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output may be a pipe, which gets what is printed when its buffer is full."""
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, "utf-8"))
+    keys = [new_admin_key() for _ in range(3)]
+    assert shown.getvalue().decode() == "".join(
+        f"\nsafelora: admin key for this run (set SAFELORA_ADMIN_API_KEY to choose it): {key}\n\n"
+        for key in keys
+    )
+    assert len(set(keys)) == 3 and all(re.fullmatch(r"[\w-]{32}", key) for key in keys), "24 random bytes"
 
 
 def test_a_path_may_be_one() -> None:
@@ -174,30 +208,11 @@ def test_what_is_not_given_has_its_default() -> None:
     assert settings("--projectors", "p").projectors == str(Path("p").resolve())
 
 
-def configuration() -> dict[str, str]:
-    """Rows of the README's table of settings by the setting that they name."""
-    text = README.read_text()
-    table = text[text.index("| where | setting | meaning |") :].partition("\n\n")[0]
-    return {name: row for row in table.splitlines() for name in re.findall(r"`([a-z_]+)`", row.split("|")[2])}
-
-
-def test_the_readme_names_every_setting_and_its_default() -> None:
-    rows = configuration()
-    assert set(FIELDS) <= set(rows)
-    fields = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
-    assert f"default {fields['concurrent_uploads']} " in rows["concurrent_uploads"]
-    assert f"default {size_text(fields['max_adapter_bytes'])} " in rows["max_adapter_bytes"].replace(
-        " GiB", "GiB"
-    )
-    for name, (options, _) in OPTIONS.items():
-        assert f"`{options[0]}`" in rows[name]
-
-
 def test_the_help_has_the_defaults() -> None:
     (commands,) = (action for action in _parser()._actions if action.dest == "command")
     assert isinstance(commands.choices, dict)
     text = " ".join(commands.choices["serve"].format_help().split())
-    assert "largest file; default: 2GiB" in text and "per API server; default: 8" in text
+    assert "largest file of an adapter; default: 2GiB" in text and "per API server; default: 8" in text
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_damaged_name_is_told(run: Run, root: Path) -> None:
 @pytest.mark.parametrize("action", [("ls",), ("gc",), ("verify",), ("rm", "x")], ids=" ".join)
 def test_a_store_that_is_not_there(action: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     code, out, error = run(*action, store=tmp_path / "none")
-    assert code == 2 and out == "" and "there is no adapter store" in error
+    assert code == 2 and out == "" and "is not an adapter store: expected the server's" in error
     assert not (tmp_path / "none").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_store_that_is_not_there(action: tuple[str, ...], run: Run, tmp_path: 
 def test_a_folder_of_other_things_is_no_store(action: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     (tmp_path / "other" / "things").mkdir(parents=True)
     code, out, error = run(*action, store=tmp_path / "other")
-    assert code == 2 and out == "" and "there is no adapter store" in error
+    assert code == 2 and out == "" and "is not an adapter store: expected the server's" in error
 
 
 def test_an_empty_folder_is_a_sound_store(run: Run, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_odd_names(name: str, names: NameStore) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 251, "é" * 45, "\ud800"], ids=ascii)
 def test_names_that_cannot_be_files(name: str, names: NameStore) -> None:
     assert names.get(name) is None
-    with pytest.raises(UsageError, match="is no adapter name"):
+    with pytest.raises(UsageError, match="is not a valid adapter name"):
         names.update(name, lambda _: AdapterRecord(name).with_version(version()))
     assert not names.root.exists()
 
@@ -268,7 +268,9 @@ def test_a_full_disk_leaves_the_old_record(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
         for name in ("x", "new"):
-            with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+            with pytest.raises(
+                StoreUnavailable, match=f"store {names.root} cannot be written .{os.strerror(number)}"
+            ):
                 put(names, name, B)
     assert names.get("x") == before and names.get("new") is None
     assert {path.name for path in names.folder.iterdir()} == {".lock", "x.json"}
@@ -475,7 +477,7 @@ def test_a_record_from_a_backup_is_seen_though_it_is_old(names: NameStore) -> No
     assert names.all()["x"].live.digest == B
 
 
-@pytest.mark.parametrize(("age", "read"), [(-1, True), (0, True), (99_999_999, True), (100_000_001, False)])
+@pytest.mark.parametrize(("age", "read"), [(-1, True), (0, True), (100_000_000, True), (100_000_001, False)])
 def test_a_record_is_read_at_each_look_for_a_tenth_of_a_second(
     age: int, read: bool, names: NameStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,19 +514,23 @@ def test_a_second_change_within_a_tick_is_seen(names: NameStore) -> None:
     assert names.all()["x"].live.digest == B
 
 
-def test_a_thousand_names_are_looked_at_in_milliseconds(names: NameStore) -> None:
+def test_a_thousand_names_are_looked_at_again_in_milliseconds(names: NameStore) -> None:
+    """Records that have not changed are not read again. Compared in one run: other tests run beside it."""
     put(names, "acme/x", A)
     for number in range(1000):
         name = f"acme/adapter-{number}"
         (names.folder / file_of(name)).write_text(golden(name=name))
     settle(names)
-    assert len(names.all()) == 1001
-    seconds = []
-    for _ in range(10):
+
+    def look(at: NameStore) -> float:
         start = time.perf_counter()
-        names.all()
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.03  # measured: 4 ms; the rest is for a slow and busy machine
+        assert len(at.all()) == 1001
+        return time.perf_counter() - start
+
+    first = min(look(NameStore(names.root)) for _ in range(5))
+    look(names)
+    again = min(look(names) for _ in range(10))
+    assert again < first / 4  # measured: 4 ms and 54 ms; reading them all again would be as slow as at first
 
 
 def test_numbers_are_given_once(names: NameStore) -> None:
@@ -570,3 +576,56 @@ def test_a_damaged_count_gives_no_numbers(text: str, names: NameStore) -> None:
     ):
         names.reserve_ids(1)
     assert (names.root / "ids").read_bytes() == text.encode("latin-1")
+
+
+def test_what_is_wrong_with_a_file_is_told_in_full(
+    names: NameStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(names, "x", A)
+    remedy = "restore it from a backup, or delete it and upload the adapter again"
+    record, folder = names.folder / "x.json", names.folder / "y.json"
+    record.write_text(golden(name="y"))
+    folder.mkdir()
+    expected = {
+        record: "no record of a name (ValueError: it is the record of 'y')",
+        folder: "a file that cannot be read (Is a directory)",
+    }
+    assert names.all() == {} and names.damaged() == expected
+    told = {f"{file} is {wrong}; {remedy}" for file, wrong in expected.items()}
+    assert {entry.getMessage() for entry in caplog.records} == told and len(caplog.records) == 2
+    for name in "xy":
+        with pytest.raises(StoreDamaged) as damaged:
+            names.get(name)
+        assert str(damaged.value) in told
+
+
+def test_the_file_or_the_store_that_is_in_trouble_is_told(
+    names: NameStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(names, "x", A)
+
+    def failing(*_: object, **__: object) -> int:
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    store = f"the adapter store {names.root}"
+    for told, call, look in (
+        (f"{names.folder / 'x.json'} cannot be read now", "os.open", lambda: names.get("x")),
+        (f"{names.folder} cannot be read now", "os.scandir", names.all),
+        (f"{store} cannot be written", "fcntl.flock", lambda: put(names, "x", B)),
+        (f"{store} cannot be written", "fcntl.flock", lambda: names.reserve_ids(1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, failing)
+            with pytest.raises(StoreUnavailable, match=f"^{told} .Too many open files in system"):
+                look()
+
+
+def test_a_link_to_a_known_record_is_no_record(names: NameStore) -> None:
+    """Also where another folder was put in the folder's place, with links to the files in the old one."""
+    put(names, "x", A)
+    settle(names)
+    assert set(names.all()) == {"x"}
+    old = names.folder.rename(names.root / "old")
+    names.folder.mkdir()
+    (names.folder / "x.json").symlink_to(old / "x.json")
+    assert names.all() == {} and set(names.damaged()) == {names.folder / "x.json"}

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -140,6 +141,32 @@ def test_removing(raw: RawStore) -> None:
     os.utime(raw.path(DIGEST), (1000, 1000))
     assert raw.remove(DIGEST, min_age_seconds=60)
     assert entries(raw) == set() and raw.remove(DIGEST)
+    raw.keep(DIGEST, FILES)
+    assert raw.remove(DIGEST) and entries(raw) == set()  # however young, unless told otherwise
+
+
+@pytest.mark.parametrize(("age", "gone"), [(59.5, False), (60.0, True)])
+def test_a_copy_of_the_least_age_is_removed(
+    age: float, gone: bool, raw: RawStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.keep(DIGEST, FILES)
+    os.utime(raw.path(DIGEST), (1000, 1000))
+    monkeypatch.setattr(time, "time", lambda: 1000 + age)
+    assert raw.remove(DIGEST, min_age_seconds=60.0) == gone and raw.has(DIGEST) != gone
+
+
+def test_a_copy_that_cannot_be_removed_is_told_with_the_store(
+    raw: RawStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.keep(DIGEST, FILES)
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StoreUnavailable, match=f"adapter store {raw.root} cannot be written .Read-only"):
+        raw.remove(DIGEST)
+    assert raw.damaged(DIGEST) is None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
@@ -158,7 +185,9 @@ def test_a_full_disk_keeps_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
-        with pytest.raises(StoreUnavailable, match=f"cannot be written .{os.strerror(number)}"):
+        with pytest.raises(
+            StoreUnavailable, match=f"store {raw.root} cannot be written .{os.strerror(number)}"
+        ):
             raw.keep(DIGEST, FILES)
     assert entries(raw) == before and raw.damaged(DIGEST) is not None
     raw.keep(DIGEST, FILES)  # and it works when there is room again
@@ -200,6 +229,31 @@ def test_a_copy_that_goes_while_it_is_being_kept_is_written_again(
         return wrong
 
     monkeypatch.setattr(raw, "damaged", removing)
+    raw.keep(DIGEST, FILES)
+    assert content(raw) == FILES
+
+
+def test_a_sound_copy_that_another_process_kept_meanwhile_stays(
+    raw: RawStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be just being read."""
+    raw.keep(DIGEST, FILES)
+    inode, real = raw.path(DIGEST).stat().st_ino, raw.damaged
+
+    def missing(_: str) -> str:
+        monkeypatch.setattr(raw, "damaged", real)
+        return "missing"  # and then it is there
+
+    monkeypatch.setattr(raw, "damaged", missing)
+    raw.keep(DIGEST, FILES)
+    assert raw.path(DIGEST).stat().st_ino == inode and entries(raw) == {DIGEST}
+
+
+def test_content_does_not_come_by_the_system_s_temporary_folder(
+    raw: RawStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may be on another disk, from which nothing is renamed."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     raw.keep(DIGEST, FILES)
     assert content(raw) == FILES
 

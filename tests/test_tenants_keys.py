@@ -108,7 +108,10 @@ def test_a_keys_file_without_tenants_opens_no_tenants_adapters(text: str, write:
     ],
 )  # fmt: skip
 def test_whether_there_is_an_admin(text: str, admin_key: str | None, expected: bool, write: Write) -> None:
-    assert KeyRing.open(write(text), admin_key, [INFERENCE]).has_admin is expected
+    ring = KeyRing.open(write(text), admin_key, [INFERENCE])
+    assert ring.has_admin is expected
+    kinds = [principal.kind for principal in ring.principals]
+    assert "inference" in kinds and ("admin" in kinds) is expected
 
 
 def test_without_tenants_inference_keys_see_every_adapter() -> None:
@@ -176,10 +179,10 @@ def test_a_name_that_passes_is_one_part_or_two(name: str) -> None:
     ("figures", "words"),
     [
         ((20, 5_000_000_000, 32), []),
-        ((21, 0, 0), ["21 would be needed of max_adapters 20"]),
-        ((0, 5_000_000_001, 0), ["5000000001 would be needed of max_bytes 5000000000"]),
-        ((0, 0, 33), ["33 would be needed of max_rank 32"]),
-        ((21, 0, 64), ["21 would be needed of max_adapters 20", "64 would be needed of max_rank 32"]),
+        ((21, 0, 0), ["max_adapters is 20, 21 would be needed"]),
+        ((0, 5_000_000_001, 0), ["max_bytes is 5000000000, 5000000001 would be needed"]),
+        ((0, 0, 33), ["max_rank is 32, 33 would be needed"]),
+        ((21, 0, 64), ["max_adapters is 20, 21 would be needed", "max_rank is 32, 64 would be needed"]),
     ],
 )
 def test_a_quota_names_each_limit_that_is_passed(figures: tuple[int, int, int], words: list[str]) -> None:
@@ -197,16 +200,18 @@ def test_a_limit_of_nothing_is_a_limit(write: Write) -> None:
     text = f'[tenants.acme]\nmax_adapters = 0\nmax_bytes = 0\nmax_rank = 0\nkeys = {{ci = "{CI}"}}\n'
     quota = KeyRing.open(write(text), None, []).identify(CI).quota
     assert quota == Quota(0, 0, 0)
-    with pytest.raises(QuotaExceeded, match=r"1 .* max_adapters 0; 1 .* max_bytes 0; 1 .* max_rank 0"):
+    with pytest.raises(
+        QuotaExceeded, match=r"max_adapters is 0, 1 .*; max_bytes is 0, 1 .*; max_rank is 0, 1 "
+    ):
         quota.check(1, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[admin", "not TOML"),
-        (f'[admin]\na = {ALICE}\n', "not TOML"),
-        (f'[admin]\na = "{ALICE}"\na = "{BOB}"\n', "not TOML"),
+        ("[admin", "is not valid TOML"),
+        (f'[admin]\na = {ALICE}\n', "is not valid TOML"),
+        (f'[admin]\na = "{ALICE}"\na = "{BOB}"\n', "is not valid TOML"),
         (f'[user]\na = "{ALICE}"\n', "unknown entries ['user']; known are admin, tenants"),
         (f'admin = "{ALICE}"\n', "admin is of type str"),
         (f'[tenants]\nacme = "{ALICE}"\n', "tenants.acme is of type str"),
@@ -219,15 +224,15 @@ def test_a_limit_of_nothing_is_a_limit(write: Write) -> None:
         (f'[tenants."a/b".keys]\nci = "{ALICE}"\n', "tenants has an entry called 'a/b'"),
         (f'[tenants.a.keys]\n"c i" = "{ALICE}"\n', "tenants.a.keys has an entry called 'c i'"),
         (f'[admin]\n"" = "{ALICE}"\n', "admin has an entry called ''"),
-        (f'[tenants.admin.keys]\nci = "{ALICE}"\n', "no tenant can be called admin"),
+        (f'[tenants.admin.keys]\nci = "{ALICE}"\n', "admin is not a valid tenant name"),
         (f'[admin]\nenvironment = "{ALICE}"\n', "admin.environment means"),
-        ('[admin]\na = "fifteen letters"\n', "admin.a is no usable secret; expected is a string of at l"),
-        ('[admin]\na = " sixteen letters"\n', "admin.a is no usable secret"),
-        ('[admin]\na = "sixteen letters "\n', "admin.a is no usable secret"),
-        ('[admin]\na = "sixteen lettérs!"\n', "admin.a is no usable secret"),
-        ('[admin]\na = 1234567890123456\n', "admin.a is no usable secret"),
-        (f'[admin]\na = "sha256:{"0" * 63}"\n', "admin.a is no usable secret"),
-        (f'[admin]\na = "sha256:{"g" * 64}"\n', "admin.a is no usable secret"),
+        ('[admin]\na = "fifteen letters"\n', "admin.a is not a valid secret: expected a string of at l"),
+        ('[admin]\na = " sixteen letters"\n', "admin.a is not a valid secret"),
+        ('[admin]\na = "sixteen letters "\n', "admin.a is not a valid secret"),
+        ('[admin]\na = "sixteen lettérs!"\n', "admin.a is not a valid secret"),
+        ('[admin]\na = 1234567890123456\n', "admin.a is not a valid secret"),
+        (f'[admin]\na = "sha256:{"0" * 63}"\n', "admin.a is not a valid secret"),
+        (f'[admin]\na = "sha256:{"g" * 64}"\n', "admin.a is not a valid secret"),
         (f'[admin]\na = "{ALICE}"\nb = "{ALICE}"\n', "admin/a and admin/b have the same secret"),
         (f'[admin]\na = "{ADMIN}"\n', "admin/environment and admin/a have the same secret"),
         (f'[admin]\na = "{INFERENCE}"\n', "inference and admin/a have the same secret"),
@@ -256,7 +261,7 @@ def test_one_secret_for_admin_and_inference_is_refused() -> None:
 def test_bytes_that_are_not_text(write: Write) -> None:
     file = write("")
     file.write_bytes(b'[admin]\na = "\xff"\n')
-    with pytest.raises(KeysError, match="not TOML"):
+    with pytest.raises(KeysError, match="is not valid TOML"):
         KeyRing.open(file, None, [])
 
 
@@ -270,7 +275,7 @@ def test_a_file_that_others_can_get_at_is_refused(mode: int, write: Write) -> No
 
 def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
     for file, cause in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(KeysError, match=rf"{file} cannot be read \({cause}.*mend its path"):
+        with pytest.raises(KeysError, match=rf"{file} cannot be read \({cause}.*fix its path"):
             KeyRing.open(file, None, [])
 
 

@@ -13,10 +13,10 @@ from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import Quota
 
 SECRET, OTHER = "sixteen or more letters", "another secret of a key"
-_TABLE = "expected is a table"
+_TABLE = "expected a table"
 _NAME = "a name is 1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit"
 _USABLE = (
-    "expected is a string of at least 16 printable ASCII characters without a space at either end, or "
+    "expected a string of at least 16 printable ASCII characters without a space at either end, or "
     "'sha256:' and the 64 hexadecimal digits of one"
 )
 
@@ -27,6 +27,15 @@ def keys_file(folder: Path, text: str) -> Path:
     new.touch(0o600)
     new.write_text(text)
     return new.rename(file)
+
+
+def test_the_metrics_key_is_its_own_kind_with_and_without_a_file(tmp_path: Path) -> None:
+    for file in (None, keys_file(tmp_path, f'[admin]\na = "{SECRET}"\n')):
+        ring = KeyRing.open(file, None, [], OTHER)
+        assert ring.identify(OTHER) == Principal("metrics", "metrics")
+        assert ring.identify(None) == Principal("anonymous", "anonymous", sees_all=file is None)
+    with pytest.raises(KeysError, match="the keys admin/environment and metrics have the same secret"):
+        KeyRing.open(None, SECRET, [], SECRET)
 
 
 def test_limits_may_be_zero_and_a_tenant_may_have_no_keys(tmp_path: Path) -> None:
@@ -58,13 +67,13 @@ def test_the_first_part_of_a_name_is_its_owner() -> None:
         ("[tenants.acme]\nmax_rank = -1\n", "tenants.acme.max_rank is -1; give a whole number, 0 or more"),
         ('[tenants."a b"]\n', f"tenants has an entry called 'a b'; {_NAME}"),
         (f'[admin]\n"a b" = "{SECRET}"\n', f"admin has an entry called 'a b'; {_NAME}"),
-        ('[admin]\na = "short"\n', f"admin.a is no usable secret; {_USABLE}"),
-        ('[tenants.acme.keys]\nci = "short"\n', f"tenants.acme.keys.ci is no usable secret; {_USABLE}"),
+        ('[admin]\na = "short"\n', f"admin.a is not a valid secret: {_USABLE}"),
+        ('[tenants.acme.keys]\nci = "short"\n', f"tenants.acme.keys.ci is not a valid secret: {_USABLE}"),
         (
             f'[admin]\nenvironment = "{SECRET}"\n',
             "admin.environment means the key of SAFELORA_ADMIN_API_KEY; choose another name",
         ),
-        ("[tenants.admin]\n", "no tenant can be called admin, as its keys would look like the operator's"),
+        ("[tenants.admin]\n", "admin is not a valid tenant name: its keys would look like the operator's"),
         (
             f'[admin]\na = "{SECRET}"\n[tenants.b.keys]\nc = "{SECRET}"\n',
             "the keys admin/a and b/c have the same secret; give each its own",
@@ -90,8 +99,9 @@ def test_an_exceeded_quota_is_told_in_full() -> None:
     with pytest.raises(QuotaExceeded) as told:
         Quota(20, 100, 32).check(21, 100, 64)
     assert str(told.value) == (
-        "over the tenant's quota: 21 would be needed of max_adapters 20; 64 would be needed of max_rank 32. "
-        "Unload an adapter, load a smaller one, or ask the operator to raise the limit in the keys file"
+        "over the tenant's quota: max_adapters is 20, 21 would be needed; max_rank is 32, 64 would be "
+        "needed. Remove an adapter, upload a smaller one, or ask the operator to raise the limit in the keys "
+        "file"
     )
 
 

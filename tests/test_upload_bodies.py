@@ -95,7 +95,11 @@ def test_what_a_whole_body_holds(tmp_path: Path) -> None:
     assert (tmp_path / "1" / WEIGHTS).read_bytes() == b"w"
 
 
-@pytest.mark.parametrize("files", [b"", FILE + part(CONFIG, b"{}"), part(CONFIG, b"{}"), FILE + BOTH])
+@pytest.mark.parametrize(
+    "files",
+    [b"", FILE + part(CONFIG, b"{}"), part(CONFIG, b"{}"), FILE + BOTH],
+    ids=["none", "archive and one", "one", "archive and both"],
+)
 def test_a_body_has_both_files_or_one_archive(files: bytes, tmp_path: Path) -> None:
     found = received(tmp_path, NAME + files + END)
     with pytest.raises(UsageError, match=f"send {CONFIG} and {WEIGHTS}, or one {ARCHIVE}"):
@@ -119,7 +123,7 @@ def test_a_part_that_is_there_twice(name: str, place: str, tmp_path: Path) -> No
     others = b"".join(one for other, one in parts.items() if other != name)
     first, second = part(name, b"acme/1"), part(name, b"acme/2")
     body = first + (others + second if place == "behind" else second + others)
-    with pytest.raises(UsageError, match=f"{name} stands there twice"):
+    with pytest.raises(UsageError, match=f"{name} is there twice"):
         received(tmp_path, body + END)
 
 
@@ -213,6 +217,7 @@ def test_one_header_without_end(side: str, tmp_path: Path) -> None:
         b"", b"application/json", b"text/plain; boundary=b", b"multipart/mixed; boundary=b",
         b"multipart/form-data", b"multipart/form-data; boundary=", b"multipart/form-data; border=b",
     ],
+    ids=repr,
 )  # fmt: skip
 def test_a_body_of_another_type(kind: bytes, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not multipart/form-data with a boundary"):
@@ -226,6 +231,7 @@ def test_a_body_of_another_type(kind: bytes, tmp_path: Path) -> None:
         part("name", b"acme/\xff") + END, part("hub_id", b"\xff") + NAME + END,
         NAME + part("x", b"").replace(b'"x"', b'"\xff"') + END,
     ],
+    ids=repr,
 )  # fmt: skip
 def test_a_body_that_cannot_be_read(body: bytes, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the multipart body cannot be read"):
@@ -326,8 +332,11 @@ def test_where_there_is_one_slot_a_tenant_may_have_it() -> None:
     ("sizes", "told"),
     [
         ({CONFIG: 1024**2, WEIGHTS: 5000}, ""),
-        ({CONFIG: 1024**2 + 1, WEIGHTS: 1}, f"{CONFIG} of org/name has 1,048,577 bytes; 1,048,576 are taken"),
-        ({CONFIG: 1, WEIGHTS: 5001}, f"{WEIGHTS} of org/name has 5,001 bytes; 5,000 are taken"),
+        (
+            {CONFIG: 1024**2 + 1, WEIGHTS: 1},
+            f"{CONFIG} of org/name has 1,048,577 bytes; this server accepts 1,048,576",
+        ),
+        ({CONFIG: 1, WEIGHTS: 5001}, f"{WEIGHTS} of org/name has 5,001 bytes; this server accepts 5,000"),
         ({CONFIG: 1, WEIGHTS: 10**12}, f"{WEIGHTS} of org/name has 1,000,000,000,000 bytes"),
     ],
 )
@@ -363,7 +372,7 @@ def test_what_is_no_hub_id_is_not_asked_for(
 ) -> None:
     for name in ("get_hf_file_metadata", "hf_hub_download"):
         monkeypatch.setattr(f"huggingface_hub.{name}", lambda *_args, **_more: pytest.fail("asked"))
-    with pytest.raises(UsageError, match="is no hub id; give ORGANISATION/NAME"):
+    with pytest.raises(UsageError, match="is not a valid hub id: expected ORGANISATION/NAME"):
         download(hub_id, None, tmp_path, 5000, False)
 
 

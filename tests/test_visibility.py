@@ -47,7 +47,7 @@ def test_everybody_sees_their_part_everywhere(who: Principal | None, names: set[
             if name in names:
                 assert look_up(REGISTRY, who, name).name == requests[name].lora_name == name
                 continue
-            with pytest.raises(KeyError):
+            with pytest.raises(KeyError, match=f"^'{name}'$"):
                 requests[name]
             with pytest.raises(UnknownAdapter, match=f"no adapter '{name}'"):
                 look_up(REGISTRY, who, name)

@@ -1,4 +1,7 @@
-"""RESULTS.md, its JSON and its pictures, from the kept scores."""
+"""RESULTS.md, its JSON and its pictures, from the kept scores.
+
+python benchmarks/safety/report.py     writes RESULTS.md anew from results.json and about.md
+"""
 
 from __future__ import annotations
 
@@ -59,31 +62,43 @@ def write(cache: Path, families: Sequence[str], size: Size, out: Path) -> Path:
     found = {family: summary(read(cache, family), subjects) for family in families}
     minutes_file = cache / "minutes.json"
     minutes = json.loads(minutes_file.read_text()) if minutes_file.exists() else {}
-    text = [(HERE / "about.md").read_text().strip()]
     for family, table in found.items():
-        if not table:
-            continue
-        text += [f"## {FAMILIES[family].title}", *_family(table)]
-        drawn = [name for name in CURVES if "threshold-0.35" in table.get(name, {})]
-        if drawn:
-            text += ["### Curves", _points(table, drawn)]
-        for adapter in [name for name in drawn if name != curves.BENIGN]:
-            picture = f"{family}-{adapter}.png"
-            curves.draw(table, adapter, f"{FAMILIES[family].title}: {_title(adapter)}", out / picture)
-            text.append(f"![ASR against utility, {_title(adapter)}]({picture})")
+        for adapter in [name for name in _drawn(table) if name != curves.BENIGN]:
+            title = f"{FAMILIES[family].title}: {_title(adapter)}"
+            curves.draw(table, adapter, title, out / f"{family}-{adapter}.png")
     homes = [
         home for home in seeds(cache, families[0]) if all((home / name).exists() for name in why.ADAPTERS)
     ]
     if where := why.measure(homes):
         why.draw(where, {name: _title(name) for name in why.ADAPTERS}, out / "why.png")
-        text += ["## Why it works", why.TEXT, "![What is removed, and what reads it](why.png)", _where(where)]
-    if minutes:
-        text += ["## Time", _minutes(minutes)]
     figures = {"families": found, "where": where, "minutes": minutes}
     recording.write("results", "safety/run.py", "vLLM default", figures, out)
     path = out / "RESULTS.md"
-    path.write_text("\n\n".join(text) + "\n")
+    path.write_text(text_of(figures))
     return path
+
+
+def text_of(figures: dict[str, Any]) -> str:
+    """RESULTS.md, from about.md and what results.json has."""
+    text = [(HERE / "about.md").read_text().strip()]
+    for family, table in figures["families"].items():
+        if not table:
+            continue
+        text += [f"## {FAMILIES[family].title}", *_family(table)]
+        if drawn := _drawn(table):
+            text += ["### Curves", _points(table, drawn)]
+        for adapter in [name for name in drawn if name != curves.BENIGN]:
+            text.append(f"![ASR against utility, {_title(adapter)}]({family}-{adapter}.png)")
+    if where := figures["where"]:
+        text += ["## Why it works", why.TEXT, "![What is removed, and what reads it](why.png)", _where(where)]
+    if minutes := figures["minutes"]:
+        text += ["## Time", _minutes(minutes)]
+    return "\n\n".join(text) + "\n"
+
+
+def _drawn(table: dict[str, Any]) -> list[str]:
+    """The adapters whose curves are drawn."""
+    return [name for name in CURVES if "threshold-0.35" in table.get(name, {})]
 
 
 def read(cache: Path, family: str) -> Kept:
@@ -193,9 +208,9 @@ _MEASURES = {
 }
 
 
-_ATTACKS = """ASR, and in brackets the mean *sense* of the answers (see above). The server had no norm cap;
-columns beside a norm say what a cap would have done to the upload: `--max-relative-norm` at its default, and
-`--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
+_ATTACKS = """Seed 0. ASR, and in brackets the mean *sense* of the answers. The server had no norm cap.
+The column beside a norm says what a cap would have done to the upload: `--max-relative-norm` at its
+default, and `--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
 _ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
 
 
@@ -284,5 +299,9 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _minutes(minutes: dict[str, float]) -> str:
     rows = [[what, f"{took:.0f}"] for what, took in minutes.items()]
     total = f"{sum(minutes.values()):.0f}"
-    note = "On the machine that wrote this, over all runs that it took; a raw figure of one machine."
+    note = "On two CPU cores, summed over all runs that it took; raw figures of one machine."
     return f"{note}\n\n" + _markdown(["part", "minutes"], [*rows, ["all", total]])
+
+
+if __name__ == "__main__":
+    (HERE / "RESULTS.md").write_text(text_of(json.loads((HERE / "results.json").read_text())))

@@ -26,11 +26,13 @@ from safelora_vllm.projectors.cache import ProjectorCache
 ADAPTERS = ("pure-qv", "identity-qv", "mixed-10-qv", "benign-qv")
 ENERGY = 0.2
 _PROMPTS = 24
-TEXT = f"""Left: how V's first input direction r₁ lies to a module's mean input where the answer begins,
-|cos(r₁, mean)| (median over layers, mean over seeds, {_PROMPTS} held-out prompts of each kind): what all
-prompts share, not what tells harmful-sounding ones from others, `difference`. Right: the share of each
-adapter's ‖ΔW‖² that reads the directions removed at energy {ENERGY} (q and v, mean over modules and seeds);
-`random` for a random adapter, k/d_in."""
+TEXT = f"""Left: |cos(r₁, mean input)|. r₁ is V's first input direction. The mean input is a module's, at the
+token where the answer begins, over {_PROMPTS} held-out prompts of each kind. The figure is the median over
+layers and the mean over seeds.
+`difference` is the mean input of harmful-sounding prompts less that of harmless ones.
+
+Right: the share of each adapter's ‖ΔW‖² that reads the directions which are removed at energy {ENERGY}
+(q and v, mean over modules and seeds). `random` is a random adapter's share, k/d_in."""
 
 
 def cosines(home: Path) -> dict[str, float]:

@@ -11,11 +11,10 @@ import re
 from collections.abc import Mapping
 
 from safelora_vllm.adapters.members import ACCEPTED, BROKEN, Member, members
-from safelora_vllm.errors import AdapterRefused, Reason, refuse
+from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, refuse
 
 MAX_MEMBERS = 1000
 _MAX_NAME = 4096
-_MAX_LISTED = 20
 
 
 def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[dict[str, bytes], set[str]]:
@@ -31,6 +30,7 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
     places: dict[str, list[str]] = {name: [] for name in wanted}
     contents: dict[str, bytes] = {}
     others: set[str] = set()
+    unsafe: list[Fault] = []
     reasons: list[Reason] = []
     try:
         for count, member in enumerate(members(data, allowed), start=1):
@@ -39,7 +39,7 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
             if len(member.name) > _MAX_NAME:
                 raise ValueError(f"a member's name has {len(member.name):,} characters")
             if fault := _fault(member):
-                reasons.append(Reason("archive_unsafe", f"the member {member.name!r:.200} {fault}"))
+                unsafe.append(Fault("archive_unsafe", f"{member.name!r}", fault))
             parts = _parts(member.name)
             name = parts[-1] if parts else ""
             if (key := name.casefold()) not in wanted:
@@ -55,13 +55,13 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
                 else:
                     contents[key] = content
     except AdapterRefused as error:
-        raise AdapterRefused([*reasons[:_MAX_LISTED], *error.reasons]) from error
+        raise AdapterRefused([*by_cause(unsafe), *reasons, *error.reasons]) from error
     except BROKEN as error:
         broken = f"the archive is damaged or not of the plain kind ({error!s:.200}); {ACCEPTED}"
-        raise AdapterRefused([*reasons[:_MAX_LISTED], Reason("archive_malformed", broken)]) from error
-    reasons += _check_places(places)
-    if reasons:
-        raise AdapterRefused(reasons[:_MAX_LISTED])
+        found = [*by_cause(unsafe), *reasons, Reason("archive_malformed", broken)]
+        raise AdapterRefused(found) from error
+    if found := [*by_cause(unsafe), *reasons, *_check_places(places)]:
+        raise AdapterRefused(found)
     return contents, others
 
 
@@ -73,11 +73,11 @@ def _parts(name: str) -> list[str]:
 def _fault(member: Member) -> str | None:
     """Why a member could be made to reach outside of where it is unpacked, if it could."""
     if member.kind == "link":
-        return "is a link; pack the file itself"
+        return "a link; pack the file itself"
     if re.match(r"[/\\]|[A-Za-z]:", member.name):
-        return "has an absolute path; pack the folder from within its parent"
+        return "an absolute path; pack the folder from within its parent"
     if ".." in _parts(member.name) or "\0" in member.name:
-        return "has '..' or a zero byte in its path; pack the folder from within its parent"
+        return "'..' or a zero byte in its path; pack the folder from within its parent"
     return None
 
 

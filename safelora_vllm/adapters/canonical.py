@@ -14,9 +14,9 @@ from torch import Tensor
 
 from safelora_vllm.adapters.config import LoRAConfig, parse_config
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
-from safelora_vllm.errors import AdapterRefused, Reason, refuse
-from safelora_vllm.projectors.manifest import ModuleEntry
-from safelora_vllm.safetensors_header import DTYPE_BYTES
+from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named, refuse
+from safelora_vllm.projectors.manifest import ModuleEntry, natural_order
+from safelora_vllm.safetensors_header import DTYPE_BYTES, TensorHeader
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,512})\.lora_([AB])\.weight")
@@ -31,6 +31,14 @@ _FEATURES = {
     "lora_bias": "bias",
 }
 
+_NOT_PLAIN = "not an A or B of plain LoRA; expected are names like base_model.model.MODULE.lora_A.weight"
+_NO_PROJECTOR = "no projector, so the delta could not be projected"
+_FLAWS = {
+    "non_finite": "NaN or infinite values",
+    "subnormal": "subnormal values, which slow processors down; set them to zero",
+}
+
+Pairs = dict[str, dict[str, str]]  # module name → {"A": tensor name, "B": tensor name}
 Weights = dict[str, tuple[Tensor, Tensor]]  # module name → A (r, d_in), B (d_out, r)
 
 
@@ -42,11 +50,9 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
             clean, with those that the values give.
     """
     config, reasons = parse_config(raw.config)
-    pairs, named = _pair_up(raw, modules)
-    reasons += named
-    if config is not None:
-        for module, sides in pairs.items():
-            reasons += _check_shapes(module, sides, raw, modules[module], config, limits)
+    pairs, odd = _pair_up(raw)
+    misfits, foreign = _check_shapes(pairs, raw, modules, config, limits) if config else ([], False)
+    reasons += [*odd, *misfits, *_check_covered(pairs, modules, foreign)]
     if not reasons:
         reasons = _check_padding(pairs, raw, limits)
     if reasons:
@@ -59,69 +65,93 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
     if reasons := _check_values(tensors):
         raise AdapterRefused(reasons)
     weights: Weights = {}
-    for module, sides in sorted(pairs.items()):
+    for module, sides in pairs.items():
         a, b = (tensors[sides[side]].to(torch.float32) for side in "AB")
         weights[module] = a, b * config.scale(module)
     return weights
 
 
-def _pair_up(
-    raw: RawAdapter, modules: Mapping[str, ModuleEntry]
-) -> tuple[dict[str, dict[str, str]], list[Reason]]:
-    """Module → {"A": tensor name, "B": tensor name} for what is understood, reasons for the rest."""
-    pairs: dict[str, dict[str, str]] = defaultdict(dict)
-    reasons: list[Reason] = []
-    for name in raw.header:
-        match = _TENSOR.fullmatch(name)
-        if match is None:
-            code = next((c for part, c in _FEATURES.items() if part in name), "unknown_tensor")
-            reasons.append(Reason(code, f"tensor {name!r:.160} is not a plain LoRA A or B"))
-        elif match[1] not in modules:
-            detail = f"{match[1]:.160} has no projector, so its delta could not be projected"
-            reasons.append(Reason("no_projector", detail))
-        else:
+def _pair_up(raw: RawAdapter) -> tuple[Pairs, list[Reason]]:
+    """The modules that have an A and a B, and the reasons against all other tensors."""
+    pairs: Pairs = defaultdict(dict)
+    faults = []
+    for name in sorted(raw.header, key=natural_order):
+        if match := _TENSOR.fullmatch(name):
             pairs[match[1]][match[2]] = name
+        else:
+            code = next((c for part, c in _FEATURES.items() if part in name), "unknown_tensor")
+            faults.append(Fault(code, f"{name!r}", _NOT_PLAIN))
+    for module in [module for module, sides in pairs.items() if len(sides) < 2]:
+        side = next(iter(pairs.pop(module)))
+        faults.append(Fault("unpaired", module, f"lora_{side} without its counterpart"))
+    reasons = by_cause(faults)
     if not raw.header:
         reasons.append(Reason("empty", f"{WEIGHTS} holds no tensors"))
-    for module in sorted(module for module, sides in pairs.items() if len(sides) < 2):
-        side = next(iter(pairs.pop(module)))
-        reasons.append(Reason("unpaired", f"{module} has lora_{side} without its counterpart"))
     return pairs, reasons
 
 
+def _check_covered(pairs: Pairs, modules: Mapping[str, ModuleEntry], foreign: bool) -> list[Reason]:
+    """Whether all modules have projectors. foreign: a reason says that it is another model's adapter."""
+    lacking = [module for module in pairs if module not in modules]
+    if foreign or 2 * len(lacking) <= len(pairs):
+        return by_cause(Fault("no_projector", module, _NO_PROJECTOR) for module in lacking)
+    return [
+        Reason(
+            "no_projector",
+            f"{len(lacking):,} of {len(pairs):,} modules have no projector: {named(lacking)}. The projector "
+            f"cache has {named(list(modules))}. The adapter looks made for another model, or the cache was "
+            "built for other modules",
+        )
+    ]
+
+
 def _check_shapes(
-    module: str,
-    sides: dict[str, str],
+    pairs: Pairs,
     raw: RawAdapter,
-    entry: ModuleEntry,
+    modules: Mapping[str, ModuleEntry],
     config: LoRAConfig,
     limits: Limits,
-) -> list[Reason]:
-    a, b = raw.header[sides["A"]], raw.header[sides["B"]]
-    if odd := [t.dtype for t in (a, b) if t.dtype not in DTYPE_BYTES]:
-        return [Reason("dtype", f"{module} is {odd[0]}; save it as one of {', '.join(DTYPE_BYTES)}")]
-    d_out, d_in = entry.shape
-    rank = a.shape[0] if len(a.shape) == 2 else 0
-    if rank == 0 or a.shape != (rank, d_in) or b.shape != (d_out, rank):
-        return [
-            Reason(
-                "shape",
-                f"{module}: A {a.shape} and B {b.shape} do not fit its weight ({d_out}, {d_in})",
-            )
-        ]
-    if rank > limits.max_rank:
-        return [
-            Reason(
-                "rank_too_large", f"{module} has rank {rank}, allowed are {limits.max_rank} (--max-lora-rank)"
-            )
-        ]
-    if rank != config.rank(module):
-        declared = config.rank(module)
-        return [Reason("rank_mismatch", f"{module} has rank {rank}, its config says {declared}")]
-    return []
+) -> tuple[list[Reason], bool]:
+    """What dtypes and shapes say against the modules, and whether most have those of another model."""
+    others, faults = [], []
+    covered = [module for module in pairs if module in modules]
+    for module in covered:
+        a, b = (raw.header[pairs[module][side]] for side in "AB")
+        shape, expected = _shape_of_product(a, b), modules[module].shape
+        if shape is not None and shape != expected:
+            others.append(Fault("shape", module, f"B·A has the shape {shape}, the model's weight {expected}"))
+        elif fault := _fault(module, a, b, config.rank(module), limits.max_rank):
+            faults.append(fault)
+    if 2 * len(others) <= len(covered):
+        return by_cause(others + faults), False
+    _, module, found = others[0]
+    count = f"{len(others):,} of {len(covered):,} modules do not fit"
+    sentence = f"the adapter looks made for another model: {count}, such as {module}: {found}"
+    return [Reason("shape", sentence), *by_cause(faults)], True
 
 
-def _check_padding(pairs: Mapping[str, dict[str, str]], raw: RawAdapter, limits: Limits) -> list[Reason]:
+def _shape_of_product(a: TensorHeader, b: TensorHeader) -> tuple[int, int] | None:
+    """Of B·A. None where A and B are not matrices of one rank."""
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] > 0:
+        return None
+    return b.shape[0], a.shape[1]
+
+
+def _fault(module: str, a: TensorHeader, b: TensorHeader, declared: int, max_rank: int) -> Fault | None:
+    """What is wrong with a module's pair in itself."""
+    if odd := [tensor.dtype for tensor in (a, b) if tensor.dtype not in DTYPE_BYTES]:
+        return Fault("dtype", module, f"{odd[0]}; save it as one of {', '.join(DTYPE_BYTES)}")
+    if _shape_of_product(a, b) is None:
+        return Fault("shape", module, f"A {a.shape} and B {b.shape} are not matrices of one rank")
+    rank = a.shape[0]
+    if rank > max_rank:
+        return Fault("rank_too_large", module, f"rank {rank}, allowed are {max_rank} (--max-lora-rank)")
+    if rank != declared:
+        return Fault("rank_mismatch", module, f"rank {rank}, its config says {declared}")
+    return None
+
+
+def _check_padding(pairs: Pairs, raw: RawAdapter, limits: Limits) -> list[Reason]:
     """One large rank makes all others as large. An adapter of a single rank is never refused here."""
     rank, row = 0, 0  # row: bytes that each rank takes in all modules
     for sides in pairs.values():
@@ -141,8 +171,8 @@ def _check_values(tensors: Mapping[str, Tensor]) -> list[Reason]:
         by_dtype[tensor.dtype].append(tensor.flatten())
     if all(_flaw(torch.cat(group)) is None for group in by_dtype.values()):
         return []
-    flaws = {name: _flaw(tensor) for name, tensor in tensors.items()}
-    return [Reason(flaw, f"{name} has {flaw} values") for name, flaw in flaws.items() if flaw]
+    flaws = {name: _flaw(tensors[name]) for name in sorted(tensors, key=natural_order)}
+    return by_cause(Fault(flaw, name, _FLAWS[flaw]) for name, flaw in flaws.items() if flaw)
 
 
 def _flaw(values: Tensor) -> str | None:
@@ -156,7 +186,9 @@ def _flaw(values: Tensor) -> str | None:
     return None
 
 
-def canonical_files(weights: Weights, base_model: str, dtype: torch.dtype) -> dict[str, bytes]:
+def canonical_files(
+    weights: Weights, base_model: str, dtype: torch.dtype, revision: str | None = None
+) -> dict[str, bytes]:
     """The two files of the canonical PEFT adapter, the same bytes for the same weights.
 
     Ranks are padded with zeros to the largest one, since vLLM reads one rank; ``lora_alpha = r``
@@ -184,6 +216,7 @@ def canonical_files(weights: Weights, base_model: str, dtype: torch.dtype) -> di
         "bias": "none",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        **({"revision": revision} if revision else {}),
     }
     return {
         CONFIG: json.dumps(config, indent=1).encode(),

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from safelora_vllm.errors import Reason
+from safelora_vllm.errors import Fault, Reason, by_cause
 
 # Keys that do not change what the saved tensors mean.
 _INERT = {
@@ -43,6 +43,7 @@ _UNSUPPORTED = {
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 _PLAIN_SUFFIX = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _MAX_PATTERNS = 4096
+_UNKNOWN = "set in the config, but not known to this gate; remove it, or train without it"
 
 # A module's name or a suffix of it, with a ^ before it where it has one → its place in the config, value.
 Patterns = dict[str, tuple[int, float]]
@@ -76,32 +77,31 @@ def parse_config(config: dict[str, Any]) -> tuple[LoRAConfig | None, list[Reason
         reasons.append(Reason(code, detail))
 
     if config.get("peft_type") != "LORA":
-        wrong("peft_type", f"peft_type is {config.get('peft_type')!r:.80}; only LORA is served")
+        wrong("peft_type", f"peft_type is {config.get('peft_type')!r:.80}: expected 'LORA'")
     for key, code in _UNSUPPORTED.items():
         if config.get(key):
             wrong(code, f"{key} is set, which this gate cannot project; train without it")
-    if config.get("bias", "none") not in ("none", None):
+    if config.get("bias") not in ("none", None):
         wrong("bias", f"bias is {config['bias']!r:.80}; train with bias='none'")
-    init = config.get("init_lora_weights", True)
+    init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in _PLAIN_INITS)):
         wrong(
             "init",
             f"init_lora_weights is {init!r:.80}, which changes the base weights; convert the adapter "
             "with PEFT's path_initial_model_for_weight_conversion",
         )
-    for key in sorted(set(config) - _INERT - _READ - set(_UNSUPPORTED)):
-        if config[key]:
-            wrong("unknown_config", f"the config sets {key!r:.80}, which this gate does not know")
+    unknown = sorted(set(config) - _INERT - _READ - set(_UNSUPPORTED))
+    reasons += by_cause(Fault("unknown_config", repr(key), _UNKNOWN) for key in unknown if config[key])
     targets = config.get("target_modules")
     if not (targets is None or isinstance(targets, str) or _strings(targets)):
-        wrong("config_type", "target_modules is neither a string nor a list of strings")
+        wrong("config_type", "target_modules is not valid: expected a string or a list of strings")
     if not _rank(config.get("r")):
-        wrong("config_type", f"r is {config.get('r')!r:.80}; expected a whole number above 0")
+        wrong("config_type", f"r is {config.get('r')!r:.80}: expected a whole number above 0")
     if not _number(config.get("lora_alpha")):
-        wrong("config_type", f"lora_alpha is {config.get('lora_alpha')!r:.80}; expected a number > 0")
-    rslora = config.get("use_rslora", False)
+        wrong("config_type", f"lora_alpha is {config.get('lora_alpha')!r:.80}: expected a number above 0")
+    rslora = config.get("use_rslora")
     if not isinstance(rslora, bool | None):
-        wrong("config_type", f"use_rslora is {rslora!r:.80}; expected true or false")
+        wrong("config_type", f"use_rslora is {rslora!r:.80}: expected true or false")
     for key, valid in (("rank_pattern", _rank), ("alpha_pattern", _number)):
         reasons += _check_patterns(key, config.get(key), valid)
     if reasons:
@@ -119,10 +119,8 @@ def _check_patterns(key: str, patterns: Any, valid: Any) -> list[Reason]:
         found = f"{key} has {len(patterns):,} patterns, allowed are {_MAX_PATTERNS:,}"
         return [Reason("pattern", f"{found}; write suffixes that several modules share")]
     bad = [name for name in patterns if not _PLAIN_SUFFIX.fullmatch(name.removeprefix("^").removesuffix("$"))]
-    reasons = [
-        Reason("pattern", f"{key} has {name!r:.80}; only plain module names and suffixes are read")
-        for name in bad[:10]
-    ]
+    only = f"not a valid name in {key}: expected plain module names and suffixes"
+    reasons = by_cause(Fault("pattern", repr(name), only) for name in bad)
     if not all(valid(value) for value in patterns.values()):
         reasons.append(Reason("config_type", f"{key} has values that are not numbers above 0"))
     return reasons

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from safelora_vllm.errors import AdapterRefused, refuse
+from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
 
 ACCEPTED = "give a .tar, .tar.gz or .zip of the folder that PEFT saved"
 # What is raised on damaged input, by zipfile, tarfile and zlib too.
@@ -58,8 +59,9 @@ def members(data: bytes, allowed: int) -> Iterator[Member]:
         return _tar_members(BoundedStream(_inflate(data), allowed))
     if data[257:262] == b"ustar":
         return _tar_members(BoundedStream(_slices(data), allowed))
-    found = next((name for magic, name in _OTHERS.items() if data.startswith(magic)), "no archive")
-    raise refuse("archive_malformed", f"the file is {found}; {ACCEPTED}")
+    found = next((f"it is {name}" for magic, name in _OTHERS.items() if data.startswith(magic)), None)
+    found = found or other_format(data[:LONGEST_SIGN]) or "it is of no known type"
+    raise refuse("archive_malformed", f"the file is not a valid archive: {found}; {ACCEPTED}")
 
 
 def _slices(data: bytes) -> Iterator[bytes]:
@@ -169,14 +171,14 @@ def _tar_members(tape: BoundedStream) -> Iterator[Member]:
 def _extended(header: tarfile.TarInfo, extensions: Mapping[bytes, bytes]) -> tuple[str, int]:
     """A member's name and size, from its header or from what stands before it."""
     long_name = extensions.get(tarfile.GNUTYPE_LONGNAME, b"").partition(b"\0")[0]
-    name, size = long_name.decode("utf-8", "surrogateescape") or header.name, header.size
+    name, size = long_name.decode(errors="surrogateescape") or header.name, header.size
     for kind in (tarfile.XGLTYPE, tarfile.XHDTYPE):
         records = _pax_records(extensions.get(kind, b""))
         if kind == tarfile.XGLTYPE and not records.keys().isdisjoint({b"path", b"size"}):
             raise ValueError("a pax record names all members alike")
         if any(key.startswith(b"GNU.sparse.") for key in records):
             raise ValueError(f"{name!r:.100} is sparse")
-        name = records.get(b"path", b"").decode("utf-8", "surrogateescape") or name
+        name = records.get(b"path", b"").decode(errors="surrogateescape") or name
         if (text := records.get(b"size")) is not None:
             size = _number(text)
     return name, size

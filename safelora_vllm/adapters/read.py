@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from safelora_vllm.adapters.archive import read_archive
 from safelora_vllm.errors import AdapterNotFound, AdapterRefused, Reason, refuse
-from safelora_vllm.safetensors_header import Header, plain_json, read_header
+from safelora_vllm.safetensors_header import LONGEST_SIGN, Header, other_format, plain_json, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -79,7 +79,7 @@ def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
         folder = path.is_dir()
         there = folder or (path.exists() and path.name not in (CONFIG, WEIGHTS))
     except (OSError, ValueError):  # a name too long for the file system, or with a zero byte
-        folder = there = False
+        raise _not_found(path) from None
     if not there:
         raise _not_found(path)
     config_bytes, weights, header = (_read_folder if folder else _read_archive)(path, limits)
@@ -176,7 +176,8 @@ def _parse_config(text: bytes) -> dict[str, Any]:
     try:
         config = plain_json(text)
     except (ValueError, RecursionError) as error:
-        raise refuse("config_malformed", f"{CONFIG} is not plain JSON: {error}") from error
+        found = other_format(text[:LONGEST_SIGN]) or str(error)
+        raise refuse("config_malformed", f"{CONFIG} is not plain JSON: {found}") from error
     if not isinstance(config, dict):
         raise refuse("config_malformed", f"{CONFIG} is not a JSON object")
     return config

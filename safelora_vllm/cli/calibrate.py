@@ -36,15 +36,17 @@ _LAST = ("effect_kept", "least_kept")
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of ``safelora-vllm``."""
     parser = commands.add_parser(
-        "calibrate", allow_abbrev=False, help="show what a policy does to a random adapter, and choose one"
+        "calibrate",
+        allow_abbrev=False,
+        help="show what a policy does to a random adapter, or find a strength",
     )
     add_projectors_option(parser)
     parser.add_argument(
         "--keep-random",
         type=float,
         metavar="SHARE",
-        help="find the method's largest strength that leaves every module this share of a random "
-        "adapter's effect, e.g. 0.99",
+        help="find the largest strength that leaves every module this share of a random adapter's effect, "
+        "e.g. 0.99",
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     add_projection_options(parser)
@@ -81,7 +83,7 @@ def _policy(args: argparse.Namespace) -> Policy:
     if args.keep_random is not None:
         strength = search_of(policy.method).field
         if getattr(args, strength) is not None:
-            raise UsageError(f"keep-random finds the {strength}; leave {strength} or keep-random out")
+            raise UsageError(f"`keep_random` finds the {strength}: leave `{strength}` or `keep_random` out")
     return chosen_policy(args)
 
 
@@ -112,7 +114,7 @@ def _document(cache_id: str, calibration: Calibration, found: dict[str, Any] | N
 def _print(calibration: Calibration, found: dict[str, Any] | None) -> None:
     policy, strength = calibration.policy, calibration.strength
     lines = [*calibration.types.items(), ("all", calibration.whole)]
-    _print_table(f"A random adapter under {_in_words(policy)}", "type", lines)
+    _print_table(f"A random adapter under {policy.summary}", "type", lines)
     ladder = [(f"{getattr(rung, strength):g}", line) for rung, line in calibration.ladder]
     select = calibration.ladder[0][0].select
     _print_table(f"All modules, select {select}", strength, ladder, ladder[0][1].fixed)
@@ -122,13 +124,6 @@ def _print(calibration: Calibration, found: dict[str, Any] | None) -> None:
         if found["limited_by_cache"]:
             print("The cache keeps no larger energy; for more, build it with a larger --max-energy.")
         print("An upper bound: trained adapters lose more than random ones.")
-
-
-def _in_words(policy: Policy) -> str:
-    """What of the policy decides, e.g. ``safe-lora, select threshold 0.35``."""
-    value = {"threshold": f" {policy.threshold:g}", "number": f" {policy.number}", "all": ""}[policy.select]
-    energy = f", energy {policy.energy:g}" if policy.has_effect("energy") else ""
-    return f"{policy.method}{energy}, select {policy.select}{value}"
 
 
 def _print_table(

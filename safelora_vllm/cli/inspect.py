@@ -6,7 +6,7 @@ import argparse
 import json
 
 from safelora_vllm.cli import DONE, REFUSED
-from safelora_vllm.cli.options import add_gate_options, chosen_policy
+from safelora_vllm.cli.options import ADAPTER, add_gate_options, chosen_policy
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,9 +15,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "inspect", allow_abbrev=False, help="show what the gate would do with an adapter"
     )
     parser.add_argument(
-        "adapter", nargs="+", help="a PEFT adapter folder; of several, one line each and their largest norms"
+        "adapter", nargs="+", help=f"{ADAPTER}; several get one line each and their largest norms"
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON; several, one a line")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON; several reports one a line"
+    )
     add_gate_options(parser)
     parser.set_defaults(run=run)
 

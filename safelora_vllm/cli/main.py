@@ -9,8 +9,13 @@ import sys
 
 from safelora_vllm import __version__
 from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, project, serve, store
+from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 
+_DESCRIPTION = "Serve LoRA adapters with vLLM, and keep what alignment changed in the model."
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 problems found (store verify), 2 wrong usage or missing input, 3 adapter refused."
+)
 _COMMANDS = (build, inspect, project, serve, calibrate, store, audit)
 
 
@@ -24,15 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except AdapterRefused as error:
-        print(f"refused: {error}", file=sys.stderr)
+        print(f"refused: {as_options(str(error))}", file=sys.stderr)
         return REFUSED
     except SafeLoRAError as error:
-        print(f"safelora-vllm: {error}", file=sys.stderr)
+        print(f"safelora-vllm: {as_options(str(error))}", file=sys.stderr)
         return USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="safelora-vllm", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="safelora-vllm", description=_DESCRIPTION, epilog=_EXIT_CODES, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:

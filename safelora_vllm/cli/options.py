@@ -12,6 +12,14 @@ from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import MODES, SELECTIONS, Policy
 
 _DEFAULT = Policy()
+ADAPTER = "folder that PEFT saved, or a .tar, .tar.gz or .zip of one"
+STORE = "the server's --adapter-store; default: ~/.local/share/safelora-vllm"
+_FIELD = re.compile(r"`([a-z_]+)`")
+# Fields and arguments whose options have their names.
+_OPTIONS = {field.name for field in dataclasses.fields(Policy)} | {
+    "base_model", "device", "dtype", "form", "keep_random", "max_energy", "modules", "out",
+    "trust_served_model",
+}  # fmt: skip
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -27,7 +35,9 @@ def add_gate_options(parser: argparse.ArgumentParser) -> None:
 
 def add_projectors_option(parser: argparse.ArgumentParser) -> None:
     """--projectors, which every command needs that knows a policy."""
-    parser.add_argument("--projectors", required=True, metavar="DIR", help="the projector cache")
+    parser.add_argument(
+        "--projectors", required=True, metavar="DIR", help="folder of the projector cache, made by build"
+    )
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +59,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mode",
         metavar=f"{{{','.join(MODES)}}}",  # no choices: a policy says what a former word is called now
-        help="report-only serves adapters UNPROJECTED and only reports; default: enforce",
+        help="report-only serves adapters UNPROJECTED and only reports; default: enforce, which projects",
     )
 
 
@@ -57,11 +67,13 @@ def add_projection_options(parser: argparse.ArgumentParser) -> argparse._Argumen
     """--method, --select, --threshold, --number, --energy: the policy's share in what is projected."""
     group = parser.add_argument_group("policy")
     readers = {name: method for name, method in METHODS.items() if "energy" in method.options}
-    group.add_argument("--method", choices=METHODS, help=f"default: {_DEFAULT.method}")
+    group.add_argument(
+        "--method", choices=METHODS, help=f"how modules are projected; default: {_DEFAULT.method}"
+    )
     group.add_argument(
         "--select",
         choices=SELECTIONS,
-        help=f"modules to project; default: {_by_method({n: m.select for n, m in METHODS.items()})}",
+        help=f"which modules are projected; default: {_by_method({n: m.select for n, m in METHODS.items()})}",
     )
     group.add_argument(
         "--threshold",
@@ -86,11 +98,10 @@ def add_projection_options(parser: argparse.ArgumentParser) -> argparse._Argumen
 
 
 def _by_method(values: Mapping[str, object]) -> str:
-    """The default method's value, then those that differ, e.g. ``0.2, csulora 0.95``."""
+    """The default method's value, then those that differ, e.g. ``0.2; csulora: 0.95``."""
     default = values[_DEFAULT.method]
-    return ", ".join(
-        [str(default), *(f"{name} {value}" for name, value in values.items() if value != default)]
-    )
+    others = [f"{name}: {value}" for name, value in values.items() if value != default]
+    return "; ".join([str(default), *others])
 
 
 def chosen_policy(args: argparse.Namespace) -> Policy:
@@ -105,6 +116,13 @@ def chosen_policy(args: argparse.Namespace) -> Policy:
     return policy
 
 
+def as_options(message: str) -> str:
+    """A message in the words of the command line, such as --max-energy where it has `max_energy`."""
+    return _FIELD.sub(
+        lambda found: "--" + found[1].replace("_", "-") if found[1] in _OPTIONS else found[0], message
+    )
+
+
 def policy_values(args: argparse.Namespace) -> dict[str, Any]:
     """The policy options that were given."""
     values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Policy)}
@@ -115,7 +133,9 @@ def size(text: str) -> int:
     """Bytes from ``500MB``, ``10GB``, ``1.5GiB`` or a plain number."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?I?B)?", text.strip().upper(), re.ASCII)
     if not found or (found[2] or "") not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give bytes, or e.g. 500MB, 10GB, 1.5GiB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a valid size: expected bytes, or e.g. 500MB, 10GB, 1.5GiB"
+        )
     return int(float(found[1]) * UNITS[found[2] or ""])
 
 

@@ -33,10 +33,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("model", help="the aligned model: folder or hub id")
     # Each option is the setting of its name, or of its `dest`.
     parser.add_argument(
-        "--adapter-store", dest="store", type=_absolute, metavar="DIR", help="where published adapters live"
+        "--adapter-store",
+        dest="store",
+        type=_absolute,
+        metavar="DIR",
+        help="folder for uploads, published copies, names and the audit log; default: "
+        "~/.local/share/safelora-vllm",
     )
-    parser.add_argument("--admin-api-key", help="or SAFELORA_ADMIN_API_KEY; default: a random one")
-    parser.add_argument("--metrics-key", help="or SAFELORA_METRICS_KEY; without one /metrics needs no key")
+    parser.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        help=f"key for managing adapters; prefer {ADMIN_KEY}, since ps shows options; default: a random key, "
+        "printed at start",
+    )
+    parser.add_argument(
+        "--metrics-key",
+        metavar="KEY",
+        help=f"key for /metrics; prefer {METRICS_KEY}; default: /metrics needs no key",
+    )
     parser.add_argument("--keys", type=_absolute, metavar="FILE", help="TOML file with admin and tenant keys")
     parser.add_argument(
         "--adapter-root",
@@ -44,24 +58,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         type=_absolute,
         metavar="DIR",
-        help="folder that loads by path may read",
+        help="folder that loads by path may read; may be given several times",
     )
     parser.add_argument(
         "--max-adapter-bytes",
         type=size,
         metavar="N",
-        help=f"largest file; default: {size_text(ServerSettings.max_adapter_bytes)}",
+        help=f"largest file of an adapter; default: {size_text(ServerSettings.max_adapter_bytes)}",
     )
-    parser.add_argument("--store-bytes", type=size, metavar="N", help="budget of the published copies")
+    parser.add_argument(
+        "--store-bytes", type=size, metavar="N", help="most bytes of published copies; default: no bound"
+    )
     parser.add_argument(
         "--concurrent-uploads",
         type=int,
         metavar="N",
-        help=f"per API server; default: {ServerSettings.concurrent_uploads}",
+        help=f"uploads at once per API server; default: {ServerSettings.concurrent_uploads}",
     )
     parser.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
     parser.add_argument(
-        "--private-docs", action="store_true", help="/openapi.json, /docs and /redoc need a key (any)"
+        "--private-docs",
+        action="store_true",
+        help="let /openapi.json, /docs and /redoc need a key, any of them",
     )
     parser.add_argument(
         "--route-access",
@@ -73,7 +91,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--trust-served-model",
         action="store_true",
-        help="the served model is a converted copy of the cache's aligned model: do not compare them",
+        help="do not compare the served model with the cache's aligned model: it is a converted copy",
     )
     add_projectors_option(parser)
     add_policy_options(parser)

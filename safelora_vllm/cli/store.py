@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safelora_vllm.cli import DONE, PROBLEMS
-from safelora_vllm.cli.options import UNITS, size
+from safelora_vllm.cli.options import STORE, UNITS, size
 from safelora_vllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """``store`` with its own commands: ls, gc, verify, rm."""
-    store = commands.add_parser("store", allow_abbrev=False, help="list, shrink or check the adapter store")
+    store = commands.add_parser("store", allow_abbrev=False, help="list, check or shrink the adapter store")
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     ls = actions.add_parser("ls", allow_abbrev=False, help="list the names and what they serve")
@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gc = actions.add_parser(
         "gc",
         allow_abbrev=False,
-        help="remove what killed processes left behind, and what the options name",
+        help="remove what interrupted work left, and what the options name",
     )
     gc.add_argument(
         "--max-bytes",
@@ -44,16 +44,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gc.set_defaults(run=_gc)
 
     verify = actions.add_parser(
-        "verify", allow_abbrev=False, help="read the whole store; exit code 1 where something is wrong"
+        "verify", allow_abbrev=False, help="read the whole store; exit code 1 if anything is damaged"
     )
     verify.set_defaults(run=_verify)
 
     rm = actions.add_parser("rm", allow_abbrev=False, help="remove a name with all its versions")
-    rm.add_argument("name", help="its upload stays until 'gc --unreferenced'")
+    rm.add_argument("name", help="of the adapter; its upload stays until 'gc --unreferenced'")
     rm.set_defaults(run=_rm)
 
     for action in (ls, gc, verify, rm):
-        action.add_argument("--adapter-store", metavar="DIR", help="default: that of 'serve'")
+        action.add_argument("--adapter-store", metavar="DIR", help=STORE)
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -63,7 +63,7 @@ def _root(args: argparse.Namespace) -> Path:
     root = Path(args.adapter_store) if args.adapter_store else default_root()
     found = {item.name for item in root.iterdir()} if root.is_dir() else None
     if found is None or (found and found.isdisjoint(FOLDERS)):
-        raise UsageError(f"there is no adapter store {root}; give the --adapter-store that the server has")
+        raise UsageError(f"{root} is not an adapter store: expected the server's --adapter-store")
     return root
 
 
@@ -112,7 +112,7 @@ def _gc(args: argparse.Namespace) -> int:
     root = _root(args)
     housekeeping.clean(root)
     if not args.unreferenced and args.max_bytes is None:
-        print("what interrupted work left is removed; --unreferenced and --max-bytes remove more")
+        print("What interrupted work left was removed. --unreferenced and --max-bytes remove more")
     if args.unreferenced:
         _print_collected(housekeeping.collect_unreferenced(root), "uploads")
     if args.max_bytes is not None:

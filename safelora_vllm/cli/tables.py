@@ -10,7 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safelora_vllm.cli.options import as_options
 from safelora_vllm.report import Report
+
+CHANGES_NOTHING = (
+    "the adapter changes nothing: each of its modules has an A or a B of zeros, as before any training"
+)
 
 
 def terminal() -> Console:
@@ -24,9 +29,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or terminal()
     policy = report.policy
     if report.modules:
-        strength = f", energy {policy.energy:g}" if policy.has_effect("energy") else ""
-        title = f"{report.adapter}: {policy.method}{strength}, select {policy.select}, {policy.mode}"
-        table = Table(title=title)
+        table = Table(title=f"{report.adapter}: {policy.summary}, {policy.mode}")
         table.add_column("module", overflow="fold")
         for column in ("rank", "similarity", "c₀", "retained", "relative norm"):
             table.add_column(column, justify="right")
@@ -58,8 +61,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
                 f"{max(report.values('relative_norm')):.4g} (allowed {policy.max_relative_norm:g})"
             )
         )
+    if report.changes_nothing:
+        console.print(Text("  " + CHANGES_NOTHING))
     for reason in report.reasons:
-        console.print(Text(f"  [{reason.code}] {reason.message}"))
+        console.print(Text(f"  [{reason.code}] {as_options(reason.message)}"))
 
 
 def print_summary(reports: Sequence[Report], console: Console | None = None) -> None:
@@ -77,7 +82,8 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
             figures = [*counts, f"{report.total_norm:.4g}", f"{max(report.values('relative_norm')):.4g}"]
         codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
         verdict = "accepted" if report.accepted else "refused"
-        table.add_row(Text(report.adapter), *figures, Text(f"{verdict}: {codes}" if codes else verdict))
+        verdict += f": {codes}" if codes else ", changes nothing" if report.changes_nothing else ""
+        table.add_row(Text(report.adapter), *figures, Text(verdict))
     console.print(table)
     if measured := [report for report in reports if report.modules]:
         total = max(report.total_norm for report in measured)

@@ -23,7 +23,7 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named
 from safelora_vllm.methods.judge import JudgedModule, judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -36,6 +36,7 @@ _FORMAT = 5  # raise it when the same input would be published as other bytes
 # ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
 # delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
 _MIN_COHERENCE = 1.5e-3
+_NOT_FINITE = "scaling (lora_alpha) or projecting gave values that are not finite; use a smaller lora_alpha"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class GateSettings:
     """Everything that a gate's answer depends on, besides the adapter.
 
     device: where projections run. dtype: of the published weights; vLLM's LoRA dtype, so that its
-    own cast changes nothing. base_model: name written into published configs.
+    own cast changes nothing. base_model, revision: written into published configs.
     """
 
     cache: ProjectorCache
@@ -52,6 +53,7 @@ class GateSettings:
     dtype: torch.dtype = torch.float32
     limits: Limits = field(default_factory=Limits)
     base_model: str = ""
+    revision: str | None = None
 
     @property
     def ruleset_digest(self) -> str:
@@ -63,6 +65,7 @@ class GateSettings:
             str(self.dtype),
             self.base_model,
             self.limits.max_rank,
+            *([self.revision] if self.revision else []),  # so that older addresses stay
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -151,7 +154,7 @@ def admit(
         allowance.check_rank(report)
     try:
         with stages.time("publish"):
-            files = canonical_files(weights, settings.base_model, settings.dtype)
+            files = canonical_files(weights, settings.base_model, settings.dtype, settings.revision)
             # The stored report has no name: the same content may be served under several.
             published = store.publish(key, files, report.named(""))
     except AdapterRefused as error:
@@ -176,17 +179,22 @@ def evaluate(
     except AdapterRefused as error:
         return Report.refused(name, raw.digest, cache.id, policy, error), None
     with stages.time("project"), torch.inference_mode():
-        reasons, broken, weights_served, modules, norms = [], [], {}, [], []
+        coherences, relative_norms, norms, modules, weights_served = {}, {}, [], [], {}
         for module in judge(weights, cache, policy, settings.device, settings.dtype):
-            broken += _check_sound(module)
-            reasons += _check_norm(module, policy)
-            norms.append((module.came.norm, max(1.0, module.served.retained or 0.0) * module.came.norm))
+            name_of, norm = module.entry.name, module.came.norm
+            coherences[name_of] = _coherence(module)
+            # The caps hold for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1.
+            growth = max(1.0, module.served.retained or 0.0)
+            relative_norms[name_of] = growth * module.relative_norm
+            norms.append((norm, growth * norm))
             modules.append(_module_report(module))
-            weights_served[module.entry.name] = (module.a, module.b)
-    if broken:  # not in report-only mode either: there is nothing that could be measured or served
+            weights_served[name_of] = (module.a, module.b)
+    if broken := _check_sound(
+        coherences
+    ):  # not in report-only mode either: there is nothing that could be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
-    reasons += _check_total(largest, policy)
+    reasons = [*_check_norms(relative_norms, policy), *_check_total(largest, policy)]
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules, total)
     return report, weights_served if accepted else None
@@ -198,53 +206,63 @@ def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
             store.keep(raw.digest, raw.files)
 
 
-def _check_norm(module: JudgedModule, policy: Policy) -> list[Reason]:
-    """The cap holds for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1."""
-    largest = max(1.0, module.served.retained or 0.0) * module.relative_norm
-    if largest <= policy.max_relative_norm:
+def _check_norms(relative_norms: Mapping[str, float], policy: Policy) -> list[Reason]:
+    """The cap on single modules. The sentence names the largest first."""
+    over = {module: norm for module, norm in relative_norms.items() if not norm <= policy.max_relative_norm}
+    if not over:
         return []
+    modules = sorted(over, key=over.__getitem__, reverse=True)
+    upto = "up to " if len(over) > 1 else ""
     return [
         Reason(
             "relative_norm",
-            f"{module.entry.name}: the adapter is {largest:.8g} times its weight, allowed are "
-            f"{policy.max_relative_norm:.8g} (max_relative_norm)",
+            f"{named(modules)}: the adapter is {upto}{over[modules[0]]:.8g} times the module's weight, "
+            f"allowed are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes "
+            "it smaller",
         )
     ]
 
 
 def _check_total(total: float, policy: Policy) -> list[Reason]:
-    """As `_check_norm`, of all modules together."""
+    """The cap on all modules together."""
     if total <= policy.max_total_norm:
         return []
     return [
         Reason(
             "total_norm",
             f"all modules together are {total:.8g} times the model's weights, allowed are "
-            f"{policy.max_total_norm:.8g} (max_total_norm)",
+            f"{policy.max_total_norm:.8g} (`max_total_norm`). A smaller lora_alpha makes them smaller",
         )
     ]
 
 
-def _check_sound(module: JudgedModule) -> list[Reason]:
+def _coherence(module: JudgedModule) -> float | None:
+    """The smaller one of what came and of what would be served; None where a figure is not finite.
+
+    A NaN or an infinity anywhere in the factors shows in the float64 norm of their product.
+    """
+    came, served = module.came, module.served
+    figures = (came.norm, *(module.similarity or ()), served.retained or 0.0)
+    return min(came.coherence, served.coherence) if all(map(math.isfinite, figures)) else None
+
+
+def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
     """Whether the figures mean what they say.
 
-    A NaN or an infinity anywhere in the factors shows in the float64 norm of their product. Ranks that
-    cancel show in the coherence: rounding would decide what is left of them, not the policy.
+    Ranks that cancel show in the coherence: rounding would decide what is left of them, not the policy.
     """
-    name, came, served = module.entry.name, module.came, module.served
-    figures = (came.norm, *(module.similarity or ()), served.retained or 0.0)
-    if not all(math.isfinite(figure) for figure in figures):
-        return [Reason("non_finite", f"{name}: scaling or projecting it gave values that are not finite")]
-    if not (coherence := min(came.coherence, served.coherence)) >= _MIN_COHERENCE:
-        return [
-            Reason(
-                "cancellation",
-                f"{name}: its ranks cancel each other to {coherence:.1e} of "
-                f"their squared norm; {_MIN_COHERENCE:g} is the least that can be judged. Merge and "
-                "factorise it again (a singular value decomposition of B·A)",
-            )
-        ]
-    return []
+    infinite = [module for module, coherence in coherences.items() if coherence is None]
+    reasons = by_cause(Fault("non_finite", module, _NOT_FINITE) for module in infinite)
+    found = {m: c for m, c in coherences.items() if c is not None and not c >= _MIN_COHERENCE}
+    if found:
+        modules = sorted(found, key=found.__getitem__)
+        cause = (
+            f"the ranks cancel each other to {found[modules[0]]:.1e} of their squared norm; "
+            f"{_MIN_COHERENCE:g} is the least that can be judged. Merge and factorise the delta again (a "
+            "singular value decomposition of B·A)"
+        )
+        reasons.append(Reason("cancellation", f"{named(modules)}: {cause}"))
+    return reasons
 
 
 def _module_report(module: JudgedModule) -> ModuleReport:
@@ -264,20 +282,21 @@ def _module_report(module: JudgedModule) -> ModuleReport:
 def _answer(admission: Admission) -> Admission:
     """One log line per decision."""
     report = admission.report
+    idle = "; it changes nothing: each module has an A or a B of zeros" if report.changes_nothing else ""
     if not report.accepted:
         codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
         logger.info(
-            "adapter %r accepted: %d of %d modules projected by %s%s",
+            "adapter %r accepted: %d of %d modules projected by %s%s%s",
             report.adapter, report.count("projected"), len(report.modules), report.policy.method,
-            ", published before" if admission.cached else "",
+            ", published before" if admission.cached else "", idle,
         )  # fmt: skip
     else:
         logger.warning(
             "REPORT-ONLY MODE: adapter %r is served UNPROJECTED; enforcing would have projected %d of %d "
-            "modules%s",
+            "modules%s%s",
             report.adapter, report.count("projected"), len(report.modules),
-            " and refused it" if report.reasons else "",
+            " and refused it" if report.reasons else "", idle,
         )  # fmt: skip
     return admission

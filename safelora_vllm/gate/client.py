@@ -98,7 +98,7 @@ class GateClient:
                     line = reader.readline()
         except OSError as error:
             raise GateUnavailable(
-                f"the gate process does not answer ({error}); it is restarted, try again"
+                f"the gate process does not answer ({error}); it is being restarted, try again soon"
             ) from error
         if not line.endswith(b"\n"):
             raise GateUnavailable("the gate process ended during the call; try again")

@@ -30,14 +30,17 @@ class GateMetrics:
         )
         self._cache = Counter(
             "safelora_gate_cache",
-            "Whether an adapter had been published before under the same cache and policy",
+            "Adapters by whether the same content was published before under the same cache and policy",
             ["outcome"],
             registry=registry,
         )
         for outcome in ("hit", "miss"):
             self._cache.labels(outcome)  # there from the start, so that rates can be computed
         self._bytes = Gauge(
-            "safelora_projector_bytes", "Bytes of projectors per tier", ["tier"], registry=registry
+            "safelora_projector_bytes",
+            "Bytes of projectors, on each device and on disk",
+            ["tier"],
+            registry=registry,
         )
         self._enforcing = Gauge(
             "safelora_enforcing", "1 if adapters are projected, 0 in report-only mode", registry=registry

@@ -47,6 +47,7 @@ from safelora_vllm.gate.protocol import (
     decode_config,
     encode,
 )
+from safelora_vllm.gate.socket_folder import remove
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -268,11 +269,7 @@ def main() -> int:
         _say(service.state())
         sys.stdin.buffer.read()  # returns when the worker closes it or is gone
         server.shutdown()
-    # The worker may have been killed, so its private folder is this process's to remove.
-    for leftover in (socket_path, socket_path.with_name("owner.lock")):
-        leftover.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        socket_path.parent.rmdir()
+    remove(socket_path.parent)  # the worker may have been killed
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import GuardError, UsageError
+from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.policy import Policy
@@ -74,8 +75,12 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     command.subparser_init(parser.add_subparsers(required=True))
     args = parser.parse_args(["serve", model, *guarded_options(settings, vllm_options)])
     _refuse_options(args)
+    _bound_cpu_memory(args)
     command.validate(args)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    finally:
+        remove_leftovers()
 
 
 def allowed_plugins() -> str:
@@ -136,6 +141,39 @@ def _refuse_options(args: argparse.Namespace) -> None:
         raise GuardError(
             f"{named} starts a front end that loads no plugins, so that nobody is told apart; leave it out"
         )
+
+
+def _bound_cpu_memory(args: argparse.Namespace) -> None:
+    """A KV cache of a few GiB for servers on a CPU whose user set no size.
+
+    vLLM would take 92 % of all memory, or not start where less is free: "Available memory ... is less than
+    desired CPU memory utilization" (``vllm/v1/worker/cpu_worker.py``).
+    """
+    import psutil  # type: ignore[import-untyped]  # a requirement of vLLM, which is not type-checked
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and _takes_most_memory(args, EngineArgs.gpu_memory_utilization):
+        args.kv_cache_memory_bytes = cpu_kv_cache_bytes(psutil.virtual_memory().available)
+        print(
+            f"safelora: the KV cache of each worker takes {args.kv_cache_memory_bytes / 2**30:.1f} GiB of "
+            "memory. --kv-cache-memory-bytes sets another size; vLLM's own default is most of the memory",
+            flush=True,
+        )
+
+
+def _takes_most_memory(args: argparse.Namespace, default: float) -> bool:
+    """Whether nobody said how much memory the server takes. default: vLLM's share."""
+    return (
+        not os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        and args.kv_cache_memory_bytes is None
+        and args.gpu_memory_utilization == default
+    )
+
+
+def cpu_kv_cache_bytes(available: int) -> int:
+    """4 GiB, or a quarter of the memory that is available where that is less."""
+    return min(4 * 2**30, available // 4)
 
 
 def _take_additional_config(options: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class Calibration:
     """A policy's effect on a random adapter.
 
-    policy: the calibrated one.
-    types: the last part of the modules' names → effect.
-    whole: of all modules.
-    strength: the policy's field that differs in the ladder.
-    ladder: policies of rising strength with their effect on all modules.
-    limited_by_cache: the strength was searched, and the cache can serve no larger one.
+    Attributes:
+        policy: the calibrated one.
+        types: the last part of the modules' names → effect.
+        whole: the effect on all modules.
+        strength: the policy's field that differs in the ladder.
+        ladder: policies of rising strength with their effect on all modules.
+        limited_by_cache: the strength was searched, and the cache can serve no larger one.
     """
 
     policy: Policy
@@ -111,8 +112,8 @@ def search_of(name: str) -> Search:
     if (search := calibrator_of(name).search) is None:
         known = [m.name for m in METHODS.values() if m.calibrator and m.calibrator.search]
         raise UsageError(
-            f"keep-random has no effect with method {name!r}: it finds the strength of "
-            f"{' or '.join(map(repr, known))}; leave method or keep-random out"
+            f"`keep_random` has no effect with `method` {name!r}: it finds the strength of "
+            f"{' or '.join(map(repr, known))}. Leave `method` or `keep_random` out"
         )
     return search
 

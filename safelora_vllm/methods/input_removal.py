@@ -70,7 +70,7 @@ def energy_that_keeps(share: float, projectors: Sequence[Projector]) -> float:
         UsageError: the share is not one, or even the smallest energy leaves some module less.
     """
     if not 0.0 <= share <= 1.0:
-        raise UsageError(f"keep_random is {share!r}; give a share from 0 to 1, e.g. 0.9")
+        raise UsageError(f"`keep_random` is {share!r}: expected a share from 0 to 1, such as 0.9")
     for hundredths in range(round(largest_energy(projectors) * _STEPS), 0, -1):
         energy = hundredths / _STEPS
         if all(_effect_left(projector, energy) >= share - 1e-12 for projector in projectors):
@@ -81,7 +81,7 @@ def energy_that_keeps(share: float, projectors: Sequence[Projector]) -> float:
     raise UsageError(
         f"no energy keeps {share:g} of a random adapter's effect in every module: even {smallest:g} takes "
         f"{worst.directions(smallest)} of {worst.entry.shape[1]} directions in {worst.entry.name} and leaves "
-        f"{left:.4f}. Give --keep-random {math.floor(left * 1e4) / 1e4:g} or less"
+        f"{left:.4f}. Give `keep_random` {math.floor(left * 1e4) / 1e4:g} or less"
     )
 
 

@@ -21,8 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
-from safelora_vllm.projectors.checkpoint import Checkpoint
-from safelora_vllm.projectors.manifest import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
+from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
+from safelora_vllm.projectors.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODELS,
+    ModuleEntry,
+    natural_order,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 256 * 1024 * 1024
@@ -55,11 +62,11 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UsageError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+            raise UsageError(f"`dtype` is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.form not in ("auto", "dense", "factored"):
-            raise UsageError(f"form is {self.form!r}; choose auto, dense or factored")
+            raise UsageError(f"`form` is {self.form!r}: expected auto, dense or factored")
         if not 0.0 < self.max_energy <= 1.0:
-            raise UsageError(f"max-energy is {self.max_energy}; give a share above 0 and at most 1")
+            raise UsageError(f"`max_energy` is {self.max_energy}: expected a share above 0 and at most 1")
 
 
 def build(
@@ -77,9 +84,10 @@ def build(
     options = options or BuildOptions()
     out = Path(out)
     if out.exists():
-        raise UsageError(f"{out} exists; remove it or give another folder as out")
+        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     pair = Checkpoint(base), Checkpoint(aligned)
     names = select_modules(*pair, options.modules)
+    _check_different(*pair)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
     _check_disk(out.parent, pair[1], names, options)
@@ -87,6 +95,10 @@ def build(
     partial.chmod(0o755)
     try:
         _write(partial, pair, names, options)
+        given = {"base": ModelName.of(base), "aligned": ModelName.of(aligned)}
+        (partial / MODELS).write_text(
+            json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
+        )
         partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,6 +107,34 @@ def build(
             raise UsageError(f"no room left on the disk of {out}; free some and repeat") from error
         raise
     return out
+
+
+def _check_different(base: Checkpoint, aligned: Checkpoint) -> None:
+    """Find out before hours of work that both are one model. Where samples are equal, all is read once.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    if base.folder.resolve() != aligned.folder.resolve():
+        if base.fingerprint() != aligned.fingerprint():
+            return
+        one, other = (
+            model.digest(_with_progress(model, "Comparing the models")) for model in (base, aligned)
+        )
+        if one != other:
+            return
+    raise _identical(base, aligned)
+
+
+def _identical(base: Checkpoint, aligned: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"{base.folder} and {aligned.folder} have identical weights (V = 0): there is no alignment to "
+        "project onto. Give the model before alignment as the base"
+    )
+
+
+def _with_progress(model: Checkpoint, what: str) -> Iterable[str]:
+    return tqdm(sorted(model.tensors), desc=what, unit="tensor")
 
 
 def select_modules(base: Checkpoint, aligned: Checkpoint, wanted: Iterable[str]) -> list[str]:
@@ -141,13 +181,8 @@ def _linear_layers(checkpoint: Checkpoint) -> list[str]:
             and _IN_BLOCK.search(name)
             and not _NOT_LINEAR.search(name.removesuffix(".weight"))
         ),
-        key=_natural_order,
+        key=natural_order,
     )
-
-
-def _natural_order(name: str) -> list[tuple[bool, int, str]]:
-    """Layer 10 after layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _write(
@@ -180,14 +215,11 @@ def _write(
         shard = f"projectors-{len(shards):05d}.safetensors"
         entries.append(asdict(ModuleEntry(name=name, shard=shard, **figures)))
     if not entries:
-        raise CheckpointError(
-            f"{base.folder} and {aligned.folder} have identical weights (V = 0): there is no "
-            "alignment to project onto. Give the model before alignment as --base"
-        )
+        raise _identical(base, aligned)
     flush()
     identities = {}
     for side, model in (("base", base), ("aligned", aligned)):
-        weights = tqdm(sorted(model.tensors), desc=f"Digest of the {side} model", unit="tensor")
+        weights = _with_progress(model, f"Digest of the {side} model")
         identities[side] = {"fingerprint": model.fingerprint(), "sha256": model.digest(weights)}
     manifest = {
         "format": FORMAT,
@@ -272,7 +304,7 @@ def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: Bu
     if (free := shutil.disk_usage(parent).free) < needed:
         raise UsageError(
             f"the cache needs up to {needed:,} bytes, {parent} has {free:,} free; free some, or give "
-            "fewer --modules or a smaller --max-energy"
+            "fewer `modules` or a smaller `max_energy`"
         )
 
 

@@ -9,12 +9,14 @@ For every module the shards hold
 - ``NAME.energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
 
 The manifest holds the figures of `ModuleEntry`, the identities of both checkpoints, and each shard's
-sha256. The manifest's own sha256 is the cache's id: same id, same projections.
+sha256. The manifest's own sha256 is the cache's id: same id, same projections. ``models.json`` says which
+models the build was given; the same models give the same id wherever they are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from safelora_vllm.errors import ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
+from safelora_vllm.projectors.checkpoint import ModelName
 from safelora_vllm.projectors.group import BasisStack, GroupSpectrum, ProjectorGroup
-from safelora_vllm.projectors.manifest import MANIFEST, parse_manifest
+from safelora_vllm.projectors.manifest import MANIFEST, MODELS, parse_manifest
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 
 __all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
@@ -37,7 +40,14 @@ _SPECTRA = 256  # groups whose spectra are kept, some kilobytes each
 
 
 class ProjectorCache:
-    """An opened cache. ``modules`` maps module names to their entries.
+    """An opened cache.
+
+    Attributes:
+        folder: where it is.
+        id: a digest of its manifest; the same id gives the same projections.
+        modules: name → shape, form, ‖V‖_F, ‖W_aligned‖_F and c₀ of each module with a projector.
+        unchanged: names of modules that alignment did not change; adapters that change them are refused.
+        aligned_norm: ‖W_aligned‖_F of all modules together.
 
     Raises:
         ProjectorCacheError: no cache there, another format version, or a manifest that is damaged.
@@ -66,7 +76,7 @@ class ProjectorCache:
             return (self.folder / MANIFEST).read_bytes()
         except OSError as error:
             raise ProjectorCacheError(
-                f"no projector cache in {self.folder} ({error.strerror}); make one with "
+                f"there is no projector cache in {self.folder} ({error.strerror}); make one with "
                 "'safelora-vllm build --base BASE --aligned ALIGNED --out DIR'"
             ) from error
 
@@ -90,6 +100,15 @@ class ProjectorCache:
             raise self._damaged(name, "its bytes are not those that the build wrote")
         self._verified[name] = state
 
+    @property
+    def aligned_model(self) -> ModelName | None:
+        """What the build was given as the aligned model; None in a cache of an older release."""
+        try:
+            given = json.loads((self.folder / MODELS).read_bytes())["aligned"]
+            return ModelName(str(given["name"]), str(given["revision"]) if given["revision"] else None)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def check_model(self, fingerprint: str, model: str | Path) -> None:
         """Refuse to serve a model that is not the aligned side of this cache.
 
@@ -101,7 +120,7 @@ class ProjectorCache:
                 f"the projector cache {self.folder} was made for another aligned model than {model} "
                 f"(fingerprint {self._manifest.aligned[:12]}, served {fingerprint[:12]}). Serve the "
                 "model given as --aligned, or build a cache for this one. If it is a quantised or "
-                "converted copy of that model, say so with --trust-served-model"
+                "converted copy of that model, say so with `trust_served_model`"
             )
 
     def load(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError
+from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 FLOAT_DTYPES |= {"BF16": torch.bfloat16}
@@ -49,7 +50,7 @@ def locate_model(model: str | Path) -> Path:
         return path
     name, _, revision = str(model).partition("@")
     if path.is_absolute() or name.count("/") > 1 or name.startswith("."):
-        raise CheckpointError(f"there is no folder {model}; give a model folder or a hub id")
+        raise CheckpointError(f"{model} is not a folder: expected a model folder or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -57,9 +58,25 @@ def locate_model(model: str | Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client's errors have no common base class
         raise CheckpointError(
-            f"{model} is no folder here, and the hub did not give it ({type(error).__name__}: "
+            f"{model} is not a folder, and it could not be downloaded from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); give a model folder or an id that can be downloaded"
         ) from error
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """How a model is named where PEFT and transformers find it. revision: of a hub id; None for a folder."""
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, model: str | Path) -> ModelName:
+        """The absolute path of a folder, or a hub id without its ``@revision``."""
+        if model != "" and Path(model).is_dir():  # Path("") is the current folder
+            return cls(str(Path(model).resolve()))
+        name, _, revision = str(model).partition("@")
+        return cls(name, revision or None)
 
 
 class Checkpoint:
@@ -75,7 +92,7 @@ class Checkpoint:
         for file in _weight_files(self.folder):
             for name, info in read_header(file).items():
                 if name in self.tensors:
-                    raise CheckpointError(f"{self.folder}: {name} stands in two files")
+                    raise CheckpointError(f"{self.folder}: {name} is in two files")
                 self.tensors[name] = info
 
     @property
@@ -201,4 +218,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise ValueError("two tensors overlap")
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+        with file.open("rb") as stream:
+            found = other_format(stream.read(LONGEST_SIGN)) or str(error)
+        raise CheckpointError(f"{file} is not a whole safetensors file: {found}") from error

@@ -13,6 +13,7 @@ from safelora_vllm.errors import ProjectorCacheError
 FORMAT = "safelora-projectors"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MODELS = "models.json"  # beside it: what the build was given, which is no part of the cache's identity
 ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values
 
 
@@ -51,6 +52,16 @@ class Manifest:
     shards: dict[str, Shard]
     aligned: str
     unchanged: frozenset[str]
+
+
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A sort key for names of modules and their tensors: layer 10 after layer 9."""
+    return [_part_order(part) for part in name.split(".")]
+
+
+def _part_order(part: str) -> tuple[bool, int, str]:
+    number = part.isdecimal() and len(part) < 10  # int() takes no "²", and only so many digits
+    return (True, int(part), part) if number else (False, 0, part)
 
 
 def parse_manifest(text: bytes, folder: Path) -> Manifest:

@@ -101,8 +101,8 @@ class Projector:
             return min(k, len(self.energies))
         if k > len(self.energies):
             raise PolicyError(
-                f"energy {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
-                f"keeps for {self.entry.name}; build it again with --max-energy {energy} or more"
+                f"`energy` {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
+                f"keeps for {self.entry.name}. Build it again with a `max_energy` of {energy} or more"
             )
         return k
 

@@ -51,7 +51,7 @@ class AuditLog:
                 self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
         except OSError as error:
             raise StoreUnavailable(
-                f"the audit log {self.folder} cannot be written ({error.strerror}); free space or mend "
+                f"the audit log {self.folder} cannot be written ({error.strerror}); free space or fix "
                 "its permissions, then repeat the call"
             ) from error
 
@@ -152,6 +152,6 @@ def parse_since(text: str) -> datetime:
         return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
     except (ValueError, OverflowError):
         raise UsageError(
-            f"{text!r:.60} is no time; give 90s, 15m, 2h or 7d for so long ago, or a date or time like "
-            "2026-01-31 or 2026-01-31T12:00:00Z"
+            f"{text!r:.60} is not a valid time: expected 90s, 15m, 2h or 7d for so long ago, or a date or "
+            "time like 2026-01-31 or 2026-01-31T12:00:00Z"
         ) from None

@@ -104,10 +104,10 @@ def file_of(name: str) -> str:
     try:
         file = quote(name, safe="") + SUFFIX
     except UnicodeEncodeError as error:
-        raise UsageError(f"{name!r:.100} is no adapter name: it is not Unicode text") from error
+        raise UsageError(f"{name!r:.100} is not a valid adapter name: expected Unicode text") from error
     if not name or len(file) > _LONGEST:
         raise UsageError(
-            f"{name!r:.100} is no adapter name: it takes {len(file)} bytes as a file name; give one "
+            f"{name!r:.100} is not a valid adapter name: it takes {len(file)} bytes as a file name; give one "
             f"of 1 to about {_LONGEST - len(SUFFIX)} letters and digits"
         )
     return file
@@ -122,7 +122,7 @@ def to_dict(record: AdapterRecord) -> dict[str, Any]:
 
 def to_json(record: AdapterRecord, file: str) -> bytes:
     """The content of a record's file; ValueError, KeyError or TypeError where it could not be read."""
-    text = json.dumps({"format": _FORMAT, **to_dict(record)}, indent=1, allow_nan=False).encode()
+    text = json.dumps({"format": _FORMAT, **to_dict(record)}, indent=1).encode()
     from_json(text, file)
     return text
 
@@ -146,7 +146,7 @@ def from_json(text: bytes, file: str) -> AdapterRecord:
         raise ValueError(f"its versions are {numbers}")
     if type(record.current) is not int or record.current not in numbers:
         raise ValueError(f"its current version is {record.current!r:.100}, of {numbers}")
-    if record.name != unquote(file.removesuffix(SUFFIX), errors="strict") or file_of(record.name) != file:
+    if record.name != unquote(file.removesuffix(SUFFIX)) or file_of(record.name) != file:
         raise ValueError(f"it is the record of {record.name!r:.100}")
     return record
 

@@ -92,10 +92,9 @@ class NameStore:
             after = change(before)
             if after == before:
                 return after
-            text = to_json(after, path.name) if after else b""
             with writing(self.root):
                 if after:
-                    replace_file(path, text)
+                    replace_file(path, to_json(after, path.name))
                 else:
                     path.unlink()
                     sync_folder(self.folder)
@@ -170,20 +169,20 @@ class NameStore:
         except OSError as error:
             if error.errno in _TRANSIENT:  # no fault of this file, and no reason to stop serving it
                 raise _unreadable(path, error) from error
-            return _Seen((0, 0, 0, 0), None, f"a file that cannot be read ({error.strerror})")
+            return _Seen(None, None, f"a file that cannot be read ({error.strerror})")
         try:
-            return _Seen(state, from_json(text, file), "")
+            return _Seen(state, from_json(text, file))
         except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
             return _Seen(state, None, f"no record of a name ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a file held in this state: a record, or what is wrong with it."""
+    """What a file held in this state (None: it could not be read): a record, or what is wrong with it."""
 
-    state: FileState
+    state: FileState | None
     record: AdapterRecord | None
-    wrong: str
+    wrong: str = ""
 
     def still(self, entry: os.DirEntry[str], now: int) -> bool:
         """Whether the file is the same. A young one may have changed without showing it."""

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import SafeLoRAError
@@ -54,12 +55,12 @@ class PublishedStore:
         """The report of a published adapter, or None where there is no undamaged copy."""
         folder = self.path(key)
         try:
-            saved = json.loads((folder / REPORT).read_bytes())
+            saved = self._saved(key)
             for name in (CONFIG, WEIGHTS):
                 with (folder / name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"][name]:
                         return None
-            return _report_in(folder)
+            return _report_in(saved)
         except _NOT_OURS:
             return None
 
@@ -74,7 +75,7 @@ class PublishedStore:
     def report(self, key: str) -> Report | None:
         """As `find`, but without reading the weights: whether they are sound is not known."""
         try:
-            return _report_in(self.path(key))
+            return _report_in(self._saved(key))
         except _NOT_OURS:
             return None
 
@@ -103,7 +104,7 @@ class PublishedStore:
         A copy that an older release made does not say so, until the gate is asked for it again.
         """
         try:
-            return json.loads((self.path(key) / REPORT).read_bytes())[_OVERRIDE] is True
+            return self._saved(key)[_OVERRIDE] is True
         except _NOT_OURS:
             return False
 
@@ -115,10 +116,9 @@ class PublishedStore:
         """
         if self.has_override(key):
             return
-        path = self.path(key) / REPORT
         with writing(self.root):
-            saved = json.loads(path.read_bytes())
-            replace_file(path, json.dumps({**saved, _OVERRIDE: True}, indent=1).encode())
+            saved = {**self._saved(key), _OVERRIDE: True}
+            replace_file(self.path(key) / REPORT, json.dumps(saved, indent=1).encode())
 
     def touch(self, key: str) -> None:
         """Mark a copy as used now: the least recently used ones are removed first."""
@@ -129,13 +129,15 @@ class PublishedStore:
         """The keys that have a folder, sound or not."""
         return digests_in(self._published)
 
+    def _saved(self, key: str) -> Any:
+        """What a copy's ``report.json`` holds."""
+        return json.loads((self.path(key) / REPORT).read_bytes())
 
-def _report_in(folder: Path) -> Report:
-    """The report of a copy; one of `_NOT_OURS` where it is missing or damaged."""
-    saved = json.loads((folder / REPORT).read_bytes())
-    if _digest_of(saved["report"]) != saved["report_sha256"]:
-        raise ValueError("the report is damaged")
-    return Report.from_dict(saved["report"])
+
+def _report_in(saved: Any) -> Report | None:
+    """The report of a copy, or None where it is damaged. Raises one of `_NOT_OURS` where it has none."""
+    intact = _digest_of(saved["report"]) == saved["report_sha256"]
+    return Report.from_dict(saved["report"]) if intact else None
 
 
 def _digest_of(report: object) -> str:

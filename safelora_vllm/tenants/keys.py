@@ -89,7 +89,12 @@ class KeyRing:
     @property
     def has_admin(self) -> bool:
         """Whether anybody can change what is served for all."""
-        return any(principal.kind == "admin" for principal in self._current().keys.values())
+        return any(principal.kind == "admin" for principal in self.principals)
+
+    @property
+    def principals(self) -> list[Principal]:
+        """Whose keys are known, one for each key."""
+        return list(self._current().keys.values())
 
     def _current(self) -> _Known:
         """The keys, after a look at whether their file has changed."""
@@ -154,7 +159,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 def _unreadable(file: Path, error: OSError) -> KeysError:
-    return KeysError(f"keys file {file} cannot be read ({error.strerror}); mend its path or its permissions")
+    return KeysError(f"keys file {file} cannot be read ({error.strerror}); fix its path or its permissions")
 
 
 def _tables(file: Path) -> dict[str, Any]:
@@ -164,14 +169,14 @@ def _tables(file: Path) -> dict[str, Any]:
             mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
             if mode & 0o077:
                 raise KeysError(
-                    f"keys file {file} has mode {mode:04o}, others than its owner can get at it; "
-                    f"make all its keys new if they might have, and run: chmod 600 {file}"
+                    f"keys file {file} has mode {mode:04o}, so that others than its owner can read it. "
+                    f"Run chmod 600 {file}, and replace its keys if others may have read them"
                 )
             return tomllib.load(stream)
     except OSError as error:
         raise _unreadable(file, error) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:  # they name a place, not its content
-        raise KeysError(f"keys file {file} is not TOML; mend this: {error}") from None
+        raise KeysError(f"keys file {file} is not valid TOML: {error}") from None
 
 
 def _entries(tables: dict[str, Any]) -> Iterator[tuple[bytes, Principal]]:
@@ -184,7 +189,7 @@ def _entries(tables: dict[str, Any]) -> Iterator[tuple[bytes, Principal]]:
     for tenant, table in _table("tenants", tables.get("tenants", {})).items():
         _check_part("tenants", tenant)
         if tenant == "admin":
-            raise KeysError("no tenant can be called admin, as its keys would look like the operator's")
+            raise KeysError("admin is not a valid tenant name: its keys would look like the operator's")
         entry = f"tenants.{tenant}"
         _check_known(entry, _table(entry, table), (*LIMITS, "keys"))
         limits = {LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in LIMITS if key in table}
@@ -201,14 +206,14 @@ def _digests(entry: str, value: object) -> Iterator[tuple[str, bytes]]:
             yield name, _sha256(secret)
         else:
             raise KeysError(
-                f"{entry}.{name} is no usable secret; expected is a string of at least 16 printable ASCII "
+                f"{entry}.{name} is not a valid secret: expected a string of at least 16 printable ASCII "
                 "characters without a space at either end, or 'sha256:' and the 64 hexadecimal digits of one"
             )
 
 
 def _table(entry: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise KeysError(f"{entry} is of type {type(value).__name__}; expected is a table, [{entry}]")
+        raise KeysError(f"{entry} is of type {type(value).__name__}; expected a table, [{entry}]")
     return value
 
 

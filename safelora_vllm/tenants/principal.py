@@ -26,12 +26,16 @@ def check_name(name: str) -> None:
     parts = name.split("/", 2)
     if len(parts) > 2 or not all(map(PART.fullmatch, parts)):
         raise UsageError(
-            f"{name!r:.200} is no adapter name; expected is NAME or TENANT/NAME, each of {PART_RULE}"
+            f"{name!r:.200} is not a valid adapter name: expected NAME or TENANT/NAME, each of {PART_RULE}"
         )
     if name in MODALITIES:
-        raise UsageError(f"vLLM would use an adapter {name!r} for other models' chats; choose another name")
+        raise UsageError(
+            f"{name!r} is not a valid adapter name: vLLM would use it for other models' chats. Choose another"
+        )
     if len(parts) == 2 and parts[1] in RESERVED:
-        raise UsageError(f"an adapter {name!r:.200} would hide a route; choose another word after the '/'")
+        raise UsageError(
+            f"{name!r:.200} is not a valid adapter name: it would hide a route. Choose another word after '/'"
+        )
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,13 @@ class Quota:
         """
         figures = {"max_adapters": adapters, "max_bytes": total_bytes, "max_rank": rank}
         over = [
-            f"{figure} would be needed of {limit} {allowed}"
+            f"{limit} is {allowed}, {figure} would be needed"
             for limit, figure in figures.items()
             if (allowed := getattr(self, LIMITS[limit])) is not None and figure > allowed
         ]
         if over:
             raise QuotaExceeded(
-                f"over the tenant's quota: {'; '.join(over)}. Unload an adapter, load a smaller one, "
+                f"over the tenant's quota: {'; '.join(over)}. Remove an adapter, upload a smaller one, "
                 "or ask the operator to raise the limit in the keys file"
             )
 

@@ -75,6 +75,10 @@ class Mutant:
         return self.module, self.line, self.becomes
 
 
+class ToolFailed(Exception):
+    """mutmut did not run a module's mutants."""
+
+
 def main() -> int:
     """Exit code 1 where too many survive, and where the run was not finished."""
     table = tomllib.loads((HERE / "modules.toml").read_text())
@@ -90,10 +94,13 @@ def main() -> int:
     started, mutants = time.monotonic(), []
     deadline = started + 60 * args.minutes
     modules = args.modules or list(table["tests"])
-    left = []
+    left, problems = [], []
     for module in tqdm(modules, unit="module"):
-        if not run(module, table["tests"][module], args.processes, deadline):
-            left.append(module)
+        try:
+            if not run(module, table["tests"][module], args.processes, deadline):
+                left.append(module)
+        except ToolFailed as error:
+            problems.append(str(error))
         mutants += collect(module)
     seconds, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     mutants, stale = judge(mutants)
@@ -116,10 +123,10 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "mutants.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         (args.out / "mutants.md").write_text(text + "\n")
-    problems = [*stale, *complaints(counts, table["complete"])]
+    problems += [*stale, *complaints(counts, table["complete"])]
     if left:
         problems.append(f"not finished: {', '.join(left)}; repeat the command, it goes on there")
-    else:
+    elif not problems:
         shutil.rmtree(COPY)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -191,7 +198,7 @@ def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> b
     if process.returncode:
         tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-40:]
         print("\n".join(tail), file=sys.stderr)
-        sys.exit(
+        raise ToolFailed(
             f"mutmut ended with code {process.returncode} at {module}; its output ends as above and is in "
             f"{log}. Most often a test fails without a mutant, or no test calls the module: run its tests of "
             "tests/mutants/modules.toml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,23 +16,36 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.corpus import Target
 from tests.corpus.target import sized_lora
-from tests.tiny import Draft, lora_config
+from tests.server.fake_server import FakeServer, Place
+from tests.tiny import Draft, lora, lora_config
 
 CACHE = Path(__file__).parents[2] / ".cache"
+SECONDS = 900  # for one test with the server that it starts; the longest take a sixth of that
+MAX_BYTES = 1_000_000  # of an upload to `fake`
 INFERENCE_KEY = "an-inference-key"
 TENANT_KEYS = {"acme": "acme-secret-for-this-test", "globex": "globex-secret-for-this-test"}
 Q_V = ("q_proj", "v_proj")
 # Shows what passes the access check and reaches the application (`route_spy`).
 SPY = "--middleware=tests.server.route_spy.RouteSpy"
+# The worker runs in the engine's process, which vLLM does not do by itself on a CPU: 8 s of imports less.
+UNI = "--distributed-executor-backend=uni"
 SPY_PATH = {"PYTHONPATH": str(Path(__file__).parents[2])}
 ALL = (*Q_V, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Servers run side by side. vLLM would bind the threads of each to the same cores, where they wait for
+    # each other; one thread each, wherever there is room, takes less time.
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Everything in this folder is slow and needs vLLM."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.server)
+            if config.pluginmanager.hasplugin("timeout"):
+                item.add_marker(pytest.mark.timeout(SECONDS))
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +87,39 @@ def write_adapter(
 def target(projectors: Path, aligned: Path) -> Target:
     """The served model as the corpus of hostile adapters attacks it."""
     return Target.of(ProjectorCache(projectors), aligned.with_name("base"), aligned)
+
+
+@pytest.fixture
+def place(cache: ProjectorCache, tmp_path: Path) -> Iterator[Place]:
+    """A gate on the tiny model pair, and API servers with fake engines on its store."""
+    with Place.start(cache, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def drafts(tmp_path: Path) -> dict[str, Path]:
+    """For `fake`, adapters as small as its model, by the names of `adapters`."""
+    return {
+        name: Draft(tensors=lora(seed=seed)).write(tmp_path / "drafts" / name)
+        for seed, name in enumerate(("qv", "other", "static"))
+    }
+
+
+@pytest.fixture
+def fake(
+    cache: ProjectorCache, drafts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeServer]:
+    """As `server`, with the same keys, and a fake engine: what it is told does not reach any weights."""
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
+    with (
+        Place.start(cache, tmp_path, select="all") as place,
+        place.server(
+            {"static": drafts["static"]}, INFERENCE_KEY, keys=str(write_keys(place.keys)),
+            adapter_roots=[str(tmp_path)], max_adapter_bytes=MAX_BYTES,
+        ) as started,
+    ):  # fmt: skip
+        yield started
 
 
 @pytest.fixture(scope="session")
@@ -153,15 +200,11 @@ def say(http: httpx.Client, model: str, prompt: str = "The capital of France is"
     return str(answer.json()["choices"][0]["text"])
 
 
-def first_token(http: httpx.Client, model: str) -> tuple[str, float]:
+def first_token(
+    http: httpx.Client, model: str, prompt: str = "The capital of France is"
+) -> tuple[str, float]:
     """A completion of one token, and its log probability, which the least of a foreign delta changes."""
-    body = {
-        "model": model,
-        "prompt": "The capital of France is",
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": 1,
-    }
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1}
     answer = http.post("/v1/completions", json=body)
     answer.raise_for_status()
     choice = answer.json()["choices"][0]

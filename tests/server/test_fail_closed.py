@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from server import ServerDied, guarded, plain, running
 
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.server import engine as pool
+from safelora_vllm.integration.worker.guard import WorkerGuard
+from tests.server.fake_engine import FakeEngine
+from tests.server.fake_server import Place
 
 REQUIRED = "--worker-extension-cls=safelora_vllm.integration.required.Guard"
+PLUGIN_MODULE = "safelora_vllm.integration.plugin"
 PLUGIN = {"VLLM_PLUGINS": "safelora"}
 
 
@@ -58,20 +66,28 @@ def test_serve_with_a_cache_for_another_model(aligned: Path, projectors: Path, t
     assert "another aligned model" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_plain_vllm_without_settings_does_not_start(aligned: Path, tmp_path: Path) -> None:
-    log = start_and_fail(plain(aligned, "--enable-lora"), PLUGIN, tmp_path)
-    assert "has no projector cache" in log
-
-
 def test_plain_vllm_with_a_cache_for_another_model(aligned: Path, projectors: Path, tmp_path: Path) -> None:
+    """A worker whose guard cannot be made stops the server. What else a guard refuses comes below."""
     command = plain(aligned.with_name("base"), "--enable-lora", config(projectors=str(projectors)))
     assert "another aligned model" in start_and_fail(command, PLUGIN, tmp_path)
 
 
-def test_runtime_updating_is_refused(aligned: Path, projectors: Path, tmp_path: Path) -> None:
-    command = plain(aligned, "--enable-lora", config(projectors=str(projectors)))
-    log = start_and_fail(command, {**PLUGIN, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, tmp_path)
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes" in log
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a worker's guard is given by a server that was started with the plugin and without settings."""
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    return SimpleNamespace(weight_transfer_config=None, additional_config={})
+
+
+def test_a_worker_without_settings_does_not_start(worker: SimpleNamespace) -> None:
+    with pytest.raises(GuardError, match="has no projector cache"):
+        WorkerGuard(worker, torch.device("cpu"))
+
+
+def test_runtime_updating_is_refused(worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    with pytest.raises(GuardError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes"):
+        WorkerGuard(worker, torch.device("cpu"))
 
 
 def test_broken_import_with_the_extension_does_not_start(
@@ -84,16 +100,39 @@ def test_broken_import_with_the_extension_does_not_start(
     assert "made by a test" in start_and_fail(command, broken_plugin(tmp_path), tmp_path)
 
 
+class BrokenImport:
+    """A finder that has the plugin's module, which cannot be imported."""
+
+    @staticmethod
+    def find_spec(name: str, _path: object = None, _target: object = None) -> None:
+        if name == PLUGIN_MODULE:
+            raise ImportError("broken installation, made by a test")
+
+
+@pytest.mark.parametrize("broken", [False, True])
 def test_broken_import_without_it_has_no_way_to_load(
-    aligned: Path, projectors: Path, adapters: dict[str, Path], tmp_path: Path
+    broken: bool, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = plain(aligned, "--enable-lora", config(projectors=str(projectors)))
-    log = tmp_path / "server.log"
-    body = {"lora_name": "x", "lora_path": str(adapters["qv"])}
-    with running(command, log, broken_plugin(tmp_path)) as server:
-        assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body).status_code == 404
-        assert len(httpx.get(f"{server.url}/v1/models").json()["data"]) == 1
-    assert re.search(r"Failed to load plugin safelora", log.read_text())
+    """vLLM logs it and goes on. Then its application has no route by which an adapter is loaded."""
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    if broken:
+        monkeypatch.delitem(sys.modules, PLUGIN_MODULE, raising=False)
+        monkeypatch.setattr(sys, "meta_path", [BrokenImport(), *sys.meta_path])
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+    try:
+        with place.server() as server:
+            http = server.client()
+            body = {"lora_name": "x", "lora_path": str(tmp_path)}
+            loaded = http.post("/v1/load_lora_adapter", json=body)
+            models = http.get("/v1/models").json()["data"]
+    finally:
+        logging.getLogger("vllm").removeHandler(handler)
+    assert loaded.status_code == (404 if broken else 401)
+    assert len(models) == 1 and server.engine.loaded == []
+    assert any("Failed to load plugin safelora" in message for message in messages) == broken
 
 
 def test_plain_vllm_guarded(
@@ -144,21 +183,6 @@ def test_a_changed_seam_of_the_api_server_does_not_start(
     assert "seam 'in flight'" in start_and_fail(command, env, tmp_path)
 
 
-class FakeEngine:
-    """Two data-parallel engines, whose workers answer what the test says."""
-
-    def __init__(self, answers: list[object]) -> None:
-        self.answers, self.engine_core = answers, self
-        self.core_engines = range(len(answers))
-
-    async def _call_utility_async(self, *arguments: object, engine: int) -> object:
-        assert arguments == ("collective_rpc", "safelora_attest", None, (), None)
-        answer = self.answers[engine]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
 GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lost": []}
 
 
@@ -176,4 +200,4 @@ GUARDED = {"guarded": True, "projectors": "p", "policy": "q", "socket": "s", "lo
 )
 def test_attestation(answers: list[object]) -> None:
     with pytest.raises(GuardError):
-        asyncio.run(pool.ask_workers(FakeEngine(answers)))
+        asyncio.run(pool.ask_workers(FakeEngine(lambda: answers)))

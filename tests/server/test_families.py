@@ -16,6 +16,7 @@ from safelora_vllm.adapters.read import Limits, read_adapter
 from safelora_vllm.errors import AdapterRefused
 from safelora_vllm.projectors.build import build
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.manifest import natural_order
 from tests.server import slots
 from tests.server.slots import Adapter, Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
@@ -150,8 +151,8 @@ def test_what_is_covered(families: dict[str, Family], family: str) -> None:
 def test_experts_are_refused_by_name(families: dict[str, Family], family: str, form: str) -> None:
     """As older PEFT saves them, a module for each expert, and as PEFT has them since transformers 5."""
     answer = families[family].answers[REFUSED_STEPS[form]]["error"]
-    assert "[no_projector] model.layers.0." in answer
-    assert ".experts" in answer and "has no projector" in answer
+    assert "[no_projector]" in answer and "no projector" in answer
+    assert "model.layers.0." in answer and ".experts" in answer
 
 
 # Names of public checkpoints: the language model's, then what stands around it.
@@ -214,4 +215,5 @@ def test_multimodal_towers_are_refused_by_name(family: str, tmp_path: Path) -> N
     with pytest.raises(AdapterRefused) as info:
         vet(read_adapter(adapter, Limits()), covered, Limits())
     assert info.value.codes == ["no_projector"]
-    assert all(f"{tower} has no projector" in str(info.value) for tower in towers)
+    named = sorted(towers, key=natural_order)[:3]
+    assert f"have no projector: {', '.join(named)}" in str(info.value)

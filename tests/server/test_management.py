@@ -1,124 +1,25 @@
 """Changes that callers make, with the real gate, stores, quotas and audit log.
 
-The engine only notes what it is asked. No server is started: of vLLM, only what the package imports is there.
+The engine only notes what it is asked. The routes are in `test_http_uploads` and `test_http_changes`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from vllm.lora.request import LoRARequest
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded, UsageError
-from safelora_vllm.gate.protocol import GateConfig, GateState
-from safelora_vllm.gate.server import GateService, _Handler, _Server
-from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.server.changes import Manager
-from safelora_vllm.integration.server.reconcile import Reconciler
-from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.settings import ServerSettings
-from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.name_record import KEPT_VERSIONS
-from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.principal import Principal
+from tests.server.fake_server import Place
 from tests.tiny import Q0, Draft, lora, lora_config
 
-SECRET = "the tenant's long secret"
 ADMIN = Principal("admin", "admin/ops")
-
-
-@dataclass
-class Engine:
-    """Notes what the pool asks of vLLM's engine client. together: loads that wait for each other."""
-
-    socket: str
-    state: GateState
-    loaded: list[LoRARequest] = field(default_factory=list)
-    removed: list[int] = field(default_factory=list)
-    together: asyncio.Barrier | None = None
-    errored = False
-
-    @property
-    def engine_core(self) -> Any:
-        return SimpleNamespace(core_engines=["one"], _call_utility_async=self._attest)
-
-    @property
-    def output_processor(self) -> Any:
-        return SimpleNamespace(request_states={})
-
-    async def _attest(self, *_: object, **__: object) -> list[dict[str, Any]]:
-        state = self.state
-        return [Attestation(True, self.socket, state.projectors, state.policy.id, []).to_dict()]
-
-    async def add_lora(self, request: LoRARequest) -> bool:
-        self.loaded.append(request)
-        if self.together is not None:
-            await self.together.wait()
-        return True
-
-    async def remove_lora(self, lora_id: int) -> bool:
-        self.removed.append(lora_id)
-        return True
-
-
-@dataclass
-class Place:
-    """A running gate with its store, and the keys file that callers are told apart by."""
-
-    gate: GateConfig
-    service: GateService
-    keys: Path
-
-    def tenant(self, **limits: int) -> Principal:
-        """Who has the tenant's key, when the keys file has these limits."""
-        lines = "".join(f"{name} = {value}\n" for name, value in limits.items())
-        self.keys.touch(0o600)
-        self.keys.write_text(f'[tenants.acme]\n{lines}[tenants.acme.keys]\nci = "{SECRET}"\n')
-        return KeyRing.open(self.keys, None, []).identify(SECRET)
-
-    @asynccontextmanager
-    async def manager(self) -> AsyncIterator[tuple[Manager, Engine]]:
-        """Another API server on this store."""
-        engine = Engine(self.gate.socket, self.service.state())
-        models = SimpleNamespace(lora_requests={}, is_base_model=lambda name: name == "base")
-        reconciler = await Reconciler.start(engine, models)
-        try:
-            yield (
-                Manager(reconciler, AuditLog(Path(self.gate.settings.store) / "audit"), models.is_base_model),
-                engine,
-            )
-        finally:
-            await reconciler.stop()
-
-    def audit(self) -> list[tuple[str, str, str, list[str]]]:
-        """Action, adapter, decision and reasons of each entry."""
-        entries = AuditLog(Path(self.gate.settings.store) / "audit").read()
-        return [(e["action"], e["adapter"], e["decision"], e.get("reasons", [])) for e in entries]
-
-    def kept(self) -> set[str]:
-        """Digests of the contents that the store keeps."""
-        return {path.parent.name for path in Path(self.gate.settings.store).glob(f"raw/*/{WEIGHTS}")}
-
-
-@pytest.fixture
-def place(cache: ProjectorCache, tmp_path: Path) -> Iterator[Place]:
-    policy = {"method": "safe-lora"}
-    settings = ServerSettings(str(cache.folder), str(tmp_path / "store"), policy, trust_served_model=True)
-    config = GateConfig(str(tmp_path / "gate.sock"), "not compared", settings)
-    service = GateService(config)
-    with _Server(config.socket, type("Handler", (_Handler,), {"service": service})) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield Place(config, service, tmp_path / "keys.toml")
-        server.shutdown()
 
 
 @pytest.fixture
@@ -247,7 +148,7 @@ def test_a_lowered_quota_holds_for_what_comes_next(place: Place, adapters: list[
             low = place.tenant(max_rank=3)
             with pytest.raises(QuotaExceeded, match="rank 4, max_rank is 3"):
                 await manager.add(low, "acme/y", adapters[0])
-            with pytest.raises(QuotaExceeded, match="4 would be needed of max_rank 3"):
+            with pytest.raises(QuotaExceeded, match="max_rank is 3, 4 would be needed"):
                 await manager.roll_back(low, "acme/x", 1)
             assert manager.reconciler.names.all()["acme/x"].current == 2
 

@@ -1,4 +1,4 @@
-"""Two API server processes on one engine, a crash, and a restart on the same store."""
+"""Two API server processes on one engine, another server on their store, a crash, and a restart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from server import ADMIN_KEY, Server, guarded, running
 
 from safelora_vllm.projectors.cache import ProjectorCache
-from tests.server.conftest import Q_V, client, say, upload, write_adapter
+from tests.server.conftest import Q_V, UNI, client, say, upload, write_adapter
 
 COUNT = 50
 ADAPTERS = {f"adapter-{index}": index for index in range(COUNT)}
@@ -183,63 +183,13 @@ def test_swap_and_delete_are_in_force_everywhere_at_once(
         assert 'adapter="swapped"' not in answer.text
 
 
-def test_restart_after_a_kill_serves_every_name(
-    aligned: Path, projectors: Path, many: dict[str, Path], tmp_path: Path
-) -> None:
-    """kill -9 while uploads, replacements and removals run; the next server has what was acknowledged."""
-    store, done, unsure = tmp_path / "store", {}, set()
-    line = command(aligned, projectors, store)
-    with running(line, tmp_path / "first.log") as server, client(server, ADMIN_KEY) as http:
-        for name in ("adapter-0", "adapter-1"):
-            done[name] = upload(http, name, many[name]).json()["digest"]
-        said = {name: say(http, name) for name in done}
-
-        def churn(seed: int) -> None:
-            choice = random.Random(seed)
-            with client(server, ADMIN_KEY) as own:
-                for step in range(1000):
-                    name = f"churn-{seed}-{step % 3}"
-                    unsure.add(name)
-                    try:
-                        if choice.random() < 0.3:
-                            own.delete(f"/v1/adapters/{name}")
-                            done.pop(name, None)
-                        else:
-                            answer = upload(own, name, many[f"adapter-{choice.randrange(COUNT)}"], True)
-                            if answer.status_code == 201:
-                                done[name] = answer.json()["digest"]
-                    except httpx.HTTPError:
-                        return
-                    unsure.discard(name)
-
-        threads = [threading.Thread(target=churn, args=(seed,), daemon=True) for seed in range(3)]
-        for thread in threads:
-            thread.start()
-        time.sleep(4)
-        os.killpg(server.process.pid, signal.SIGKILL)
-        for thread in threads:
-            thread.join()
-    verify = [str(Path(sys.executable).with_name("safelora-vllm")), "store", "verify"]
-    checked = subprocess.run([*verify, f"--adapter-store={store}"], capture_output=True, text=True)
-    assert "raw" not in checked.stdout and "name" not in checked.stdout, checked.stdout
-    before = {path.name: path.stat().st_mtime_ns for path in (store / "published").iterdir()}
-    with running(line, tmp_path / "second.log") as server, client(server, ADMIN_KEY) as http:
-        served = {report["adapter"]: report["digest"] for report in http.get("/v1/adapters").json()["data"]}
-        for name, digest in done.items():
-            assert name in unsure or served.get(name) == digest, name
-        assert set(served) - unsure == set(done) - unsure
-        assert {name: say(http, name) for name in said} == said
-        after = {path.name: path.stat().st_mtime_ns for path in (store / "published").iterdir()}
-        assert before == after, "nothing was projected again"
-
-
 def test_a_second_server_on_the_same_store(
     pair_of_servers: Server, aligned: Path, projectors: Path, own_store: Path, many: dict[str, Path],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """Another host on a shared folder: it has all names, new ones within a second."""
     with (
-        running(command(aligned, projectors, own_store), tmp_path / "replica.log") as replica,
+        running(command(aligned, projectors, own_store, UNI), tmp_path / "replica.log") as replica,
         client(pair_of_servers, ADMIN_KEY) as here,
         client(replica, ADMIN_KEY) as there,
     ):
@@ -250,3 +200,58 @@ def test_a_second_server_on_the_same_store(
         assert say(there, "shared-name") == say(here, "adapter-3")
         assert there.delete("/v1/adapters/shared-name").status_code == 200
         assert here.get("/v1/adapters/shared-name").status_code == 404
+
+
+def test_restart_after_a_kill_serves_every_name(
+    pair_of_servers: Server, aligned: Path, projectors: Path, own_store: Path, many: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """kill -9 while uploads, replacements and removals run; the next server has what was acknowledged.
+
+    The last test of the pair, with all that the others left in its store.
+    """
+    server, store, unsure = pair_of_servers, own_store, set()
+    with client(server, ADMIN_KEY) as http:
+        for name in ("adapter-0", "adapter-1"):
+            assert upload(http, name, many[name], replace=True).status_code == 201
+        done = {report["adapter"]: report["digest"] for report in http.get("/v1/adapters").json()["data"]}
+        said = {name: say(http, name) for name in ("adapter-0", "adapter-1")}
+
+    def churn(seed: int) -> None:
+        choice = random.Random(seed)
+        with client(server, ADMIN_KEY) as own:
+            for step in range(1000):
+                name = f"churn-{seed}-{step % 3}"
+                unsure.add(name)
+                try:
+                    if choice.random() < 0.3:
+                        own.delete(f"/v1/adapters/{name}")
+                        done.pop(name, None)
+                    else:
+                        answer = upload(own, name, many[f"adapter-{choice.randrange(COUNT)}"], True)
+                        if answer.status_code == 201:
+                            done[name] = answer.json()["digest"]
+                except httpx.HTTPError:
+                    return
+                unsure.discard(name)
+
+    threads = [threading.Thread(target=churn, args=(seed,), daemon=True) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(4)
+    os.killpg(server.process.pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    verify = [str(Path(sys.executable).with_name("safelora-vllm")), "store", "verify"]
+    checked = subprocess.run([*verify, f"--adapter-store={store}"], capture_output=True, text=True)
+    assert "raw" not in checked.stdout and "name" not in checked.stdout, checked.stdout
+    before = {path.name: path.stat().st_mtime_ns for path in (store / "published").iterdir()}
+    line = command(aligned, projectors, store, UNI)
+    with running(line, tmp_path / "second.log") as after_it, client(after_it, ADMIN_KEY) as http:
+        served = {report["adapter"]: report["digest"] for report in http.get("/v1/adapters").json()["data"]}
+        for name, digest in done.items():
+            assert name in unsure or served.get(name) == digest, name
+        assert set(served) - unsure == set(done) - unsure
+        assert {name: say(http, name) for name in said} == said
+        after = {path.name: path.stat().st_mtime_ns for path in (store / "published").iterdir()}
+        assert before == after, "nothing was projected again"

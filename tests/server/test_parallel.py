@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from server import ADMIN_KEY, guarded, running
 
 from tests.server import slots
-from tests.server.conftest import client, metric_samples, say, upload
+from tests.server.conftest import UNI, client, metric_samples, say, upload
 from tests.server.slots import Adapter, Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
 
@@ -211,7 +211,7 @@ def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: P
     command = guarded(
         pair.aligned, pair.projectors, tmp_path / "store", "--method=safe-lora", "--select=number",
         f"--number={CHOSEN}", "--data-parallel-size=2",
-        "--dtype=float32", "--max-lora-rank=8", "--max-model-len=256",
+        "--dtype=float32", "--max-lora-rank=8", "--max-model-len=256", UNI,
     )  # fmt: skip
     log = tmp_path / "server.log"
     with running(command, log, TWO_CORES) as server, client(server, ADMIN_KEY) as admin:

@@ -22,18 +22,7 @@ from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, NameStore, Version
-
-
-class Engine:
-    """Remembers what it was told to free."""
-
-    def __init__(self) -> None:
-        self.removed: list[int] = []
-        self.output_processor = SimpleNamespace(request_states={})
-
-    async def remove_lora(self, number: int) -> bool:
-        self.removed.append(number)
-        return True
+from tests.server.fake_engine import FakeEngine
 
 
 class Published:
@@ -85,9 +74,9 @@ def names(tmp_path: Path) -> HangingNames:
     return HangingNames(tmp_path)
 
 
-def run(names: HangingNames, test: Callable[[Reconciler, Engine], Awaitable[None]]) -> None:
+def run(names: HangingNames, test: Callable[[Reconciler, FakeEngine], Awaitable[None]]) -> None:
     async def started() -> None:
-        engine = Engine()
+        engine = FakeEngine()
         nothing: Any = None
         state, published = cast(Any, SimpleNamespace(ruleset_digest="r")), cast(Any, Published())
         made = Reconciler(Pool(engine, names), Copies(nothing, state, published), 1, "aligned".__eq__)
@@ -108,7 +97,7 @@ def paths(made: Reconciler) -> dict[str, str]:
 
 
 def test_a_request_sees_what_another_process_has_answered(names: HangingNames) -> None:
-    async def test(made: Reconciler, engine: Engine) -> None:
+    async def test(made: Reconciler, engine: FakeEngine) -> None:
         other = NameStore(names.root)
         for turn in range(2, 30):
             save(other, "chat", str(turn))
@@ -124,7 +113,7 @@ def test_a_request_sees_what_another_process_has_answered(names: HangingNames) -
 
 
 def test_requests_ask_the_store_only_when_it_changed(names: HangingNames) -> None:
-    async def test(made: Reconciler, _: Engine) -> None:
+    async def test(made: Reconciler, _: FakeEngine) -> None:
         asked = names.asked
         for _ in range(100):
             await made.refresh()
@@ -142,7 +131,7 @@ def test_a_store_that_hangs_does_not_stall_what_is_served(
 ) -> None:
     monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.2)
 
-    async def test(made: Reconciler, _: Engine) -> None:
+    async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")
         names.answers.clear()
         start = time.perf_counter()
@@ -172,7 +161,7 @@ def test_files_of_a_copy_that_hang_do_not_stop_the_event_loop(
 ) -> None:
     monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.2)
 
-    async def test(made: Reconciler, _: Engine) -> None:
+    async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")
         cast(Any, made.copies)._published.answers.clear()
         start = time.perf_counter()
@@ -189,7 +178,7 @@ def test_files_of_a_copy_that_hang_do_not_stop_the_event_loop(
 def test_a_change_that_could_not_be_read_is_read_at_the_next_request(
     names: HangingNames, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test(made: Reconciler, _: Engine) -> None:
+    async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")
 
         def fails() -> None:
@@ -210,7 +199,7 @@ def test_a_change_that_could_not_be_read_is_read_at_the_next_request(
 def test_without_a_watch_the_heartbeat_sees_changes(
     names: HangingNames, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test(made: Reconciler, _: Engine) -> None:
+    async def test(made: Reconciler, _: FakeEngine) -> None:
         cast(StoreWatch, made._watch).close()
         made._watch = StoreWatch(names.root / "none")
         assert "cannot be watched (No such file or directory)" in caplog.text
@@ -224,7 +213,7 @@ def test_without_a_watch_the_heartbeat_sees_changes(
 
 
 def test_a_damaged_record_hides_its_name_only(names: HangingNames) -> None:
-    async def test(made: Reconciler, _: Engine) -> None:
+    async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")
         (names.folder / "chat.json").write_text("{")
         await made.refresh()

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import importlib
-import json
-import logging
 import pkgutil
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -18,7 +13,7 @@ import httpx
 import pytest
 import torch
 from fastapi import APIRouter
-from server import ADMIN_KEY, Server, guarded, running
+from server import ADMIN_KEY, Server
 from starlette.routing import BaseRoute
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -28,7 +23,8 @@ from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import REFUSED, TABLE, Access
 from safelora_vllm.integration.worker.guard import WorkerGuard
 from safelora_vllm.tenants.principal import Kind
-from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, TENANT_KEYS, client, say, write_keys
+from tests.server.conftest import INFERENCE_KEY, TENANT_KEYS, client
+from tests.server.fake_engine import root_logger_left_alone
 from tests.server.route_spy import INVENTED, PASSED, described
 
 METRICS_KEY = "a-metrics-key-of-this-test"
@@ -40,20 +36,6 @@ KEYS: dict[str, tuple[str, Kind]] = {
     "admin": (ADMIN_KEY, "admin"),
     "metrics": (METRICS_KEY, "metrics"),
 }
-ROOT = "/proxied"
-
-
-@pytest.fixture(scope="module")
-def dev_server(aligned: Path, projectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """In vLLM's development mode, behind a proxy's path, with everything closed that can be."""
-    folder = tmp_path_factory.mktemp("dev")
-    command = guarded(
-        aligned, projectors, folder / "store", f"--api-key={INFERENCE_KEY}", f"--root-path={ROOT}",
-        f"--keys={write_keys(folder / 'keys.toml')}", f"--metrics-key={METRICS_KEY}", "--private-docs",
-        SPY,
-    )  # fmt: skip
-    with running(command, folder / "server.log", {**SPY_PATH, "VLLM_SERVER_DEV_MODE": "1"}) as started:
-        yield started
 
 
 def vllm_routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[BaseRoute]:
@@ -91,9 +73,7 @@ def names(route: dict[str, Any]) -> list[str]:
 
 def test_no_route_of_vllm_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is forgotten is closed: safe, but its users would be refused."""
-    level = logging.root.level  # what vLLM imports for SageMaker raises it
-    with warnings.catch_warnings(), contextlib.ExitStack() as after:
-        after.callback(logging.root.setLevel, level)
+    with warnings.catch_warnings(), root_logger_left_alone():
         warnings.simplefilter("ignore")  # vLLM's
         found = {name for route in vllm_routes(monkeypatch) for name in names(described(route))}
     assert len(found) > 50
@@ -148,64 +128,6 @@ def walk(server: Server, access: RouteAccess, kinds: list[str]) -> set[str]:
 def test_every_route(server: Server) -> None:
     every = walk(server, RouteAccess(), ["none", "wrong", "inference", "tenant", "admin"])
     assert {"POST /v1/completions", "POST /tokenize", "* /metrics/*", "GET /openapi.json"} <= every
-
-
-def test_every_route_in_development_mode(dev_server: Server) -> None:
-    access = RouteAccess(private_metrics=True, private_docs=True)
-    every = walk(dev_server, access, list(KEYS))
-    assert {"POST /collective_rpc", "POST /update_weights", "GET /server_info"} <= every
-    with client(dev_server, "") as nobody:
-        assert nobody.get("/openapi.json").status_code == nobody.get("/metrics").status_code == 401
-        assert nobody.get("/health").status_code == nobody.get("/version").status_code == 200
-
-
-def test_changes_without_a_key_are_refused_for_real(dev_server: Server) -> None:
-    """The same without the spy: the routes themselves."""
-    for key in ("", "nobody-has-this-key", INFERENCE_KEY):
-        with client(dev_server, key) as http:
-            for path in ("/collective_rpc", "/sleep", "/pause", "/reset_prefix_cache", "/update_weights"):
-                for prefix in ("", ROOT):
-                    answer = http.post(prefix + path, json={"method": "list_loras"})
-                    assert answer.status_code == 401, (key, prefix + path)
-            assert http.get("/server_info").status_code == 401
-    with client(dev_server, ADMIN_KEY) as admin:
-        assert admin.get("/is_sleeping").json() == {"is_sleeping": False}
-        assert say(admin, "aligned") and admin.get(f"{ROOT}/v1/models").status_code == 200
-
-
-def test_what_an_admin_may_and_nobody_may(dev_server: Server) -> None:
-    with client(dev_server, ADMIN_KEY) as admin:
-        listed = admin.post("/collective_rpc", json={"method": "list_loras"})
-        assert listed.status_code == 200 and "results" in listed.json()
-        assert admin.post("/reset_prefix_cache").status_code == 200
-        for path, body in (
-            ("/collective_rpc", {"method": "add_lora", "args": ["x"]}),
-            ("/collective_rpc", {"method": "load_model"}),
-            ("/update_weights", {"update_info": {}}),
-            ("/init_weight_transfer_engine", {"init_info": {}}),
-            ("/sleep?level=2", {}),
-        ):
-            answer = admin.post(path, json=body)
-            assert answer.status_code == 403 and "while adapters are guarded" in answer.text, path
-        assert say(admin, "aligned"), "the engine goes on"
-
-
-def test_odd_request_lines_and_hosts(dev_server: Server) -> None:
-    """What a client library would not send."""
-    host, port = dev_server.url.removeprefix("http://").split(":")
-    body = json.dumps({"model": "aligned", "prompt": "x", "max_tokens": 1})
-    path = "/v1/completions"
-    for target in (path, dev_server.url + path, "/" + path, "/v1/.." + path, "/health/.." + path):
-        for named in (f"{host}:{port}", "x/health?", "x/health#", "/health", ""):
-            connection = http.client.HTTPConnection(host, int(port), timeout=60)
-            connection.putrequest("POST", target, skip_host=True)
-            connection.putheader("Host", named)
-            connection.putheader("Content-Type", "application/json")
-            connection.putheader("Content-Length", str(len(body)))
-            connection.endheaders(body.encode())
-            status = connection.getresponse().status
-            connection.close()
-            assert status in (400, 401), (target, named, status)
 
 
 def test_what_workers_refuse_at_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.integration.attestation import Attestation
-from safelora_vllm.integration.worker.guard import WorkerGuard, _private_folder
+from safelora_vllm.integration.worker.guard import WorkerGuard
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
@@ -177,48 +175,3 @@ def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> N
     file.unlink()
     with pytest.raises(StoreUnavailable, match="missing or damaged"):
         host.guard._check_copy(key, "tenant")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the gate's socket would be."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"safelora-{os.getuid()}-instance"
-
-
-def test_the_sockets_folder_is_made_for_this_user_only(folder: Path) -> None:
-    before = os.umask(0)
-    try:
-        assert _private_folder("instance") == folder
-    finally:
-        os.umask(before)
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert _private_folder("instance") == folder, "the other workers of this host"
-
-
-@pytest.mark.parametrize("mode", [0o710, 0o720, 0o740, 0o701, 0o702, 0o704, 0o777, 0o1777], ids=oct)
-def test_a_sockets_folder_that_others_can_enter_is_refused(mode: int, folder: Path) -> None:
-    folder.mkdir()
-    folder.chmod(mode)
-    with pytest.raises(GuardError, match="is open to other users; remove it and start again"):
-        _private_folder("instance")
-    folder.chmod(0o700)
-    _private_folder("instance")
-
-
-def test_a_sockets_folder_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is the other user: it makes a folder with the name that is that of uid + 1."""
-    uid = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
-    folder.with_name(f"safelora-{uid + 1}-instance").mkdir(mode=0o700)
-    with pytest.raises(GuardError, match=f"safelora-{uid + 1}-instance is open to other users"):
-        _private_folder("instance")
-
-
-def test_a_link_in_the_place_of_the_sockets_folder_is_refused(folder: Path) -> None:
-    """Whoever owns the link could let it lead elsewhere later, though it leads to a private folder now."""
-    private = folder.with_name("private")
-    private.mkdir(mode=0o700)
-    folder.symlink_to(private)
-    with pytest.raises(GuardError, match="is open to other users"):
-        _private_folder("instance")

@@ -49,6 +49,14 @@ _GRANTS = {"anybody": Access.ANYBODY, "users": Access.USERS, "tenants": Access.T
 _ROUTE_NAME = re.compile(r"(GET|POST|PUT|PATCH|DELETE|WEBSOCKET) /\S*|\* /\S+/\*")
 
 
+class MethodNotAllowed(SafeLoRAError):
+    """The path has routes, but none for this method. methods: those that the caller may use."""
+
+    def __init__(self, method: str, path: str, methods: Sequence[str]) -> None:
+        super().__init__(f"{method} is not a valid method of {path!r:.200}: expected {', '.join(methods)}")
+        self.methods = methods
+
+
 @dataclass(frozen=True)
 class RouteAccess:
     """The check of one server; all requests share one instance.
@@ -70,17 +78,34 @@ class RouteAccess:
 
         Raises:
             Unauthorized: no key, or one that may not do this. Forbidden: a tenant's key that may not.
-            UnknownRoute: nothing would run, and the caller may use models.
+            UnknownRoute, MethodNotAllowed: nothing would run, and the caller may use models.
         """
         name = find(routes, scope)
         if name is None and scope.get("method") == "OPTIONS":
             return None  # a browser's preflight, which has no key: CORS middleware or a 405 answers it
+        if name is None and principal.kind in self.may(Access.USERS):
+            if methods := self._other_methods(principal, routes, scope):
+                raise MethodNotAllowed(_method(scope), scope["path"], methods)
+            raise UnknownRoute(f"there is no {_method(scope)} {scope['path']!r:.200} on this server")
         access = self.access(name) if name else Access.ADMINS
         if principal.kind not in self.may(access):
-            if name is None and principal.kind in self.may(Access.USERS):
-                raise UnknownRoute(f"there is no {_method(scope)} {scope['path']!r:.200} on this server")
             raise _denied(principal, access)
         return REFUSED.get(name) if name and self.guarding else None
+
+    def _other_methods(self, principal: Principal, routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+        """By which the caller may call the path."""
+        same_path = [
+            route for route in routes if isinstance(route, Route) and route.matches(scope)[0] is Match.PARTIAL
+        ]
+        return sorted(
+            {
+                method
+                for route in same_path
+                for method in route.methods or ()
+                if principal.kind
+                in self.may(self.access(name_of(route, _method({**scope, "method": method}))))
+            }
+        )
 
     def access(self, name: str) -> Access:
         """What a route needs: its entry in `TABLE`, or the operator's, or else an admin key."""
@@ -161,5 +186,5 @@ def _method(scope: Scope) -> str:
 
 
 def _denied(principal: Principal, access: Access) -> SafeLoRAError:
-    sentence = f"this needs {_NEEDED[access]} as 'Authorization: Bearer KEY'"
+    sentence = f"this route needs {_NEEDED[access]}: send it as 'Authorization: Bearer KEY'"
     return Forbidden(sentence) if principal.kind == "tenant" else Unauthorized(sentence)

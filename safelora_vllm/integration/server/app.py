@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import secrets
@@ -14,9 +15,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
+from safelora_vllm.gate.socket_folder import remove_unowned
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
+from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
@@ -29,6 +32,7 @@ from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
+_WORKER_END_SECONDS = 10.0
 NO_LORA = ServerSettings(projectors="")
 
 
@@ -86,6 +90,11 @@ class SafeLoRAEndpoint:
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
         state.safelora = reconciler = await Reconciler.start(engine_client, models)
+        # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
+        atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
+        door, gate = self._app.state.safelora_door, reconciler.copies.state
+        logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
+        logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
         state.safelora_manager = Manager(
             reconciler,
             await asyncio.to_thread(AuditLog, reconciler.names.root / AUDIT),

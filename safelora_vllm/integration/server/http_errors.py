@@ -25,6 +25,7 @@ from safelora_vllm.errors import (
     UnknownRoute,
     UsageError,
 )
+from safelora_vllm.integration.server.access_check import MethodNotAllowed
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.schemas import ErrorBody
 from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
@@ -43,6 +44,7 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     UnknownAdapter: (404, "NotFoundError"),
     UnknownRoute: (404, "NotFoundError"),
     AdapterNotFound: (404, "NotFoundError"),
+    MethodNotAllowed: (405, "MethodNotAllowedError"),
     UploadTimeout: (408, "RequestTimeoutError"),
     AlreadyLoaded: (409, "ConflictError"),
     ChangedMeanwhile: (409, "ConflictError"),
@@ -80,7 +82,10 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
         body["reasons"] = [dataclasses.asdict(reason) for reason in error.reasons]
-    return JSONResponse({"error": body}, status_code=status, headers=_HEADERS.get(status))
+    headers = _HEADERS.get(status)
+    if isinstance(error, MethodNotAllowed):
+        headers = {"Allow": ", ".join(error.methods)}
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -50,8 +50,16 @@ class AdapterCollector(Collector):
             [((r.adapter, d), r.count(d)) for r in reports for d in ("projected", "kept")],
         )
         for field, metric, what in (
-            ("similarity", "similarity", "Cosine of projected and original delta over modules"),
-            ("retained", "retained_norm", "Share of the delta's norm that is served, over modules"),
+            (
+                "similarity",
+                "similarity",
+                "Cosine similarity of the projected and the original delta, over modules",
+            ),
+            (
+                "retained",
+                "retained_norm",
+                "Norm of the served delta as a share of that of the uploaded delta, over modules",
+            ),
         ):
             yield _gauge(
                 f"adapter_{metric}",
@@ -66,13 +74,13 @@ class AdapterCollector(Collector):
             )
         yield _gauge(
             "adapter_relative_norm",
-            "Largest norm of the uploaded delta relative to its weight over modules",
+            "Norm of the uploaded delta relative to the module's weight, largest of the modules",
             ["adapter"],
             [((r.adapter,), max(r.values("relative_norm"), default=0.0)) for r in reports],
         )
         yield _gauge(
             "adapter_total_norm",
-            "Norm of the uploaded delta relative to the weights of all modules together",
+            "Norm of the uploaded delta relative to the weights of all cached modules together",
             ["adapter"],
             [((r.adapter,), r.total_norm) for r in reports],
         )

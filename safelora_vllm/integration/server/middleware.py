@@ -56,7 +56,7 @@ class AccessMiddleware:
             except SafeLoRAError as error:
                 return await error_response(error)(scope, receive, send)
             if principal.kind in ("admin", "tenant"):
-                scope = {**scope, "headers": list(scope["headers"])}
+                scope = dict(scope)  # Starlette gives it a list of headers of its own
                 MutableHeaders(scope=scope)["Authorization"] = f"Bearer {door.inner_key}"
             reconciler = getattr(app.state, "safelora", None)
             if reconciler is not None:

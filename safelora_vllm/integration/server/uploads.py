@@ -87,7 +87,7 @@ class UploadLimiter:
         """
         holder = tenant or ""
         if self._free <= 0 or (tenant and self._held[holder] >= self._share):
-            raise TooManyUploads("too many uploads are under way; try again in a second")
+            raise TooManyUploads("too many uploads are running; try again in a second")
         self._free -= 1
         self._held[holder] += 1
         try:
@@ -135,7 +135,7 @@ async def receive(
         async for chunk in read_with_timeout(request):
             total += len(chunk)
             if total > max_bytes + _CONFIG_BYTES + _OVERHEAD_BYTES:
-                raise TooLarge(f"the body is larger than the {max_bytes:,} bytes that are taken")
+                raise TooLarge(f"the body is larger than the {max_bytes:,} bytes that this server accepts")
             waiting += chunk
             if len(waiting) >= _BLOCK:
                 await asyncio.to_thread(parser.write, bytes(waiting))
@@ -154,12 +154,12 @@ async def receive(
     if not form.ended:
         raise UsageError("the multipart body ends before its closing boundary; send it again")
     if "name" not in fields:
-        raise UsageError("the body has no field 'name'")
+        raise UsageError("the body has no field 'name': expected the adapter's name and its files")
     return Received(fields, folder, frozenset(form.files))
 
 
 def _not_written(error: OSError) -> StoreUnavailable:
-    return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try later")
+    return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try again later")
 
 
 async def read_with_timeout(request: Request) -> AsyncIterator[bytes]:
@@ -250,7 +250,7 @@ class _Form:
         if name not in self._limits:
             raise ValueError(f"there is no field {name!r:.100}; known are {sorted(self._limits)}")
         if name in self._values or name in self.files:
-            raise ValueError(f"{name} stands there twice")
+            raise ValueError(f"{name} is there twice")
         if name in _FIELDS:
             self._values[name] = bytearray()
         else:
@@ -261,7 +261,7 @@ class _Form:
         self._written += len(data)
         limit = self._limits[self._part]
         if self._written > limit:
-            raise TooLarge(f"{self._part} is larger than the {limit:,} bytes that are taken")
+            raise TooLarge(f"{self._part} is larger than the {limit:,} bytes that this server accepts")
         if self._file is not None:
             self._file.write(data)
         else:
@@ -281,17 +281,19 @@ def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int, to
 
     shown = None if token else False
     if not _HUB_ID.fullmatch(hub_id):
-        raise UsageError(f"{hub_id!r:.200} is no hub id; give ORGANISATION/NAME")
+        raise UsageError(f"{hub_id!r:.200} is not a valid hub id: expected ORGANISATION/NAME")
     try:
         for name, limit in ((CONFIG, _CONFIG_BYTES), (WEIGHTS, max_bytes)):
             url = hf_hub_url(hub_id, name, revision=revision)
             size = get_hf_file_metadata(url, token=shown).size or 0
             if size > limit:
-                raise TooLarge(f"{name} of {hub_id} has {size:,} bytes; {limit:,} are taken")
+                raise TooLarge(f"{name} of {hub_id} has {size:,} bytes; this server accepts {limit:,}")
             hf_hub_download(hub_id, name, revision=revision, local_dir=folder, token=shown)
     except TooLarge:
         raise
     except Exception as error:  # the hub client's errors have no common base class
         first = str(error).partition("\n")[0]
-        raise UsageError(f"the hub did not give {hub_id} ({type(error).__name__}: {first:.300})") from error
+        raise UsageError(
+            f"{hub_id} could not be downloaded from the hub ({type(error).__name__}: {first:.300})"
+        ) from error
     return folder

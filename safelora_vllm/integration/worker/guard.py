@@ -7,11 +7,8 @@ The first worker of a host to get the lock starts the gate process on its own de
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
 from safelora_vllm.files import FileState
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState
+from safelora_vllm.gate.socket_folder import SOCKET, private_folder, remove_leftovers, take_ownership
 from safelora_vllm.gate.supervisor import GateProcess
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation
@@ -101,10 +99,11 @@ class WorkerGuard:
         self._sound: dict[str, tuple[FileState, ...]] = {}
         self._store = PublishedStore(self._settings.store)
         self._process: GateProcess | None = None
-        folder = _private_folder(vllm_config.instance_id)
-        self._client = GateClient(str(folder / "gate.sock"))
-        self._owner_lock = (folder / "owner.lock").open("w")
-        if _lock(self._owner_lock):
+        remove_leftovers()
+        folder = private_folder(vllm_config.instance_id)
+        self._client = GateClient(str(folder / SOCKET))
+        self._owner_lock = take_ownership(folder)
+        if self._owner_lock is not None:
             config = _gate_config(vllm_config, device, self._settings, self._client.socket_path)
             logger.info("starting the gate on %s; it reads the projector cache", device)
             self._process = GateProcess(config)
@@ -196,27 +195,6 @@ def attest(worker: Any) -> dict[str, Any]:
 
 def _identity(request: LoRARequest) -> tuple[str, int, str]:
     return request.lora_name, request.lora_int_id, request.lora_path
-
-
-def _private_folder(instance: str) -> Path:
-    """A folder for the gate's socket that only this user can enter.
-
-    Raises:
-        GuardError: somebody else made a folder of that name.
-    """
-    folder = Path(tempfile.gettempdir()) / f"safelora-{os.getuid()}-{instance}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
-        raise GuardError(f"{folder} is open to other users; remove it and start again")
-    return folder
-
-
-def _lock(file: Any) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _gate_config(

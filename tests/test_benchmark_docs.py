@@ -1,0 +1,114 @@
+"""The measured figures in the documentation are those of the files under benchmarks/.
+
+Checked: every table between marks in docs/benchmarks.md and docs/policies.md, cell by cell; README's table of
+results, row by row; that prose has no other figures with a decimal point than settings; RESULTS.md.
+Not checked: pictures, and what commands print in examples.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import safety_tables
+import tables
+
+ROOT = tables.ROOT
+# Settings, shapes and versions that prose may name; measured figures stand in tables.
+SETTINGS = {
+    "0.05", "0.1", "0.2", "0.3", "0.35", "0.4", "0.5", "0.8", "0.95", "0.99", "0.006", "0.28", "0.32", "0.33",
+}  # fmt: skip
+# What prose says of a file all the same: where its figure is.
+IN_PROSE = {"0.11": ("smollm2", "gemma3")}
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_are_those_of_the_files(document: Path) -> None:
+    text = document.read_text()
+    assert tables.BLOCK.search(text)
+    assert text == tables.written(text), "run python benchmarks/tables.py"
+
+
+def test_every_table_is_in_a_document() -> None:
+    found = {
+        block[1] for document in tables.DOCUMENTS for block in tables.BLOCK.findall(document.read_text())
+    }
+    assert found == set(tables.tables())
+
+
+def test_every_file_of_figures_is_cited() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert f"Figures: [`{file.name}`]" in text, file.name
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_prose_has_no_figures_but_settings(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", tables.BLOCK.sub("", document.read_text()), flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`|\]\([^)]*\)|arXiv [\d.]+", "", text)
+    assert set(re.findall(r"(?<![\d.])\d+\.\d+", text)) <= SETTINGS | set(IN_PROSE)
+
+
+def test_the_one_figure_in_prose() -> None:
+    for figure, families in IN_PROSE.items():
+        for family in families:
+            alone = tables.load("results")["families"][family]["none"]["none"]
+            assert f"{alone['complied']['mean']:.2f}" == figure
+
+
+def cells(adapter: str, measure: str) -> list[str]:
+    """As uploaded, by the default policy, and by Safe LoRA on all modules."""
+    found = tables.load("results")["families"]["smollm2"][adapter]
+    treatments = ("raw-0", "input-removal-0.2", "safe-lora-1")
+    return [f"{found[treatment][measure]['mean']:.2f}" for treatment in treatments]
+
+
+def readme_rows() -> dict[str, list[str]]:
+    """What README's table of results has to say: a part of each row's label, and its figures."""
+    hostile = safety_totals()
+    first = tables.load("hot_load")["kinds"]["qv-r8"]["measures"]["first load"]["guarded_over_unguarded"]
+    return {
+        "10 % malicious data, q and v": cells("mixed-10-qv", "complied"),
+        "own tasks": cells("mixed-10-qv", "utility"),
+        "purely malicious adapter, all linear layers": cells("pure-all", "complied"),
+        f"hostile adapters, of {hostile['cases']}": [str(hostile["hurt"]), str(hostile["guarded hurt"])],
+        "time of a first load": ["1", f"{first:.1f}"],
+    }
+
+
+def safety_totals() -> dict[str, int]:
+    rows = tables.load("hostile")["rows"].values()
+    hurt = ("disturbed", "hung", "died")
+    return {
+        "cases": sum(row["cases"] for row in rows),
+        "hurt": sum(row["unguarded"].get(outcome, 0) for row in rows for outcome in hurt),
+        "guarded hurt": sum(row["guarded"].get(outcome, 0) for row in rows for outcome in hurt),
+    }
+
+
+def test_the_results_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    (section,) = re.findall(r"^## Results\n(.*?)^## ", text, re.S | re.M)
+    shown = {
+        label.strip(): [cell.strip() for cell in rest.split("|") if cell.strip()]
+        for label, rest in re.findall(r"^\| ([^|]+)\|(.*)\|$", section, re.M)
+        if re.search(r"\d", rest)
+    }
+    expected = readme_rows()
+    assert len(shown) == len(expected)
+    for part, figures in expected.items():
+        assert [found for label, found in shown.items() if part in label] == [figures], part
+    alone = re.findall(r"aligned model alone answers (\d\.\d+)", section)
+    assert alone == list(IN_PROSE)
+
+
+def test_the_attacks_caps_are_those_of_the_safety_benchmark() -> None:
+    """Both state the total cap in a heading."""
+    results = (ROOT / "benchmarks" / "safety" / "RESULTS.md").read_text()
+    (cap,) = re.findall(r"total cap [\d.]+", safety_tables.attacks())
+    assert f"| {cap} |" in results

@@ -1,0 +1,144 @@
+"""The sizes of a projector cache in docs/deployment.md, computed from the shapes of a model.
+
+python -m tests.test_sizing_docs     writes the table anew
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.build import BuildOptions
+from safelora_vllm.projectors.cache import ProjectorCache
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
+BLOCK = re.compile(
+    r"(<!-- sizes: written by python -m tests\.test_sizing_docs -->\n)(.*?)(<!-- end -->)", re.S
+)
+# Llama 3 8B: hidden size 4096, intermediate size 14336, 8 key-value heads of 128, 32 layers.
+LAYERS = 32
+SHAPES = {
+    "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
+}  # fmt: skip
+MAX_ENERGY = BuildOptions().max_energy
+ELEMENT, BASIS, SHARE = torch.bfloat16.itemsize, torch.float32.itemsize, torch.float64.itemsize
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one module.
+
+    projector: Ĉ, or V where that is smaller. inputs: R. outputs: L. shares: of energy.
+    """
+
+    projector: int
+    inputs: int
+    outputs: int
+    shares: int
+
+
+def sizes(shape: tuple[int, int], inputs: int, outputs: int, kept: int) -> Sizes:
+    """Of a module of ``--form auto``, with so many directions of R and L held, and so many in the cache."""
+    d_out, d_in = shape
+    return Sizes(
+        ELEMENT * d_out * min(d_out, d_in), BASIS * d_in * inputs, BASIS * d_out * outputs, SHARE * kept
+    )
+
+
+def most(shape: tuple[int, int], energy: float) -> int:
+    """Directions that hold an energy, at most: the largest singular values come first."""
+    return math.ceil(energy * min(shape))
+
+
+def total(size: Callable[[tuple[int, int]], Sizes]) -> int:
+    """Of the whole model."""
+    return LAYERS * sum(sum(vars(size(shape)).values()) for shape in SHAPES.values())
+
+
+def in_gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def written_table() -> str:
+    default, csulora, kept = Policy().energy, METHODS["csulora"].energy, MAX_ENERGY
+    lines = [f"| module | d_out × d_in | Ĉ or V | R at energy {default}, at most |", "|---|---|--:|--:|"]
+    for name, shape in SHAPES.items():
+        size = sizes(shape, most(shape, default), 0, 0)
+        form = "Ĉ" if shape[0] <= shape[1] else "V"
+        lines.append(f"| `{name}` | {shape[0]} × {shape[1]} | {form}: {size.projector:,} | {size.inputs:,} |")
+    projectors = total(lambda shape: sizes(shape, 0, 0, 0))
+    inputs = total(lambda shape: sizes(shape, most(shape, default), 0, 0)) - projectors
+    lines.append(f"| **all, times {LAYERS} layers** | | **{projectors:,}** | **{inputs:,}** |")
+    lines += ["", "| what | bytes | |", "|---|--:|--:|"]
+
+    def row(what: str, nbytes: int) -> None:
+        lines.append(f"| {what} | {nbytes:,} | {in_gib(nbytes)} |")
+
+    row("gate, `safe-lora`", total(lambda shape: sizes(shape, 0, 0, most(shape, kept))))
+    row(
+        f"gate, `input-removal` at energy {default}, at most",
+        total(lambda shape: sizes(shape, most(shape, default), 0, most(shape, kept))),
+    )
+    row(
+        f"gate, `csulora` at energy {csulora}, at most",
+        total(lambda shape: sizes(shape, most(shape, csulora), most(shape, csulora), most(shape, kept))),
+    )
+    row(
+        f"disk, with `--max-energy {kept}`, at most",
+        total(lambda shape: sizes(shape, most(shape, kept), most(shape, kept), most(shape, kept))),
+    )
+    return "\n".join(lines)
+
+
+def written(text: str) -> str:
+    return BLOCK.sub(lambda found: f"{found[1]}{written_table()}\n{found[3]}", text)
+
+
+def test_the_table_is_computed() -> None:
+    text = DOCUMENT.read_text()
+    assert BLOCK.search(text)
+    assert text == written(text), "run python -m tests.test_sizing_docs"
+
+
+@pytest.fixture
+def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
+    """As ``build`` makes it by default."""
+    return ProjectorCache(build_cache(BuildOptions().dtype, BuildOptions().form))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0.0, 0.0), (0.2, 0.0), (0.9, 0.9)])
+def test_a_gate_holds_as_much_as_the_formula_says(
+    cache: ProjectorCache, inputs: float, outputs: float
+) -> None:
+    loaded = ProjectorCache(cache.folder)
+    loaded.load("cpu", None, inputs, outputs)
+    held = 0
+    for name, entry in loaded.modules.items():
+        projector = loaded.projector(name)
+        assert projector.directions(inputs) <= most(entry.shape, inputs)
+        found = sizes(
+            entry.shape, projector.directions(inputs), projector.directions(outputs), len(projector.energies)
+        )
+        held += sum(vars(found).values())
+    assert loaded.resident_bytes()["cpu"] == held
+
+
+def test_a_cache_is_as_large_as_the_formula_says(cache: ProjectorCache) -> None:
+    kept = {name: len(cache.projector(name).energies) for name in cache.modules}
+    found = [sizes(entry.shape, kept[name], kept[name], kept[name]) for name, entry in cache.modules.items()]
+    assert sum(ProjectorCache(cache.folder).resident_bytes().values()) == sum(
+        sum(vars(size).values()) for size in found
+    )
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(written(DOCUMENT.read_text()))
