@@ -16,8 +16,7 @@ import torch
 from synthetic import load_adapter
 from torch import Tensor
 
-from safelora_vllm.methods import METHODS
-from safelora_vllm.methods.delta import ModuleDelta
+from safelora_vllm.methods.judge import judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 
@@ -41,13 +40,10 @@ def released(projectors: dict[str, Tensor], weights: Weights) -> dict[str, float
 
 def ours(cache: ProjectorCache, weights: Weights) -> dict[str, float | None]:
     """The gate's own steps between vetting and publishing, with all the figures of its report."""
-    deltas = {name: ModuleDelta(a, b, cache.projector(name)) for name, (a, b) in weights.items()}
-    similarities = {name: delta.similarity for name, delta in deltas.items()}
-    selected = _POLICY.selects(similarities)
-    for name, delta in deltas.items():
-        a, b = METHODS[_POLICY.method].project(delta, _POLICY) if name in selected else (delta.a, delta.b)
-        weights[name] = a, b
-        _ = delta.served(a, b).retained, delta.relative_norm
+    similarities: dict[str, float | None] = {}
+    for module in judge(weights, cache, _POLICY, torch.device("cpu"), torch.float32):
+        weights[module.entry.name] = module.a, module.b
+        similarities[module.entry.name] = module.similarity.middle if module.similarity else None
     return similarities
 
 

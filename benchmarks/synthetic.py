@@ -7,6 +7,7 @@ module at these sizes, which Safe LoRA does not read. Ĉ is the build's: float64
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,7 +145,13 @@ def _write_manifest(folder: Path, entries: list[ModuleEntry]) -> None:
         "version": FORMAT_VERSION,
         "aligned": {"fingerprint": ""},
         "unchanged_modules": [],
-        "shards": {entry.shard: {"sha256": "", "tensor_bytes": 0} for entry in entries},
+        "shards": {entry.shard: _shard(folder / entry.shard) for entry in entries},
         "modules": [asdict(entry) for entry in entries],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def _shard(file: Path) -> dict[str, str | int]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"sha256": digest, "tensor_bytes": file.stat().st_size}

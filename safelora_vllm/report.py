@@ -20,11 +20,13 @@ class ModuleReport:
     Attributes:
         name: of the module, as in the model.
         rank: columns of B.
-        similarity: cos(ĈBA, BA).
+        similarity: cos(ĈBA, BA); it lies within ``similarity_error`` of this value.
         null_similarity: c₀, what a random B would score.
         retained: ‖B'A'‖_F / ‖BA‖_F after the decision.
         relative_norm: ‖s·BA‖_F / ‖W_aligned‖_F before it.
         decision: ``projected`` or ``kept`` (in report-only mode: what enforcing would have done).
+        similarity_error: half the width of an interval that is certain to hold the similarity. 0 where Ĉ or V
+            gave it (up to the rounding of the cache's dtype): under every policy that decides by similarity.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ModuleReport:
     retained: float | None
     relative_norm: float
     decision: Decision
+    similarity_error: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ def test_golden_json() -> None:
         "modules": [
             {
                 "name": "a.q_proj", "rank": 8, "similarity": 0.25, "null_similarity": 0.7, "retained": 0.01,
-                "relative_norm": 0.02, "decision": "projected",
+                "relative_norm": 0.02, "decision": "projected", "similarity_error": 0.0,
             },
             {
                 "name": "a.v_proj", "rank": 8, "similarity": None, "null_similarity": 0.6, "retained": None,
-                "relative_norm": 0.0, "decision": "kept",
+                "relative_norm": 0.0, "decision": "kept", "similarity_error": 0.0,
             },
         ],
     }  # fmt: skip

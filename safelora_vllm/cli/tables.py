@@ -38,7 +38,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
             table.add_row(
                 module.name,
                 str(module.rank),
-                _figure(module.similarity),
+                _figure(module.similarity)
+                + (f" ± {_figure(module.similarity_error)}" if module.similarity_error else ""),
                 _figure(module.null_similarity),
                 _figure(module.retained),
                 _figure(module.relative_norm),

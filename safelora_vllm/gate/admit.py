@@ -24,8 +24,7 @@ import torch
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named
-from safelora_vllm.methods import METHODS
-from safelora_vllm.methods.delta import ModuleDelta, OutputStats
+from safelora_vllm.methods.judge import JudgedModule, judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
@@ -33,7 +32,7 @@ from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
-_FORMAT = 4  # raise it when the same input would be published as other bytes
+_FORMAT = 5  # raise it when the same input would be published as other bytes
 # ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
 # delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
 _MIN_COHERENCE = 1.5e-3
@@ -180,29 +179,16 @@ def evaluate(
     except AdapterRefused as error:
         return Report.refused(name, raw.digest, cache.id, policy, error), None
     with stages.time("project"), torch.inference_mode():
-        deltas = {
-            module: ModuleDelta(
-                a.to(settings.device),
-                b.to(settings.device),
-                cache.projector(module, settings.device),
-                settings.dtype,
-            )
-            for module, (a, b) in weights.items()
-        }
-        selected = policy.selects({module: delta.similarity for module, delta in deltas.items()})
         coherences, relative_norms, norms, modules, weights_served = {}, {}, [], [], {}
-        for module, delta in deltas.items():
-            a, b = delta.a, delta.b
-            if module in selected:
-                a, b = METHODS[policy.method].project(delta, policy)
-            served = delta.served(a, b)
-            coherences[module] = _coherence(delta, served)
+        for module in judge(weights, cache, policy, settings.device, settings.dtype):
+            name_of, norm = module.entry.name, module.came.norm
+            coherences[name_of] = _coherence(module)
             # The caps hold for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1.
-            growth = max(1.0, served.retained or 0.0)
-            relative_norms[module] = growth * delta.relative_norm
-            norms.append((delta.norm, growth * delta.norm))
-            modules.append(_module_report(module, delta, served, module in selected))
-            weights_served[module] = (a, b) if policy.enforcing else (delta.a, delta.b)
+            growth = max(1.0, module.served.retained or 0.0)
+            relative_norms[name_of] = growth * module.relative_norm
+            norms.append((norm, growth * norm))
+            modules.append(_module_report(module))
+            weights_served[name_of] = (module.a, module.b)
     if broken := _check_sound(
         coherences
     ):  # not in report-only mode either: there is nothing that could be measured or served
@@ -250,13 +236,14 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     ]
 
 
-def _coherence(delta: ModuleDelta, served: OutputStats) -> float | None:
+def _coherence(module: JudgedModule) -> float | None:
     """The smaller one of what came and of what would be served; None where a figure is not finite.
 
     A NaN or an infinity anywhere in the factors shows in the float64 norm of their product.
     """
-    figures = (delta.norm, delta.similarity or 0.0, served.retained or 0.0)
-    return min(delta.coherence, served.coherence) if all(map(math.isfinite, figures)) else None
+    came, served = module.came, module.served
+    figures = (came.norm, *(module.similarity or ()), served.retained or 0.0)
+    return min(came.coherence, served.coherence) if all(map(math.isfinite, figures)) else None
 
 
 def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
@@ -278,16 +265,17 @@ def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
     return reasons
 
 
-def _module_report(module: str, delta: ModuleDelta, served: OutputStats, selected: bool) -> ModuleReport:
-    entry = delta.projector.entry
+def _module_report(module: JudgedModule) -> ModuleReport:
+    similarity = module.similarity
     return ModuleReport(
-        name=module,
-        rank=delta.b.shape[1],
-        similarity=delta.similarity,
-        null_similarity=entry.null_similarity,
-        retained=served.retained,
-        relative_norm=delta.relative_norm,
-        decision="projected" if selected else "kept",
+        name=module.entry.name,
+        rank=module.rank,
+        similarity=similarity.middle if similarity else None,
+        similarity_error=similarity.error if similarity else 0.0,
+        null_similarity=module.entry.null_similarity,
+        retained=module.served.retained,
+        relative_norm=module.relative_norm,
+        decision="projected" if module.projected else "kept",
     )
 
 

@@ -48,7 +48,7 @@ from safelora_vllm.gate.protocol import (
     encode,
 )
 from safelora_vllm.gate.socket_folder import remove
-from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -78,9 +78,10 @@ class GateService:
         if not given.trust_served_model:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
         policy = Policy.from_mapping(given.policy)
-        energy = policy.energy if policy.has_effect("energy") else 0.0
-        output_energy = energy if METHODS[policy.method].reads_output_bases else 0.0
-        cache.load(config.device, given.projector_bytes, energy, output_energy)
+        parts = parts_read(policy)
+        cache.load(
+            config.device, given.projector_bytes, parts.input_energy, parts.output_energy, parts.operator
+        )
         self._settings = GateSettings(
             cache=cache,
             policy=policy,

@@ -20,32 +20,33 @@ from safelora_vllm.methods.method import Method, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safelora_vllm.methods.delta import ModuleDelta
+    from safelora_vllm.methods.delta import Delta
     from safelora_vllm.policy import Policy
 
 _ALPHA = 0.05
 
 
-def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
+def project(delta: Delta, policy: Policy) -> tuple[Tensor, Tensor]:
     """New A (r, d_in) and B (d_out, r); fewer ranks where a side of the module is smaller than r."""
     import torch
 
     from safelora_vllm.methods import lowrank
 
-    a_in = lowrank.component(delta.a.T, delta.projector.input_basis(policy.energy)).T
-    b_in = lowrank.component(delta.b, delta.projector.output_basis(policy.energy))
+    a_in, b_in = delta.read_inputs(policy.energy), delta.written_outputs(policy.energy)
     a_out, b_out = delta.a - a_in, delta.b - b_in
-    within = lowrank.products(b_in, b_out, lowrank.gram(a_in))
-    beyond = lowrank.products(b_in, b_out, lowrank.gram(a_out))
-    free = within.xx + _ALPHA * (within.xx + within.yy + beyond.xx + beyond.yy)
+    within, _, between = lowrank.product_sums(b_in, b_out, lowrank.gram(a_in))[..., :3].unbind(-1)
+    beyond_in, _, beyond = lowrank.product_sums(b_in, b_out, lowrank.gram(a_out))[..., :3].unbind(-1)
+    free = within + _ALPHA * (within + between + beyond_in + beyond)
 
-    def gamma(energy: float) -> float:
-        return free / (free + energy) if free else 0.0
+    def gamma(energy: Tensor) -> Tensor:
+        return torch.where(free != 0.0, free / (free + energy), 0.0)[..., None, None]
 
-    a_for_b_in = a_in + gamma(beyond.xx) * a_out
-    a_for_b_out = gamma(within.yy) * a_in + gamma(beyond.yy) * a_out
+    a_for_b_in = a_in + gamma(beyond_in) * a_out
+    a_for_b_out = gamma(between) * a_in + gamma(beyond) * a_out
     a, b = lowrank.reduced(
-        torch.cat([a_for_b_in, a_for_b_out]), torch.cat([b_in, b_out], dim=1), rank=delta.a.shape[0]
+        torch.cat([a_for_b_in, a_for_b_out], dim=-2),
+        torch.cat([b_in, b_out], dim=-1),
+        rank=delta.a.shape[-2],
     )
     return delta.rounded(a), delta.rounded(b)
 

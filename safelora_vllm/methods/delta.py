@@ -1,16 +1,20 @@
-"""One module's adapter weights next to its projector, and the figures that decide about it."""
+"""Adapter weights next to their projectors, and the figures that decide about them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from safelora_vllm.methods import lowrank
-from safelora_vllm.projectors.cache import Projector
+from safelora_vllm.methods import certified, lowrank
+from safelora_vllm.methods.certified import Interval
+from safelora_vllm.projectors.group import ProjectorGroup
+from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 
 
 class OutputStats(NamedTuple):
@@ -23,16 +27,56 @@ class OutputStats(NamedTuple):
     coherence: float
 
 
-class ModuleDelta:
-    """ΔW = B A of one module, with the scale s already folded into B.
+@dataclass(frozen=True)
+class InputStats:
+    """Figures of one module's weights as they came.
 
-    a: (r, d_in). b: (d_out, r), balanced against each other. Both on the projector's device. dtype: of the
-    weights as they are served. Everything is rounded to it before it is measured: what is judged is
-    served. Figures are computed once, when first asked for, in float64 from the factors.
+    norm: ‖BA‖_F. coherence: see `lowrank.coherence`, of B and A. similarity: cos(ĈBA, BA) in the Frobenius
+    inner product (paper, section 3.3), with the error of its interval; None where every rank has a zero side,
+    and only there: such a delta changes nothing.
+    """
+
+    norm: float
+    coherence: float
+    similarity: Interval | None
+
+    @classmethod
+    def of(cls, own: Sequence[float], known: Sequence[float], spectrum: Spectrum | None) -> InputStats:
+        """From the sums of `Delta`; with a spectrum the similarity is certified, else exact."""
+        squared, spread = max(own[0], 0.0), own[1] * own[1]
+        coherence = lowrank.coherence(squared, spread)
+        if spread == 0.0:
+            similarity = None
+        elif spectrum is None:
+            similarity = Interval(lowrank.cosine(max(known[0], 0.0), known[1], squared) or 0.0, 0.0)
+        else:
+            similarity = certified.interval(known, squared, coherence, spectrum)
+        return cls(math.sqrt(squared) if squared < math.inf else squared, coherence, similarity)
+
+    def served(self, squared: float, root: float) -> OutputStats:
+        """Of new weights with these `lowrank.norm_sums`."""
+        squared, spread = max(squared, 0.0), root * root
+        return OutputStats(
+            math.sqrt(squared) / self.norm if self.norm else None, lowrank.coherence(squared, spread)
+        )
+
+    @property
+    def unchanged(self) -> OutputStats:
+        """Of the weights as they came."""
+        return OutputStats(1.0 if self.norm else None, self.coherence)
+
+
+class Delta:
+    """ΔW = B A with the scale s already folded into B, of one module or of several of one shape.
+
+    a: (r, d_in). b: (d_out, r), balanced against each other. Both on the projector's device, and with a
+    leading dimension of modules where it is a `ProjectorGroup`. dtype: of the weights as they are served.
+    Everything is rounded to it before it is measured: what is judged is served. Figures are computed once,
+    when first asked for, in float64 from the factors, and stay on the device.
     """
 
     def __init__(
-        self, a: Tensor, b: Tensor, projector: Projector, dtype: torch.dtype = torch.float32
+        self, a: Tensor, b: Tensor, projector: Projector | ProjectorGroup, dtype: torch.dtype = torch.float32
     ) -> None:
         self.projector, self.dtype = projector, dtype
         a, b = lowrank.balanced(a, b)
@@ -54,41 +98,91 @@ class ModuleDelta:
         return lowrank.gram(self.a)
 
     @cached_property
-    def _products(self) -> lowrank.Products:
-        return lowrank.products(self.image, self.b, self.gram)
+    def wide_b(self) -> Tensor:
+        """B (d_out, r) in float64."""
+        return self.b.to(torch.float64)
+
+    @cached_property
+    def b_gram(self) -> Tensor:
+        """Bᵀ B (r, r), float64."""
+        return lowrank.gram(self.wide_b.mT)
+
+    def read_inputs(self, energy: float) -> Tensor:
+        """A R Rᵀ (r, d_in), float64: what of A reads the directions of `Projector.input_basis`."""
+        basis = self.projector.input_basis(energy)
+        return lowrank.component(self.a.mT, basis, self.projector.taken(energy)).mT
+
+    def written_outputs(self, energy: float) -> Tensor:
+        """L Lᵀ B (d_out, r), float64, as `read_inputs`."""
+        return lowrank.component(self.b, self.projector.output_basis(energy), self.projector.taken(energy))
+
+    def own_sums(self) -> Tensor:
+        """(2,): `lowrank.norm_sums` of B and A."""
+        return lowrank.norm_sums(self.b_gram, self.gram)
+
+    def exact_sums(self) -> Tensor:
+        """(2,): ‖ĈBA‖² and ⟨ĈBA, BA⟩."""
+        return lowrank.product_sums(self.image, self.b, self.gram)[..., :2]
+
+    def certified_sums(self, energy: float) -> Tensor:
+        """(3,): `certified.sums` with L up to an energy."""
+        weights = self.projector.spectrum(energy).weights.to(self.b.device)
+        return certified.sums(self.wide_b, self.gram, self.projector.output_basis(energy), weights)
+
+    def served_sums(self, a: Tensor, b: Tensor) -> Tensor:
+        """(2,): `lowrank.norm_sums` of new weights, already `rounded`."""
+        return lowrank.norm_sums(lowrank.gram(b.mT), self.gram if a is self.a else lowrank.gram(a))
+
+
+class ModuleDelta(Delta):
+    """The delta of one module, with its figures on the host."""
+
+    def __init__(
+        self, a: Tensor, b: Tensor, projector: Projector, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(a, b, projector, dtype)
+        self.entry = projector.entry
+
+    @cached_property
+    def _exact(self) -> InputStats:
+        return self.stats(Parts())
+
+    @cached_property
+    def _own(self) -> InputStats:
+        return InputStats.of(self.own_sums().tolist(), (0.0, 0.0), None)
+
+    def stats(self, parts: Parts) -> InputStats:
+        """All figures, the similarity from what a policy reads of the cache."""
+        own, energy = self.own_sums().tolist(), parts.output_energy
+        if parts.operator:
+            return InputStats.of(own, self.exact_sums().tolist(), None)
+        spectrum = self.projector.spectrum(energy)
+        assert isinstance(spectrum, Spectrum)
+        return InputStats.of(own, self.certified_sums(energy).tolist(), spectrum)
 
     @property
     def norm(self) -> float:
         """‖BA‖_F."""
-        return math.sqrt(self._products.yy)
+        return self._own.norm
 
     @property
     def coherence(self) -> float:
         """See `lowrank.coherence`, of B and A."""
-        return lowrank.coherence(self._products.yy, self._products.y_spread)
+        return self._own.coherence
 
     @property
     def similarity(self) -> float | None:
-        """cos(ĈBA, BA) in the Frobenius inner product (paper, section 3.3).
-
-        None where every rank has a zero side, and only there: such a delta changes nothing.
-        """
-        if self._products.y_spread == 0.0:
-            return None
-        return lowrank.cosine(*self._products[:3])
+        """cos(ĈBA, BA) by Ĉ or V; see `InputStats`."""
+        exact = self._exact.similarity
+        return exact.middle if exact else None
 
     @property
     def relative_norm(self) -> float:
         """‖s·BA‖_F / ‖W_aligned‖_F."""
-        return self.norm / self.projector.entry.aligned_norm
+        return self.norm / self.entry.aligned_norm
 
     def served(self, a: Tensor, b: Tensor) -> OutputStats:
         """Figures of new weights, already `rounded`."""
         if a is self.a and b is self.b:
-            return OutputStats(1.0 if self.norm else None, self.coherence)
-        if a is self.a and b is self.image:
-            squared, spread = self._products.xx, self._products.x_spread
-        else:
-            _, _, squared, _, spread = lowrank.products(b, b, lowrank.gram(a))
-        retained = math.sqrt(squared) / self.norm if self.norm else None
-        return OutputStats(retained, lowrank.coherence(squared, spread))
+            return self._own.unchanged
+        return self._own.served(*self.served_sums(a, b).tolist())

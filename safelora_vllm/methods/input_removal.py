@@ -23,7 +23,7 @@ from safelora_vllm.projectors.manifest import ENERGY_ROUNDING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safelora_vllm.methods.delta import ModuleDelta
+    from safelora_vllm.methods.delta import Delta
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import Projector
 
@@ -31,18 +31,17 @@ _STEPS = 100  # energies are searched in hundredths
 _ENERGIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def project(delta: ModuleDelta, policy: Policy) -> tuple[Tensor, Tensor]:
-    """New A (r, d_in) and B (d_out, r); fewer ranks where a side of the module is smaller than r.
+def project(delta: Delta, policy: Policy) -> tuple[Tensor, Tensor]:
+    """New A (r, d_in) and B (d_out, r).
 
-    The product is factorised anew before it is rounded: with the author's ranks, two large ones that nearly
-    cancel could be made to round so that what was removed comes back. So only single roundings bring it back:
-    in bfloat16 up to 2⁻⁸ of what is left, where an author chose the values for it.
+    The product gets other ranks before it is rounded: with the author's, two large ones that nearly cancel
+    could be made to round so that what was removed comes back. Those with orthogonal columns of B cannot
+    cancel. So only single roundings bring it back: in bfloat16 up to 2⁻⁸ of what is left, where an author
+    chose the values for it.
     """
     from safelora_vllm.methods import lowrank
 
-    inputs = delta.projector.input_basis(policy.energy)
-    left = delta.a - lowrank.component(delta.a.T, inputs).T
-    a, b = lowrank.reduced(left, delta.b, rank=left.shape[0])
+    a, b = lowrank.rotated(delta.a - delta.read_inputs(policy.energy), delta.wide_b, delta.b_gram)
     return delta.rounded(a), delta.rounded(b)
 
 

@@ -6,6 +6,9 @@ For B, X, Y of shape (d_out, r) and A of shape (r, d_in), with the Gram matrix `
 
 so an inner product costs O((d_out + d_in) r²) instead of O(d_out · d_in · r). Figures and factors are
 float64: the usual float32 cosine over the dense matrices is off by up to 4e-3 at 7B shapes.
+
+All of it may have leading dimensions, of modules of one shape: then one operator serves all of them. What
+waits for the device is only what returns floats.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 def gram(a: Tensor) -> Tensor:
     """``A Aᵀ`` of A (r, d_in), in float64, shape (r, r)."""
     wide = a.to(torch.float64)
-    return wide @ wide.T
+    return wide @ wide.mT
 
 
 class Products(NamedTuple):
@@ -39,14 +42,26 @@ class Products(NamedTuple):
 
 
 def products(x: Tensor, y: Tensor, g: Tensor) -> Products:
-    """The figures of X, Y (d_out, r) and ``g = gram(A)``. One product of the stacked factors gives all."""
-    rank = x.shape[1]
-    stacked = torch.cat([x.to(torch.float64), y.to(torch.float64)], dim=1)
-    blocks = (stacked.T @ stacked).view(2, rank, 2, rank).transpose(1, 2)
-    terms = blocks * g
-    sums, spreads = terms.sum(dim=(2, 3)), terms.diagonal(dim1=2, dim2=3).abs().sqrt().sum(dim=2) ** 2
-    xx, xy, _, yy, x_spread, _, _, y_spread = torch.cat([sums.flatten(), spreads.flatten()]).tolist()
-    return Products(max(xx, 0.0), xy, max(yy, 0.0), x_spread, y_spread)
+    """The figures of X, Y (d_out, r) and ``g = gram(A)``, on the host."""
+    xx, xy, yy, x_root, y_root = product_sums(x, y, g).tolist()
+    return Products(max(xx, 0.0), xy, max(yy, 0.0), x_root * x_root, y_root * y_root)
+
+
+def product_sums(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
+    """(5,) float64, the figures of `products`, of the spreads their roots: one product gives all."""
+    rank = x.shape[-1]
+    stacked = torch.cat([x.to(torch.float64), y.to(torch.float64)], dim=-1)
+    blocks = (stacked.mT @ stacked).reshape(*x.shape[:-2], 2, rank, 2, rank).transpose(-3, -2)
+    terms = blocks * g[..., None, None, :, :]
+    sums, spreads = terms.sum(dim=(-2, -1)), terms.diagonal(dim1=-2, dim2=-1).abs().sqrt().sum(dim=-1)
+    return torch.cat([sums.flatten(-2)[..., [0, 1, 3]], spreads.flatten(-2)[..., [0, 3]]], dim=-1)
+
+
+def norm_sums(b_gram: Tensor, g: Tensor) -> Tensor:
+    """‖BA‖² and the root of its spread, (2,) float64, of ``BᵀB`` and ``g = gram(A)``."""
+    terms = b_gram * g
+    root = terms.diagonal(dim1=-2, dim2=-1).sqrt().sum(dim=-1)
+    return torch.stack([terms.sum(dim=(-2, -1)), root], dim=-1)
 
 
 def coherence(norm_squared: float, spread: float) -> float:
@@ -75,36 +90,62 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     near the ends of the served dtype: there a huge A would hide what becomes of a tiny B. A power of two
     per rank goes from one side to the other, which is exact.
     """
-    shift = torch.div(_exponents(a, 1) - _exponents(b, 0), 2, rounding_mode="floor")
-    return torch.ldexp(a.double(), -shift[:, None]), torch.ldexp(b.double(), shift)
+    return _balance(a.to(torch.float64, copy=True), b.to(torch.float64, copy=True))
 
 
-def _exponents(x: Tensor, dim: int) -> Tensor:
-    """Of the largest value along a dimension, 0 where that is not finite."""
-    largest = x.abs().amax(dim=dim)
-    return torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
+def _balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`balanced` of float64 factors, in place: what is large is slow to allocate."""
+    largest = torch.stack([_largest(a, (-1,)), _largest(b, (-2,))])
+    exponents = _exponents(largest)
+    scale = _power_of_two((exponents[0] - exponents[1]) >> 1)
+    return a.div_(scale[..., :, None]), b.mul_(scale[..., None, :])
 
 
-def unit(x: Tensor) -> tuple[Tensor, float]:
-    """x/s and s, a power of two near the largest value of x: exact, and safe in any float dtype.
+def _largest(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The largest absolute value along dimensions, with no copy of x."""
+    return torch.maximum(x.amax(dim=dims), -x.amin(dim=dims))
+
+
+def _exponents(largest: Tensor) -> Tensor:
+    """Of the largest values of something, 0 where they are not finite."""
+    return torch.frexp(torch.nan_to_num(largest, nan=0.0, posinf=0.0, neginf=0.0)).exponent
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2ᵏ in float64 for whole k from -1022 to 1023, put together from its bits: exact on every device."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x/s and s (1, 1), a power of two next to the largest value of x: exact, and safe in any float dtype.
 
     B·2ᵏ with A·2⁻ᵏ is the same adapter. Without this, products of tiny factors would vanish.
     """
-    largest = float(x.abs().max())
-    if not (0.0 < largest < math.inf):
-        return x, 1.0
-    scale = 2.0 ** (math.frexp(largest)[1] - 1)
-    return x / scale, scale
+    scale = _power_of_two(_exponents(_largest(x, (-2, -1))))[..., None, None]
+    return x / scale.to(x.dtype), scale
 
 
-def component(x: Tensor, basis: Tensor) -> Tensor:
+def component(x: Tensor, basis: Tensor, taken: Tensor | None = None) -> Tensor:
     """``Q Qᵀ X`` (d, m), in float64: what of X (d, m) lies in the span of Q (d, k), orthonormal columns.
 
-    The products themselves are in Q's dtype.
+    The products themselves are in Q's dtype. taken: (1, k), 1 for the columns of Q that count, else 0.
     """
-    small, scale = unit(x.to(torch.float64))
-    small = small.to(basis.dtype)
-    return (basis @ (basis.T @ small)).to(torch.float64) * scale
+    small, scale = unit(x)
+    inside = small.to(basis.dtype).mT @ basis
+    found = (inside if taken is None else inside * taken) @ basis.mT
+    return (found.to(torch.float64) * scale).mT
+
+
+def rotated(a: Tensor, b: Tensor, b_gram: Tensor) -> tuple[Tensor, Tensor]:
+    """A' (r, d_in) and B' (d_out, r), float64, with the product of A and B, and orthogonal columns of B'.
+
+    With the eigenvectors W of ``BᵀB``, B' = B W and A' = Wᵀ A: exact, as W is orthogonal, whatever B's rank.
+    Ranks with orthogonal sides cannot cancel: the coherence of B' and A' is 1/r or more. Then `balanced`.
+    """
+    size = b_gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
+    # Of zeros where B is not finite, or zero: then any W will do, and what is not finite stays so.
+    vectors = torch.linalg.eigh(torch.nan_to_num(b_gram / size, 0.0, 0.0, 0.0)).eigenvectors
+    return _balance(vectors.mT @ a.to(torch.float64), b.to(torch.float64) @ vectors)
 
 
 def reduced(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -114,11 +155,11 @@ def reduced(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     orthonormal sides, (m, m) at most (Eckart and Young). Each side has the roots of the k largest ones as
     its norms, k = min(rank, m, d_in, d_out). All NaN where the product is not finite.
     """
-    left, right = torch.linalg.qr(b.to(torch.float64)), torch.linalg.qr(a.to(torch.float64).T)
-    core = left.R @ right.R.T
-    if not core.isfinite().all():
-        k = min(rank, *core.shape)
-        return right.R.new_full((k, a.shape[1]), math.nan), left.R.new_full((b.shape[0], k), math.nan)
-    u, sizes, v = torch.linalg.svd(core, full_matrices=False)
-    roots = sizes[:rank].sqrt()
-    return roots[:, None] * (v[:rank] @ right.Q.T), (left.Q @ u[:, :rank]) * roots
+    left, right = torch.linalg.qr(b.to(torch.float64)), torch.linalg.qr(a.to(torch.float64).mT)
+    core = left.R @ right.R.mT
+    finite = core.isfinite().all(dim=-1).all(dim=-1)[..., None, None]
+    u, sizes, v = torch.linalg.svd(torch.where(finite, core, 0.0), full_matrices=False)
+    roots = torch.where(finite[..., 0], sizes[..., :rank].sqrt(), math.nan)
+    new_a = roots[..., :, None] * (v[..., :rank, :] @ right.Q.mT)
+    new_b = (left.Q @ u[..., :, :rank]) * roots[..., None, :]
+    return torch.where(finite, new_a, math.nan), torch.where(finite, new_b, math.nan)

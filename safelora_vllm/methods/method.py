@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safelora_vllm.methods.delta import ModuleDelta
+    from safelora_vllm.methods.delta import Delta
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import Projector
 
@@ -44,20 +44,23 @@ class Method:
     """A projection method.
 
     name: as in a policy.
-    project: ``(delta, policy) -> (A', B')``.
+    project: ``(delta, policy) -> (A', B')``, rounded, with the leading dimensions of the delta, and without
+        waiting for the device.
     options: the policy's fields that it reads, besides those that select modules and the caps.
     select: which modules it projects where a policy does not say so.
     energy: the policy's energy where it does not say so.
-    reads_output_bases: whether it reads L of the projector cache, which takes memory. Of the methods with an
-        ``energy``, all read R.
+    reads_operator: whether it reads Ĉ or V of the projector cache, which takes the most memory.
+    reads_output_bases: whether it reads L, which takes memory too. Of the methods with an ``energy``, all
+        read R.
     calibrator: what it does to a random adapter; without one it cannot be calibrated.
     """
 
     name: str
-    project: Callable[[ModuleDelta, Policy], tuple[Tensor, Tensor]]
+    project: Callable[[Delta, Policy], tuple[Tensor, Tensor]]
     options: Mapping[str, Option] = field(default_factory=dict)
     select: str = "all"
     energy: float = 0.2
+    reads_operator: bool = False
     reads_output_bases: bool = False
     calibrator: Calibrator | None = None
 

@@ -21,7 +21,7 @@ from safelora_vllm.methods.method import Calibrator, Effect, Method, Spread
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safelora_vllm.methods.delta import ModuleDelta
+    from safelora_vllm.methods.delta import Delta
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import Projector
     from safelora_vllm.projectors.manifest import ModuleEntry
@@ -30,7 +30,7 @@ _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _NUMBERS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of all modules
 
 
-def project(delta: ModuleDelta, _policy: Policy) -> tuple[Tensor, Tensor]:
+def project(delta: Delta, _policy: Policy) -> tuple[Tensor, Tensor]:
     """New (A, B): A (r, d_in) as it was, B' = Ĉ B (d_out, r). Safe LoRA has no strength to set."""
     return delta.a, delta.image
 
@@ -77,5 +77,6 @@ METHOD = Method(
     name="safe-lora",
     project=project,
     select="threshold",  # as in the paper
+    reads_operator=True,
     calibrator=Calibrator(_effect, _ladder),
 )

@@ -19,72 +19,24 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safelora_vllm.errors import PolicyError, ProjectorCacheError
+from safelora_vllm.errors import ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
 from safelora_vllm.projectors.checkpoint import ModelName
-from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, MANIFEST, MODELS, ModuleEntry, parse_manifest
+from safelora_vllm.projectors.group import BasisStack, GroupSpectrum, ProjectorGroup
+from safelora_vllm.projectors.manifest import MANIFEST, MODELS, parse_manifest
+from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 
+__all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
 
-class Projector:
-    """One module's operators on a device."""
-
-    def __init__(self, entry: ModuleEntry, cache: ProjectorCache, device: torch.device) -> None:
-        self.entry = entry
-        self._cache = cache
-        self._device = device
-
-    def apply(self, b: Tensor) -> Tensor:
-        """``Ĉ B`` for B (d_out, r), in the projector's dtype (paper, eq. 3 with its Ĉ)."""
-        if self.entry.form == "dense":
-            projector = self._tensor("projector")
-            return projector @ b.to(projector.dtype)
-        delta = self._tensor("delta")
-        return (delta @ (delta.T @ b.to(delta.dtype))) / self.entry.norm
-
-    @cached_property
-    def energies(self) -> Tensor:
-        """The shares of ‖V‖_F² that its first 1…n singular values hold, (n,) float64, rising.
-
-        The cache ends them where its ``--max-energy`` is reached.
-        """
-        return self._tensor("energy")
-
-    def directions(self, energy: float, clipped: bool = False) -> int:
-        """k, the fewest singular values of V that hold ``energy`` of ‖V‖_F².
-
-        clipped: at most as many as the cache keeps.
-
-        Raises:
-            PolicyError: the cache keeps less than that, and it is not to be clipped.
-        """
-        k = int((self.energies < energy - ENERGY_ROUNDING).sum()) + 1 if energy > 0 else 0
-        if clipped:
-            return min(k, len(self.energies))
-        if k > len(self.energies):
-            raise PolicyError(
-                f"`energy` {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
-                f"keeps for {self.entry.name}. Build it again with a `max_energy` of {energy} or more"
-            )
-        return k
-
-    def input_basis(self, energy: float) -> Tensor:
-        """R (d_in, k): the fewest right singular vectors of V that hold ``energy`` of ‖V‖_F²."""
-        return self._tensor("input_basis", self.directions(energy))
-
-    def output_basis(self, energy: float) -> Tensor:
-        """L (d_out, k): the left singular vectors that belong to `input_basis`."""
-        return self._tensor("output_basis", self.directions(energy))
-
-    def _tensor(self, part: str, columns: int | None = None) -> Tensor:
-        return self._cache.tensor(f"{self.entry.name}.{part}", self.entry.shard, self._device, columns)
+_SIDES = {"input_basis": 1, "output_basis": 0}  # of a module's shape
+_SPECTRA = 256  # groups whose spectra are kept, some kilobytes each
 
 
 class ProjectorCache:
@@ -109,7 +61,14 @@ class ProjectorCache:
         self.modules, self.unchanged = self._manifest.modules, self._manifest.unchanged
         # ‖W_aligned‖_F of all modules together.
         self.aligned_norm = math.hypot(*(entry.aligned_norm for entry in self.modules.values()))
+        # Shape and form → modules; those of one kind of layer are neighbours: adapters often have all of it.
+        self._shapes: dict[tuple[tuple[int, int], str], list[str]] = {}
+        for name in sorted(self.modules, key=lambda name: name.rpartition(".")[2]):
+            entry = self.modules[name]
+            self._shapes.setdefault((entry.shape, entry.form), []).append(name)
         self._resident: dict[str, Tensor] = {}
+        self._stacks: dict[str, BasisStack] = {}  # of resident bases, by the same keys
+        self._spectra: dict[tuple[tuple[str, ...], float, torch.device], GroupSpectrum] = {}
         self._verified: dict[str, FileState] = {}  # shard → of its file then
 
     def _manifest_text(self) -> bytes:
@@ -170,28 +129,92 @@ class ProjectorCache:
         max_bytes: int | None = None,
         input_energy: float = 1.0,
         output_energy: float = 1.0,
+        operator: bool = True,
     ) -> None:
-        """Keep tensors on ``device``, in the manifest's order, up to ``max_bytes`` of them.
+        """Keep tensors on ``device``, up to ``max_bytes`` of them.
 
-        Of the bases only the directions up to these energies, as far as the cache has them: what a policy
-        reads. All else is read from the shards at each use, and a shard whose file changed is verified
-        again before that.
+        Of the bases only the directions up to these energies, as far as the cache has them, and Ĉ or V only
+        where it is read: what `Parts` says. The small parts of all modules come before the large ones: the
+        energies (on the CPU), R, L, then Ĉ or V. All else is read from the shards at each use, and a shard
+        whose file changed is verified again before that.
         """
-        used = 0
-        for entry in self.modules.values():
-            projector = Projector(entry, self, torch.device("cpu"))
-            wanted: dict[str, int | None] = {"projector" if entry.form == "dense" else "delta": None}
-            wanted |= {"input_basis": projector.directions(input_energy, clipped=True), "energy": None}
-            wanted |= {"output_basis": projector.directions(output_energy, clipped=True)}
-            for part, columns in wanted.items():
-                key = f"{entry.name}.{part}"
-                if columns == 0:
-                    continue
-                tensor = self._read(key, entry.shard, columns).to(device)
-                if max_bytes is not None and used + tensor.nbytes > max_bytes:
+        left = math.inf if max_bytes is None else max_bytes
+        for part, names, columns in self._wanted(input_energy, output_energy, operator):
+            if columns is None or len(names) == 1:
+                (name,) = names
+                tensor = self._read(f"{name}.{part}", self.modules[name].shard, columns)
+                if tensor.nbytes > left:
                     return
-                used += tensor.nbytes
-                self._resident[key] = tensor
+                self._resident[f"{name}.{part}"] = tensor.to("cpu" if part == "energy" else device)
+                left -= tensor.nbytes
+                continue
+            side = self.modules[names[0]].shape[_SIDES[part]]
+            each = side * columns * torch.float32.itemsize
+            fitting = names[: int(min(left, len(names) * each) // each)]
+            stack = torch.empty(len(fitting), side, columns, device=device)
+            held = BasisStack(fitting, stack)
+            for name, room in zip(fitting, stack, strict=True):
+                room.copy_(self._read(f"{name}.{part}", self.modules[name].shard, columns))
+                self._resident[f"{name}.{part}"], self._stacks[f"{name}.{part}"] = room, held
+            left -= stack.nbytes
+            if len(fitting) < len(names):
+                return
+
+    def _wanted(
+        self, input_energy: float, output_energy: float, operator: bool
+    ) -> Iterator[tuple[str, Sequence[str], int | None]]:
+        """Part, modules and columns of what `load` keeps, in its order.
+
+        Modules of one shape keep equally many columns, the most that one of them needs, if all have as many.
+        """
+        yield from (("energy", [name], None) for name in self.modules)
+        for part, energy in (("input_basis", input_energy), ("output_basis", output_energy)):
+            for names in self._shapes.values():
+                projectors = [self.projector(name) for name in names]
+                counts = [projector.directions(energy, clipped=True) for projector in projectors]
+                if max(counts) == 0:
+                    continue
+                if max(counts) <= min(len(projector.energies) for projector in projectors):
+                    yield part, names, max(counts)
+                else:
+                    yield from ((part, [name], count) for name, count in zip(names, counts, strict=True))
+        if operator:
+            for name, entry in self.modules.items():
+                yield "projector" if entry.form == "dense" else "delta", [name], None
+
+    def in_groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Modules by their shape, neighbours in memory beside each other."""
+        wanted = set(names)
+        groups = ([name for name in group if name in wanted] for group in self._shapes.values())
+        return [group for group in groups if group]
+
+    def group(self, names: Sequence[str], device: str | torch.device = "cpu") -> ProjectorGroup:
+        """The operators of modules of one shape, in the order of `in_groups`."""
+        return ProjectorGroup([self.projector(n, device) for n in names], self, torch.device(device))
+
+    def group_spectrum(self, names: tuple[str, ...], energy: float, device: torch.device) -> GroupSpectrum:
+        """What `ProjectorGroup.spectrum` says, kept for the next adapters."""
+        if (known := self._spectra.get((names, energy, device))) is not None:
+            return known
+        found = GroupSpectrum.of([self.projector(name).spectrum(energy) for name in names], device)
+        if len(self._spectra) >= _SPECTRA:
+            self._spectra.pop(next(iter(self._spectra)), None)
+        self._spectra[names, energy, device] = found
+        return found
+
+    def bases(self, names: Sequence[str], part: str, counts: Sequence[int], device: torch.device) -> Tensor:
+        """(m, d, k) of the first columns of each module's basis, k the largest count."""
+        columns, entry = max(counts), self.modules[names[0]]
+        if columns == 0:
+            return torch.zeros(len(names), entry.shape[_SIDES[part]], 0, device=device)
+        stack = self._stacks.get(f"{names[0]}.{part}")
+        if stack is not None and (rows := stack.rows(names, columns)) is not None:
+            return rows
+        parts = [
+            self.tensor(f"{name}.{part}", self.modules[name].shard, device, count)
+            for name, count in zip(names, counts, strict=True)
+        ]
+        return torch.stack([torch.nn.functional.pad(x, (0, columns - x.shape[1])) for x in parts])
 
     def projector(self, name: str, device: str | torch.device = "cpu") -> Projector:
         """The operators of one module. ``name`` must be in ``modules``."""

@@ -1,0 +1,188 @@
+"""All modules of an adapter measured and projected, in groups of one shape and rank.
+
+A group costs a fixed number of operators, and two points where the host waits for the device: its weights are
+copied there together, and what is served comes back together with all figures. A policy that decides by
+similarity waits for that too. The size of a group is bounded, and with it the memory that its work takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.certified import Interval
+from safelora_vllm.methods.delta import Delta, InputStats, OutputStats
+from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.manifest import ModuleEntry
+
+if TYPE_CHECKING:
+    from safelora_vllm.policy import Policy
+
+Pair = tuple[Tensor, Tensor]
+# Of a group's A and B in float32; its work takes about 7 times as much under the default policy. On a CPU a
+# group should fit into a core's cache; elsewhere fewer operators count for more.
+_CPU_BYTES = 1 * 1024**2
+_DEVICE_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class JudgedModule:
+    """One module's figures and weights.
+
+    entry: of the projector cache. rank: columns of B. came: figures before the decision. served: after it.
+    projected: the decision. a, b: what is to be served, on the CPU.
+    """
+
+    entry: ModuleEntry
+    rank: int
+    came: InputStats
+    served: OutputStats
+    projected: bool
+    a: Tensor
+    b: Tensor
+
+    @property
+    def similarity(self) -> Interval | None:
+        """See `InputStats`."""
+        return self.came.similarity
+
+    @property
+    def relative_norm(self) -> float:
+        """‖s·BA‖_F / ‖W_aligned‖_F."""
+        return self.came.norm / self.entry.aligned_norm
+
+
+def judge(
+    weights: Mapping[str, Pair],
+    cache: ProjectorCache,
+    policy: Policy,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[JudgedModule]:
+    """Every module of an adapter, in the order of ``weights``.
+
+    Args:
+        weights: module → A (r, d_in) and B (d_out, r), float32, on the CPU.
+        cache: with all of these modules.
+        policy: which modules are projected, and how. In report-only mode the weights stay as they came.
+        device: where to compute.
+        dtype: of the weights as they are served.
+    """
+    groups = grouped(weights, cache, _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES)
+    chosen: set[str] | None = None
+    if policy.select == "number":  # which are the least similar is known when all are measured
+        similarities: dict[str, float | None] = {}
+        for names in groups:
+            similarities |= _middles(names, _Group(names, weights, cache, policy, device, dtype).measured())
+        chosen = policy.selects(similarities)
+    judged: dict[str, JudgedModule] = {}
+    for names in groups:
+        for module in _Group(names, weights, cache, policy, device, dtype).judged(chosen):
+            judged[module.entry.name] = module
+    return [judged[name] for name in weights]
+
+
+def grouped(weights: Mapping[str, Pair], cache: ProjectorCache, nbytes: int) -> list[list[str]]:
+    """Modules of one shape and rank together, as many as have at most ``nbytes`` of A and B, at least one."""
+    groups = []
+    for names in cache.in_groups(weights):
+        ranks: dict[int, list[str]] = {}
+        for name in names:
+            ranks.setdefault(weights[name][0].shape[0], []).append(name)
+        for rank, alike in ranks.items():
+            each = rank * sum(cache.modules[alike[0]].shape) * torch.float32.itemsize
+            size = max(1, nbytes // max(each, 1))
+            groups += [alike[start : start + size] for start in range(0, len(alike), size)]
+    return groups
+
+
+class _Group:
+    """One group on its way through a policy."""
+
+    def __init__(
+        self, names: Sequence[str], weights: Mapping[str, Pair], cache: ProjectorCache, policy: Policy,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._policy, self._parts = policy, parts_read(policy)
+        self._names, self._entries = names, [cache.modules[name] for name in names]
+        self._projectors = cache.group(names, device)
+        pairs = [weights[name] for name in names]
+        sides = [side for part in zip(*pairs, strict=True) for side in part]
+        flat = torch.cat([side.reshape(-1) for side in sides]).to(device)
+        (rank, d_in), d_out, count = pairs[0][0].shape, pairs[0][1].shape[0], len(names)
+        a, b = flat[: count * rank * d_in], flat[count * rank * d_in :]
+        self._delta = Delta(a.view(count, rank, d_in), b.view(count, d_out, rank), self._projectors, dtype)
+
+    def _sums(self) -> Tensor:
+        energy = self._parts.output_energy
+        known = self._delta.exact_sums() if self._parts.operator else self._delta.certified_sums(energy)
+        return torch.cat([self._delta.own_sums(), known], dim=1)
+
+    def _stats(self, sums: Sequence[Sequence[float]]) -> list[InputStats]:
+        if self._parts.operator:
+            return [InputStats.of(row[:2], row[2:], None) for row in sums]
+        spectra = self._projectors.spectrum(self._parts.output_energy).modules
+        return [InputStats.of(row[:2], row[2:], found) for row, found in zip(sums, spectra, strict=True)]
+
+    def measured(self) -> list[InputStats]:
+        """Figures of the modules as they came."""
+        return self._stats(self._sums().tolist())
+
+    def judged(self, chosen: set[str] | None) -> Iterator[JudgedModule]:
+        """The answer for each module; ``chosen``: those to be projected, where that is known already."""
+        delta, policy, sums = self._delta, self._policy, self._sums()
+        if policy.select == "threshold":
+            chosen = policy.selects(_middles(self._names, self._stats(sums.tolist())))
+        a, b, new_sums = delta.a, delta.b, sums[:, :2]
+        if chosen is None or not chosen.isdisjoint(self._names):
+            new_a, new_b = METHODS[policy.method].project(delta, policy)
+            new_sums = delta.served_sums(new_a, new_b)
+            if policy.enforcing:
+                a, b = new_a, new_b
+        figures, a, b = on_host([torch.cat([sums, new_sums], dim=1), a, b])
+        rows = figures.tolist()
+        came = self._stats([row[:-2] for row in rows])
+        if chosen is None:
+            chosen = policy.selects(_middles(self._names, came))
+        for i, (name, entry) in enumerate(zip(self._names, self._entries, strict=True)):
+            projected = name in chosen
+            served = came[i].served(*rows[i][-2:]) if projected else came[i].unchanged
+            pair = a[i], b[i]
+            if policy.enforcing and not projected:
+                pair = delta.a[i].cpu(), delta.b[i].cpu()
+            yield JudgedModule(entry, delta.b.shape[2], came[i], served, projected, *pair)
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one device on the CPU, in one copy; those of the largest elements come first."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    return unpacked(packed(tensors).cpu(), tensors)
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of all, one after another."""
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+
+def unpacked(data: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `packed`, as views."""
+    ends = list(itertools.accumulate(tensor.nbytes for tensor in like))
+    return [
+        data[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
+        for end, tensor in zip(ends, like, strict=True)
+    ]
+
+
+def _middles(names: Sequence[str], stats: Sequence[InputStats]) -> dict[str, float | None]:
+    return {
+        name: found.similarity.middle if found.similarity else None
+        for name, found in zip(names, stats, strict=True)
+    }

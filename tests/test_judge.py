@@ -1,0 +1,276 @@
+"""Modules that are judged together: the same answer as one by one, in a fixed number of operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safelora_vllm.methods import METHODS, judge, lowrank
+from safelora_vllm.methods.delta import ModuleDelta
+from safelora_vllm.methods.judge import JudgedModule, grouped
+from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests import reference
+from tests.tiny import Pair, key, lora, module_shapes
+
+CPU = torch.device("cpu")
+Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj" for i in (0, 1))
+# The products with the bases are float32, up to 6e-8 per value in sums of another order, and so is what is
+# served. All other sums are float64.
+_SAME = 1e-6
+POLICIES = [
+    Policy(method=method, select=select, threshold=0.4, number=6, energy=0.6, mode=mode)
+    for method in METHOD_NAMES
+    for select in ("all", "threshold", "number")
+    for mode in ("enforce", "report-only")
+]
+
+
+def adapter(rank: int = 4, seed: int = 7) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → A and B, of all modules in order."""
+    tensors = lora(rank=rank, seed=seed)
+    return {name: (tensors[key(name, "A")], tensors[key(name, "B")]) for name in sorted(module_shapes())}
+
+
+def together(
+    weights: dict[str, tuple[Tensor, Tensor]],
+    cache: ProjectorCache,
+    policy: Policy,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, JudgedModule]:
+    """Module → the answer."""
+    return {module.entry.name: module for module in judge.judge(weights, cache, policy, CPU, dtype)}
+
+
+@pytest.fixture(params=[0, 40_000, 2**40], ids=["alone", "some", "all"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of a group: one module, some, and all of one shape."""
+    monkeypatch.setattr(judge, "_CPU_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.method}-{p.select}-{p.mode}")
+def test_the_answer_is_that_of_each_module_by_itself(
+    policy: Policy, loaded: bool, build_cache: Callable[[str, str], Path]
+) -> None:
+    cache, alone = (ProjectorCache(build_cache("bfloat16", "auto")) for _ in range(2))
+    if loaded:
+        cache.load("cpu", None, **dataclasses.asdict(parts_read(policy)))
+    weights = adapter()
+    deltas = {name: ModuleDelta(a, b, alone.projector(name)) for name, (a, b) in weights.items()}
+    stats = {name: delta.stats(parts_read(policy)) for name, delta in deltas.items()}
+    similarities = {name: s.similarity.middle if s.similarity else None for name, s in stats.items()}
+    selected = policy.selects(similarities)
+    found = together(weights, cache, policy)
+    assert list(found) == list(weights) and len(selected) > 0
+    for name, module in found.items():
+        delta, came = deltas[name], module.came
+        assert module.projected == (name in selected) and module.rank == 4
+        assert came.norm == pytest.approx(stats[name].norm, rel=1e-14)
+        assert came.coherence == pytest.approx(stats[name].coherence, rel=1e-14)
+        assert came.similarity == pytest.approx(stats[name].similarity, abs=1e-6)
+        a, b = METHODS[policy.method].project(delta, policy) if name in selected else (delta.a, delta.b)
+        assert module.served == pytest.approx(delta.served(a, b), rel=1e-6)
+        expected = reference.product(*((a, b) if policy.enforcing else (delta.a, delta.b)))
+        difference = reference.product(module.a, module.b) - expected
+        # bfloat16 projectors: the products themselves are rounded to 8 bits, but from the same values.
+        assert reference.ratio(difference, expected) < _SAME
+
+
+@pytest.mark.usefixtures("_size")
+@pytest.mark.parametrize("energy", [0.2, 0.6, 0.9])
+def test_groups_remove_what_the_float64_formula_does(
+    energy: float, cache: ProjectorCache, pair: Pair
+) -> None:
+    loaded = ProjectorCache(cache.folder)
+    loaded.load("cpu", None, 0.6, 0.6, False)  # fewer and more directions than those that are held
+    for rank in (1, 4, 40):  # 40: more than some sides have
+        weights = adapter(rank)
+        for name, module in together(weights, loaded, Policy(energy=energy)).items():
+            expected = reference.removed(pair.v(name), *weights[name], energy)
+            original = reference.product(*weights[name])
+            # The basis and what is served are float32, see test_methods.py.
+            assert reference.ratio(reference.product(module.a, module.b) - expected, original) < 2e-6
+            assert (module.a.shape, module.b.shape) == tuple(side.shape for side in weights[name])
+
+
+@pytest.mark.usefixtures("_size")
+def test_modules_of_other_ranks_and_some_modules_only(cache: ProjectorCache, pair: Pair) -> None:
+    narrow, wide = adapter(2), adapter(6)
+    weights = {
+        name: (narrow if index % 2 else wide)[name]
+        for index, name in enumerate(module_shapes())
+        if index != 3
+    }
+    found = together(weights, cache, Policy())
+    assert list(found) == list(weights)
+    for name, module in found.items():
+        expected = reference.removed(pair.v(name), *weights[name], 0.2)
+        assert module.rank == module.a.shape[0] == weights[name][0].shape[0]
+        assert reference.ratio(reference.product(module.a, module.b) - expected, expected) < 2e-6
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.method}-{p.select}-{p.mode}")
+def test_a_delta_of_zero_among_others_stays_as_it_is(policy: Policy, cache: ProjectorCache) -> None:
+    weights = adapter()
+    weights[Q0] = weights[Q0][0], torch.zeros(96, 4)
+    found = together(weights, cache, policy)
+    zero = found[Q0]
+    assert zero.similarity is None and not zero.projected and zero.served == (None, 1.0)
+    # As it came, up to the powers of two that go from one side to the other.
+    assert not zero.b.any() and zero.a.any()
+    plain = together({name: pair for name, pair in weights.items() if name != Q0}, cache, policy)
+    for name, module in plain.items():
+        if policy.select != "number":
+            assert module.projected == found[name].projected
+            whole = [reference.product(m.a, m.b) for m in (found[name], module)]
+            assert reference.ratio(whole[0] - whole[1], whole[1]) < _SAME  # the group is another one
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_module_that_is_not_finite_spoils_no_other(bad: float, method: str, cache: ProjectorCache) -> None:
+    weights, policy = adapter(), Policy(method=method, select="all", energy=0.6)
+    plain = together(weights, cache, policy)
+    b = weights[Q0][1].clone()
+    b[1, 1] = bad
+    found = together({**weights, Q0: (weights[Q0][0], b)}, cache, policy)
+    assert not math.isfinite(found[Q0].came.norm)
+    for name, module in found.items():
+        if name != Q0:
+            assert (module.came, module.served) == (plain[name].came, plain[name].served)
+            assert torch.equal(module.a, plain[name].a) and torch.equal(module.b, plain[name].b)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read from the device"
+        result = func(*args, **(kwargs or {}))
+        self.count += not (func.is_view and shares_memory(result, args[0]))
+        return result
+
+
+def shares_memory(result: Any, source: Any) -> bool:
+    """Whether nothing was computed: ``to`` and ``reshape`` copy only where they have to."""
+    return (
+        not isinstance(result, Tensor)
+        or result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    )
+
+
+@contextmanager
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The methods by which the host reads values of a tensor."""
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+            inner = getattr(Tensor, name)
+            patch.setattr(Tensor, name, lambda x, name=name, inner=inner: seen.append(name) or inner(x))
+        yield seen
+
+
+# Selecting by number measures everything first, as nothing else does.
+@pytest.mark.parametrize(
+    ("policy", "operators", "waits"),
+    [
+        (Policy(), 95, 1),
+        (Policy(method="safe-lora", select="all"), 60, 1),
+        (Policy(method="safe-lora"), 60, 2),
+        (Policy(method="csulora"), 161, 1),
+        (Policy(select="number"), 170, 2),
+    ],
+    ids=lambda value: f"{value.method}-{value.select}" if isinstance(value, Policy) else str(value),
+)
+def test_operators_and_waits_do_not_depend_on_the_number_of_modules(
+    policy: Policy, operators: int, waits: int, cache: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "_CPU_BYTES", 2**40)
+    loaded = ProjectorCache(cache.folder)
+    loaded.load("cpu", None, **dataclasses.asdict(parts_read(policy)))
+    weights = adapter()
+    groups = len(grouped(weights, loaded, 2**40))
+    assert groups == 4  # shapes: q and o, k and v, gate and up, down
+    applied = 4 * len(weights) if parts_read(policy).operator else 0  # Ĉ or V of a module is applied alone
+    together(weights, loaded, policy)  # spectra are kept
+    with reads(monkeypatch) as seen, torch.inference_mode(), Operators() as counted:
+        together(weights, loaded, policy)
+    assert len(seen) == waits * groups
+    assert counted.count <= operators * groups + applied, counted.count / groups
+
+
+@pytest.mark.parametrize("nbytes", [0, 5_000, 40_000, 10**9])
+def test_groups_are_bounded(nbytes: int, cache: ProjectorCache) -> None:
+    weights = adapter()
+    groups = grouped(weights, cache, nbytes)
+    assert sorted(name for names in groups for name in names) == sorted(weights)
+    for names in groups:
+        assert len({cache.modules[name].shape for name in names}) == 1
+        size = sum(side.nbytes for name in names for side in weights[name])
+        assert len(names) == 1 or size <= nbytes
+
+
+def test_tensors_go_to_the_host_as_one() -> None:
+    tensors = [torch.randn(3, 5).double(), torch.randn(2, 3).T, torch.randn(4, 1, 2).bfloat16()]
+    packed = judge.packed(tensors)
+    assert packed.dtype == torch.uint8 and packed.shape == (3 * 5 * 8 + 6 * 4 + 8 * 2,)
+    for found, expected in zip(judge.unpacked(packed, tensors), tensors, strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@given(
+    d_out=st.integers(1, 48), d_in=st.integers(1, 48), ranks=st.integers(1, 24), lost=st.integers(0, 8),
+    power=st.integers(-100, 100), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_rotated_keeps_the_product_and_has_ranks_that_cannot_cancel(
+    d_out: int, d_in: int, ranks: int, lost: int, power: int, seed: int
+) -> None:
+    """Also where B has fewer ranks than columns, or columns of zeros, as padded adapters have."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(2, ranks, d_in, generator=generator).double()
+    b = torch.randn(2, d_out, ranks, generator=generator).double() * 2.0**power
+    b[0, :, : min(lost, ranks)] = 0.0
+    b[1, :, : min(lost, ranks)] = b[1, :, -1:]
+    new_a, new_b = lowrank.rotated(a, b, lowrank.gram(b.mT))
+    assert (new_a.shape, new_b.shape) == (a.shape, b.shape)
+    for i in range(2):
+        whole = b[i].norm() * a[i].norm()
+        # Float64 on both sides; W is orthogonal up to some 1e-15.
+        assert float((new_b[i] @ new_a[i] - b[i] @ a[i]).norm()) <= 1e-13 * float(whole)
+        squared, root = lowrank.norm_sums(lowrank.gram(new_b[i].mT), lowrank.gram(new_a[i])).tolist()
+        assert lowrank.coherence(squared, root**2) >= 1 / ranks - 1e-9 or squared < 1e-20 * float(whole) ** 2
+
+
+def test_the_bases_of_a_group_are_those_of_its_modules(cache: ProjectorCache) -> None:
+    """Of neighbours, of others, and whether they are held in one tensor or not."""
+    whole, part, none = (ProjectorCache(cache.folder) for _ in range(3))
+    whole.load("cpu")
+    part.load("cpu", None, 0.3, 0.3, False)
+    names = [name for name, shape in module_shapes().items() if shape == (96, 96)]
+    for opened in (whole, part, none):
+        for chosen in (names, names[:1], [names[0], names[-1]], names[::-1]):
+            group = opened.group(chosen)
+            for energy in (0.0, 0.2, 0.3, 0.9):
+                counts = [cache.projector(name).directions(energy) for name in chosen]
+                for basis in ("input_basis", "output_basis"):
+                    found = getattr(group, basis)(energy) * group.taken(energy)
+                    assert found.shape == (len(chosen), 96, max(counts))
+                    for name, columns, count in zip(chosen, found, counts, strict=True):
+                        assert torch.equal(columns[:, :count], getattr(cache.projector(name), basis)(energy))
+                        assert not columns[:, count:].any()
