@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,11 @@ def sizes(shape: tuple[int, int], inputs: int, outputs: int, kept: int) -> Sizes
     )
 
 
+def held(shape: tuple[int, int], directions: int, kept: int) -> Sizes:
+    """Where every module is selected: so many directions of R and L, and neither Ĉ nor V."""
+    return replace(sizes(shape, directions, directions, kept), projector=0)
+
+
 def most(shape: tuple[int, int], energy: float) -> int:
     """Directions that hold an energy, at most: the largest singular values come first."""
     return math.ceil(energy * min(shape))
@@ -85,12 +90,12 @@ def written_table() -> str:
 
     row("gate, `safe-lora`", total(lambda shape: sizes(shape, 0, 0, most(shape, kept))))
     row(
-        f"gate, `input-removal` at energy {default}, at most",
-        total(lambda shape: sizes(shape, most(shape, default), 0, most(shape, kept))),
+        f"gate, `input-removal` at energy {default}, `--select all`, at most",
+        total(lambda shape: held(shape, most(shape, default), most(shape, kept))),
     )
     row(
-        f"gate, `csulora` at energy {csulora}, at most",
-        total(lambda shape: sizes(shape, most(shape, csulora), most(shape, csulora), most(shape, kept))),
+        f"gate, `csulora` at energy {csulora}, `--select all`, at most",
+        total(lambda shape: held(shape, most(shape, csulora), most(shape, kept))),
     )
     row(
         f"disk, with `--max-energy {kept}`, at most",

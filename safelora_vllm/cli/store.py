@@ -130,12 +130,15 @@ def _print_collected(collected: Collected, what: str) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from safelora_vllm.store import NameStore, RawStore
     from safelora_vllm.store.housekeeping import verify
 
-    problems = verify(_root(args), lambda checks: tqdm(checks, desc="Adapter store", unit="folder"))
+    root = _root(args)
+    problems = verify(root, lambda checks: tqdm(checks, desc="Adapter store", unit="folder"))
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} problems" if problems else "the adapter store is sound")
+    counts = f"{len(NameStore(root).all())} names, {len(RawStore(root).all())} uploads"
+    print(f"{len(problems)} problems" if problems else f"the adapter store is sound: {counts}")
     return PROBLEMS if problems else DONE
 
 

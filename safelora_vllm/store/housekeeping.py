@@ -25,7 +25,7 @@ from safelora_vllm.files import (
     remove_leftovers,
     writing,
 )
-from safelora_vllm.store.layout import FOLDERS, INCOMING
+from safelora_vllm.store.layout import FOLDERS, IDS, INCOMING
 from safelora_vllm.store.names import REMEDY, AdapterRecord, NameStore
 from safelora_vllm.store.published import REPORT, PublishedStore
 from safelora_vllm.store.raw import RawStore
@@ -127,6 +127,10 @@ def verify(
     """
     names = NameStore(root)
     problems = [Problem(str(path), wrong, REMEDY) for path, wrong in sorted(names.damaged().items())]
+    try:
+        names.next_id()
+    except StoreDamaged as error:
+        problems.append(Problem(str(Path(root) / IDS), str(error), "uploads and changes answer 503 until then"))
     references, raw = _references(names.all()), RawStore(root)
     checks = [_check_raw(raw, digest, references) for digest in sorted({*raw.all(), *references})]
     published = PublishedStore(root)

@@ -104,24 +104,35 @@ class NameStore:
         """The first of ``count`` numbers that nobody on this store was given before or will be again.
 
         Raises:
+            StoreDamaged: it is not known which were given.
             StoreUnavailable: the disk is full or not writable, or the numbers are used up.
         """
         path = self.root / IDS
         with writing(self.root):
             make_folder(self.root)
             with locked(self.root):
-                try:
-                    first = int(path.read_text())
-                except FileNotFoundError:
-                    first = FIRST_ID
-                except ValueError as error:
-                    # Without the file the numbers would start again, and be given twice.
-                    told = "restore it from a backup, or start with a new store"
-                    raise StoreDamaged(f"{path} holds no number; {told}") from error
+                first = self.next_id()
                 if first + count > LAST_ID:
                     raise StoreUnavailable(f"{path}: all adapter ids are used up; start with a new store")
                 replace_file(path, str(first + count).encode())
         return first
+
+    def next_id(self) -> int:
+        """The first number that nobody was given.
+
+        Raises:
+            StoreDamaged: the file that says so is damaged, or missing in a store with names. Numbers that
+                start again would be given twice.
+        """
+        path, cure = self.root / IDS, "restore it from a backup, or start with a new store"
+        try:
+            return int(path.read_text())
+        except FileNotFoundError:
+            if any(self.folder.glob("*.json")):
+                raise StoreDamaged(f"{path} is missing, but the store has names; {cure}") from None
+            return FIRST_ID
+        except ValueError as error:
+            raise StoreDamaged(f"{path} holds no number; {cure}") from error
 
     def stamp(self) -> int:
         """The folder's st_mtime_ns, 0 where there is none: another number after every change.
