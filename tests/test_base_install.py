@@ -50,7 +50,7 @@ def test_every_command_but_serve_works_and_so_do_the_lines_of_the_readme(pair: P
         "my-adapter: accepted, 14 of 14 modules projected\n",
         "14 of 14 modules projected, written to out\n0\n",
         "A random adapter under input-removal",
-        "the adapter store is sound\n0\n",
+        "the adapter store is sound: 0 names, 0 uploads\n0\n",
     ):
         assert told in done.stdout, told
     assert "no matching record" in done.stderr and done.stdout.endswith("0\n0\n")

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.projector import Parts
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
 BLOCK = re.compile(
@@ -120,21 +122,38 @@ def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
     return ProjectorCache(build_cache(BuildOptions().dtype, BuildOptions().form))
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(0.0, 0.0), (0.2, 0.0), (0.9, 0.9)])
+@pytest.mark.parametrize(
+    ("policy", "parts"),
+    [
+        (Policy(method="safe-lora"), Parts(True, 0.0, 0.0)),
+        (Policy(), Parts(False, 0.2, 0.2)),
+        (Policy(select="number"), Parts(True, 0.2, 0.0)),
+        (Policy(method="csulora"), Parts(False, 0.95, 0.95)),
+        (Policy(method="csulora", select="threshold"), Parts(True, 0.95, 0.95)),
+    ],
+    ids=["safe-lora", "the default", "number", "csulora", "csulora, threshold"],
+)
 def test_a_gate_holds_as_much_as_the_formula_says(
-    cache: ProjectorCache, inputs: float, outputs: float
+    cache: ProjectorCache, policy: Policy, parts: Parts
 ) -> None:
+    assert parts_read(policy) == parts
+    inputs, outputs = parts.input_energy, parts.output_energy
     loaded = ProjectorCache(cache.folder)
-    loaded.load("cpu", None, inputs, outputs)
-    held = 0
+    loaded.load("cpu", None, inputs, outputs, parts.operator)
+    least = most_held = 0
     for name, entry in loaded.modules.items():
         projector = loaded.projector(name)
+        shares = len(projector.energies)
         assert projector.directions(inputs) <= most(entry.shape, inputs)
-        found = sizes(
-            entry.shape, projector.directions(inputs), projector.directions(outputs), len(projector.energies)
-        )
-        held += sum(vars(found).values())
-    assert loaded.resident_bytes()["cpu"] == held
+        needed = sizes(entry.shape, projector.directions(inputs), projector.directions(outputs), shares)
+        allowed = sizes(entry.shape, most(entry.shape, inputs), most(entry.shape, outputs), shares)
+        unread = 0 if parts.operator else needed.projector
+        least += sum(vars(needed).values()) - unread
+        most_held += sum(vars(allowed).values()) - unread
+    # Modules of one shape keep equally many directions: the most that one of them needs.
+    assert least <= loaded.resident_bytes()["cpu"] <= most_held
+    if inputs == outputs == 0.0:
+        assert least == most_held
 
 
 def test_a_cache_is_as_large_as_the_formula_says(cache: ProjectorCache) -> None:

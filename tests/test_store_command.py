@@ -141,7 +141,10 @@ def test_what_is_no_size(text: str, run: Run) -> None:
 
 def test_verify_says_what_is_wrong_and_what_to_do(run: Run, root: Path) -> None:
     code, out, error = run("verify")
-    assert (code, out) == (0, "the adapter store is sound\n") and "Adapter store" in error  # the bar
+    assert (code, out) == (
+        0,
+        "the adapter store is sound: 2 names, 4 uploads\n",
+    ) and "Adapter store" in error  # the bar
     RawStore(root).remove(digest_of(1))
     (root / "names" / "c.json").write_text("{")
     code, out, _ = run("verify")
@@ -186,7 +189,10 @@ def test_a_folder_of_other_things_is_no_store(action: tuple[str, ...], run: Run,
 
 def test_an_empty_folder_is_a_sound_store(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert run("verify", store=tmp_path / "empty")[:2] == (0, "the adapter store is sound\n")
+    assert run("verify", store=tmp_path / "empty")[:2] == (
+        0,
+        "the adapter store is sound: 0 names, 0 uploads\n",
+    )
 
 
 def test_the_default_store_is_the_server_s(

@@ -59,6 +59,7 @@ def put(root: Path, number: int, name: str | None = None, nbytes: int = 1000) ->
     PublishedStore(root).publish(key_of(digest), files(number, nbytes), report)
     if name is not None:
         new = Version(0, digest, nbytes, rank=4, created=float(number), by="tenant")
+        NameStore(root).reserve_ids(1)
         NameStore(root).update(name, lambda old: (old or AdapterRecord(name)).with_version(new))
     return digest
 
@@ -262,6 +263,13 @@ def test_verify_names_each_problem_and_what_to_do(root: Path) -> None:
     assert problem(root).where == str(root / "names" / "bad.json")
     assert "no record of a name" in problem(root).found and "delete it" in problem(root).remedy
     assert str(problem(root)) == f"{problem(root).where}: {problem(root).found}; {problem(root).remedy}"
+    (root / "names" / "bad.json").unlink()
+
+    (root / "ids").unlink()
+    assert (
+        problem(root).where == str(root / "ids")
+        and "is missing, but the store has names" in problem(root).found
+    )
 
 
 def test_verify_shows_its_progress_and_changes_nothing(root: Path, four: list[str]) -> None:

@@ -567,6 +567,18 @@ def test_numbers_end_before_32_bits_do(names: NameStore) -> None:
         names.reserve_ids(1)
 
 
+def test_a_missing_count_gives_no_numbers_where_some_were_given(names: NameStore) -> None:
+    """A copy of a store without it would give the numbers of its adapters again."""
+    put(names, "x", A)
+    with pytest.raises(
+        StoreDamaged, match=r"ids is missing, but the store has names; restore it from a backup"
+    ):
+        names.reserve_ids(1)
+    assert not (names.root / "ids").exists()
+    (names.root / "ids").write_text(str(FIRST_ID + 100))
+    assert names.reserve_ids(1) == FIRST_ID + 100
+
+
 @pytest.mark.parametrize("text", ["", "many", "1.5", "\xff"])
 def test_a_damaged_count_gives_no_numbers(text: str, names: NameStore) -> None:
     names.reserve_ids(1)

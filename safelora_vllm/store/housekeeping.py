@@ -130,7 +130,9 @@ def verify(
     try:
         names.next_id()
     except StoreDamaged as error:
-        problems.append(Problem(str(Path(root) / IDS), str(error), "uploads and changes answer 503 until then"))
+        problems.append(
+            Problem(str(Path(root) / IDS), str(error), "uploads and changes answer 503 until then")
+        )
     references, raw = _references(names.all()), RawStore(root)
     checks = [_check_raw(raw, digest, references) for digest in sorted({*raw.all(), *references})]
     published = PublishedStore(root)
