@@ -170,18 +170,18 @@ def project_adapter(
         raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     settings = _settings(projectors, policy, device)
     model = settings.cache.aligned_model if base_model is None else ModelName.of(os.fspath(base_model))
-    if model is None:
-        logger.warning(
-            "the projector cache does not say for which model it was built. base_model_name_or_path stays "
-            "empty, so AutoPeftModelForCausalLM cannot load the adapter. Name the model with base_model"
-        )
-    else:
+    if model is not None:
         settings = dataclasses.replace(settings, base_model=model.name, revision=model.revision)
     with _on_disk(adapter) as (path, name), _beside(out) as scratch:
         admission = admit(path, name, settings, PublishedStore(scratch))
         if admission.folder is None:
             raise AdapterRefused(admission.report.reasons)
         shutil.move(admission.folder, out)
+    if model is None:
+        logger.warning(
+            "the new adapter names no model, so AutoPeftModelForCausalLM cannot load it: the projector cache "
+            "does not record the aligned model. Name it with `base_model`"
+        )
     return admission.report
 
 

@@ -19,7 +19,6 @@ from safelora_vllm.adapters.read import WEIGHTS, Limits, RawAdapter, read_adapte
 from safelora_vllm.errors import AdapterRefused, QuotaExceeded, Reason, refuse
 from safelora_vllm.gate import admit as module
 from safelora_vllm.gate.admit import Admission, GateSettings, Stages, admit, evaluate
-from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -104,9 +103,9 @@ def test_the_figures_of_each_module(mode: str, plain: Path, rules: GateSettings)
     assert report.accepted and report.reasons == []
     null = rules.cache.modules[Q].null_similarity
     assert [dataclasses.astuple(line) for line in report.modules] == [
-        (K, 1, 0.0, null, 0.0, pytest.approx(0.5 / ROOT5), "projected"),
-        (Q, 1, 1.0, null, 1.0, pytest.approx(1.0 / ROOT5), "kept"),
-        (V, 1, None, null, None, 0.0, "kept"),
+        (K, 1, 0.0, null, 0.0, pytest.approx(0.5 / ROOT5), "projected", 0.0),
+        (Q, 1, 1.0, null, 1.0, pytest.approx(1.0 / ROOT5), "kept", 0.0),
+        (V, 1, None, null, None, 0.0, "kept", 0.0),
     ]
     assert report.total_norm == pytest.approx(math.hypot(1, 0.5) / math.sqrt(15))
     assert weights is not None and list(weights) == [K, Q, V]
@@ -120,37 +119,22 @@ def test_the_figures_of_each_module(mode: str, plain: Path, rules: GateSettings)
 def test_the_method_the_dtype_and_the_device_are_those_of_the_settings(
     plain: Path, rules: GateSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, projected = [], []
-    projector = ProjectorCache.projector
+    def taken(weights: dict[str, Any], *given: object) -> None:
+        assert torch.is_inference_mode_enabled() and list(weights) == [K, Q, V]
+        raise LookupError(*given)
 
-    def of(cache: ProjectorCache, name: str, device: Any = None) -> Any:
-        asked.append((name, device))
-        return projector(cache, name, device)
-
-    def project(delta: Any, policy: Policy) -> Any:
-        assert not torch.is_grad_enabled() and torch.is_inference_mode_enabled()
-        projected.append((delta.projector.entry.name, delta.dtype, policy))
-        return delta.a, delta.image
-
-    monkeypatch.setattr(ProjectorCache, "projector", of)
-    monkeypatch.setitem(METHODS, "csulora", dataclasses.replace(METHODS["csulora"], project=project))
-    device, policy = torch.device("cpu:0"), Policy(method="csulora", select="number", number=1)
+    monkeypatch.setattr(module, "judge", taken)
+    device, policy = torch.device("meta"), Policy(method="csulora", select="number", number=1)
     settings = dataclasses.replace(rules, device=device, dtype=torch.bfloat16, policy=policy)
-    report, _ = evaluate(read(plain), "name", settings)
-    assert report.accepted and projected == [(K, torch.bfloat16, policy)]
-    assert asked == [(name, device) for name in (K, Q, V)]
-
-
-def test_factors_are_measured_on_the_device(
-    plain: Path, rules: GateSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def taken(a: torch.Tensor, b: torch.Tensor, *_: object) -> None:
-        raise LookupError(a.device.type, b.device.type)
-
-    monkeypatch.setattr(module, "ModuleDelta", taken)
     with pytest.raises(LookupError) as caught:
+        evaluate(read(plain), "name", settings)
+    assert caught.value.args == (rules.cache, policy, device, torch.bfloat16)
+
+
+def test_modules_are_judged_on_the_device(plain: Path, rules: GateSettings) -> None:
+    """Of a device that computes nothing no value can be read."""
+    with pytest.raises(NotImplementedError, match="meta"):
         evaluate(read(plain), "name", dataclasses.replace(rules, device=torch.device("meta")))
-    assert caught.value.args == ("meta", "meta")
 
 
 def test_a_refusal_before_anything_is_measured(rules: GateSettings, tmp_path: Path) -> None:
@@ -181,7 +165,7 @@ def over(figure: str, limit: str) -> str:
 
 def whole(figure: str, limit: str) -> str:
     """What the cap on all modules says."""
-    text = f"all modules together are {figure} times the model's weights"
+    text = f"all modules together are {figure} times the weights of all modules with a projector"
     return f"{text}, {CAP.format(limit, 'max_total_norm', 'them')}"
 
 
@@ -443,7 +427,7 @@ def test_a_refusal_of_several_kinds_names_each_code_once(
 # --- settings
 
 
-def test_the_rules_have_the_address_that_earlier_releases_gave_them(rules: GateSettings) -> None:
+def test_the_rules_have_the_address_of_this_format(rules: GateSettings) -> None:
     parts = [4, rules.cache.id, rules.policy.id, "torch.float32", "", 512]
     assert rules.ruleset_digest == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -195,7 +195,7 @@ def test_wrong_usage_is_2_with_a_sentence(
 def test_input_that_is_not_there_is_2(command: str, run: Run, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "out")) if command == "project" else ()
     code, _, error = run(command, *out, adapter="none")
-    assert code == 2 and "there is no adapter folder" in error
+    assert code == 2 and "there is no" in error
     code, _, error = run(command, *out, projectors=tmp_path / "none")
     assert code == 2 and "no projector cache in" in error
 
@@ -256,3 +256,12 @@ def test_help_names_every_policy_option(capsys: pytest.CaptureFixture[str]) -> N
             "--max-total-norm", "--mode", "--projectors",
         ):  # fmt: skip
             assert option in text
+
+
+def test_inspect_looks_for_all_adapters_before_it_judges_one(
+    cache: ProjectorCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = Draft().write(tmp_path / "sound")
+    assert main(["inspect", str(sound), "none", "nor-this", "--projectors", str(cache.folder)]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "there is nothing at 'none', 'nor-this': expected a folder that PEFT saved" in error

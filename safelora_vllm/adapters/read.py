@@ -149,7 +149,10 @@ def _opened(path: Path, name: str, limit: int) -> Iterator[tuple[BinaryIO, int]]
         raise
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise refuse("not_regular_file", f"{name} is a link or a socket; copy the file") from error
+            raise refuse(
+                "not_regular_file",
+                f"{name} is a link or a socket; copy the file it leads to, such as with cp -L",
+            ) from error
         raise refuse("unreadable_file", f"{name} cannot be opened: {error.strerror}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):

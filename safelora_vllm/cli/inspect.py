@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from safelora_vllm.cli import DONE, REFUSED
 from safelora_vllm.cli.options import ADAPTER, add_gate_options, chosen_policy
+from safelora_vllm.errors import UsageError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,6 +29,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print the report of each adapter."""
     policy = chosen_policy(args)
+    if missing := [adapter for adapter in args.adapter if not Path(adapter).exists()]:
+        raise UsageError(f"there is nothing at {', '.join(map(repr, missing))}: expected a {ADAPTER}")
     from tqdm import tqdm
 
     from safelora_vllm.api import inspect_adapter

@@ -230,8 +230,9 @@ def _check_total(total: float, policy: Policy) -> list[Reason]:
     return [
         Reason(
             "total_norm",
-            f"all modules together are {total:.8g} times the model's weights, allowed are "
-            f"{policy.max_total_norm:.8g} (`max_total_norm`). A smaller lora_alpha makes them smaller",
+            f"all modules together are {total:.8g} times the weights of all modules with a projector, "
+            f"allowed are {policy.max_total_norm:.8g} (`max_total_norm`). A smaller lora_alpha makes them "
+            "smaller",
         )
     ]
 

@@ -244,7 +244,7 @@ def test_restart_after_a_kill_serves_every_name(
         thread.join()
     verify = [str(Path(sys.executable).with_name("safelora-vllm")), "store", "verify"]
     checked = subprocess.run([*verify, f"--adapter-store={store}"], capture_output=True, text=True)
-    assert "raw" not in checked.stdout and "name" not in checked.stdout, checked.stdout
+    assert f"{store}/raw" not in checked.stdout and f"{store}/names" not in checked.stdout, checked.stdout
     before = {path.name: path.stat().st_mtime_ns for path in (store / "published").iterdir()}
     line = command(aligned, projectors, store, UNI)
     with running(line, tmp_path / "second.log") as after_it, client(after_it, ADMIN_KEY) as http:
