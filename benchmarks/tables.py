@@ -230,6 +230,44 @@ def request_cost() -> str:
     return markdown(["one-token completion", "ratio"], rows)
 
 
+def project_stage() -> str:
+    """The gate's projecting step, before and after modules of one shape were judged together."""
+    rows = []
+    for case, found in load("project_stage")["cases"].items():
+        of, before = found.get("this", found), found.get("other")
+        rows.append(
+            [
+                case,
+                str(of["modules"]),
+                number(before["cpu_ms"] / of["cpu_ms"], 1) if before else "",
+                number(before["operators"]) if before else "",
+                number(of["operators"]),
+                number(before["reads_of_values"]) if before else "",
+                number(of["reads_of_values"]),
+            ]
+        )
+    pairs = ["operators before", "operators", "reads of values before", "reads of values"]
+    return markdown(["adapter", "modules", "times faster", *pairs], rows)
+
+
+def projector_memory() -> str:
+    """Bytes of projectors that a policy holds."""
+    rows = [
+        [policy, number(of["given_cache_bytes"]), number(of["llama_3_8b_bytes"])]
+        for policy, of in load("projector_memory")["policies"].items()
+    ]
+    return markdown(["policy, energy 0.2", "demo's cache, bytes", "Llama 3 8B's shapes, bytes"], rows)
+
+
+def certified() -> str:
+    """Intervals of similarities against dense cosines."""
+    rows = [
+        [energy, number(of["adapters"]), number(of["outside"]), number(of["similarity_error_median"], 2)]
+        for energy, of in load("certified")["energies"].items()
+    ]
+    return markdown(["energy", "adapters", "outside of the interval", "median of `similarity_error`"], rows)
+
+
 def demo() -> str:
     """What the demo's questions gave."""
     found = load("demo")
@@ -259,6 +297,7 @@ def tables() -> dict[str, Callable[[], str]]:
 
     mine = (
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, vetting, slots, request_cost, demo,
+        project_stage, projector_memory, certified,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *safety_tables.TABLES)}
 
