@@ -139,7 +139,7 @@ def test_a_cache_that_does_not_know_its_model(
     sl.project_adapter("my-adapter", old, "out")
     assert json.loads((here / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == ""
     (record,) = (record for record in caplog.records if record.name == "vllm.safelora.api")
-    assert "Name the model with base_model" in record.getMessage()
+    assert "Name it with `base_model`" in record.getMessage()
 
 
 def test_a_cache_of_hub_models_knows_their_ids_and_revisions(
