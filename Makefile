@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast fuzz mutants compat lint bench bench-safety clean
+.PHONY: help setup models demo serve test test-fast fuzz mutants compat lint bench bench-safety gpu-check clean
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help:
-	@echo "make setup | demo | serve | test | test-fast | fuzz | mutants | compat | lint | bench | bench-safety | clean   (see README.md)"
+	@echo "make setup | demo | serve | test | test-fast | fuzz | mutants | compat | lint | bench | bench-safety | gpu-check | clean   (see README.md)"
 
 setup: .venv/.ready
 
@@ -71,6 +71,10 @@ lint: .venv/.ready
 bench: models
 	$(BIN)/python benchmarks/projection.py
 	$(BIN)/python benchmarks/hot_load.py
+
+# What the gate does on a GPU; needs torch with CUDA, no vLLM. Says so where there is no GPU.
+gpu-check: .venv/.ready
+	$(BIN)/python benchmarks/gpu/check.py
 
 # Trains pairs and adapters, asks guarded servers, writes benchmarks/safety/RESULTS.md: hours. A run that was
 # stopped goes on. The second family is Gemma 3 270M: its terms of use come with its package.

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import itertools
 import json
 import os
 import subprocess
@@ -27,16 +25,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve()
 KINDS = ("qv-r8", "all-r16")
-LAYERS, DIRECTIONS = 32, 18
-SHAPES = {
-    **{f"self_attn.{part}_proj": (4096, 4096) for part in "qkvo"},
-    "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008),
-}  # fmt: skip
+LAYERS = 32
 _WAITS = ("tolist", "item", "__float__", "__bool__", "__int__")
 
 
@@ -86,11 +79,12 @@ def main() -> None:
         serve(args.serve)
         return
     import recording
+    from random_projectors import LLAMA_2_7B, write_cache
 
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         layer = Path(scratch) / "7b"
-        write_layer(layer)
+        write_cache(layer, LLAMA_2_7B)
         for title, projectors, scale in (("demo", args.projectors, 1), ("7B shapes", layer, LAYERS)):
             found = measure(projectors.resolve(), Path(scratch) / title, args.against, args.repeats)
             for kind, rows in found.items():
@@ -207,13 +201,15 @@ def counting(answer: dict[str, Any]) -> Iterator[None]:
 
 def whole_model(scratch: Path) -> dict[str, int]:
     """Counts for an adapter of all linear layers of the model, r = 16, in groups as on a device."""
+    from random_projectors import LLAMA_2_7B, write_cache
+
     from safelora_vllm.methods import judge
     from safelora_vllm.methods.reads import parts_read
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
 
     folder = scratch / "whole"
-    write_layer(folder, LAYERS, operators=False)
+    write_cache(folder, LLAMA_2_7B, LAYERS, operators=False)
     cache, policy, cpu = ProjectorCache(folder), Policy(), torch.device("cpu")
     cache.load("cpu", None, **asdict(parts_read(policy)))
     weights = {
@@ -227,36 +223,6 @@ def whole_model(scratch: Path) -> dict[str, int]:
             judge.judge(weights, cache, policy, cpu, torch.bfloat16)
     groups = len(judge.grouped(weights, cache, judge._DEVICE_BYTES))
     return {"modules": len(weights), "groups": groups, "copies_between_host_and_device": 2 * groups, **answer}
-
-
-def write_layer(folder: Path, layers: int = 1, operators: bool = True) -> None:
-    """A cache: random orthonormal bases, random Ĉ or V, and 18 directions that hold 0.2 of ‖V‖²."""
-    from safelora_vllm.projectors.manifest import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
-
-    folder.mkdir()
-    torch.manual_seed(0)
-    entries, shards = [], {}
-    for layer, (part, (rows, columns)) in itertools.product(range(layers), SHAPES.items()):
-        name, form = f"model.layers.{layer}.{part}", "dense" if rows <= columns else "factored"
-        k, operator = 2 * DIRECTIONS, (rows, rows) if form == "dense" else (rows, columns)
-        tensors = {
-            "energy": torch.arange(1, k + 1).double() * (0.2 / DIRECTIONS),
-            "input_basis": torch.linalg.qr(torch.randn(columns, k)).Q.contiguous(),
-            "output_basis": torch.linalg.qr(torch.randn(rows, k)).Q.contiguous(),
-        }
-        if operators:
-            tensors["projector" if form == "dense" else "delta"] = torch.randn(operator).bfloat16()
-        file = f"{name}.safetensors"
-        save_file({f"{name}.{key}": tensor for key, tensor in tensors.items()}, folder / file)
-        with (folder / file).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        shards[file] = {"sha256": digest, "tensor_bytes": sum(tensor.nbytes for tensor in tensors.values())}
-        entries.append(asdict(ModuleEntry(name, (rows, columns), form, 1.0, 1.0, 0.5, file)))
-    manifest = {
-        "format": FORMAT, "version": FORMAT_VERSION, "aligned": {"fingerprint": ""}, "unchanged_modules": [],
-        "shards": shards, "modules": entries,
-    }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from safelora_vllm.methods import lowrank
 from safelora_vllm.projectors.cache import ProjectorCache
 
 KINDS = {"qv-r8": "q, v, r = 8", "all-r16": "all linear, r = 16"}
@@ -33,7 +34,11 @@ def _write(folder: Path, cache: ProjectorCache, kind: str) -> Path:
         parts.add(part)
         d_out, d_in = entry.shape
         a, b = torch.randn(rank, d_in) / d_in**0.5, torch.randn(d_out, rank)
-        b *= _RELATIVE_NORM * entry.aligned_norm / float((b @ a).norm())
+        b *= (
+            _RELATIVE_NORM
+            * entry.aligned_norm
+            / float(lowrank.norm_sums(lowrank.gram(b.mT), lowrank.gram(a))[0].sqrt())
+        )
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": rank, "lora_alpha": rank}

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +78,14 @@ class Server:
 
 
 @contextmanager
-def running(kind: str, model: Path, projectors: Path, scratch: Path, options: list[str]) -> Iterator[Server]:
+def running(
+    kind: str, model: Path, projectors: Path, scratch: Path, options: list[str],
+    guarded: Sequence[str] = ("--method", "safe-lora", "--select", "all"),
+) -> Iterator[Server]:  # fmt: skip
     """A ``guarded`` or ``unguarded`` server of ``model``, started now and stopped at the end.
 
-    The guarded one has an empty adapter store in ``scratch`` and projects every module with Safe LoRA.
+    The guarded one has an empty adapter store in ``scratch``, and more options: by default it projects every
+    module with Safe LoRA.
     """
     port, key = _free_port(), secrets.token_hex(16)
     common = [*_OPTIONS, "--port", str(port), *options]
@@ -92,7 +96,7 @@ def running(kind: str, model: Path, projectors: Path, scratch: Path, options: li
         environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
         program = [sys.executable, "-m", "safelora_vllm.cli", "serve", str(model)]
         program += ["--projectors", str(projectors), "--adapter-store", str(scratch / "store")]
-        program += ["--method", "safe-lora", "--select", "all"]
+        program += guarded
     else:
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": ""}
         program = [sys.executable, str(Path(__file__).with_name("unguarded.py")), str(model), "--enable-lora"]

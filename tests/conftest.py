@@ -107,6 +107,40 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Another device than the CPU for what the gate computes, where there is one: ``--device cuda``."""
+    parser.addoption("--device", default="cpu", help="where adapters are judged (default: cpu)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def judged_on(request: pytest.FixtureRequest) -> Generator[None]:
+    """Tests that name no other device than the CPU run on the one of ``--device``."""
+    name = request.config.getoption("--device")
+    if name == "cpu":
+        yield
+        return
+    import torch
+
+    from safelora_vllm.gate import admit
+    from safelora_vllm.methods import judge
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    wanted, inner, load = torch.device(name), judge.judge, ProjectorCache.load
+
+    def judge_there(weights: Any, cache: Any, policy: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        return inner(weights, cache, policy, wanted if device.type == "cpu" else device, dtype)
+
+    def load_there(cache: ProjectorCache, device: str | torch.device, *args: Any, **kwargs: Any) -> None:
+        load(cache, wanted if str(device) == "cpu" else device, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "judge", judge_there)
+        patch.setattr(admit, "judge", judge_there)
+        patch.setattr(ProjectorCache, "load", load_there)
+        patch.setattr(judge, "_DEVICE_BYTES", judge._CPU_BYTES)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """By pytest, which looks at the root logger. Once vLLM is imported, its logger keeps all to itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ _FLAWS = {
     "non_finite": "NaN or infinite values",
     "subnormal": "subnormal values, which slow processors down; set them to zero",
 }
+
+_BLOCK = 2**17  # values
 
 Pairs = dict[str, dict[str, str]]  # module name → {"A": tensor name, "B": tensor name}
 Weights = dict[str, tuple[Tensor, Tensor]]  # module name → A (r, d_in), B (d_out, r)
@@ -165,25 +168,30 @@ def _check_padding(pairs: Pairs, raw: RawAdapter, limits: Limits) -> list[Reason
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> list[Reason]:
-    """Look for NaN, infinities and subnormals: at first in all values at once, then by name."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for tensor in tensors.values():
-        by_dtype[tensor.dtype].append(tensor.flatten())
-    if all(_flaw(torch.cat(group)) is None for group in by_dtype.values()):
-        return []
+    """Look for NaN, infinities and subnormals."""
     flaws = {name: _flaw(tensors[name]) for name in sorted(tensors, key=natural_order)}
     return by_cause(Fault(flaw, name, _FLAWS[flaw]) for name, flaw in flaws.items() if flaw)
 
 
 def _flaw(values: Tensor) -> str | None:
-    sizes = values.abs()
-    if not torch.isfinite(sizes).all():
-        return "non_finite"
+    """What is wrong with some values, or with one of them.
+
+    The bits of floats without their sign, read as whole numbers, have the floats' order: several times faster
+    to compare than floats of 16 bits are. Block by block, as large as stays in a core's cache.
+    """
+    whole = torch.int16 if values.dtype.itemsize == 2 else torch.int32
+    unsigned = torch.iinfo(whole).max
+    limits = torch.tensor([math.inf, torch.finfo(values.dtype).tiny], dtype=values.dtype)
+    infinite, normal = limits.view(whole).tolist()
+    subnormal = False
+    for bits in torch.split(values.contiguous().view(-1).view(whole), _BLOCK):
+        sizes = bits & unsigned
+        if int(sizes.max()) >= infinite:
+            return "non_finite"
+        # One less makes zero the largest of all.
+        subnormal = subnormal or int((sizes - 1 & unsigned).min()) < normal - 1
     # Subnormal numbers slow processors down and carry nothing. float16's are ordinary small values.
-    tiny = torch.finfo(values.dtype).tiny
-    if values.dtype != torch.float16 and bool(((sizes < tiny) & (sizes > 0)).any()):
-        return "subnormal"
-    return None
+    return "subnormal" if subnormal and values.dtype != torch.float16 else None
 
 
 def canonical_files(
@@ -205,7 +213,7 @@ def canonical_files(
             ("B", b, (0, rank - b.shape[1])),
         ):
             cast = torch.nn.functional.pad(tensor.detach().cpu(), padding).to(dtype)
-            if not torch.isfinite(cast).all():
+            if _flaw(cast) == "non_finite":
                 raise refuse("non_finite", f"{module}: lora_{side} does not fit into {dtype}")
             tensors[f"{_PREFIX}{module}.lora_{side}.weight"] = cast.contiguous()
     config = {

@@ -32,7 +32,7 @@ from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
-_FORMAT = 5  # raise it when the same input would be published as other bytes
+_FORMAT = 6  # raise it when the same input would be published as other bytes
 # ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
 # delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
 _MIN_COHERENCE = 1.5e-3

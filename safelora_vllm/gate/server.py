@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from safelora_vllm.gate.protocol import (
     encode,
 )
 from safelora_vllm.gate.socket_folder import remove
+from safelora_vllm.methods.judge import warm_up
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -91,6 +93,8 @@ class GateService:
             base_model=Path(config.model).name,
         )
         _check_energy(self._settings)
+        if self._settings.device.type != "cpu":
+            _warm_up(self._settings)
         self._published, self._raw = PublishedStore(given.store), RawStore(given.store)
         self._store_bytes = given.store_bytes
         clean(given.store)
@@ -211,6 +215,18 @@ def _check_energy(settings: GateSettings) -> None:
     if settings.policy.has_effect("energy"):
         for name in settings.cache.modules:
             settings.cache.projector(name, settings.device).directions(settings.policy.energy)
+
+
+def _warm_up(settings: GateSettings) -> None:
+    """In a thread that ends: torch gives what its libraries hold for a thread to the next one."""
+
+    def work() -> None:
+        with torch.inference_mode():
+            limit = settings.limits.max_rank
+            warm_up(settings.cache, settings.policy, settings.device, settings.dtype, limit)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(work).result()
 
 
 class _Handler(socketserver.StreamRequestHandler):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 
 from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.gate.client import GateClient
@@ -19,15 +20,18 @@ _LOOK_SECONDS = 5.0  # from one look at the gate to the next
 _ANSWER_SECONDS = 15.0  # what it may take to say how it is, on a machine with no processor to spare
 _SILENCES = 2  # looks in a row that it did not answer
 _ADAPTER_SECONDS = 600.0  # what it may take with one adapter; callers wait for 120
-# Inherited settings that would make the child write into vLLM's metrics or load its plugins.
+# Inherited settings that would make the child write into vLLM's metrics, or load its plugins.
 _NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS")
 
 
 class GateProcess:
-    """Owns a gate process: starts it, and starts it again when it dies or hangs. For the worker of a host."""
+    """Owns a gate process: starts it, and starts it again when it dies or hangs. For the worker of a host.
 
-    def __init__(self, config: GateConfig) -> None:
-        self._config = config
+    environment: variables that it gets besides this process's own.
+    """
+
+    def __init__(self, config: GateConfig, environment: Mapping[str, str] | None = None) -> None:
+        self._config, self._environment = config, dict(environment or {})
         self._closing = threading.Event()
         self.state, self._process = self._start()
         self._watcher = threading.Thread(target=self._watch, name="safelora-gate", daemon=True)
@@ -51,7 +55,7 @@ class GateProcess:
                 [sys.executable, "-m", "safelora_vllm.gate.server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED},
+                env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED} | self._environment,
             )
         except OSError as error:
             raise GateUnavailable(f"the gate process cannot be started ({error})") from error

@@ -21,7 +21,7 @@ def register() -> None:
     from safelora_vllm.integration.seams import worker as seams
     from safelora_vllm.integration.worker import guard as worker
 
-    seams.install(worker.GuardedLoRAManager, worker.attest)
+    seams.install(worker.GuardedLoRAManager, worker.attest, worker.prepare)
     fixes.apply(checks.release())
 
 

@@ -41,7 +41,7 @@ def project(delta: Delta, policy: Policy) -> tuple[Tensor, Tensor]:
     """
     from safelora_vllm.methods import lowrank
 
-    a, b = lowrank.rotated(delta.a - delta.read_inputs(policy.energy), delta.wide_b, delta.b_gram)
+    a, b = lowrank.orthonormal(delta.a - delta.read_inputs(policy.energy), delta.wide_b, delta.b_gram)
     return delta.rounded(a), delta.rounded(b)
 
 

@@ -7,6 +7,7 @@ similarity waits for that too. The size of a group is bounded, and with it the m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
 
 Pair = tuple[Tensor, Tensor]
-# Of a group's A and B in float32; its work takes about 7 times as much under the default policy. On a CPU a
-# group should fit into a core's cache; elsewhere fewer operators count for more.
+# Of a group's A and B in float32; its work takes about 8 times as much under the default policy. On a CPU a
+# group should fit into a core's cache; elsewhere fewer operators count for more, and the memory does.
 _CPU_BYTES = 1 * 1024**2
-_DEVICE_BYTES = 64 * 1024**2
+_DEVICE_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,62 @@ def judge(
         device: where to compute.
         dtype: of the weights as they are served.
     """
-    groups = grouped(weights, cache, _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES)
+    groups = grouped(weights, cache, _group_bytes(device))
     chosen: set[str] | None = None
-    if policy.select == "number":  # which are the least similar is known when all are measured
-        similarities: dict[str, float | None] = {}
-        for names in groups:
-            similarities |= _middles(names, _Group(names, weights, cache, policy, device, dtype).measured())
-        chosen = policy.selects(similarities)
     judged: dict[str, JudgedModule] = {}
-    for names in groups:
-        for module in _Group(names, weights, cache, policy, device, dtype).judged(chosen):
-            judged[module.entry.name] = module
+    with exact_products():
+        if policy.select == "number":  # which are the least similar is known when all are measured
+            similarities: dict[str, float | None] = {}
+            for names in groups:
+                group = _Group(names, weights, cache, policy, device, dtype)
+                similarities |= _middles(names, group.measured())
+            chosen = policy.selects(similarities)
+        for names in groups:
+            for module in _Group(names, weights, cache, policy, device, dtype).judged(chosen):
+                judged[module.entry.name] = module
     return [judged[name] for name in weights]
+
+
+def warm_up(
+    cache: ProjectorCache, policy: Policy, device: torch.device, dtype: torch.dtype, max_rank: int
+) -> None:
+    """Take now what judging takes of a device: its libraries, and the memory for the largest groups.
+
+    Torch keeps that memory for the next adapters, so that what is free afterwards stays free. The arguments
+    are those of `judge`; max_rank is of the largest adapter.
+    """
+    for rank in {min(16, max_rank), max_rank}:
+        # Zeros that take no memory.
+        sides = {n: (torch.zeros(rank, 1), torch.zeros(1, rank)) for n in cache.modules}
+        shapes = {n: entry.shape for n, entry in cache.modules.items()}
+        weights = {n: (a.expand(-1, shapes[n][1]), b.expand(shapes[n][0], -1)) for n, (a, b) in sides.items()}
+        largest: dict[tuple[int, int], list[str]] = {}
+        for names in grouped(weights, cache, _group_bytes(device)):
+            largest.setdefault(shapes[names[0]], names)
+        for names in largest.values():
+            judge({name: weights[name] for name in names}, cache, policy, device, dtype)
+
+
+def _group_bytes(device: torch.device) -> int:
+    return _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 without TF32, sums of 16 bits in float32, whatever the process or image has set.
+
+    TF32 has 10 bits: of what input removal takes out, a thousand times as much would stay.
+    """
+    settings = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(settings, name) for name in names}
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 def grouped(weights: Mapping[str, Pair], cache: ProjectorCache, nbytes: int) -> list[list[str]]:

@@ -26,6 +26,9 @@ def gram(a: Tensor) -> Tensor:
     return wide @ wide.mT
 
 
+_SHIFT = 2.0**-36  # far above the rounding of a Gram matrix of r ≤ 512 ranks, far below what is judged
+
+
 class Products(NamedTuple):
     """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²``, and what X and Y would have if no two ranks met.
 
@@ -136,16 +139,22 @@ def component(x: Tensor, basis: Tensor, taken: Tensor | None = None) -> Tensor:
     return (found.to(torch.float64) * scale).mT
 
 
-def rotated(a: Tensor, b: Tensor, b_gram: Tensor) -> tuple[Tensor, Tensor]:
-    """A' (r, d_in) and B' (d_out, r), float64, with the product of A and B, and orthogonal columns of B'.
+def orthonormal(a: Tensor, b: Tensor, b_gram: Tensor) -> tuple[Tensor, Tensor]:
+    """A' (r, d_in) and B' (d_out, r), float64, with the product of A and B; B' has orthogonal columns.
 
-    With the eigenvectors W of ``BᵀB``, B' = B W and A' = Wᵀ A: exact, as W is orthogonal, whatever B's rank.
-    Ranks with orthogonal sides cannot cancel: the coherence of B' and A' is 1/r or more. Then `balanced`.
+    With C, the Cholesky factor of ``BᵀB + εI``, B' = B C⁻ᵀ and A' = Cᵀ A: whatever C is, the product stays.
+    Ranks with orthogonal sides cannot cancel: the coherence of B' and A' is 1/r or more. The shift ε, to be
+    seen against B's largest column, is for columns that depend on others: such a rank is left with √ε on
+    both sides. Then `balanced`. Eigenvectors would do too, but a GPU finds those module by module where r is
+    above 32.
     """
     size = b_gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
-    # Of zeros where B is not finite, or zero: then any W will do, and what is not finite stays so.
-    vectors = torch.linalg.eigh(torch.nan_to_num(b_gram / size, 0.0, 0.0, 0.0)).eigenvectors
-    return _balance(vectors.mT @ a.to(torch.float64), b.to(torch.float64) @ vectors)
+    # Of zeros where B is not finite, or zero: then any C will do, and what is not finite stays so.
+    shifted = torch.nan_to_num(b_gram / size, 0.0, 0.0, 0.0)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(_SHIFT)
+    factor = torch.linalg.cholesky_ex(shifted).L
+    new_b = torch.linalg.solve_triangular(factor, b.to(torch.float64).mT, upper=False).mT
+    return _balance(factor.mT @ a.to(torch.float64), new_b)
 
 
 def reduced(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

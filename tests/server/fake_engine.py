@@ -68,6 +68,8 @@ class FakeEngine:
 
     async def _call_utility_async(self, *arguments: object, engine: int) -> object:
         """As the client of vLLM's engine core has it."""
+        if arguments[1] == "safelora_prepare":
+            return [True]
         assert arguments == ("collective_rpc", "safelora_attest", None, (), None)
         answer = self.answers()[engine]
         if isinstance(answer, Exception):

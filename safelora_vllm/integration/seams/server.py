@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.seams.table import ATTEST
+from safelora_vllm.integration.seams.table import ATTEST, PREPARE
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
@@ -20,10 +20,20 @@ if TYPE_CHECKING:
 
 async def ask_all_workers(engine_client: Any) -> list[dict[str, Any]]:
     """The attestations of all workers of all data-parallel engines."""
+    return await _call_all_workers(engine_client, ATTEST)
+
+
+async def prepared_by_all_workers(engine_client: Any, request: LoRARequest) -> bool:
+    """Have all workers read an adapter beside their steps. Whether all have."""
+    given = request.lora_name, request.lora_int_id, request.lora_path
+    return all(await _call_all_workers(engine_client, PREPARE, *given))
+
+
+async def _call_all_workers(engine_client: Any, method: str, *given: object) -> list[Any]:
     core = engine_client.engine_core
     per_engine = await asyncio.gather(
         *[
-            core._call_utility_async("collective_rpc", ATTEST, None, (), None, engine=engine)
+            core._call_utility_async("collective_rpc", method, None, given, None, engine=engine)
             for engine in core.core_engines
         ]
     )

@@ -12,7 +12,9 @@ from typing import Literal
 
 Side = Literal["worker", "server", "command"]
 
-ATTEST = "safelora_attest"  # the method that each worker gets, and the RPC's name
+# The methods that each worker gets, and the names of the RPCs.
+ATTEST = "safelora_attest"
+PREPARE = "safelora_prepare"
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ SEAMS = (
     ),
     Seam(
         "attest", "worker",
-        "a method that each worker gets, by which the API side asks whether it is guarded",
+        "methods that each worker gets: whether it is guarded, and to read an adapter beside its steps",
         "vLLM has a plugin RPC",
         (
             Requirement("vllm.v1.worker.worker_base", "WorkerBase.__init__", assigns=("model_runner",)),

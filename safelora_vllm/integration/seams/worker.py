@@ -15,17 +15,20 @@ from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.worker_base import WorkerBase
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.seams.table import ATTEST
+from safelora_vllm.integration.seams.table import ATTEST, PREPARE
 
 _original_load: Callable[[Any, LoRARequest], LoRAModel] | None = None
 
 
-def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
+def install(
+    manager: type, attest: Callable[[Any], dict[str, Any]], prepare: Callable[[Any, str, int, str], bool]
+) -> None:
     """Put the guarded manager into this process; the second call does nothing.
 
     Args:
         manager: in place of vLLM's ``LRUCacheWorkerLoRAManager``.
         attest: the method of each worker that answers `ATTEST`.
+        prepare: the one that answers `PREPARE`.
 
     Raises:
         GuardError: another plugin was there first.
@@ -39,6 +42,7 @@ def install(manager: type, attest: Callable[[Any], dict[str, Any]]) -> None:
     worker_manager.WorkerLoRAManager._load_adapter = _refuse_unguarded
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = manager
     setattr(WorkerBase, ATTEST, attest)
+    setattr(WorkerBase, PREPARE, prepare)
 
 
 def _refuse_unguarded(self: Any, lora_request: LoRARequest) -> LoRAModel:

@@ -21,6 +21,8 @@ from safelora_vllm.store import NameStore
 IDS_EACH = 16
 _RESERVED = 64  # versions whose ids a process takes from the store at once
 _DRAIN_POLL_SECONDS = 0.2
+_READ_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.002, 0.05
+_READ_SECONDS = 60.0
 
 
 @dataclass
@@ -72,12 +74,26 @@ class Pool:
         Raises:
             AdapterRefused: vLLM cannot load it, with its own words. EngineUnavailable: the engine has ended.
         """
+        await self._read_ahead(request)
         try:
             await self.engine_client.add_lora(request)
         except Exception as error:  # the engine sends back whatever class the worker raised
             if getattr(self.engine_client, "errored", False):
                 raise EngineUnavailable(f"the engine has ended: {error}") from error
             raise refuse("not_loadable", f"vLLM cannot load the adapter: {error}") from error
+
+    async def _read_ahead(self, request: LoRARequest) -> None:
+        """Wait until the workers have read an adapter beside their steps, in which the load follows.
+
+        Without that the load reads it, and says what is wrong with it or with the engine.
+        """
+        pause, waited = _READ_POLL_SECONDS, 0.0
+        with contextlib.suppress(Exception):
+            while waited < _READ_SECONDS and not await seams.prepared_by_all_workers(
+                self.engine_client, request
+            ):
+                await asyncio.sleep(pause)
+                pause, waited = min(2 * pause, _LONGEST_POLL_SECONDS), waited + pause
 
     async def release(self, request: LoRARequest, wanted: Callable[[LoRARequest], bool]) -> None:
         """Free the workers' copy when this process's last request with it has ended, unless wanted then.

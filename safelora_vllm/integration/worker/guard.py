@@ -18,6 +18,7 @@ from vllm import envs
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
 
 from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
 from safelora_vllm.files import FileState
@@ -28,6 +29,7 @@ from safelora_vllm.gate.supervisor import GateProcess
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.report import Report
 from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
 from safelora_vllm.store import PublishedStore
@@ -35,6 +37,7 @@ from safelora_vllm.store import PublishedStore
 logger = logging.getLogger("vllm.safelora.worker")
 _START_SECONDS = 900.0
 _REMEMBERED = 10_000  # copies that were read and found whole
+_READS = 2  # of a copy that is exchanged meanwhile: another gate on the store may have made it again
 
 
 class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is not type-checked
@@ -43,6 +46,7 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
     def __init__(self, vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, device, *args, **kwargs)
         self.guard = WorkerGuard(vllm_config, device)
+        self.read_ahead = ReadAhead(self._read, device)
         self._in_step = False
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
@@ -53,16 +57,26 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
         finally:
             self._in_step = False
 
-    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        try:
-            folder = self.guard.resolve(lora_request)
+    def _read(self, lora_request: LoRARequest) -> LoRAModel:
+        """The published weights of a request. Touches nothing of the pool: a thread may do it."""
+        for _ in range(_READS):
+            key = self.guard.resolve(lora_request)
             # A new request: whatever else the old one says must not change what is loaded.
             published = LoRARequest(
                 lora_name=lora_request.lora_name,
                 lora_int_id=lora_request.lora_int_id,
-                lora_path=str(folder),
+                lora_path=str(self.guard.folder(key)),
             )
-            return seams.load_published(self, published)
+            model = seams.load_published(self, published)
+            if self.guard.still_sound(key):
+                return model
+        raise StoreUnavailable(
+            f"the published copy of {lora_request.lora_name} changes while it is read; load it again"
+        )
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        try:
+            return self.read_ahead.take(lora_request) or self._read(lora_request)
         except Exception as error:
             if not self._in_step:
                 raise
@@ -104,13 +118,14 @@ class WorkerGuard:
         self._client = GateClient(str(folder / SOCKET))
         self._owner_lock = take_ownership(folder)
         if self._owner_lock is not None:
-            config = _gate_config(vllm_config, device, self._settings, self._client.socket_path)
+            where, environment = _only_device(device)
+            config = _gate_config(vllm_config, where, self._settings, self._client.socket_path)
             logger.info("starting the gate on %s; it reads the projector cache", device)
-            self._process = GateProcess(config)
+            self._process = GateProcess(config, environment)
         self.state = self._wait_for_gate()
 
-    def resolve(self, request: LoRARequest) -> Path:
-        """The published folder for a request: by its key, or by letting its folder pass the gate.
+    def resolve(self, request: LoRARequest) -> str:
+        """The key of a request's published copy: its own, or by letting its folder pass the gate.
 
         Raises:
             AdapterRefused: the gate refuses the folder.
@@ -124,7 +139,21 @@ class WorkerGuard:
         self._store.touch(key)
         if known is None:
             self._accepted[_identity(request)] = key
+        return key
+
+    def folder(self, key: str) -> Path:
+        """Where a published copy is."""
         return self._store.path(key)
+
+    def still_sound(self, key: str) -> bool:
+        """Whether the copy is the one that `resolve` checked: it may be exchanged before it is read."""
+        return self._sound.get(key) == self._state(key) != ()
+
+    def _state(self, key: str) -> tuple[FileState, ...]:
+        try:
+            return self._store.state(key)
+        except OSError:
+            return ()
 
     def _admit(self, request: LoRARequest) -> str:
         """Let a folder pass the gate."""
@@ -132,10 +161,7 @@ class WorkerGuard:
 
     def _check_copy(self, key: str, name: str) -> None:
         """Whether the published copy is whole and made by this server's rules; read once, then remembered."""
-        try:
-            state = self._store.state(key)
-        except OSError:
-            state = ()
+        state = self._state(key)
         if state and self._sound.get(key) == state:
             return
         report = self._store.find(key)
@@ -193,13 +219,40 @@ def attest(worker: Any) -> dict[str, Any]:
     return {"guarded": False, "lora": manager is not None}
 
 
+def prepare(worker: Any, name: str, lora_id: int, path: str) -> bool:
+    """RPC ``safelora_prepare``, a method of every worker: read a published adapter ahead.
+
+    Whether the pool can take it now. Asked again and again; it never waits, and never fails: what is wrong
+    with the adapter its load will say.
+    """
+    try:
+        manager = worker.model_runner.lora_manager
+        request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path)
+        published_key(path)
+        return lora_id in manager.list_adapters() or bool(manager.read_ahead.begin(request))
+    except Exception as error:  # an answer that is an error would be taken for that to another question
+        logger.info("adapter %r is not read ahead (%s)", name, error)
+        return True
+
+
 def _identity(request: LoRARequest) -> tuple[str, int, str]:
     return request.lora_name, request.lora_int_id, request.lora_path
 
 
-def _gate_config(
-    vllm_config: Any, device: torch.device, settings: ServerSettings, socket_path: str
-) -> GateConfig:
+def _only_device(device: torch.device) -> tuple[str, dict[str, str]]:
+    """The worker's device for a process that sees no other one, and the variable that makes it so.
+
+    A process that sees several opens each of its threads on the first, which takes memory there.
+    """
+    if device.type != "cuda" or device.index is None:
+        return str(device), {}
+    variable = current_platform.device_control_env_var
+    seen = os.environ.get(variable)
+    chosen = seen.split(",")[device.index].strip() if seen else str(device.index)
+    return "cuda:0", {variable: chosen}
+
+
+def _gate_config(vllm_config: Any, device: str, settings: ServerSettings, socket_path: str) -> GateConfig:
     model, lora = vllm_config.model_config, vllm_config.lora_config
     name = model.model
     if model.revision and not Path(name).is_dir():
@@ -210,7 +263,7 @@ def _gate_config(
         socket=socket_path,
         model=str(name),
         settings=settings,
-        device=str(device),
+        device=device,
         dtype=str(lora.lora_dtype).removeprefix("torch."),
         max_rank=lora.max_lora_rank,
     )
