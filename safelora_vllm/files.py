@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safelora_vllm.errors import StoreUnavailable
@@ -21,12 +22,52 @@ from safelora_vllm.errors import StoreUnavailable
 STALE_SECONDS = 3600.0
 _TEMPORARY = ".new-"
 _ATTEMPTS = 5
+_REMEMBERED = 10_000
 FileState = tuple[int, int, int, int]
 
 
 def file_state(status: os.stat_result) -> FileState:
     """mtime and ctime in ns, size and inode: as long as they stay, what the file held is taken to hold."""
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
+class FoundSound:
+    """What was read and found sound, by key: it is taken to be so as long as its files' states stay."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[FileState, ...]] = {}
+
+    def has(self, key: str, paths: Iterable[Path]) -> bool:
+        """Whether it was sound, and its files have not changed since. False where one is missing."""
+        try:
+            return self._states.get(key) == states(paths)
+        except OSError:
+            return False
+
+    def add(self, key: str, found: tuple[FileState, ...]) -> None:
+        """It is sound. found: its files' states from before they were read."""
+        if len(self._states) >= _REMEMBERED:
+            self._states.clear()
+        self._states[key] = found
+
+
+def states(paths: Iterable[Path]) -> tuple[FileState, ...]:
+    """Of several files.
+
+    Raises:
+        OSError: one is missing.
+    """
+    return tuple(file_state(path.stat()) for path in paths)
+
+
+def sha256_of(path: Path) -> bytes:
+    """A file's sha256.
+
+    Raises:
+        OSError: it is missing, or cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def is_digest(text: str) -> bool:

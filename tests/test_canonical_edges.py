@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from safelora_vllm.adapters import canonical
 from safelora_vllm.adapters.canonical import canonical_files, vet
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
 from safelora_vllm.errors import AdapterRefused
@@ -293,3 +297,44 @@ def test_values_that_do_not_fit_the_dtype(side: str) -> None:
         (reason,) = caught.value.reasons
         expected = ("non_finite", f"{Q}: lora_{side} does not fit into {dtype}")
         assert (reason.code, reason.message) == expected
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BITS = dict.fromkeys(_DTYPES, (torch.int16, 2**16)) | {torch.float32: (torch.int32, 2**32)}
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@given(data=st.data())
+def test_a_flaw_is_what_the_floats_say(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Of any bits, most of them near zero, the smallest normal value, and infinity."""
+    whole, count = _BITS[dtype]
+    values = torch.tensor([0.0, torch.finfo(dtype).tiny, math.inf], dtype=dtype)
+    edges = values.view(whole).tolist()
+    near = st.builds(lambda edge, by: max(0, edge + by), st.sampled_from(edges), st.integers(-2, 2))
+    unsigned = st.one_of(near, st.integers(0, count // 2 - 1))
+    signed = st.builds(lambda size, negative: size - negative * count // 2, unsigned, st.booleans())
+    bits = data.draw(st.lists(signed, min_size=1))
+    values = torch.tensor(bits, dtype=whole).view(dtype)
+    sizes = values.double().abs()
+    expected = None
+    if not sizes.isfinite().all():
+        expected = "non_finite"
+    elif dtype != torch.float16 and ((sizes > 0) & (sizes < torch.finfo(dtype).tiny)).any():
+        expected = "subnormal"
+    assert canonical._flaw(values) == expected
+
+
+@pytest.mark.parametrize("place", [0, 6, 7, 8, 19])
+@pytest.mark.parametrize(
+    ("value", "flaw"), [(math.nan, "non_finite"), (-math.inf, "non_finite"), (1e-40, "subnormal")]
+)
+def test_a_flaw_is_found_in_every_block(
+    place: int, value: float, flaw: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canonical, "_BLOCK", 7)
+    values = torch.ones(4, 5)
+    assert canonical._flaw(values) is None
+    values.view(-1)[place] = value
+    assert canonical._flaw(values) == canonical._flaw(values.T) == flaw
+    values.view(-1)[10] = math.inf  # in the middle block: it counts for more than a subnormal before it
+    assert canonical._flaw(values) == "non_finite"

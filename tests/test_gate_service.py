@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from safelora_vllm.errors import AdapterRefused, GuardError, ProjectorCacheError, StoreUnavailable
+from safelora_vllm.gate import server as gate_server
 from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
@@ -172,3 +174,32 @@ def test_a_damaged_shard_ends_the_start_also_where_it_would_not_be_read_before_a
     last.write_bytes(data)
     with pytest.raises(ProjectorCacheError, match=f"shard {last.name} .* its bytes are not those"):
         GateService(config)
+
+
+@pytest.mark.parametrize(("device", "warmed"), [("cpu", False), ("meta", True)])
+def test_a_gate_on_a_device_takes_its_memory_before_it_is_ready(
+    device: str, warmed: bool, config: GateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread that has ended: what libraries hold for a thread, the next one is given."""
+    seen: list[Any] = []
+
+    def warm_up(*given: Any) -> None:
+        seen.append((given[1:], torch.is_inference_mode_enabled(), threading.current_thread()))
+
+    monkeypatch.setattr(gate_server, "warm_up", warm_up)
+    GateService(dataclasses.replace(config, device=device, dtype="bfloat16", max_rank=24))
+    assert bool(seen) == warmed
+    for given, inference, thread in seen:
+        assert given == (Policy(), torch.device(device), torch.bfloat16, 24) and inference
+        assert not thread.is_alive()
+
+
+def test_a_gate_whose_device_has_too_little_memory_does_not_start(
+    config: GateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warm_up(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gate_server, "warm_up", warm_up)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        GateService(dataclasses.replace(config, device="meta"))

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_it_goes_on_after_every_failed_start(start: Start, caplog: pytest.LogCap
     finally:
         process.close()
     assert not process._watcher.is_alive() and started[-1].returncode is not None
+
+
+def test_its_environment_is_its_workers_but_for_what_is_given_and_what_is_not_for_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("VISIBLE", "PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS", "KEPT"):
+        monkeypatch.setenv(name, "inherited")
+    start([f"env > '{tmp_path}/seen'; {STAYS}"])
+    GateProcess(CONFIG, {"VISIBLE": "3"}).close()
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert {"VISIBLE=3", "KEPT=inherited"} <= set(seen)
+    assert not [line for line in seen if line.startswith(("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS"))]
 
 
 @pytest.mark.parametrize(

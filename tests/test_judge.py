@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -274,3 +275,90 @@ def test_the_bases_of_a_group_are_those_of_its_modules(cache: ProjectorCache) ->
                     for name, columns, count in zip(chosen, found, counts, strict=True):
                         assert torch.equal(columns[:, :count], getattr(cache.projector(name), basis)(energy))
                         assert not columns[:, count:].any()
+
+
+_MATMUL = torch.backends.cuda.matmul
+_SETTINGS = (
+    "allow_tf32",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+)
+
+
+@pytest.fixture
+def _kept() -> Iterator[None]:
+    """What torch has set for its products."""
+    before = {name: getattr(_MATMUL, name) for name in _SETTINGS}
+    yield
+    for name, value in before.items():
+        setattr(_MATMUL, name, value)
+
+
+@pytest.mark.usefixtures("_kept")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("value", [False, True])
+def test_products_are_exact_whatever_the_process_has_set(
+    value: bool, fails: bool, cache: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TF32 a thousand times as much of the removed inputs stays, as a GPU has shown."""
+    seen = []
+
+    inner = METHODS["input-removal"].project
+
+    def project(*given: Any) -> Any:
+        seen.append([getattr(_MATMUL, name) for name in _SETTINGS])
+        if fails:
+            raise RuntimeError
+        return inner(*given)
+
+    method = dataclasses.replace(METHODS["input-removal"], project=project)
+    monkeypatch.setitem(METHODS, "input-removal", method)
+    for name in _SETTINGS:
+        setattr(_MATMUL, name, value)
+    with contextlib.suppress(RuntimeError):
+        together(adapter(), cache, Policy())
+    assert len(seen) > 0 and set(map(tuple, seen)) == {(False,) * 3}
+    assert [getattr(_MATMUL, name) for name in _SETTINGS] == [value] * 3
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.method}-{p.select}-{p.mode}")
+def test_a_warm_up_judges_the_largest_group_of_each_shape_at_both_ranks(
+    policy: Policy, cache: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[tuple[int, tuple[int, int], int]] = []
+    inner = judge.judge
+
+    def watched(weights: Any, opened: Any, *others: Any) -> Any:
+        shapes = {opened.modules[name].shape for name in weights}
+        ranks = {side.shape[0] for side, _ in weights.values()}
+        assert len(shapes) == len(ranks) == 1
+        assert not any(side.any() for pair in weights.values() for side in pair)
+        judged.append((*ranks, *shapes, len(weights)))
+        return inner(weights, opened, *others)
+
+    monkeypatch.setattr(judge, "judge", watched)
+    monkeypatch.setattr(judge, "_CPU_BYTES", 40_000)
+    judge.warm_up(cache, policy, CPU, torch.bfloat16, 32)
+    weights = {rank: adapter(rank) for rank in (16, 32)}
+    expected = set()
+    for rank, sides in weights.items():
+        sizes: dict[tuple[int, int], int] = {}
+        for names in grouped(sides, cache, 40_000):
+            shape = cache.modules[names[0]].shape
+            sizes[shape] = max(sizes.get(shape, 0), len(names))
+        expected |= {(rank, shape, count) for shape, count in sizes.items()}
+    assert set(judged) == expected and len(judged) == len(expected)
+
+
+@pytest.mark.parametrize(("largest", "ranks"), [(4, {4}), (16, {16}), (17, {16, 17})])
+def test_a_warm_up_takes_no_larger_rank_than_is_accepted(
+    largest: int, ranks: set[int], cache: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+
+    def watched(weights: Any, *_: Any) -> None:
+        seen.update(a.shape[0] for a, _ in weights.values())
+
+    monkeypatch.setattr(judge, "judge", watched)
+    judge.warm_up(cache, Policy(), CPU, torch.bfloat16, largest)
+    assert seen == ranks

@@ -20,12 +20,14 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.files import (
     FileState,
+    FoundSound,
     digests_in,
-    file_state,
     is_digest,
     make_folder,
     put_folder,
     replace_file,
+    sha256_of,
+    states,
     temporary_folder,
     write_file,
     writing,
@@ -44,6 +46,7 @@ class PublishedStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._published = self.root / PUBLISHED
+        self._sound = FoundSound()
 
     def path(self, key: str) -> Path:
         """The folder of a key, whether it exists or not. A key is 64 hexadecimal digits."""
@@ -51,15 +54,23 @@ class PublishedStore:
             raise ValueError(f"{key!r} is no key of a published adapter")
         return self._published / key
 
+    def files(self, key: str) -> list[Path]:
+        """What a copy serves, whether it exists or not: its config and its weights."""
+        return [self.path(key) / name for name in (CONFIG, WEIGHTS)]
+
     def find(self, key: str) -> Report | None:
-        """The report of a published adapter, or None where there is no undamaged copy."""
-        folder = self.path(key)
+        """The report of a published adapter, or None where there is no undamaged copy.
+
+        A copy that this object has read is read again only when its files changed.
+        """
+        files = self.files(key)
         try:
             saved = self._saved(key)
-            for name in (CONFIG, WEIGHTS):
-                with (folder / name).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"][name]:
-                        return None
+            if not self._sound.has(key, files):
+                found, expected = states(files), saved["sha256"]
+                if any(sha256_of(file).hex() != expected[file.name] for file in files):
+                    return None
+                self._sound.add(key, found)
             return _report_in(saved)
         except _NOT_OURS:
             return None
@@ -70,7 +81,7 @@ class PublishedStore:
         Raises:
             OSError: a file is missing.
         """
-        return tuple(file_state((self.path(key) / name).stat()) for name in (CONFIG, WEIGHTS))
+        return states(self.files(key))
 
     def report(self, key: str) -> Report | None:
         """As `find`, but without reading the weights: whether they are sound is not known."""

@@ -7,20 +7,23 @@ published copies can be made again, for another policy, projector cache or versi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest, joined_digest
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS, joined_digest
 from safelora_vllm.files import (
+    FileState,
+    FoundSound,
     digests_in,
     is_digest,
     locked,
     make_folder,
     put_folder,
     remove_folder,
+    sha256_of,
+    states,
     sync_folder,
     temporary_folder,
     write_file,
@@ -35,6 +38,7 @@ class RawStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._raw = self.root / RAW
+        self._sound = FoundSound()
 
     def path(self, digest: str) -> Path:
         """The folder of a digest, whether it exists or not. A digest is 64 hexadecimal digits."""
@@ -50,13 +54,15 @@ class RawStore:
     def keep(self, digest: str, files: Mapping[str, bytes]) -> None:
         """Put both files under their digest. An intact copy stays and counts as new; a damaged one goes.
 
+        digest: of these files, as whoever read them has found it. It is not computed again.
+
         Raises:
             StoreUnavailable: the disk is full or not writable; nothing was kept.
-            ValueError: the files are not those of this digest.
+            ValueError: these are not the two files of an adapter.
         """
         folder = self.path(digest)
-        if set(files) != {CONFIG, WEIGHTS} or content_digest(files[CONFIG], files[WEIGHTS]) != digest:
-            raise ValueError(f"the files {sorted(files)} are not the content of {digest}")
+        if set(files) != {CONFIG, WEIGHTS}:
+            raise ValueError(f"{sorted(files)} are not the two files of an adapter")
         with writing(self.root):
             if self.damaged(digest) is None and self._keep_longer(folder):
                 return
@@ -78,18 +84,28 @@ class RawStore:
         return total
 
     def damaged(self, digest: str) -> str | None:
-        """What is wrong with a copy, None for a sound one. Reads it all."""
-        folder, sides = self.path(digest), []
-        for name in (CONFIG, WEIGHTS):
+        """What is wrong with a copy, None for a sound one.
+
+        Reads it all, but one that this object has read only when its files changed.
+        """
+        files = [self.path(digest) / name for name in (CONFIG, WEIGHTS)]
+        if self._sound.has(digest, files):
+            return None
+        before: tuple[FileState, ...] = ()
+        sides = []
+        for file in files:
             try:
-                with (folder / name).open("rb") as file:
-                    sides.append(hashlib.file_digest(file, "sha256").digest())
+                before += states([file])
+                sides.append(sha256_of(file))
             except FileNotFoundError:
-                return f"{name} is missing"
+                return f"{file.name} is missing"
             except OSError as error:
-                return f"{name} cannot be read ({error.strerror})"
+                return f"{file.name} cannot be read ({error.strerror})"
         found = joined_digest(*sides)
-        return None if found == digest else f"its content has the digest {found}"
+        if found != digest:
+            return f"its content has the digest {found}"
+        self._sound.add(digest, before)
+        return None
 
     def remove(self, digest: str, min_age_seconds: float = 0.0) -> bool:
         """Remove a copy, unless it was kept less than ``min_age_seconds`` ago. Whether it is gone.

@@ -15,6 +15,7 @@ import pytest
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import GuardError, StoreUnavailable
+from safelora_vllm.files import FoundSound
 from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
@@ -68,7 +69,7 @@ def host(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     service = GateService(GateConfig("unused", "not compared", settings))
     guard: WorkerGuard = object.__new__(WorkerGuard)
     guard._settings, guard._store = settings, PublishedStore(root)
-    guard._sound, guard.state = {}, service.state()
+    guard._taken, guard.state = FoundSound(), service.state()
     return Host(guard, service, cache, PublishedStore(root), Draft().write(tmp_path / "adapter"))
 
 

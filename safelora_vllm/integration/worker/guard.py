@@ -21,7 +21,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
 from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
-from safelora_vllm.files import FileState
+from safelora_vllm.files import FoundSound, states
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.socket_folder import SOCKET, private_folder, remove_leftovers, take_ownership
@@ -36,7 +36,6 @@ from safelora_vllm.store import PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
 _START_SECONDS = 900.0
-_REMEMBERED = 10_000  # copies that were read and found whole
 _READS = 2  # of a copy that is exchanged meanwhile: another gate on the store may have made it again
 
 
@@ -110,7 +109,7 @@ class WorkerGuard:
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()
         self._accepted: dict[tuple[str, int, str], str] = {}
-        self._sound: dict[str, tuple[FileState, ...]] = {}
+        self._taken = FoundSound()
         self._store = PublishedStore(self._settings.store)
         self._process: GateProcess | None = None
         remove_leftovers()
@@ -147,13 +146,7 @@ class WorkerGuard:
 
     def still_sound(self, key: str) -> bool:
         """Whether the copy is the one that `resolve` checked: it may be exchanged before it is read."""
-        return self._sound.get(key) == self._state(key) != ()
-
-    def _state(self, key: str) -> tuple[FileState, ...]:
-        try:
-            return self._store.state(key)
-        except OSError:
-            return ()
+        return self._taken.has(key, self._store.files(key))
 
     def _admit(self, request: LoRARequest) -> str:
         """Let a folder pass the gate."""
@@ -161,9 +154,12 @@ class WorkerGuard:
 
     def _check_copy(self, key: str, name: str) -> None:
         """Whether the published copy is whole and made by this server's rules; read once, then remembered."""
-        state = self._state(key)
-        if state and self._sound.get(key) == state:
+        if self._taken.has(key, files := self._store.files(key)):
             return
+        try:
+            found = states(files)
+        except OSError:
+            found = ()
         report = self._store.find(key)
         if report is None:
             raise StoreUnavailable(
@@ -171,9 +167,7 @@ class WorkerGuard:
                 "adapter again"
             )
         self._check_rules(key, report)
-        if len(self._sound) >= _REMEMBERED:
-            self._sound.clear()
-        self._sound[key] = state
+        self._taken.add(key, found)
 
     def _check_rules(self, key: str, report: Report) -> None:
         """A store may hold copies made for another server: under laxer rules, or unprojected.

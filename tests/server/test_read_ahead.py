@@ -1,0 +1,310 @@
+"""Adapters read beside the engine's steps: taken once, in the place of a read, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from vllm.lora.request import LoRARequest
+
+from safelora_vllm.errors import StoreUnavailable
+from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.server import engine as engine_side
+from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.worker import guard as guarded
+from safelora_vllm.integration.worker import read_ahead
+from safelora_vllm.integration.worker.guard import GuardedLoRAManager, prepare
+from safelora_vllm.integration.worker.read_ahead import ReadAhead
+
+CPU = torch.device("cpu")
+KEY = "a" * 64
+SECONDS = 20.0
+
+
+def request(number: int = 1, path: str = f"safelora://{KEY}") -> Any:
+    """As an API server makes it."""
+    return LoRARequest(lora_name=f"adapter{number}", lora_int_id=number, lora_path=path)
+
+
+class Reader:
+    """What reads; it waits until `go` is set."""
+
+    def __init__(self) -> None:
+        self.go, self.began = threading.Event(), threading.Event()
+        self.read: list[int] = []
+
+    def __call__(self, asked: Any) -> Any:
+        self.began.set()
+        assert self.go.wait(SECONDS)
+        self.read.append(asked.lora_int_id)
+        if asked.lora_name == "adapter13":
+            raise StoreUnavailable("gone")
+        return SimpleNamespace(id=asked.lora_int_id)
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    """Ends waiting when the test ends."""
+    found = Reader()
+    yield found
+    found.go.set()
+
+
+def ended(ahead: ReadAhead, asked: Any) -> None:
+    """Wait until it was read."""
+    end = threading.Event()
+    for _ in range(2_000):
+        if ahead.begin(asked):
+            return
+        end.wait(0.01)
+    pytest.fail("it is not read")
+
+
+def test_it_is_read_once_beside_who_asks_and_taken_once(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    assert not ahead.begin(request()) and not ahead.begin(request())
+    reader.go.set()
+    ended(ahead, request())
+    assert ahead.take(request()).id == 1
+    assert ahead.take(request()) is None
+    assert reader.read == [1]
+
+
+@pytest.mark.parametrize("other", [request(2), request(1, f"safelora://{KEY}/1"), request(1, "safelora://b")])
+def test_another_request_is_not_given_what_was_read(other: Any, reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    reader.go.set()
+    ended(ahead, request())
+    assert ahead.take(other) is None and ahead.take(request()) is not None
+
+
+def test_what_is_being_read_is_not_waited_for(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    ahead.begin(request())
+    assert reader.began.wait(SECONDS)
+    ahead.begin(request(2))  # in the queue behind it
+    assert ahead.take(request()) is None and ahead.take(request(2)) is None
+    reader.go.set()
+    ended(ahead, request(3))
+    assert reader.read == [1, 3]
+
+
+def test_what_cannot_be_read_is_said_to_be_ready_and_left_to_the_load(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    reader.go.set()
+    ended(ahead, request(13))
+    assert ahead.take(request(13)) is None
+
+
+def test_few_are_kept_the_last_ones(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    reader.go.set()
+    for number in range(1, 7):
+        ended(ahead, request(number))
+    kept = [number for number in range(1, 7) if ahead.take(request(number))]
+    assert kept == [3, 4, 5, 6] and read_ahead._KEPT == 4
+
+
+def test_its_thread_uses_the_workers_device(monkeypatch: pytest.MonkeyPatch, reader: Reader) -> None:
+    """Pinned memory belongs to a device; without this all ranks would open the first one."""
+    used: list[Any] = []
+    monkeypatch.setattr(read_ahead, "current_platform", SimpleNamespace(set_device=used.append))
+    reader.go.set()
+    for device in (torch.device("cuda:1"), CPU):
+        ahead = ReadAhead(reader, device)
+        ended(ahead, request())
+        assert ahead.take(request()) is not None
+    assert used == [torch.device("cuda:1")]
+
+
+class Guard:
+    """A guard of one copy, which some reads find exchanged."""
+
+    def __init__(self, exchanged: int) -> None:
+        self.exchanged, self.resolved = exchanged, 0
+
+    def resolve(self, _asked: Any) -> str:
+        self.resolved += 1
+        return KEY
+
+    def folder(self, key: str) -> str:
+        assert key == KEY
+        return "/published/copy"
+
+    def still_sound(self, key: str) -> bool:
+        self.exchanged -= 1
+        return key == KEY and self.exchanged < 0
+
+
+def manager(guard: Guard) -> Any:
+    """With nothing of vLLM."""
+    made: Any = object.__new__(GuardedLoRAManager)
+    made.guard, made._in_step = guard, False
+    made.read_ahead = ReadAhead(made._read, CPU)
+    return made
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
+    """What vLLM is asked to load."""
+    found: list[tuple[str, int, str]] = []
+
+    def load(_: Any, asked: Any) -> Any:
+        found.append((asked.lora_name, asked.lora_int_id, asked.lora_path))
+        return SimpleNamespace(id=asked.lora_int_id)
+
+    monkeypatch.setattr(seams, "load_published", load)
+    return found
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in the step", "ahead"])
+def test_a_load_is_of_the_published_copy_and_read_ahead_it_is_not_read_again(
+    ahead: bool, loads: list[Any]
+) -> None:
+    made = manager(Guard(0))
+    if ahead:
+        ended(made.read_ahead, request(7))
+    assert made._load_adapter(request(7)).id == 7
+    assert loads == [("adapter7", 7, "/published/copy")]
+
+
+@pytest.mark.parametrize("exchanged", [0, 1, 2])
+def test_a_copy_that_is_exchanged_while_it_is_read_is_not_served(exchanged: int, loads: list[Any]) -> None:
+    """It is checked and read once more; not a third time."""
+    made = manager(Guard(exchanged))
+    if exchanged < 2:
+        assert made._load_adapter(request()).id == 1
+        assert len(loads) == made.guard.resolved == exchanged + 1
+    else:
+        with pytest.raises(StoreUnavailable, match="adapter1 changes while it is read; load it again"):
+            made._load_adapter(request())
+
+
+def test_a_worker_is_asked_to_read_and_says_when_it_has(loads: list[Any]) -> None:
+    made = manager(Guard(0))
+    made.list_adapters = set
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=made))
+    end = threading.Event()
+    while not prepare(worker, "adapter5", 5, f"safelora://{KEY}"):
+        end.wait(0.01)
+    assert made.read_ahead.take(request(5)).id == 5
+    assert loads == [("adapter5", 5, "/published/copy")]
+
+
+Make = Callable[[], Any]
+
+
+@pytest.mark.parametrize(
+    ("worker", "path"),
+    [
+        (lambda: SimpleNamespace(), f"safelora://{KEY}"),
+        (lambda: SimpleNamespace(model_runner=None), f"safelora://{KEY}"),
+        (lambda: SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager(Guard(0)))), "/etc"),
+    ],
+    ids=["no runner", "no LoRA", "a path that names no copy"],
+)
+def test_a_worker_that_cannot_never_answers_with_an_error(worker: Make, path: str, loads: list[Any]) -> None:
+    """One rank's error would be taken for the answer to another question."""
+    assert prepare(worker(), "x", 1, path) is True
+    assert loads == []
+
+
+def test_what_is_in_the_pool_is_not_read(loads: list[Any]) -> None:
+    made = manager(Guard(0))
+    made.list_adapters = lambda: {5}
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=made))
+    assert prepare(worker, "adapter5", 5, f"safelora://{KEY}") is True
+    assert loads == [] and made.read_ahead.take(request(5)) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [
+        (None, "cuda:0", ("cuda:0", {"VISIBLE": "0"})),
+        (None, "cuda:3", ("cuda:0", {"VISIBLE": "3"})),
+        ("", "cuda:1", ("cuda:0", {"VISIBLE": "1"})),
+        ("4,6", "cuda:1", ("cuda:0", {"VISIBLE": "6"})),
+        ("GPU-a, GPU-b", "cuda:1", ("cuda:0", {"VISIBLE": "GPU-b"})),
+        ("4,6", "cpu", ("cpu", {})),
+        ("4,6", "cuda", ("cuda", {})),
+        ("4,6", "xpu:1", ("xpu:1", {})),
+    ],
+)
+def test_the_gate_sees_the_workers_device_only(
+    visible: str | None, device: str, expected: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded, "current_platform", SimpleNamespace(device_control_env_var="VISIBLE"))
+    monkeypatch.delenv("VISIBLE", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("VISIBLE", visible)
+    assert guarded._only_device(torch.device(device)) == expected
+
+
+class Engine:
+    """vLLM's ``EngineClient`` with two data-parallel engines, of two workers and of one."""
+
+    errored = False
+
+    def __init__(self, answers: list[list[bool] | Exception]) -> None:
+        self.answers = iter(answers)
+        self.asked: list[Any] = []
+        self.core_engines, self.engine_core = (0, 1), self
+
+    async def _call_utility_async(self, *arguments: object, engine: int) -> Any:
+        self.asked.append((engine, *arguments))
+        answer = next(self.answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def add_lora(self, loaded: Any) -> None:
+        self.asked.append(loaded.lora_int_id)
+
+
+CALL = ("collective_rpc", "safelora_prepare", None, ("adapter1", 1, f"safelora://{KEY}"), None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "looks"),
+    [
+        ([[True, True], [True]], 1),
+        ([[True, False], [True], [True, True], [True]], 2),
+        ([[True, True], [False], [False, False], [False], [True, True], [True]], 3),
+        ([RuntimeError("no such method"), [False]], 1),
+    ],
+    ids=["at once", "one worker is not ready", "one engine is not ready", "workers that cannot"],
+)
+def test_a_load_follows_when_all_workers_have_read(
+    answers: list[list[bool] | Exception], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_side, "_READ_POLL_SECONDS", 1e-4)
+    engine = Engine(answers)
+    pool = Pool(engine, cast(Any, None))
+    asyncio.run(pool.load(request()))
+    assert engine.asked == [(0, *CALL), (1, *CALL)] * looks + [1]
+
+
+def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_side, "_READ_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(engine_side, "_READ_SECONDS", 0.05)
+    engine = Engine([[False]] * 1000)
+    asyncio.run(Pool(engine, cast(Any, None)).load(request()))
+    assert engine.asked[-1] == 1
+    assert len(engine.asked) == 2 * 3 + 1  # after 0, 10 and 30 ms; then 70 ms have been waited
+
+
+def test_the_pause_grows_to_its_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("asyncio.sleep", sleep)
+    engine = Engine([[False]] * 20 + [[True]] * 2)
+    asyncio.run(Pool(engine, cast(Any, None)).load(request()))
+    assert pauses == [0.002, 0.004, 0.008, 0.016, 0.032, 0.05, 0.05, 0.05, 0.05, 0.05]
