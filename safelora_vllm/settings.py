@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ PLUGIN = "safelora"  # in VLLM_PLUGINS
 ADMIN_KEY = "SAFELORA_ADMIN_API_KEY"
 ADMIN_KEY_MADE = "SAFELORA_ADMIN_API_KEY_MADE"  # set by a server that made the key itself
 METRICS_KEY = "SAFELORA_METRICS_KEY"
+WORKER = "worker"  # the gate's device is its worker's
+_GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
     "was not built for; leave it out, and start a new server for a new model"
@@ -41,6 +44,8 @@ class ServerSettings:
         policy: fields of the policy, by their names there.
         trust_served_model: do not compare the served model with the cache's aligned model. For a quantised
             or converted copy of it.
+        gate_device: where the gate projects: ``worker``, the device of the worker that starts it; ``cpu``; or
+            another one that this worker sees, such as ``cuda:1``.
         projector_bytes: most bytes of projectors that the gate keeps on its device. The rest is read from
             disk at each use.
         max_adapter_bytes: largest upload that is received, and largest weights file that the gate reads.
@@ -59,6 +64,7 @@ class ServerSettings:
     store: str = field(default_factory=lambda: str(default_root()))
     policy: dict[str, Any] = field(default_factory=dict)
     trust_served_model: bool = False
+    gate_device: str = WORKER
     projector_bytes: int | None = None
     max_adapter_bytes: int = Limits.weights_bytes
     store_bytes: int | None = None
@@ -99,6 +105,12 @@ class ServerSettings:
         settings = cls(**values)
         Policy.from_mapping(settings.policy).check_effective(settings.policy)
         return settings
+
+    def __post_init__(self) -> None:
+        if not _GATE_DEVICE.fullmatch(self.gate_device):
+            raise GuardError(
+                f"gate_device is {self.gate_device!r:.80}: expected {WORKER}, cpu, or a device such as cuda:1"
+            )
 
     def to_section(self) -> dict[str, Any]:
         """The inverse, for ``--additional-config``."""

@@ -428,7 +428,7 @@ def test_a_refusal_of_several_kinds_names_each_code_once(
 
 
 def test_the_rules_have_the_address_of_this_format(rules: GateSettings) -> None:
-    parts = [5, rules.cache.id, rules.policy.id, "torch.float32", "", 512]
+    parts = [6, rules.cache.id, rules.policy.id, "torch.float32", "", 512]
     assert rules.ruleset_digest == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -31,19 +31,21 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "store_bytes": (["--store-bytes", "2KB"], 2000),
     "keys": (["--keys", "/k"], "/k"),
     "adapter_roots": (["--adapter-root", "/a", "--adapter-root", "/b"], ["/a", "/b"]),
+    "gate_device": (["--gate-device", "cuda:1"], "cuda:1"),
+    "projector_bytes": (["--projector-bytes", "3KB"], 3000),
     "concurrent_uploads": (["--concurrent-uploads", "3"], 3),
     "allow_hub": (["--allow-hub"], True),
     "private_docs": (["--private-docs"], True),
     "route_access": (["--route-access", "GET /x=users"], {"GET /x": "users"}),
 }
-SECTION_ONLY = {"projector_bytes", "policy"}
+SECTION_ONLY = {"policy"}
 
 GIB = 1024**3
 # Golden: a change here changes what servers do that are started with the same command as before.
 SERVER: dict[str, Any] = {
-    "policy": {}, "trust_served_model": False, "projector_bytes": None, "max_adapter_bytes": 2 * GIB,
-    "store_bytes": None, "keys": None, "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False,
-    "private_docs": False, "route_access": {},
+    "policy": {}, "trust_served_model": False, "gate_device": "worker", "projector_bytes": None,
+    "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None, "adapter_roots": [],
+    "concurrent_uploads": 8, "allow_hub": False, "private_docs": False, "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,
@@ -82,6 +84,8 @@ def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-adapter-bytes=40MB"], {"max_adapter_bytes": 40_000_000}),
         (["--store-bytes=1GiB"], {"store_bytes": GIB}),
         (["--concurrent-uploads=2"], {"concurrent_uploads": 2}),
+        (["--gate-device=cpu"], {"gate_device": "cpu"}),
+        (["--projector-bytes=1GiB"], {"projector_bytes": GIB}),
         (["--energy=0.3", "--mode=report-only"], {"policy": {"energy": 0.3, "mode": "report-only"}}),
     ],
     ids=str,
@@ -108,6 +112,7 @@ def test_an_option_of_the_command_changes_its_setting_only(
         ({"projector_bytes": "x"}, "projector_bytes"), ({"projector_bytes": True}, "projector_bytes"),
         ({"allow_hub": "no"}, "allow_hub"), ({"adapter_roots": "/data"}, "adapter_roots"),
         ({"nonsense": 1}, "nonsense"), ({"private_docs": 1}, "private_docs"),
+        ({"gate_device": 0}, "gate_device"),
         ({"route_access": {"GET /x": 1}}, "route_access"),
     ],
     ids=str,
@@ -115,6 +120,17 @@ def test_an_option_of_the_command_changes_its_setting_only(
 def test_a_value_of_another_type_is_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(GuardError, match=named):
         ServerSettings.from_additional_config({"safelora": {"projectors": "p", **values}})
+
+
+@pytest.mark.parametrize("device", ["worker", "cpu", "cuda:0", "xpu:12"])
+def test_devices_of_the_gate(device: str) -> None:
+    assert ServerSettings("p", gate_device=device).gate_device == device
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda", "cuda:", "cuda:x", "CUDA:0", "cpu:", " cpu", "cpu\n"])
+def test_what_is_no_device_of_the_gate(device: str) -> None:
+    with pytest.raises(GuardError, match=r"^gate_device is .* expected worker, cpu, or a device"):
+        ServerSettings("p", gate_device=device)
 
 
 @pytest.mark.parametrize("text", ["GET /x", "users"])

@@ -18,7 +18,7 @@ from safelora_vllm.cli.options import (
     size_text,
 )
 from safelora_vllm.errors import UsageError
-from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, ServerSettings
+from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, WORKER, ServerSettings
 
 _NEEDED = ("vllm", "fastapi")
 
@@ -68,6 +68,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--store-bytes", type=size, metavar="N", help="most bytes of published copies; default: no bound"
+    )
+    parser.add_argument(
+        "--gate-device",
+        metavar="D",
+        help=f"where the gate projects: {WORKER}, cpu, or a device such as cuda:1; "
+        f"default: {ServerSettings.gate_device}",
+    )
+    parser.add_argument(
+        "--projector-bytes",
+        type=size,
+        metavar="N",
+        help="most bytes of projectors on the gate's device; default: no bound",
     )
     parser.add_argument(
         "--concurrent-uploads",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import StoreUnavailable
+from safelora_vllm.errors import GuardError, StoreUnavailable
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.server import engine as engine_side
 from safelora_vllm.integration.server.engine import Pool
@@ -239,10 +239,24 @@ def test_the_gate_sees_the_workers_device_only(
     visible: str | None, device: str, expected: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guarded, "current_platform", SimpleNamespace(device_control_env_var="VISIBLE"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("VISIBLE", raising=False)
     if visible is not None:
         monkeypatch.setenv("VISIBLE", visible)
     assert guarded._only_device(torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 4), ("4,6", 2)])
+def test_a_device_that_the_worker_does_not_see_is_refused(
+    visible: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded, "current_platform", SimpleNamespace(device_control_env_var="VISIBLE"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("VISIBLE", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("VISIBLE", visible)
+    with pytest.raises(GuardError, match=f"cuda:{count}, but this worker sees {count} devices"):
+        guarded._only_device(torch.device("cuda", count))
 
 
 class Engine:

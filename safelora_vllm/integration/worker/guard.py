@@ -31,7 +31,7 @@ from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.report import Report
-from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, ServerSettings
+from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, WORKER, ServerSettings
 from safelora_vllm.store import PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
@@ -117,9 +117,11 @@ class WorkerGuard:
         self._client = GateClient(str(folder / SOCKET))
         self._owner_lock = take_ownership(folder)
         if self._owner_lock is not None:
-            where, environment = _only_device(device)
+            chosen = self._settings.gate_device
+            own = device if chosen == WORKER else torch.device(chosen)
+            where, environment = _only_device(own)
             config = _gate_config(vllm_config, where, self._settings, self._client.socket_path)
-            logger.info("starting the gate on %s; it reads the projector cache", device)
+            logger.info("starting the gate on %s; it reads the projector cache", own)
             self._process = GateProcess(config, environment)
         self.state = self._wait_for_gate()
 
@@ -234,16 +236,21 @@ def _identity(request: LoRARequest) -> tuple[str, int, str]:
 
 
 def _only_device(device: torch.device) -> tuple[str, dict[str, str]]:
-    """The worker's device for a process that sees no other one, and the variable that makes it so.
+    """A device of this worker's for a process that sees no other one, and the variable that makes it so.
 
     A process that sees several opens each of its threads on the first, which takes memory there.
+
+    Raises:
+        GuardError: this worker does not see it.
     """
     if device.type != "cuda" or device.index is None:
         return str(device), {}
     variable = current_platform.device_control_env_var
     seen = os.environ.get(variable)
-    chosen = seen.split(",")[device.index].strip() if seen else str(device.index)
-    return "cuda:0", {variable: chosen}
+    names = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
+    if device.index >= len(names):
+        raise GuardError(f"gate_device is {device}, but this worker sees {len(names)} devices of that kind")
+    return "cuda:0", {variable: names[device.index].strip()}
 
 
 def _gate_config(vllm_config: Any, device: str, settings: ServerSettings, socket_path: str) -> GateConfig:
