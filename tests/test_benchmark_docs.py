@@ -22,6 +22,7 @@ ROOT = tables.ROOT
 # Settings, shapes and versions that prose may name; measured figures stand in tables.
 SETTINGS = {
     "0.05", "0.1", "0.2", "0.3", "0.35", "0.4", "0.5", "0.8", "0.95", "0.99", "0.006", "0.28", "0.32", "0.33",
+    "2.11", "2.13",
 }  # fmt: skip
 # What prose says of a file all the same: where its figure is.
 IN_PROSE = {"0.11": ("smollm2", "gemma3")}
@@ -72,12 +73,15 @@ def readme_rows() -> dict[str, list[str]]:
     """What README's table of results has to say: a part of each row's label, and its figures."""
     hostile = safety_totals()
     first = tables.load("hot_load")["kinds"]["qv-r8"]["measures"]["first load"]["guarded_over_unguarded"]
+    on_gpu = tables.load("gpu_serving")["ratios"]
     return {
         "10 % malicious data, q and v": cells("mixed-10-qv", "complied"),
         "own tasks": cells("mixed-10-qv", "utility"),
         "purely malicious adapter, all linear layers": cells("pure-all", "complied"),
         f"hostile adapters, of {hostile['cases']}": [str(hostile["hurt"]), str(hostile["guarded hurt"])],
         "time of a first load": ["1", f"{first:.1f}"],
+        "longest pause of a stream": ["1", f"{on_gpu['loading new content, max_ms']:.2f}"],
+        "time of a load under 8 streams": ["1", f"{on_gpu['load_s']:.1f}"],
     }
 
 
