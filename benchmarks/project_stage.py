@@ -1,4 +1,4 @@
-"""The gate's projecting step under the default policy: CPU time, dispatched operators, waits for the device.
+"""The gate under the default policy: CPU time of projecting and of a whole first load, operators, waits.
 
     python benchmarks/project_stage.py --projectors DIR [--against TREE]
 
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HERE = Path(__file__).resolve()
 KINDS = ("qv-r8", "all-r16")
 LAYERS = 32
+_TIMES = ("cpu_ms", "first_load_cpu_ms")
 _WAITS = ("tolist", "item", "__float__", "__bool__", "__int__")
 
 
@@ -55,7 +56,7 @@ class Contender:
 
     tree: Path
     process: subprocess.Popen[str]
-    ms: dict[str, list[float]] = field(default_factory=dict)
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def ask(self, adapter: Path, count: bool) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def main() -> None:
             found = measure(projectors.resolve(), Path(scratch) / title, args.against, args.repeats)
             for kind, rows in found.items():
                 for row in rows.values():
-                    row["cpu_ms"] = round(row["cpu_ms"] * scale, 1)
+                    row |= {key: round(row[key] * scale, 1) for key in _TIMES}
                 figures[f"{title}, {kind}"] = {"scaled_by": scale, **rows}
                 for name, row in rows.items():
                     print(f"{title:10} {kind:8} {name:6}", json.dumps(row))
@@ -116,14 +117,15 @@ def measure(projectors: Path, scratch: Path, against: Path | None, repeats: int)
             for index, adapter in enumerate(adapters[kind][1:]):
                 turn = list(contenders.values())
                 for contender in turn[index % len(turn) :] + turn[: index % len(turn)]:
-                    contender.ms.setdefault(kind, []).append(contender.ask(adapter, False)["cpu_ms"])
+                    contender.answers.setdefault(kind, []).append(contender.ask(adapter, False))
     finally:
         for contender in contenders.values():
             contender.process.kill()
             contender.process.wait()
     return {
         kind: {
-            name: {**contender.counts[kind], "cpu_ms": median(contender.ms[kind])}
+            name: contender.counts[kind]
+            | {key: median(answer[key] for answer in contender.answers[kind]) for key in _TIMES}
             for name, contender in contenders.items()
         }
         for kind in KINDS
@@ -141,9 +143,10 @@ def _start(tree: Path, projectors: Path) -> subprocess.Popen[str]:
 def serve(projectors: Path) -> None:
     """Project each adapter that a line on stdin names, and count or time the projecting step."""
     from safelora_vllm.adapters.read import Limits, read_adapter
-    from safelora_vllm.gate.admit import GateSettings, Stages, evaluate
+    from safelora_vllm.gate.admit import GateSettings, Stages, admit, evaluate
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
+    from safelora_vllm.store import PublishedStore, RawStore
 
     torch.set_num_threads(1)
     cache, policy = ProjectorCache(projectors), Policy()
@@ -168,8 +171,14 @@ def serve(projectors: Path) -> None:
     for line in sys.stdin:
         adapter, count = json.loads(line)
         answer: dict[str, Any] = {}
-        report, _ = evaluate(read_adapter(adapter, Limits()), "a", GateSettings(cache, policy), Measured())
+        settings = GateSettings(cache, policy, dtype=torch.bfloat16)
+        report, _ = evaluate(read_adapter(adapter, Limits()), "a", settings, Measured())
         assert report.accepted, report.reasons
+        if not count:
+            with tempfile.TemporaryDirectory() as store:
+                started = time.process_time()
+                admit(adapter, "a", settings, PublishedStore(store), RawStore(store))
+                answer["first_load_cpu_ms"] = 1e3 * (time.process_time() - started)
         print(json.dumps({**answer, "modules": len(report.modules)}), flush=True)
 
 
