@@ -13,10 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from safelora_vllm.errors import AdapterRefused, GuardError, ProjectorCacheError, StoreUnavailable
+from safelora_vllm.errors import (
+    AdapterRefused,
+    GateUnavailable,
+    GuardError,
+    ProjectorCacheError,
+    StoreUnavailable,
+)
 from safelora_vllm.gate import server as gate_server
 from safelora_vllm.gate.admit import admit
-from safelora_vllm.gate.protocol import Admit, GateConfig
+from safelora_vllm.gate.protocol import Admit, GateConfig, GetMetrics, Metrics
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
@@ -203,3 +209,24 @@ def test_a_gate_whose_device_has_too_little_memory_does_not_start(
     monkeypatch.setattr(gate_server, "warm_up", warm_up)
     with pytest.raises(RuntimeError, match="out of memory"):
         GateService(dataclasses.replace(config, device="meta"))
+
+
+def test_too_little_memory_on_the_device_is_said_and_the_next_adapter_is_judged(
+    config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, adapter = GateService(config), Draft().write(tmp_path / "adapter")
+
+    def judge(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(GateUnavailable) as told:
+        patch.setattr("safelora_vllm.gate.admit.judge", judge)
+        service.admit(Admit(str(adapter), "large"))
+    assert str(told.value) == (
+        "the gate has too little memory on cpu for this adapter. Leave it more (a smaller "
+        "--gpu-memory-utilization), or give it another device (--gate-device cpu)"
+    )
+    metrics = service.answer(GetMetrics())
+    assert isinstance(metrics, Metrics)
+    assert 'safelora_loads_total{reason="OutOfMemoryError",result="error"} 1.0' in metrics.text
+    assert service.admit(Admit(str(adapter), "small")).report.accepted

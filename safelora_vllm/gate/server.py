@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import (
+    GateUnavailable,
     MalformedMessage,
     ProjectorCacheError,
     QuotaExceeded,
@@ -127,6 +128,12 @@ class GateService:
         except SafeLoRAError as error:
             self._metrics.record_error(type(error).__name__)
             raise
+        except torch.OutOfMemoryError as error:
+            self._metrics.record_error(type(error).__name__)
+            raise GateUnavailable(
+                f"the gate has too little memory on {self._settings.device} for this adapter. Leave it more "
+                "(a smaller --gpu-memory-utilization), or give it another device (--gate-device cpu)"
+            ) from error
         self._metrics.record(admission)
         if call.override and admission.key is not None:
             self._published.mark_override(admission.key)
