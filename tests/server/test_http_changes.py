@@ -77,11 +77,15 @@ def test_missing_folder_is_not_found(admin: TestClient, drafts: dict[str, Path])
     assert str(missing) in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/etc", "{root}/../../etc", "safelora://" + "0" * 64, "org/name"])
+@pytest.mark.parametrize(
+    "path", ["/etc", "{root}/../../etc", "{root}/link", "safelora://" + "0" * 64, "org/name"]
+)
 def test_folders_outside_of_the_roots_are_forbidden(
     admin: TestClient, drafts: dict[str, Path], path: str
 ) -> None:
-    path = path.replace("{root}", str(drafts["qv"].parent))
+    root = drafts["qv"].parent
+    (root / "link").symlink_to("/etc")
+    path = path.replace("{root}", str(root))
     assert load(admin, "tenant", path).status_code == 403
     answer = admin.post("/v1/adapters", json={"name": "tenant", "path": path})
     assert answer.status_code == 403
