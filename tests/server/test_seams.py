@@ -158,7 +158,7 @@ def test_a_replaced_manager_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(worker, "_original_load", None)
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", type("Other", (), {}))
     with pytest.raises(GuardError, match="another plugin has replaced"):
-        worker.install(object, dict)
+        worker.install(object, dict, lambda *_: True)
 
 
 def test_a_replaced_map_is_not_guarded() -> None:
