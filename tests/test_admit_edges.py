@@ -116,6 +116,21 @@ def test_the_figures_of_each_module(mode: str, plain: Path, rules: GateSettings)
     assert 7.0 < stages.seconds["project"] < 8.0 and 0.0 < stages.seconds["vet"] < 1.0
 
 
+def test_a_method_that_needs_no_similarity_says_how_far_it_is_known(
+    rules: GateSettings, tmp_path: Path
+) -> None:
+    """By V's first direction alone: N/D ≤ similarity ≤ (N + tq)/√(D² + t²q), see `methods.certified`."""
+    folder = ranks(q={0: 2.0, 1: 2.0}, k={2: 1.0}, v={}).write(tmp_path / "adapter")
+    report, _ = evaluate(read(folder), "name", rules.under({"method": "input-removal", "select": "all"}))
+    # q is half in the first direction. V's squared values are 4/5 and 1/5 of their sum.
+    low, high = 0.4 / math.sqrt(0.32), (0.4 + 0.2 * 0.5) / math.sqrt(0.32 + 0.2**2 * 0.5)
+    assert [(line.name, line.similarity, line.similarity_error) for line in report.modules] == [
+        (K, 0.5, 0.5),  # nothing of it is in that direction
+        (Q, pytest.approx((low + high) / 2), pytest.approx((high - low) / 2, rel=1e-5)),  # it has a slack
+        (V, None, 0.0),
+    ]
+
+
 def test_the_method_the_dtype_and_the_device_are_those_of_the_settings(
     plain: Path, rules: GateSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

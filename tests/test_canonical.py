@@ -187,6 +187,21 @@ def test_the_published_dtype_is_that_of_the_server(
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_measured_is_what_is_published(
+    dtype: torch.dtype, pair: Pair, cache: ProjectorCache, tmp_path: Path, store: PublishedStore
+) -> None:
+    """Weights are rounded to the served dtype first: rounding may change a delta and its norm."""
+    settings = GateSettings(cache, Policy(method="safe-lora", threshold=-1.0), dtype=dtype)
+    admission = admit(Draft().write(tmp_path / "a"), "tenant", settings, store)
+    assert admission.folder is not None and admission.report.count("kept") == len(module_shapes())
+    tensors = load_file(admission.folder / "adapter_model.safetensors")
+    for module in admission.report.modules:
+        a, b = (tensors[key(module.name, side)] for side in "AB")
+        norm = reference.ratio(reference.product(a, b), pair.w(module.name))
+        assert module.relative_norm == pytest.approx(norm, rel=1e-12)  # float64 on both sides
+
+
 def test_ranks_are_padded_with_zeros(cache: ProjectorCache, tmp_path: Path, store: PublishedStore) -> None:
     draft = Draft()
     draft.config["rank_pattern"] = {"layers.0.self_attn.q_proj": 6}

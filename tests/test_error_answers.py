@@ -22,6 +22,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
+from safelora_vllm.integration.server.access_check import MethodNotAllowed
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.http_errors import NotServing, documented, error_response
 from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
@@ -103,6 +104,12 @@ def test_a_refusal_has_its_codes_and_sentences() -> None:
 )
 def test_when_to_come_back(kind: type[SafeLoRAError], seconds: str | None) -> None:
     assert error_response(kind("x")).headers.get("Retry-After") == seconds
+
+
+def test_another_method_is_answered_with_those_that_the_caller_may_use() -> None:
+    answer = error_response(MethodNotAllowed("PUT", "/v1/models", ["GET", "HEAD"]))
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD")
+    assert "Allow" not in error_response(UsageError("x")).headers
 
 
 @pytest.mark.parametrize(

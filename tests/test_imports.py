@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -140,6 +141,17 @@ def test_what_vllm_imports_before_it_checks_anything_is_the_standard_library() -
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "safelora_vllm" in done.stdout, done.stderr
     assert set(done.stdout.split()) - {"safelora_vllm"} <= sys.stdlib_module_names
+
+
+def test_the_extension_class_puts_the_guard_in_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM imports it in every worker, also where it has not loaded the plugin."""
+    from safelora_vllm.integration import plugin
+
+    calls: list[str] = []
+    monkeypatch.setattr(plugin, "register", lambda: calls.append("register"))
+    monkeypatch.delitem(sys.modules, "safelora_vllm.integration.required", raising=False)
+    assert "Guard" in runpy.run_module("safelora_vllm.integration.required")
+    assert calls == ["register"]
 
 
 def test_everything_but_integration_imports_without_vllm_and_fastapi(tmp_path: Path) -> None:

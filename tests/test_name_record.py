@@ -46,6 +46,14 @@ def test_what_is_wrong_with_a_record_is_told(told: str) -> None:
     assert str(wrong.value) == told
 
 
+def test_an_override_is_for_its_own_content_and_leaves_the_policy_before_it() -> None:
+    lax, strict = {"mode": "report-only"}, {"max_relative_norm": 0.5}
+    overridden = dataclasses.replace(RECORD.live, policy=lax, override=True, base_policy=strict)
+    assert overridden.next_policy == strict
+    assert dataclasses.replace(overridden, base_policy={}).next_policy == {}
+    assert dataclasses.replace(RECORD.live, policy=strict, base_policy=lax).next_policy == strict
+
+
 @pytest.mark.parametrize("field", ["created", "load_seconds"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_not_written(field: str, value: float) -> None:

@@ -17,7 +17,7 @@ from safelora_vllm.adapters.read import Limits
 from safelora_vllm.cli.main import _parser, main
 from safelora_vllm.cli.options import size, size_text
 from safelora_vllm.cli.serve import _settings
-from safelora_vllm.errors import GuardError
+from safelora_vllm.errors import GuardError, PolicyError
 from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.settings import FIELDS, ServerSettings, new_admin_key
 from safelora_vllm.store.layout import default_root
@@ -193,6 +193,20 @@ def test_a_new_admin_key_is_long_and_shown_at_once(monkeypatch: pytest.MonkeyPat
         for key in keys
     )
     assert len(set(keys)) == 3 and all(re.fullmatch(r"[\w-]{32}", key) for key in keys), "24 random bytes"
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        ({"method": "safe-lora", "select": "all", "number": 3}, "`number` has no effect with `select` 'all'"),
+        ({"energy": 0.0}, "with `energy` 0 nothing is projected"),
+    ],
+    ids=["no effect", "no projection"],
+)
+def test_a_policy_that_does_less_than_it_says_is_refused(policy: dict[str, Any], told: str) -> None:
+    """``serve`` refuses such options. A section that somebody wrote reaches the workers without them."""
+    with pytest.raises(PolicyError, match=told):
+        ServerSettings.from_additional_config({"safelora": {"projectors": "p", "policy": policy}})
 
 
 def test_a_path_may_be_one() -> None:

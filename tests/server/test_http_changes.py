@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.server.conftest import ADMIN_KEY, load, upload
+from safelora_vllm.settings import ServerSettings
+from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, load, upload
+from tests.server.fake_engine import FakeEngine, all_routes
 from tests.server.fake_server import FakeServer
+from tests.server.route_spy import PASSED, RouteSpy
 from tests.server.test_tenants import KEYS
 
 
@@ -74,14 +77,32 @@ def test_missing_folder_is_not_found(admin: TestClient, drafts: dict[str, Path])
     assert str(missing) in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/etc", "{root}/../../etc", "safelora://" + "0" * 64, "org/name"])
+@pytest.mark.parametrize(
+    "path", ["/etc", "{root}/../../etc", "{root}/link", "safelora://" + "0" * 64, "org/name"]
+)
 def test_folders_outside_of_the_roots_are_forbidden(
     admin: TestClient, drafts: dict[str, Path], path: str
 ) -> None:
-    path = path.replace("{root}", str(drafts["qv"].parent))
+    root = drafts["qv"].parent
+    (root / "link").symlink_to("/etc")
+    path = path.replace("{root}", str(root))
     assert load(admin, "tenant", path).status_code == 403
     answer = admin.post("/v1/adapters", json={"name": "tenant", "path": path})
     assert answer.status_code == 403
+
+
+def test_the_operators_middleware_stands_within_the_key_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may answer or reroute requests, so it gets only those that passed."""
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
+    settings = ServerSettings("no cache is read", str(tmp_path))
+    spy = f"{RouteSpy.__module__}.{RouteSpy.__qualname__}"
+    app = all_routes(FakeEngine(), settings, api_key=[INFERENCE_KEY], middleware=[spy])
+    for key, status in (("", 401), ("wrong", 401), (INFERENCE_KEY, PASSED), (ADMIN_KEY, PASSED)):
+        headers = {"x-spy": "1", "Authorization": f"Bearer {key}"}
+        assert TestClient(app).get("/v1/models", headers=headers).status_code == status, key
 
 
 def test_mutating_routes_need_the_admin_key(fake: FakeServer, drafts: dict[str, Path]) -> None:

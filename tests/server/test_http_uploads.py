@@ -12,6 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.errors import UsageError
+from safelora_vllm.integration.server import routes
 from safelora_vllm.store import NameStore
 from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, MAX_BYTES, TENANT_KEYS, metric_samples, upload
@@ -91,6 +93,25 @@ def test_bad_bodies(admin: TestClient, drafts: dict[str, Path]) -> None:
     assert admin.post("/v1/adapters", content=b"x").status_code == 400
     assert admin.post("/v1/adapters", json={"name": "x"}).status_code in (400, 422)
     assert admin.get("/v1/adapters/x").status_code == 404
+
+
+@pytest.mark.parametrize(("key", "shown"), [(ADMIN_KEY, True), (TENANT_KEYS["acme"], False)])
+def test_only_admins_downloads_use_the_servers_hub_token(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, key: str, shown: bool
+) -> None:
+    """It opens the private repositories of whoever it belongs to."""
+    asked: list[tuple[Any, ...]] = []
+
+    def download(hub_id: str, revision: str | None, _: Path, most: int, token: bool) -> None:
+        asked.append((hub_id, revision, most, token))
+        raise UsageError("no hub here")
+
+    monkeypatch.setattr(routes, "download", download)
+    fake.app.state.safelora_manager.hub = True
+    fields = {"name": (None, "acme/x"), "hub_id": (None, "org/adapter"), "revision": (None, "v1")}
+    answer = fake.client(key).post("/v1/adapters", files=fields)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "no hub here")
+    assert asked == [("org/adapter", "v1", MAX_BYTES, shown)]
 
 
 def test_too_large_is_413(admin: TestClient) -> None:

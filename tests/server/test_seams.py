@@ -125,11 +125,24 @@ def test_the_api_side_raises_where_vllm_does_not_swallow_it(monkeypatch: pytest.
         made.attach_router(FastAPI())
 
 
+def test_workers_and_the_offline_api_stop_at_an_untested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it is replaced: `LLM` has no API server that would stop at it."""
+    monkeypatch.delenv(checks.ALLOW_UNTESTED, raising=False)
+    monkeypatch.setattr(checks, "_version", lambda: "0.33.0")
+    monkeypatch.setattr(worker, "install", lambda *_: pytest.fail("the guard is put in"))
+    with pytest.raises(GuardError, match=r"vLLM 0\.33\.0 is outside of the range"):
+        plugin.register()
+
+
 @pytest.mark.parametrize("version", ["0.27.1", "0.33.0", "1.0", "dev"])
 def test_unknown_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(checks.ALLOW_UNTESTED, raising=False)
     with pytest.raises(GuardError, match=r"outside of the range 0\.28 to 0\.32"):
         checks.check_version(version)
+    for value in ("", "0", "yes"):
+        monkeypatch.setenv(checks.ALLOW_UNTESTED, value)
+        with pytest.raises(GuardError, match=f"{checks.ALLOW_UNTESTED}=1 to try"):
+            checks.check_version(version)
     monkeypatch.setenv(checks.ALLOW_UNTESTED, "1")
     checks.check_version(version)
 
@@ -145,7 +158,7 @@ def test_a_replaced_manager_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(worker, "_original_load", None)
     monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", type("Other", (), {}))
     with pytest.raises(GuardError, match="another plugin has replaced"):
-        worker.install(object, dict)
+        worker.install(object, dict, lambda *_: True)
 
 
 def test_a_replaced_map_is_not_guarded() -> None:

@@ -18,7 +18,7 @@ from server import Server
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
-from tests.server.conftest import Q_V, descendants, first_token, load, say, upload, write_adapter
+from tests.server.conftest import Q_V, descendants, first_token, load, upload, write_adapter
 from tests.server.troubles import (
     full_disk,
     gate_pid,
@@ -45,10 +45,11 @@ def test_evicted_adapters_are_read_from_the_published_copy(
     for name in ("extra0", "extra1", "extra2"):
         shutil.copytree(adapters[name], tmp_path / name)
         assert load(admin, name, tmp_path / name).status_code == 200
-        first[name] = say(user, name)
+        first[name] = first_token(user, name)
         shutil.rmtree(tmp_path / name)
+    assert len(set(first.values())) == 3, "the answers tell the adapters apart"
     for _ in range(2):
-        assert {name: say(user, name) for name in first} == first
+        assert {name: first_token(user, name) for name in first} == first
 
 
 def cut(copy: Path, _other: Path) -> None:
@@ -77,15 +78,16 @@ def test_a_lost_copy_costs_one_adapter_not_the_engine(
         load(admin, name, adapters[name])
     root = roots(user)["extra0"]
     key = root.removeprefix("safelora://").partition("/")[0]
-    aligned, intact = say(user, "aligned"), say(user, "extra1")
-    say(user, "extra2")
-    said = say(user, "extra0")
-    say(user, "extra1"), say(user, "extra2")
+    aligned, intact = first_token(user, "aligned"), first_token(user, "extra1")
+    first_token(user, "extra2")
+    said = first_token(user, "extra0")
+    assert len({aligned, intact, said}) == 3, "the answers tell the adapters apart"
+    first_token(user, "extra1"), first_token(user, "extra2")
     damage(store / "published" / key, adapters["all"])
-    assert say(user, "extra0") == aligned, "a running request goes on with the aligned model alone"
+    assert first_token(user, "extra0") == aligned, "a running request goes on with the aligned model alone"
     wait_for(lambda: roots(user).get("extra0") not in (root, None))
-    assert say(user, "extra0") == said, "made again from what was uploaded, by itself"
-    assert say(user, "extra1") == intact
+    assert first_token(user, "extra0") == said, "made again from what was uploaded, by itself"
+    assert first_token(user, "extra1") == intact
     assert roots(user)["extra0"].startswith(f"safelora://{key}/"), "no prefix-cache block is used again"
 
 
@@ -99,7 +101,7 @@ def test_loaded_weights_do_not_hang_on_files(
 ) -> None:
     """A mapped file that is cut short kills whoever reads it, and one that is written to changes weights."""
     load(admin, "extra0", adapters["extra0"])
-    say(user, "extra0")
+    first_token(user, "extra0")
     maps = [Path(f"/proc/{pid}/maps").read_text() for pid in descendants(server.process.pid)]
     assert any("libtorch" in text for text in maps), "these are the processes meant"
     assert not any(f"{store}/published" in text for text in maps)
@@ -121,15 +123,15 @@ def test_a_store_that_cannot_be_written(
     """Uploads wait for better days; what is served stays, and the next upload after those works."""
     new = write_new(tmp_path / "new", projectors, trouble.__name__)
     load(admin, "extra0", adapters["extra0"])
-    said = {name: say(user, name) for name in ("aligned", "static", "extra0")}
+    said = {name: first_token(user, name) for name in ("aligned", "static", "extra0")}
     with trouble(server, store):
         answer = upload(admin, "late", new)
         assert answer.status_code == 503 and "cannot be written" in answer.text
         assert user.get("/v1/adapters/late").status_code == 404
-        assert {name: say(user, name) for name in said} == said
+        assert {name: first_token(user, name) for name in said} == said
     assert upload(admin, "late", new).status_code == 201
     assert first_token(user, "late") != first_token(user, "aligned")
-    assert {name: say(user, name) for name in said} == said
+    assert {name: first_token(user, name) for name in said} == said
 
 
 def write_new(folder: Path, projectors: Path, seed: str) -> Path:
@@ -142,12 +144,12 @@ def test_no_memory_in_the_gate(
     server: Server, admin: httpx.Client, user: httpx.Client, projectors: Path, tmp_path: Path
 ) -> None:
     new = write_new(tmp_path / "new", projectors, "memory")
-    said = say(user, "static")
+    said = first_token(user, "static")
     used = int(Path(f"/proc/{gate_pid(server)}/statm").read_text().split()[0]) * resource.getpagesize()
     with limited(gate_pid(server), resource.RLIMIT_AS, used):
         answer = upload(admin, "late", new)
         assert answer.status_code == 503, answer.text
-        assert say(user, "static") == said
+        assert first_token(user, "static") == said
     wait_for(lambda: upload(admin, "late", new).status_code == 201)
     assert first_token(user, "late") != first_token(user, "aligned")
 
@@ -163,32 +165,32 @@ def test_projectors_damaged_while_serving(
     """The gate has them in memory. One that starts anew does not believe them, until they are mended."""
     new = [write_new(tmp_path / f"new{i}", projectors, f"projectors {i}") for i in range(3)]
     load(admin, "extra0", adapters["extra0"])
-    said = {name: say(user, name) for name in ("aligned", "static", "extra0")}
+    said = {name: first_token(user, name) for name in ("aligned", "static", "extra0")}
     shard = next(projectors.glob("*.safetensors"))
     shard.rename(shard.with_suffix(".aside"))
     try:
         shard.write_bytes(shard.with_suffix(".aside").read_bytes()[:-8] + b"\x7f" * 8)
         assert upload(admin, "late0", new[0]).status_code == 201
-        assert {name: say(user, name) for name in said} == said
+        assert {name: first_token(user, name) for name in said} == said
         os.kill(gate_pid(server), signal.SIGKILL)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             assert upload(admin, "late1", new[1]).status_code == 503, "no gate, or one with wrong projectors"
-            assert {name: say(user, name) for name in said} == said
+            assert {name: first_token(user, name) for name in said} == said
             time.sleep(1)
     finally:
         shard.with_suffix(".aside").replace(shard)
     wait_for(lambda: upload(admin, "late2", new[2]).status_code == 201)
-    assert {name: say(user, name) for name in said} == said
+    assert {name: first_token(user, name) for name in said} == said
 
 
 def test_a_dead_gate_comes_back(
     server: Server, admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
 ) -> None:
     load(admin, "extra0", adapters["extra0"])
-    before = say(user, "extra0")
+    before = first_token(user, "extra0")
     os.kill(gate_pid(server), signal.SIGKILL)
-    assert say(user, "extra0") == before
+    assert first_token(user, "extra0") == before
     statuses = set()
 
     def loads_again() -> bool:

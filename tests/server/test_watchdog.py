@@ -82,8 +82,14 @@ def test_an_adapter_that_a_worker_could_not_read_is_withdrawn(place: Place) -> N
     assert place.watchdog.workers == {"guarded": 2, "unguarded": 0}
     (problem,) = place.problems().values()
     assert isinstance(problem, StoreUnavailable) and "copy of one was damaged" in str(problem)
-    assert place.pool.request("one", "k1", 16).lora_path == "safelora://k1/1", "no cached block is used again"
-    assert place.pool.request("two", "k2", 32).lora_path == "safelora://k2"
+    again = place.pool.request("one", "k1", 16)
+    assert again.lora_path == "safelora://k1/1", "no cached block is used again"
+    assert again.lora_int_id == 17, "the pool has zeros under the id before"
+    other = place.pool.request("two", "k2", 32)
+    assert (other.lora_path, other.lora_int_id) == ("safelora://k2", 32)
+    place.pool.mark_lost({again.lora_path})
+    third = place.pool.request("one", "k1", 16)
+    assert (third.lora_path, third.lora_int_id) == ("safelora://k1/2", 18)
 
 
 def test_nothing_is_served_while_a_worker_is_not_guarded(place: Place) -> None:

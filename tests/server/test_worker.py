@@ -9,9 +9,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.lora.request import LoRARequest
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import GuardError, StoreUnavailable
@@ -20,7 +23,9 @@ from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.integration.attestation import Attestation
-from safelora_vllm.integration.worker.guard import WorkerGuard
+from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard, attest
+from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
@@ -140,7 +145,9 @@ def test_a_tenants_files_do_not_make_an_override(host: Host) -> None:
 def test_an_attestation_arrives_as_it_was_given() -> None:
     given = Attestation(True, "/socket", "p", "q", ["safelora://k"])
     assert Attestation.from_answers([given.to_dict()] * 2) == [given, given]
-    for wrong in ({"guarded": False, "lora": True}, {**given.to_dict(), "guarded": False}, "generate", None):
+    without_lora = attest(SimpleNamespace(model_runner=SimpleNamespace()))
+    unguarded = attest(SimpleNamespace(model_runner=SimpleNamespace(lora_manager=object())))
+    for wrong in (without_lora, unguarded, {**given.to_dict(), "guarded": False}, "generate", None):
         with pytest.raises(ValueError, match=r"guarded|Expected|missing|unknown"):
             Attestation.from_answers([given.to_dict(), wrong])
 
@@ -162,6 +169,31 @@ def test_a_copy_of_a_refused_adapter_is_not_taken(host: Host) -> None:
     forged = "f" * 64
     host.store.publish(forged, files, dataclasses.replace(report, accepted=False))
     refused(host, forged, "with other projectors")
+
+
+@pytest.mark.parametrize("losses", ["", "/1", "/15"])
+def test_a_copy_is_found_by_its_key_however_often_it_was_lost(losses: str, host: Host) -> None:
+    key = host.published()
+    request = LoRARequest("tenant", 1, f"safelora://{key}{losses}")
+    assert host.guard.resolve(request) == key
+
+
+def test_an_adapter_that_cannot_be_read_within_a_step_is_reported_as_lost(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its path, which the API servers then withdraw. Outside of a step the load fails instead."""
+    manager: GuardedLoRAManager = object.__new__(GuardedLoRAManager)
+    manager.guard, manager._in_step = host.guard, False
+    manager.read_ahead = ReadAhead(manager._read, torch.device("cpu"))  # it has read nothing
+    host.guard.lost = set()
+    monkeypatch.setattr(seams, "no_adapter", lambda _, request: f"zeros for {request.lora_name}")
+    request = LoRARequest("tenant", 1, f"safelora://{'0' * 64}/1")
+    with pytest.raises(StoreUnavailable, match="missing or damaged"):
+        manager._load_adapter(request)
+    assert host.guard.lost == set()
+    manager._in_step = True
+    assert manager._load_adapter(request) == "zeros for tenant"
+    assert host.guard.lost == {request.lora_path}
 
 
 def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> None:
