@@ -303,13 +303,16 @@ def test_a_load_follows_when_all_workers_have_read(
     assert engine.asked == [(0, *CALL), (1, *CALL)] * looks + [1]
 
 
-def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_hangs_does_not_stop_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load would wait for it between two steps, and every stream with it."""
     monkeypatch.setattr(engine_side, "_READ_POLL_SECONDS", 0.01)
     monkeypatch.setattr(engine_side, "_READ_SECONDS", 0.05)
     engine = Engine([[False]] * 1000)
-    asyncio.run(Pool(engine, cast(Any, None)).load(request()))
-    assert engine.asked[-1] == 1
-    assert len(engine.asked) == 2 * 3 + 1  # after 0, 10 and 30 ms; then 70 ms have been waited
+    with pytest.raises(
+        StoreUnavailable, match="have not read adapter1 from the adapter store in 0 s, and it is"
+    ):
+        asyncio.run(Pool(engine, cast(Any, None)).load(request()))
+    assert engine.asked == [(0, *CALL), (1, *CALL)] * 4  # after 0, 10, 30 and 70 ms; it was never loaded
 
 
 def test_the_pause_grows_to_its_longest(monkeypatch: pytest.MonkeyPatch) -> None:

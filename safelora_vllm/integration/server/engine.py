@@ -73,6 +73,7 @@ class Pool:
 
         Raises:
             AdapterRefused: vLLM cannot load it, with its own words. EngineUnavailable: the engine has ended.
+            StoreUnavailable: the workers cannot read it in time.
         """
         await self._read_ahead(request)
         try:
@@ -85,15 +86,26 @@ class Pool:
     async def _read_ahead(self, request: LoRARequest) -> None:
         """Wait until the workers have read an adapter beside their steps, in which the load follows.
 
-        Without that the load reads it, and says what is wrong with it or with the engine.
+        What is wrong with it, or with the engine, the load will say.
+
+        Raises:
+            StoreUnavailable: they have not, for long: a load would stop all steps for as long.
         """
         pause, waited = _READ_POLL_SECONDS, 0.0
-        with contextlib.suppress(Exception):
-            while waited < _READ_SECONDS and not await seams.prepared_by_all_workers(
-                self.engine_client, request
-            ):
-                await asyncio.sleep(pause)
-                pause, waited = min(2 * pause, _LONGEST_POLL_SECONDS), waited + pause
+        while not await self._prepared(request):
+            if waited >= _READ_SECONDS:
+                raise StoreUnavailable(
+                    f"the workers have not read {request.lora_name} from the adapter store in {waited:.0f} s, "
+                    "and it is not loaded. Repair the store's disk, then load it again"
+                )
+            await asyncio.sleep(pause)
+            pause, waited = min(2 * pause, _LONGEST_POLL_SECONDS), waited + pause
+
+    async def _prepared(self, request: LoRARequest) -> bool:
+        try:
+            return await seams.prepared_by_all_workers(self.engine_client, request)
+        except Exception:  # a dead engine, or workers without the method: the load says so
+            return True
 
     async def release(self, request: LoRARequest, wanted: Callable[[LoRARequest], bool]) -> None:
         """Free the workers' copy when this process's last request with it has ended, unless wanted then.
