@@ -72,7 +72,8 @@ class Pool:
         """Load published weights before anybody asks for them.
 
         Raises:
-            AdapterRefused: vLLM cannot load it, with its own words. EngineUnavailable: the engine has ended.
+            AdapterRefused: vLLM cannot load it, with its own words.
+            EngineUnavailable: the engine has ended.
             StoreUnavailable: the workers cannot read it in time.
         """
         await self._read_ahead(request)
@@ -95,8 +96,8 @@ class Pool:
         while not await self._prepared(request):
             if waited >= _READ_SECONDS:
                 raise StoreUnavailable(
-                    f"the workers have not read {request.lora_name} from the adapter store in {waited:.0f} s, "
-                    "and it is not loaded. Repair the store's disk, then load it again"
+                    f"the workers have not read {request.lora_name} from the adapter store in {waited:.0f} "
+                    "s, and it is not loaded. Repair the store's disk, then load it again"
                 )
             await asyncio.sleep(pause)
             pause, waited = min(2 * pause, _LONGEST_POLL_SECONDS), waited + pause
