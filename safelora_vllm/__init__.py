@@ -14,12 +14,14 @@ if TYPE_CHECKING:
         build_projectors,
         calibrate_policy,
         inspect_adapter,
+        plan_projectors,
         project_adapter,
     )
     from safelora_vllm.errors import AdapterRefused, Reason, SafeLoRAError
     from safelora_vllm.methods.calibration import Calibration
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
+    from safelora_vllm.projectors.plan import Plan
     from safelora_vllm.report import ModuleReport, Report
 
     __version__: str
@@ -28,6 +30,7 @@ __all__ = [
     "AdapterRefused",
     "Calibration",
     "ModuleReport",
+    "Plan",
     "Policy",
     "ProjectorCache",
     "Reason",
@@ -37,12 +40,14 @@ __all__ = [
     "build_projectors",
     "calibrate_policy",
     "inspect_adapter",
+    "plan_projectors",
     "project_adapter",
 ]
 _MODULES = {
     "AdapterRefused": "errors",
     "Calibration": "methods.calibration",
     "ModuleReport": "report",
+    "Plan": "projectors.plan",
     "Policy": "policy",
     "ProjectorCache": "projectors.cache",
     "Reason": "errors",
@@ -51,6 +56,7 @@ _MODULES = {
     "build_projectors": "api",
     "calibrate_policy": "api",
     "inspect_adapter": "api",
+    "plan_projectors": "api",
     "project_adapter": "api",
 }
 

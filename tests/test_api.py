@@ -46,9 +46,9 @@ def here(pair: Pair, cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.
 
 def test_all_is_what_is_promised_and_all_of_it_is_there() -> None:
     promised = {
-        "build_projectors", "inspect_adapter", "project_adapter", "calibrate_policy", "Policy",
-        "ProjectorCache", "Report", "ModuleReport", "Reason", "Calibration", "SafeLoRAError",
-        "AdapterRefused", "__version__",
+        "build_projectors", "plan_projectors", "inspect_adapter", "project_adapter", "calibrate_policy",
+        "Policy", "Plan", "ProjectorCache", "Report", "ModuleReport", "Reason", "Calibration",
+        "SafeLoRAError", "AdapterRefused", "__version__",
     }  # fmt: skip
     assert set(sl.__all__) == promised and len(sl.__all__) == len(promised)
     assert promised <= set(dir(sl))

@@ -229,7 +229,10 @@ def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for option, expected in (("--version", __version__), ("--help", "build,inspect,project,serve,calibrate")):
+    for option, expected in (
+        ("--version", __version__),
+        ("--help", "build,inspect,project,serve,plan,calibrate"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main([option])
         text = capsys.readouterr().out

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from safelora_vllm import __version__
-from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, project, serve, store
+from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, plan, project, serve, store
 from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 
@@ -16,7 +16,7 @@ _DESCRIPTION = "Serve LoRA adapters with vLLM, and keep what alignment changed i
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 problems found (store verify), 2 wrong usage or missing input, 3 adapter refused."
 )
-_COMMANDS = (build, inspect, project, serve, calibrate, store, audit)
+_COMMANDS = (build, inspect, project, serve, plan, calibrate, store, audit)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -58,4 +58,5 @@ METHOD = Method(
     options={"energy": Option("the share of the alignment's energy to keep")},
     energy=0.95,  # as in the paper
     reads_output_bases=True,
+    work=21,
 )

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
 
 Pair = tuple[Tensor, Tensor]
-# Of a group's A and B in float32; its work takes about 8 times as much under the default policy. On a CPU a
-# group should fit into a core's cache; elsewhere fewer operators count for more, and the memory does.
+# Of a group's A and B in float32; its work takes `Method.work` times as much. On a CPU a group should fit
+# into a core's cache; elsewhere fewer operators count for more, and the memory does.
 _CPU_BYTES = 1 * 1024**2
 _DEVICE_BYTES = 16 * 1024**2
 
@@ -112,6 +112,34 @@ def warm_up(
             judge({name: weights[name] for name in names}, cache, policy, device, dtype)
 
 
+def working_bytes(
+    shapes: Mapping[tuple[int, int], int], rank: int, policy: Policy, device: torch.device
+) -> int:
+    """What judging an adapter takes of a device for a while, about: the work of its largest group.
+
+    Args:
+        shapes: (d_out, d_in) → modules of it.
+        rank: of the adapter.
+        policy: as for `judge`.
+        device: as for `judge`; it need not be there.
+    """
+    largest = 0
+    for shape, count in shapes.items():
+        each = _pair_bytes(shape, rank)
+        largest = max(largest, each * min(count, _group_size(each, _group_bytes(device))))
+    return METHODS[policy.method].work * largest
+
+
+def _pair_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Of one module's A and B."""
+    return rank * sum(shape) * torch.float32.itemsize
+
+
+def _group_size(each: int, nbytes: int) -> int:
+    """How many modules a group has, of what each takes and a group may take."""
+    return max(1, nbytes // max(each, 1))
+
+
 def _group_bytes(device: torch.device) -> int:
     return _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES
 
@@ -142,8 +170,7 @@ def grouped(weights: Mapping[str, Pair], cache: ProjectorCache, nbytes: int) -> 
         for name in names:
             ranks.setdefault(weights[name][0].shape[0], []).append(name)
         for rank, alike in ranks.items():
-            each = rank * sum(cache.modules[alike[0]].shape) * torch.float32.itemsize
-            size = max(1, nbytes // max(each, 1))
+            size = _group_size(_pair_bytes(cache.modules[alike[0]].shape, rank), nbytes)
             groups += [alike[start : start + size] for start in range(0, len(alike), size)]
     return groups
 

@@ -52,6 +52,7 @@ class Method:
     reads_operator: whether it reads Ĉ or V of the projector cache, which takes the most memory.
     reads_output_bases: whether it reads L, which takes memory too. Of the methods with an ``energy``, all
         read R.
+    work: how many times the memory of a group's A and B its work takes, as benchmarks/gpu measured it.
     calibrator: what it does to a random adapter; without one it cannot be calibrated.
     """
 
@@ -62,6 +63,7 @@ class Method:
     energy: float = 0.2
     reads_operator: bool = False
     reads_output_bases: bool = False
+    work: int = 8
     calibrator: Calibrator | None = None
 
 

@@ -26,9 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safelora_vllm.errors import ProjectorCacheError
+from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
-from safelora_vllm.projectors.checkpoint import ModelName
+from safelora_vllm.projectors.checkpoint import ModelName, read_header
 from safelora_vllm.projectors.group import BasisStack, GroupSpectrum, ProjectorGroup
 from safelora_vllm.projectors.manifest import MANIFEST, MODELS, parse_manifest
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
@@ -163,10 +163,7 @@ class ProjectorCache:
     def _wanted(
         self, input_energy: float, output_energy: float, operator: bool
     ) -> Iterator[tuple[str, Sequence[str], int | None]]:
-        """Part, modules and columns of what `load` keeps, in its order.
-
-        Modules of one shape keep equally many columns, the most that one of them needs, if all have as many.
-        """
+        """Part, modules and columns of what `load` keeps, in its order."""
         yield from (("energy", [name], None) for name in self.modules)
         for part, energy in (("input_basis", input_energy), ("output_basis", output_energy)):
             for names in self._shapes.values():
@@ -174,10 +171,11 @@ class ProjectorCache:
                 counts = [projector.directions(energy, clipped=True) for projector in projectors]
                 if max(counts) == 0:
                     continue
-                if max(counts) <= min(len(projector.energies) for projector in projectors):
-                    yield part, names, max(counts)
+                held = columns_held(counts, [len(projector.energies) for projector in projectors])
+                if min(held) == max(held):
+                    yield part, names, held[0]
                 else:
-                    yield from ((part, [name], count) for name, count in zip(names, counts, strict=True))
+                    yield from ((part, [name], count) for name, count in zip(names, held, strict=True))
         if operator:
             for name, entry in self.modules.items():
                 yield "projector" if entry.form == "dense" else "delta", [name], None
@@ -236,6 +234,21 @@ class ProjectorCache:
         tiers["disk"] = total - sum(tiers.values())
         return tiers
 
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor in the shards, from their headers.
+
+        Raises:
+            ProjectorCacheError: a shard is missing or damaged.
+        """
+        sizes: dict[str, int] = {}
+        for shard in self._manifest.shards:
+            try:
+                header = read_header(self.folder / shard)
+            except (OSError, CheckpointError) as error:
+                raise self._damaged(shard, str(error)) from error
+            sizes |= {key: info.nbytes for key, info in header.items()}
+        return sizes
+
     def _read(self, key: str, shard: str, columns: int | None = None) -> Tensor:
         """A tensor from disk, in memory of its own: a mapped file that is cut short kills its readers.
 
@@ -255,3 +268,12 @@ class ProjectorCache:
             f"shard {shard} of the projector cache {self.folder} cannot be used: {why}. "
             "Restore it or build the cache again"
         )
+
+
+def columns_held(counts: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """Columns of a basis that modules of one shape hold, of what each needs and what the cache has of it.
+
+    Equally many, the most that one of them needs, if all have as many: then one tensor holds them all.
+    """
+    most = max(counts)
+    return [most] * len(counts) if most <= min(kept) else list(counts)

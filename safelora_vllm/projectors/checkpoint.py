@@ -82,15 +82,17 @@ class ModelName:
 class Checkpoint:
     """A folder with ``model.safetensors`` or shards, and ``config.json``.
 
+    whole: whether files have to have their data. Without it they may end after their headers.
+
     Raises:
         CheckpointError: no safetensors files, a broken header, or a tensor in two shards.
     """
 
-    def __init__(self, model: str | Path) -> None:
+    def __init__(self, model: str | Path, whole: bool = True) -> None:
         self.folder = locate_model(model)
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(self.folder):
-            for name, info in read_header(file).items():
+            for name, info in read_header(file, whole).items():
                 if name in self.tensors:
                     raise CheckpointError(f"{self.folder}: {name} is in two files")
                 self.tensors[name] = info
@@ -127,14 +129,19 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
+        dtype = self.float_dtype(name)
+        flat = torch.frombuffer(self.raw(name), dtype=dtype)
+        return flat.reshape(self.tensors[name].shape)
+
+    def float_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that is there; see `read` for what it raises."""
         info = self.tensors[name]
         if info.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{name} in {self.folder} is {info.dtype}; expected one of {list(FLOAT_DTYPES)}. "
                 "Give the unquantised checkpoint"
             )
-        flat = torch.frombuffer(self.raw(name), dtype=FLOAT_DTYPES[info.dtype])
-        return flat.reshape(info.shape)
+        return FLOAT_DTYPES[info.dtype]
 
     def digest(self, progress: Iterable[str] | None = None) -> str:
         """sha256 over every tensor's name, dtype, shape and bytes: the checkpoint's full identity.
@@ -188,8 +195,8 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield file
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, from its header.
+def read_header(file: Path, whole: bool = True) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header. whole: whether the data has to be there too.
 
     Source: the safetensors format (8 bytes of little-endian length, a JSON header, the data).
     """
@@ -205,7 +212,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
-            if not 0 <= start <= end <= size - 8 - length:
+            if not 0 <= start <= end or (whole and end > size - 8 - length):
                 raise ValueError(f"{name} lies outside of the file")
             shape = tuple(entry["shape"])
             info = TensorInfo(file, entry["dtype"], shape, 8 + length + start, end - start)

@@ -1,0 +1,75 @@
+"""How long a build takes on this machine, estimated from one small module that is built for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from safelora_vllm.projectors.assumed_spectrum import DECAY
+from safelora_vllm.projectors.build import BuildOptions, build_module
+from safelora_vllm.projectors.checkpoint import Checkpoint
+
+# Sides of the module. On a GPU a smaller one measures how long its operators take to start.
+_CPU_SIDE, _DEVICE_SIDE = 1024, 4096
+_RUNS = 2  # the first one loads libraries
+_HASHED = 16 * 1024**2
+_NAME = "model.layers.0.linear"
+
+Shape = tuple[int, int]
+
+
+def estimated_seconds(shapes: Mapping[Shape, int], hashed: int, device: str, max_energy: float) -> float:
+    """Seconds of a build, without the time of the disk.
+
+    Args:
+        shapes: (d_out, d_in) → modules of it.
+        hashed: bytes of both checkpoints and of the cache, which are hashed on one core.
+        device: where to compute; it is used for about a second.
+        max_energy: as in `BuildOptions`.
+    """
+    side = min(_CPU_SIDE if torch.device(device).type == "cpu" else _DEVICE_SIDE, max(map(min, shapes)))
+    pace = _module_seconds(side, device, max_energy) / _operations((side, side))
+    computing = pace * sum(count * _operations(shape) for shape, count in shapes.items())
+    return computing + hashed * _hash_seconds() / _HASHED
+
+
+def _operations(shape: Shape) -> int:
+    """A module's, up to a factor: the Gram matrix, its eigenvectors, and their partners on the other side."""
+    return min(shape) ** 2 * sum(shape)
+
+
+def _module_seconds(side: int, device: str, max_energy: float) -> float:
+    """Of building one drawn module of this side, files read included."""
+    generator = torch.Generator().manual_seed(0)
+    base, change = (torch.randn(side, side, generator=generator) for _ in range(2))
+    change *= torch.arange(1, side + 1).pow(-DECAY)
+    options = BuildOptions(device=device, max_energy=max_energy)
+    with tempfile.TemporaryDirectory(prefix="safelora-plan-") as folder:
+        models = []
+        for name, weight in (("base", base), ("aligned", base + change)):
+            place = Path(folder, name)
+            place.mkdir()
+            (place / "config.json").write_text(json.dumps({}))
+            save_file({f"{_NAME}.weight": weight}, place / "model.safetensors")
+            models.append(Checkpoint(place))
+        before, after = models
+        seconds = []
+        for _ in range(_RUNS):
+            started = time.perf_counter()
+            build_module(_NAME, before, after, options)
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _hash_seconds() -> float:
+    data = bytes(_HASHED)
+    started = time.perf_counter()
+    hashlib.sha256(data).digest()
+    return time.perf_counter() - started
