@@ -27,6 +27,7 @@ from safelora_vllm.adapters.read import read_adapter
 from safelora_vllm.errors import AdapterRefused, ProjectorCacheError, UsageError
 from safelora_vllm.gate.admit import GateSettings, admit, evaluate
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
+from safelora_vllm.methods.reads import check_parts
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -49,7 +50,8 @@ def build_projectors(
     dtype: str = "bfloat16",
     form: str = "auto",
     device: str = "cpu",
-    max_energy: float = 0.95,
+    max_energy: float | None = None,
+    thin: bool = False,
 ) -> ProjectorCache:
     """Build the projector cache of a model pair. Memory holds one module at a time.
 
@@ -61,14 +63,18 @@ def build_projectors(
         dtype: of the projectors: ``float32``, ``bfloat16`` or ``float16``.
         form: ``dense`` stores Ĉ (d_out, d_out), ``factored`` V (d_out, d_in), ``auto`` what is smaller.
         device: where to compute, such as ``cuda``.
-        max_energy: the largest energy that a policy may have, a share of ‖V‖_F² above 0 and up to 1.
+        max_energy: the largest energy that a policy may have, a share of ‖V‖_F² above 0 and up to 1. None:
+            0.95, or 0.4 with ``thin``.
+        thin: keep neither Ĉ nor V. Policies of method ``safe-lora``, and those that select by threshold or
+            number, need one of them. ``dtype`` and ``form`` have no effect then. ``max_energy`` is then twice
+            the default policy's energy by default, since directions above it take most of the room.
 
     Returns:
         The cache, opened.
 
     Raises:
         CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
-        UsageError: ``out`` exists, the disk is full, or an option is out of range.
+        UsageError: ``out`` exists, the disk is full, or an option is out of range or without effect.
 
     Example:
         >>> import safelora_vllm as sl
@@ -76,7 +82,8 @@ def build_projectors(
         >>> len(cache.modules), cache.modules["model.layers.0.self_attn.q_proj"].shape
         (14, (96, 96))
     """
-    options = BuildOptions(tuple(modules), dtype, form, str(_device(device)), max_energy)
+    energy = {} if max_energy is None else {"max_energy": max_energy}
+    options = BuildOptions(tuple(modules), dtype, form, str(_device(device)), thin=thin, **energy)
     return ProjectorCache(build(os.fspath(base), os.fspath(aligned), os.fspath(out), options))
 
 
@@ -102,7 +109,7 @@ def inspect_adapter(
     Raises:
         AdapterNotFound: there is nothing at the path.
         UsageError: ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache, or a field without effect.
+        PolicyError: the policy needs more than the cache has, or has a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -151,7 +158,7 @@ def project_adapter(
         AdapterRefused: the gate refuses it; nothing was written. `inspect_adapter` has the report.
         AdapterNotFound: there is nothing at the path.
         UsageError: ``out`` exists or cannot be written, or ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache, or a field without effect.
+        PolicyError: the policy needs more than the cache has, or has a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -233,7 +240,9 @@ def _settings(
 ) -> GateSettings:
     policy = policy or Policy()
     policy.check_effective(policy.chosen)
-    return GateSettings(_cache(projectors), policy, _device(device))
+    cache = _cache(projectors)
+    check_parts(policy, cache)
+    return GateSettings(cache, policy, _device(device))
 
 
 def _cache(projectors: str | os.PathLike[str] | ProjectorCache) -> ProjectorCache:
