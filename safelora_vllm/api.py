@@ -28,7 +28,7 @@ from safelora_vllm.errors import AdapterRefused, CheckpointError, ProjectorCache
 from safelora_vllm.gate.admit import GateSettings, admit, evaluate
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
 from safelora_vllm.methods.judge import working_bytes
-from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.methods.reads import check_parts, parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build, select_modules
 from safelora_vllm.projectors.build_time import estimated_seconds
@@ -53,7 +53,8 @@ def build_projectors(
     dtype: str = "bfloat16",
     form: str = "auto",
     device: str = "cpu",
-    max_energy: float = 0.95,
+    max_energy: float | None = None,
+    thin: bool = False,
 ) -> ProjectorCache:
     """Build the projector cache of a model pair. Memory holds one module at a time.
 
@@ -65,14 +66,18 @@ def build_projectors(
         dtype: of the projectors: ``float32``, ``bfloat16`` or ``float16``.
         form: ``dense`` stores Ĉ (d_out, d_out), ``factored`` V (d_out, d_in), ``auto`` what is smaller.
         device: where to compute, such as ``cuda``.
-        max_energy: the largest energy that a policy may have, a share of ‖V‖_F² above 0 and up to 1.
+        max_energy: the largest energy that a policy may have, a share of ‖V‖_F² above 0 and up to 1. None:
+            0.95, or 0.4 with ``thin``.
+        thin: keep neither Ĉ nor V. Policies of method ``safe-lora``, and those that select by threshold or
+            number, need one of them. ``dtype`` and ``form`` have no effect then. ``max_energy`` is then twice
+            the default policy's energy by default, since directions above it take most of the room.
 
     Returns:
         The cache, opened.
 
     Raises:
         CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
-        UsageError: ``out`` exists, the disk is full, or an option is out of range.
+        UsageError: ``out`` exists, the disk is full, or an option is out of range or without effect.
 
     Example:
         >>> import safelora_vllm as sl
@@ -80,7 +85,8 @@ def build_projectors(
         >>> len(cache.modules), cache.modules["model.layers.0.self_attn.q_proj"].shape
         (14, (96, 96))
     """
-    options = BuildOptions(tuple(modules), dtype, form, str(_device(device)), max_energy)
+    energy = {} if max_energy is None else {"max_energy": max_energy}
+    options = BuildOptions(tuple(modules), dtype, form, str(_device(device)), thin=thin, **energy)
     return ProjectorCache(build(os.fspath(base), os.fspath(aligned), os.fspath(out), options))
 
 
@@ -91,6 +97,7 @@ def plan_projectors(
     projectors: str | os.PathLike[str] | ProjectorCache | None = None,
     modules: Sequence[str] = (),
     max_energy: float | None = None,
+    thin: bool = False,
     lora_rank: int = 16,
     gpu_memory: int | None = None,
     device: str = "cpu",
@@ -105,6 +112,7 @@ def plan_projectors(
         projectors: a projector cache of the model, or its folder, whose own spectra are taken.
         modules: as for `build_projectors`.
         max_energy: as for `build_projectors`. None: its default.
+        thin: as for `build_projectors`.
         lora_rank: of an adapter, the largest that the server accepts.
         gpu_memory: bytes of the GPU that the gate is on. None: that of the GPU which torch sees, if any.
         device: where the build would compute. One small module is built there, for the estimate of its time.
@@ -114,7 +122,8 @@ def plan_projectors(
 
     Raises:
         CheckpointError: there is no checkpoint in the folder, or none with such modules.
-        PolicyError: the policy has more energy than the cache, or a field without effect.
+        PolicyError: the policy has more energy than the cache, reads what a thin one lacks, or has a field
+            without effect.
         ProjectorCacheError: the cache is missing, damaged or of another model.
         UsageError: ``device`` or another argument is not usable.
 
@@ -130,12 +139,12 @@ def plan_projectors(
         raise UsageError(f"`lora_rank` is {lora_rank}: expected 1 or more")
     if gpu_memory is not None and gpu_memory < 1:
         raise UsageError(f"`gpu_memory` is {gpu_memory}: expected more than 0")
-    if projectors is not None and (modules or max_energy is not None):
+    if projectors is not None and (modules or thin or max_energy is not None):
         raise UsageError(
-            "`modules` and `max_energy` have no effect with a projector cache, which has its own. Leave them "
-            "or the cache out"
+            "`modules`, `max_energy` and `thin` have no effect with a projector cache, which has its own. "
+            "Leave them or the cache out"
         )
-    options = BuildOptions(tuple(modules), device=str(_device(device)))
+    options = BuildOptions(tuple(modules), device=str(_device(device)), thin=thin)
     if max_energy is not None:
         options = dataclasses.replace(options, max_energy=max_energy)
     if not Path(aligned).is_dir():
@@ -145,11 +154,12 @@ def plan_projectors(
     checkpoint, parts = Checkpoint(os.fspath(aligned), whole=False), parts_read(policy)
     names = select_modules(checkpoint, checkpoint, options.modules)
     if projectors is None:
-        groups = assumed_groups(checkpoint, names, parts, options.max_energy)
-        most = largest_groups(checkpoint, names, parts, options.max_energy)
+        groups = assumed_groups(checkpoint, names, parts, options)
+        most = largest_groups(checkpoint, names, parts, options)
     else:
         cache = _cache(projectors)
         _check_modules(cache, checkpoint, names)
+        check_parts(policy, cache)
         groups = most = groups_of_cache(cache, parts)
     if gpu_memory is None:
         gpu_memory = _gpu_memory(options.device)
@@ -201,7 +211,7 @@ def inspect_adapter(
     Raises:
         AdapterNotFound: there is nothing at the path.
         UsageError: ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache, or a field without effect.
+        PolicyError: the policy needs more than the cache has, or has a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -250,7 +260,7 @@ def project_adapter(
         AdapterRefused: the gate refuses it; nothing was written. `inspect_adapter` has the report.
         AdapterNotFound: there is nothing at the path.
         UsageError: ``out`` exists or cannot be written, or ``adapter`` or ``device`` is not usable.
-        PolicyError: the policy has more energy than the cache, or a field without effect.
+        PolicyError: the policy needs more than the cache has, or has a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 
     Example:
@@ -332,7 +342,9 @@ def _settings(
 ) -> GateSettings:
     policy = policy or Policy()
     policy.check_effective(policy.chosen)
-    return GateSettings(_cache(projectors), policy, _device(device))
+    cache = _cache(projectors)
+    check_parts(policy, cache)
+    return GateSettings(cache, policy, _device(device))
 
 
 def _cache(projectors: str | os.PathLike[str] | ProjectorCache) -> ProjectorCache:

@@ -180,6 +180,16 @@ def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
 
 
 @pytest.fixture(scope="session")
+def thin(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
+    """A cache without Ĉ and V, with the energies of `cache`."""
+    from safelora_vllm.projectors.build import BuildOptions, build
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    options, out = BuildOptions(thin=True, max_energy=0.95), tmp_path_factory.mktemp("thin") / "cache"
+    return ProjectorCache(build(pair.base, pair.aligned, out, options))
+
+
+@pytest.fixture(scope="session")
 def enlarging(tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
     """A float32 cache of a pair whose ‖V‖ is far above 1: along V's first directions Ĉ enlarges."""
     from safelora_vllm.projectors.build import BuildOptions, build

@@ -142,6 +142,24 @@ def test_the_most_that_a_build_takes_is_what_build_asks_of_the_disk(
     assert plan.disk.total < plan.disk_at_most
 
 
+def test_a_thin_cache_is_planned_and_read_as_it_is_built(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = sl.build_projectors(pair.base, pair.aligned, tmp_path / "thin", thin=True)
+    plan = sl.plan_projectors(pair.aligned, projectors=built)
+    manifest = json.loads((built.folder / "manifest.json").read_text())
+    assert plan.disk.total == sum(shard["tensor_bytes"] for shard in manifest["shards"].values())
+    assert plan.disk.operator == 0 and {group.form for group in plan.groups} == {"thin"}
+    with pytest.raises(PolicyError, match="was built with `thin`"):
+        sl.plan_projectors(pair.aligned, sl.Policy(select="number"), projectors=built)
+    assumed = sl.plan_projectors(pair.aligned, thin=True)
+    assert (assumed.max_energy, assumed.disk.operator) == (0.4, 0)
+    assert assumed.held == sl.plan_projectors(pair.aligned, max_energy=0.4).held
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UsageError, match=f"needs up to {assumed.disk_at_most:,} bytes"):
+        sl.build_projectors(pair.base, pair.aligned, tmp_path / "out", thin=True)
+
+
 def test_the_device_of_8b_is_near_the_benchmarks(tmp_path: Path) -> None:
     measured = json.loads((RESULTS / "projector_memory.json").read_text())["policies"]
     folder = headers(tmp_path / "8b", LLAMA_3_8B, 32, sparse=True)
@@ -327,7 +345,10 @@ def test_wrong_usage_is_2_with_a_sentence(
         (*here, "--gpu-memory", "nan"): "--gpu-memory is nan: expected GiB",
         (*here, "--device", "nonsense"): "torch cannot use the --device 'nonsense' here; try cpu",
         (*here, "--projectors", "nowhere"): "there is no projector cache in nowhere",
-        (*here, "--projectors", cache.folder, "--max-energy", "0.9"): "and --max-energy have no effect",
+        (*here, "--projectors", cache.folder, "--max-energy", "0.9"): "and --thin have no effect",
+        (*here, "--projectors", cache.folder, "--thin"): "--max-energy and --thin have no effect",
+        (*here, "--thin", "--select", "threshold"): "with --thin a cache would hold neither Ĉ nor V",
+        (*here, "--thin", "--energy", "0.5"): "is above the --max-energy 0.4 of the build",
         (*here, "--projectors", cache.folder, "--energy", "0.99"): "is above the 0.9",
         ("--aligned", headers(tmp_path / "o", other, 2), "--projectors", cache.folder):
             "was made for another model: it has model.layers.0.self_attn.q_proj as (96, 96)",

@@ -17,7 +17,7 @@ import torch
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.build import BuildOptions
+from safelora_vllm.projectors.build import THIN_MAX_ENERGY, BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.projector import Parts
 
@@ -61,6 +61,11 @@ def held(shape: tuple[int, int], directions: int, kept: int) -> Sizes:
     return replace(sizes(shape, directions, directions, kept), projector=0)
 
 
+def thin_sizes(shape: tuple[int, int], kept: int) -> Sizes:
+    """Of a module in a cache without Ĉ and V."""
+    return replace(sizes(shape, kept, kept, kept), projector=0)
+
+
 def most(shape: tuple[int, int], energy: float) -> int:
     """Directions that hold an energy, at most: the largest singular values come first."""
     return math.ceil(energy * min(shape))
@@ -102,6 +107,10 @@ def written_table() -> str:
     row(
         f"disk, with `--max-energy {kept}`, at most",
         total(lambda shape: sizes(shape, most(shape, kept), most(shape, kept), most(shape, kept))),
+    )
+    row(
+        f"disk, with `--thin`, whose `--max-energy` is {THIN_MAX_ENERGY}, at most",
+        total(lambda shape: thin_sizes(shape, most(shape, THIN_MAX_ENERGY))),
     )
     return "\n".join(lines)
 
@@ -160,6 +169,14 @@ def test_a_cache_is_as_large_as_the_formula_says(cache: ProjectorCache) -> None:
     kept = {name: len(cache.projector(name).energies) for name in cache.modules}
     found = [sizes(entry.shape, kept[name], kept[name], kept[name]) for name, entry in cache.modules.items()]
     assert sum(ProjectorCache(cache.folder).resident_bytes().values()) == sum(
+        sum(vars(size).values()) for size in found
+    )
+
+
+def test_a_thin_cache_is_as_large_as_the_formula_says(thin: ProjectorCache) -> None:
+    kept = {name: len(thin.projector(name).energies) for name in thin.modules}
+    found = [thin_sizes(entry.shape, kept[name]) for name, entry in thin.modules.items()]
+    assert sum(ProjectorCache(thin.folder).resident_bytes().values()) == sum(
         sum(vars(size).values()) for size in found
     )
 

@@ -26,23 +26,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
         metavar="DTYPE",
-        help="of the projectors: float32, bfloat16 (default) or float16",
+        help="of the projectors: float32, bfloat16 or float16; default: bfloat16",
     )
     parser.add_argument(
         "--form",
-        default="auto",
         metavar="FORM",
-        help="of the projectors: dense, factored, or auto (default), the smaller of both",
+        help="of the projectors: dense, factored, or auto, the smaller of both; default: auto",
     )
     parser.add_argument("--device", default="cpu", help="where to compute; default: cpu")
     parser.add_argument(
         "--max-energy",
         type=float,
-        default=0.95,
         metavar="E",
-        help="largest --energy that the cache can serve; default: 0.95",
+        help="largest --energy that the cache can serve; default: 0.95, with --thin 0.4",
+    )
+    parser.add_argument(
+        "--thin",
+        action="store_true",
+        help="keep neither Ĉ nor V, which --method safe-lora, --select threshold and --select number need. "
+        "Without --max-energy the cache then ends at energy 0.4, twice the default policy's, since the "
+        "directions above it take most of the room",
     )
     parser.set_defaults(run=run)
 
@@ -50,16 +54,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Build the cache and say where it is."""
     from safelora_vllm.api import build_projectors
+    from safelora_vllm.projectors.build import BuildOptions
 
+    options = {name: getattr(args, name) for name in ("dtype", "form", "max_energy")}
+    given = {name: value for name, value in options.items() if value is not None}
+    BuildOptions(thin=args.thin).check_effective(given)
     cache = build_projectors(
         args.base,
         args.aligned,
         args.out,
         modules=args.modules,
-        dtype=args.dtype,
-        form=args.form,
         device=args.device,
-        max_energy=args.max_energy,
+        thin=args.thin,
+        **given,
     )
     print(f"projector cache written to {cache.folder}")
     return DONE

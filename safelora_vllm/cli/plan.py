@@ -39,7 +39,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--modules", nargs="+", default=[], metavar="NAME", help="as for build; default: all linear layers"
     )
-    parser.add_argument("--max-energy", type=float, metavar="E", help="as for build; default: 0.95")
+    parser.add_argument("--max-energy", type=float, metavar="E", help="as for build")
+    parser.add_argument("--thin", action="store_true", help="as for build: neither Ĉ nor V")
     parser.add_argument(
         "--lora-rank",
         type=int,
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         projectors=args.projectors,
         modules=args.modules,
         max_energy=args.max_energy,
+        thin=args.thin,
         lora_rank=args.lora_rank,
         gpu_memory=None if memory is None else math.ceil(memory * _GIB),
         device=args.device,

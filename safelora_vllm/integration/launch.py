@@ -13,6 +13,7 @@ from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
+from safelora_vllm.methods.reads import check_parts
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
         UsageError: vLLM is not installed, its options are not what it takes, or access to a route that cannot
         be given.
         ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
-        PolicyError: more energy than the cache has.
+        PolicyError: more than the cache has.
         GuardError: a vLLM that is not guarded.
     """
     cache = ProjectorCache(settings.projectors)
@@ -113,9 +114,10 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     """What the gate and the workers would refuse too, but minutes later and in the middle of a long log.
 
     Raises:
-        PolicyError: more energy than the cache has. GuardError: a store or a variable opens a way around.
+        PolicyError: more than the cache has. GuardError: a store or a variable opens a way around.
     """
     policy = Policy.from_mapping(settings.policy)
+    check_parts(policy, cache)
     if policy.has_effect("energy"):
         cache.projector(next(iter(cache.modules))).directions(policy.energy)
     check_store(settings.store)

@@ -172,7 +172,11 @@ class ModuleDelta(Delta):
 
     @property
     def similarity(self) -> float | None:
-        """cos(ĈBA, BA) by Ĉ or V; see `InputStats`."""
+        """cos(ĈBA, BA) by Ĉ or V; see `InputStats`.
+
+        Raises:
+            PolicyError: the cache is thin. `stats` of other `Parts` gives the certified interval.
+        """
         exact = self._exact.similarity
         return exact.middle if exact else None
 

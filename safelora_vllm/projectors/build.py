@@ -27,11 +27,16 @@ from safelora_vllm.projectors.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     MODELS,
+    THIN,
     ModuleEntry,
     natural_order,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_ENERGY = 0.95
+THIN_MAX_ENERGY = 0.4  # twice the energy of the default policy; what is above it takes most of the room
+_BY_THIN = float("nan")  # stands for one of both; any other NaN is out of range
+_OF_OPERATORS = ("dtype", "form")  # options that are about Ĉ and V
 _SHARD_BYTES = 256 * 1024 * 1024
 # A linear layer inside a numbered block. Not: embeddings, heads, norms, convolutions, routers and
 # experts (vLLM stacks those in other layouts), nor what multimodal models have around the language model.
@@ -51,22 +56,41 @@ class BuildOptions:
 
     modules: names or last parts of names (``q_proj``); empty means all linear layers.
     dtype: of Ĉ or V in the cache. form: ``auto`` takes dense where d_out ≤ d_in.
-    max_energy: share of ‖V‖_F² up to which its singular vectors are kept; no policy can have more.
+    max_energy: share of ‖V‖_F² up to which its singular vectors are kept; no policy can have more. Default:
+    0.95; with ``thin`` 0.4.
+    thin: keep neither Ĉ nor V, but only the bases and the figures.
     """
 
     modules: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     form: str = "auto"
     device: str = "cpu"
-    max_energy: float = 0.95
+    max_energy: float = _BY_THIN
+    thin: bool = False
 
     def __post_init__(self) -> None:
+        if self.max_energy is _BY_THIN:
+            object.__setattr__(self, "max_energy", THIN_MAX_ENERGY if self.thin else MAX_ENERGY)
         if self.dtype not in DTYPES:
             raise UsageError(f"`dtype` is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.form not in ("auto", "dense", "factored"):
             raise UsageError(f"`form` is {self.form!r}: expected auto, dense or factored")
         if not 0.0 < self.max_energy <= 1.0:
             raise UsageError(f"`max_energy` is {self.max_energy}: expected a share above 0 and at most 1")
+        self.check_effective(n for n in _OF_OPERATORS if getattr(self, n) != getattr(BuildOptions, n))
+
+    def check_effective(self, given: Iterable[str]) -> None:
+        """Refuse options that somebody gave and that change nothing in a thin cache.
+
+        Raises:
+            UsageError: such as ``form`` with ``thin``.
+        """
+        for name in given:
+            if self.thin and name in _OF_OPERATORS:
+                raise UsageError(
+                    f"`{name}` has no effect with `thin`: it is about Ĉ and V, and a thin cache has neither. "
+                    f"Leave `{name}` or `thin` out"
+                )
 
 
 def build(
@@ -225,7 +249,7 @@ def _write(
         "format": FORMAT,
         "version": FORMAT_VERSION,
         **identities,
-        "dtype": options.dtype,
+        "dtype": None if options.thin else options.dtype,
         "max_energy": options.max_energy,
         "unchanged_modules": unchanged,
         "shards": shards,
@@ -256,12 +280,14 @@ def build_module(
     wide = d_out <= d_in
     small = delta @ delta.T if wide else delta.T @ delta
     null_similarity = norm**2 / (float(small.norm()) * math.sqrt(d_out))
-    form = options.form if options.form != "auto" else ("dense" if wide else "factored")
+    form = THIN if options.thin else options.form
+    if form == "auto":
+        form = "dense" if wide else "factored"
     dtype = DTYPES[options.dtype]
     tensors = {}
     if form == "dense":
         tensors["projector"] = ((small if wide else delta @ delta.T) / norm).to(dtype)
-    else:
+    elif form == "factored":
         tensors["delta"] = delta.to(dtype)
     tensors |= _bases(delta, small, wide, options.max_energy)
     figures = {"shape": (d_out, d_in), "form": form, "norm": norm, "aligned_norm": aligned_norm}
@@ -292,7 +318,7 @@ def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: Bu
     How many singular vectors hold the energy is not known yet: at most its share of them, for the largest
     come first.
     """
-    element = DTYPES[options.dtype].itemsize
+    element = 0 if options.thin else DTYPES[options.dtype].itemsize
     shapes = [aligned.tensors[f"{name}.weight"].shape for name in names]
     sides = [(rows, rows if options.form == "dense" else min(rows, cols)) for rows, cols in shapes]
     if options.form == "factored":

@@ -3,7 +3,7 @@
 For every module the shards hold
 
 - ``NAME.projector``, Ĉ = V Vᵀ/‖V‖_F (d_out, d_out), form ``dense``; or ``NAME.delta``, V (d_out,
-  d_in), form ``factored``, where V (Vᵀ B)/‖V‖_F is the cheaper product;
+  d_in), form ``factored``, where V (Vᵀ B)/‖V‖_F is the cheaper product; or neither, form ``thin``;
 - ``NAME.input_basis``, R (d_in, k), and ``NAME.output_basis``, L (d_out, k), both float32: V's dominant
   right and left singular vectors as columns, those of the largest singular value first, up to their signs;
 - ``NAME.energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
@@ -30,7 +30,7 @@ from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
 from safelora_vllm.projectors.checkpoint import ModelName, read_header
 from safelora_vllm.projectors.group import BasisStack, GroupSpectrum, ProjectorGroup
-from safelora_vllm.projectors.manifest import MANIFEST, MODELS, parse_manifest
+from safelora_vllm.projectors.manifest import MANIFEST, MODELS, THIN, parse_manifest
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 
 __all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
@@ -48,6 +48,7 @@ class ProjectorCache:
         modules: name → shape, form, ‖V‖_F, ‖W_aligned‖_F and c₀ of each module with a projector.
         unchanged: names of modules that alignment did not change; adapters that change them are refused.
         aligned_norm: ‖W_aligned‖_F of all modules together.
+        thin: whether it was built with ``thin`` and holds neither Ĉ nor V, which some policies need.
 
     Raises:
         ProjectorCacheError: no cache there, another format version, or a manifest that is damaged.
@@ -61,6 +62,7 @@ class ProjectorCache:
         self.modules, self.unchanged = self._manifest.modules, self._manifest.unchanged
         # ‖W_aligned‖_F of all modules together.
         self.aligned_norm = math.hypot(*(entry.aligned_norm for entry in self.modules.values()))
+        self.thin = any(entry.form == THIN for entry in self.modules.values())
         # Shape and form → modules; those of one kind of layer are neighbours: adapters often have all of it.
         self._shapes: dict[tuple[tuple[int, int], str], list[str]] = {}
         for name in sorted(self.modules, key=lambda name: name.rpartition(".")[2]):
@@ -133,10 +135,10 @@ class ProjectorCache:
     ) -> None:
         """Keep tensors on ``device``, up to ``max_bytes`` of them.
 
-        Of the bases only the directions up to these energies, as far as the cache has them, and Ĉ or V only
-        where it is read: what `Parts` says. The small parts of all modules come before the large ones: the
-        energies (on the CPU), R, L, then Ĉ or V. All else is read from the shards at each use, and a shard
-        whose file changed is verified again before that.
+        As far as the cache has them: of the bases only the directions up to these energies, and Ĉ or V only
+        where it is read, which is what `Parts` says. The small parts of all modules come before the large
+        ones: the energies (on the CPU), R, L, then Ĉ or V. All else is read from the shards at each use, and
+        a shard whose file changed is verified again before that.
         """
         left = math.inf if max_bytes is None else max_bytes
         for part, names, columns in self._wanted(input_energy, output_energy, operator):
@@ -178,7 +180,8 @@ class ProjectorCache:
                     yield from ((part, [name], count) for name, count in zip(names, held, strict=True))
         if operator:
             for name, entry in self.modules.items():
-                yield "projector" if entry.form == "dense" else "delta", [name], None
+                if entry.form != THIN:
+                    yield "projector" if entry.form == "dense" else "delta", [name], None
 
     def in_groups(self, names: Iterable[str]) -> list[list[str]]:
         """Modules by their shape, neighbours in memory beside each other."""

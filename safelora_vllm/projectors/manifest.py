@@ -14,6 +14,7 @@ FORMAT = "safelora-projectors"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MODELS = "models.json"  # beside it: what the build was given, which is no part of the cache's identity
+THIN = "thin"  # the form of a module without Ĉ and V
 ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values
 
 
@@ -21,7 +22,7 @@ ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 value
 class ModuleEntry:
     """One module's line in the manifest.
 
-    shape: (d_out, d_in) of the weight. form: ``dense`` or ``factored``. norm: ‖V‖_F. aligned_norm:
+    shape: (d_out, d_in) of the weight. form: ``dense``, ``factored`` or ``thin``. norm: ‖V‖_F. aligned_norm:
     ‖W_aligned‖_F. null_similarity: c₀ = tr(Ĉ)/(‖Ĉ‖_F √d_out). shard: file with its tensors.
     """
 
@@ -98,7 +99,7 @@ def _shard(sha256: Any, tensor_bytes: Any) -> Shard:
 def _entry(
     shards: dict[str, Shard], name: Any, shape: Any, form: Any, shard: Any, **figures: Any
 ) -> ModuleEntry:
-    if form not in ("dense", "factored") or shard not in shards:
+    if form not in ("dense", "factored", THIN) or shard not in shards:
         raise ValueError(f"{name} has the form {form!r} and the shard {shard!r}")
     rows, columns = shape
     if not all(type(side) is int and 0 < side < 2**31 for side in (rows, columns)):

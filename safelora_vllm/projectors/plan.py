@@ -18,7 +18,7 @@ from safelora_vllm.projectors import assumed_spectrum
 from safelora_vllm.projectors.build import DTYPES, BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache, columns_held
 from safelora_vllm.projectors.checkpoint import Checkpoint
-from safelora_vllm.projectors.manifest import ENERGY_ROUNDING
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN
 from safelora_vllm.projectors.projector import Parts
 
 _BASIS, _SHARE = torch.float32.itemsize, torch.float64.itemsize
@@ -60,7 +60,7 @@ class ModuleGroup:
     Attributes:
         names: of the modules.
         shape: (d_out, d_in).
-        form: ``dense`` (Ĉ is stored) or ``factored`` (V is).
+        form: ``dense`` (Ĉ is stored), ``factored`` (V is) or ``thin`` (neither is).
         kept: directions of R and L that the cache has of each module.
         input_directions: those of R that the policy reads.
         output_directions: those of L.
@@ -176,7 +176,7 @@ def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
     sizes, groups = cache.tensor_bytes(), []
     for names in cache.in_groups(cache.modules):
         entry = cache.modules[names[0]]
-        key = "projector" if entry.form == "dense" else "delta"
+        key = {"dense": "projector", "factored": "delta"}.get(entry.form)
         group = _group(
             names,
             entry.shape,
@@ -184,7 +184,7 @@ def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
             [len(operators[name].energies) for name in names],
             [operators[name].directions(parts.input_energy) for name in names],
             [operators[name].directions(parts.output_energy) for name in names],
-            sum(sizes[f"{name}.{key}"] for name in names),
+            sum(sizes[f"{name}.{key}"] for name in names) if key else 0,
             parts.operator,
         )
         groups.append(group)
@@ -192,19 +192,17 @@ def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
 
 
 def assumed_groups(
-    checkpoint: Checkpoint, names: Iterable[str], parts: Parts, max_energy: float
+    checkpoint: Checkpoint, names: Iterable[str], parts: Parts, options: BuildOptions
 ) -> list[ModuleGroup]:
-    """What a build with its default dtype and form would make of some modules, if V is as assumed."""
-    return _planned(checkpoint, names, parts, max_energy, assumed_spectrum.directions)
+    """What a build would make of some modules, if V is as assumed."""
+    return _planned(checkpoint, names, parts, options, assumed_spectrum.directions)
 
 
 def largest_groups(
-    checkpoint: Checkpoint, names: Iterable[str], parts: Parts, max_energy: float
+    checkpoint: Checkpoint, names: Iterable[str], parts: Parts, options: BuildOptions
 ) -> list[ModuleGroup]:
     """The same where V has no dominant directions at all: no build takes more."""
-    return _planned(
-        checkpoint, names, parts, max_energy, lambda shape, energy: math.ceil(energy * min(shape))
-    )
+    return _planned(checkpoint, names, parts, options, lambda shape, energy: math.ceil(energy * min(shape)))
 
 
 def total(sizes: Iterable[CacheBytes]) -> CacheBytes:
@@ -213,15 +211,21 @@ def total(sizes: Iterable[CacheBytes]) -> CacheBytes:
 
 
 def _planned(
-    checkpoint: Checkpoint, names: Iterable[str], parts: Parts, max_energy: float,
+    checkpoint: Checkpoint, names: Iterable[str], parts: Parts, options: BuildOptions,
     directions: Callable[[tuple[int, int], float], int],
 ) -> list[ModuleGroup]:  # fmt: skip
-    """Groups of the modules of a checkpoint.
+    """Groups of the modules of a checkpoint, with the default dtype and form.
 
     Raises:
-        PolicyError: the policy has more energy than the cache would have.
+        PolicyError: the policy has more energy than the cache would have, or reads what it would lack.
         CheckpointError: a weight is quantised.
     """
+    max_energy = options.max_energy
+    if options.thin and parts.operator:
+        raise PolicyError(
+            "with `thin` a cache would hold neither Ĉ nor V, and the policy reads one of them. Leave `thin` "
+            "out, or take a policy that selects all modules and does not multiply by Ĉ"
+        )
     wanted = max(parts.input_energy, parts.output_energy)
     if wanted > max_energy + ENERGY_ROUNDING:
         raise PolicyError(
@@ -233,11 +237,11 @@ def _planned(
         checkpoint.float_dtype(f"{name}.weight")
         rows, columns = checkpoint.tensors[f"{name}.weight"].shape
         shapes.setdefault((rows, columns), []).append(name)
-    element, groups = DTYPES[BuildOptions().dtype].itemsize, []
+    element, groups = DTYPES[options.dtype].itemsize, []
     for shape, alike in shapes.items():
         rows, columns = shape
-        operator = element * rows * min(rows, columns) * len(alike)
-        form = "dense" if rows <= columns else "factored"
+        operator = 0 if options.thin else element * rows * min(rows, columns) * len(alike)
+        form = THIN if options.thin else "dense" if rows <= columns else "factored"
         kept, inputs, outputs = (
             [directions(shape, energy)] * len(alike)
             for energy in (max_energy, parts.input_energy, parts.output_energy)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, ModuleEntry
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN, ModuleEntry
 
 if TYPE_CHECKING:
     from safelora_vllm.projectors.cache import ProjectorCache
@@ -26,6 +26,20 @@ class Parts:
     operator: bool = True
     input_energy: float = 1.0
     output_energy: float = 1.0
+
+
+def lacks_operator(cache: str, reader: str, instead: str = "") -> PolicyError:
+    """The error where something needs Ĉ or V of a cache that was built without them.
+
+    Args:
+        cache: which one, in words.
+        reader: who needs it, as a clause.
+        instead: another way out than to build again, as a clause.
+    """
+    return PolicyError(
+        f"{cache} was built with `thin` and holds neither Ĉ nor V, but {reader}. Build it again without "
+        f"`thin`{instead and f', or {instead}'}"
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,14 @@ class Projector:
         self._device = device
 
     def apply(self, b: Tensor) -> Tensor:
-        """``Ĉ B`` for B (d_out, r), in the projector's dtype (paper, eq. 3 with its Ĉ)."""
+        """``Ĉ B`` for B (d_out, r), in the projector's dtype (paper, eq. 3 with its Ĉ).
+
+        Raises:
+            PolicyError: the cache is thin.
+        """
+        if self.entry.form == THIN:
+            product = f"Ĉ B of {self.entry.name} is a product with one of them"
+            raise lacks_operator(f"the projector cache {self._cache.folder}", product)
         if self.entry.form == "dense":
             projector = self._tensor("projector")
             return projector @ b.to(projector.dtype)

@@ -1,0 +1,86 @@
+"""A server whose projector cache has neither Ĉ nor V, and policies of adapters that need one of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.store import NameStore
+from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, upload, write_keys
+from tests.server.fake_server import Place
+
+ROUTE = "/v1/adapters/acme/own"
+EXACT = {"policy": {"method": "safe-lora"}, "override": True, "reason": "a hostile author"}
+TOLD = (
+    "the server's projector cache was built with `thin` and holds neither Ĉ nor V, but `method` 'safe-lora'"
+)
+
+
+@contextmanager
+def serving(cache: ProjectorCache, folder: Path) -> Iterator[tuple[TestClient, TestClient]]:
+    """An admin and a tenant of a server with that cache, on one store for all caches."""
+    (folder / "gate.sock").unlink(missing_ok=True)  # of the server before
+    with (
+        Place.start(cache, folder, method="input-removal") as place,
+        place.server(keys=str(write_keys(place.keys))) as server,
+    ):
+        yield server.client(ADMIN_KEY), server.client(TENANT_KEYS["acme"])
+
+
+def settled(client: TestClient, path: str) -> Any:
+    """The answer when the gate was asked for the copy."""
+    deadline = time.monotonic() + 30
+    while (answer := client.get(path)).status_code == 503 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
+
+
+def test_an_admins_policy_that_needs_them_is_refused(
+    thin: ProjectorCache, drafts: dict[str, Path], tmp_path: Path
+) -> None:
+    with serving(thin, tmp_path) as (admin, acme):
+        assert upload(acme, "acme/own", drafts["qv"]).status_code == 201
+        before = NameStore(tmp_path / "store").get("acme/own")
+        for policy in ({"method": "safe-lora"}, {"select": "number", "number": 3}):
+            answer = admin.put(f"{ROUTE}/policy", json={**EXACT, "policy": policy})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (400, "InvalidUserInput")
+            assert "was built with `thin`" in error["message"] and str(tmp_path) not in error["message"]
+        assert NameStore(tmp_path / "store").get("acme/own") == before
+        assert acme.get(ROUTE).json()["policy"]["method"] == "input-removal"
+        assert admin.put(f"{ROUTE}/policy", json={"policy": {"energy": 0.5}}).status_code == 200
+
+
+def test_one_that_was_set_before_waits_for_a_full_cache(
+    cache: ProjectorCache, thin: ProjectorCache, drafts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The server changes to a thin cache and back. Nobody is served by another policy meanwhile."""
+    with serving(cache, tmp_path) as (admin, acme):
+        for name in ("acme/own", "acme/other"):
+            assert upload(acme, name, drafts["qv"]).status_code == 201
+        assert admin.put(f"{ROUTE}/policy", json=EXACT).status_code == 200
+    record = NameStore(tmp_path / "store").get("acme/own")
+    with serving(thin, tmp_path) as (_, acme):
+        answer = settled(acme, ROUTE)
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(TOLD)
+        assert str(tmp_path) not in answer.text and str(thin.folder) not in answer.text
+        assert settled(acme, "/v1/adapters/acme/other").json()["policy"]["method"] == "input-removal"
+        assert NameStore(tmp_path / "store").get("acme/own") == record
+    with serving(cache, tmp_path) as (_, acme):
+        assert settled(acme, ROUTE).json()["policy"]["method"] == "safe-lora"
+    with serving(thin, tmp_path) as (_, acme):  # an override is for its content
+        assert upload(acme, "acme/own", drafts["other"], replace=True).status_code == 201
+        assert acme.get(ROUTE).json()["policy"]["method"] == "input-removal"
