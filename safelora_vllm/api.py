@@ -32,7 +32,7 @@ from safelora_vllm.methods.reads import check_parts, parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build, select_modules
 from safelora_vllm.projectors.build_time import estimated_seconds
-from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.cache import ProjectorCache, basis_bytes
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
 from safelora_vllm.projectors.plan import Plan, assumed_groups, groups_of_cache, largest_groups, total
 from safelora_vllm.report import Report
@@ -166,6 +166,8 @@ def plan_projectors(
     on_gpu = gpu_memory is not None or torch.device(options.device).type != "cpu"
     shapes = {group.shape: len(group.names) for group in groups}
     factors = lora_rank * sum(count * sum(shape) for shape, count in shapes.items())
+    gate_device = torch.device("cuda" if on_gpu else "cpu")
+    bases = {g.shape: basis_bytes(g.shape, max(g.input_directions), max(g.output_directions)) for g in groups}
     disk = total(group.disk for group in groups)
     weights = sum(info.nbytes for info in checkpoint.tensors.values())
     held_most = total(group.held for group in most)
@@ -180,7 +182,7 @@ def plan_projectors(
         lora_rank=lora_rank,
         adapter_uploaded=factors * torch.float32.itemsize,
         adapter_served=factors * torch.bfloat16.itemsize,
-        transient_bytes=working_bytes(shapes, lora_rank, policy, torch.device("cuda" if on_gpu else "cpu")),
+        transient_bytes=working_bytes(shapes, lora_rank, policy, gate_device, bases),
         on_gpu=on_gpu,
         gpu_memory=gpu_memory,
         weight_bytes=weights,

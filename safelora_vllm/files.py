@@ -44,6 +44,10 @@ class FoundSound:
         except OSError:
             return False
 
+    def forget(self, key: str) -> None:
+        """It has to be read again: what a disk has lost does not show in its files' states."""
+        self._states.pop(key, None)
+
     def add(self, key: str, found: tuple[FileState, ...]) -> None:
         """It is sound. found: its files' states from before they were read."""
         if len(self._states) >= _REMEMBERED:

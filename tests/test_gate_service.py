@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from safelora_vllm.errors import (
 )
 from safelora_vllm.gate import server as gate_server
 from safelora_vllm.gate.admit import admit
-from safelora_vllm.gate.protocol import Admit, GateConfig, GetMetrics, Metrics
+from safelora_vllm.gate.protocol import Admit, Ensure, GateConfig, GetMetrics, GetState, Metrics, encode
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
@@ -230,3 +232,88 @@ def test_too_little_memory_on_the_device_is_said_and_the_next_adapter_is_judged(
     assert isinstance(metrics, Metrics)
     assert 'safelora_loads_total{reason="OutOfMemoryError",result="error"} 1.0' in metrics.text
     assert service.admit(Admit(str(adapter), "small")).report.accepted
+
+
+@pytest.fixture
+def kept(config: GateConfig, tmp_path: Path) -> tuple[GateService, str, str]:
+    """A service, and the digest and key of an adapter that it has accepted."""
+    service = GateService(config)
+    judgement = service.admit(Admit(str(Draft().write(tmp_path / "adapter")), "tenant"))
+    return service, judgement.report.digest, judgement.accepted_key()
+
+
+def rot(path: Path) -> None:
+    """Change a byte as a failing disk does: the file's state stays."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.fixture
+def _no_change_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safelora_vllm.files.states", lambda paths: tuple((0, 0, 0, 0) for _ in paths))
+    monkeypatch.setattr(
+        "safelora_vllm.store.published.states", lambda paths: tuple((0, 0, 0, 0) for _ in paths)
+    )
+    monkeypatch.setattr("safelora_vllm.store.raw.states", lambda paths: tuple((0, 0, 0, 0) for _ in paths))
+
+
+@pytest.mark.usefixtures("_no_change_shows")
+def test_a_copy_that_rots_is_made_again_when_a_worker_could_not_read_it(
+    kept: tuple[GateService, str, str],
+) -> None:
+    service, digest, key = kept
+    weights = service._published.path(key) / WEIGHTS
+    sound = weights.read_bytes()
+    assert service._published.find(key) is not None
+    rot(weights)
+    assert service._published.find(key) is not None  # remembered
+    assert service.ensure(Ensure(digest, "tenant")).key == key
+    assert weights.read_bytes() == sound
+
+
+@pytest.mark.usefixtures("_no_change_shows")
+def test_content_that_rots_is_not_served(kept: tuple[GateService, str, str]) -> None:
+    service, digest, key = kept
+    assert service._raw.damaged(digest) is None
+    rot(service._raw.path(digest) / WEIGHTS)
+    assert service._raw.damaged(digest) is None  # remembered
+    shutil.rmtree(service._published.path(key))
+    with pytest.raises(StoreUnavailable, match=f"the store's content {digest} is damaged"):
+        service.ensure(Ensure(digest, "tenant"))
+
+
+def test_content_that_changes_before_it_is_judged_is_not_served(
+    kept: tuple[GateService, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, digest, key = kept
+    other = Draft().write(tmp_path / "other")
+    (other / "adapter_config.json").write_bytes((other / "adapter_config.json").read_bytes() + b" ")
+    monkeypatch.setattr(service._raw, "path", lambda _: other)
+    monkeypatch.setattr(service._raw, "damaged", lambda *_, **__: None)
+    shutil.rmtree(service._published.path(key))
+    with pytest.raises(
+        StoreUnavailable, match=f"the store's content {digest} has changed; upload tenant again"
+    ):
+        service.ensure(Ensure(digest, "tenant"))
+
+
+def test_a_gate_whose_device_is_broken_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each later call would fail too, and it would answer that it is well."""
+    ended: list[int] = []
+    broken = type("Broken", (RuntimeError,), {})
+    monkeypatch.setattr(gate_server, "_DEVICE_ERROR", (broken,))
+    monkeypatch.setattr(gate_server.os, "_exit", ended.append)
+    handler = object.__new__(gate_server._Handler)
+    for error, code in ((ValueError("x"), []), (broken("CUDA error: an illegal memory access"), [1])):
+
+        def answer(_: object, error: Exception = error) -> None:
+            raise error
+
+        handler.service = SimpleNamespace(answer=answer)  # type: ignore[assignment]
+        assert b"GateUnavailable" in handler._answer(encode(GetState()))
+        assert ended == code

@@ -63,6 +63,7 @@ _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 byte
 _COLLECT_SECONDS = 300.0
 _UNREFERENCED_SECONDS = 900.0  # longer than from keeping an upload to naming it
 _HEADER_BYTES = 16 * 1024**2
+_DEVICE_ERROR: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 
 class GateService:
@@ -130,10 +131,7 @@ class GateService:
             raise
         except torch.OutOfMemoryError as error:
             self._metrics.record_error(type(error).__name__)
-            raise GateUnavailable(
-                f"the gate has too little memory on {self._settings.device} for this adapter. Leave it more "
-                "(a smaller --gpu-memory-utilization), or give it another device (--gate-device cpu)"
-            ) from error
+            raise GateUnavailable(_no_memory(str(self._settings.device), "this adapter")) from error
         self._metrics.record(admission)
         if call.override and admission.key is not None:
             self._published.mark_override(admission.key)
@@ -147,11 +145,15 @@ class GateService:
         if not self._raw.has(digest):
             raise StoreUnavailable(f"the store has no content {digest}; upload {name} again")
         key = settings.key(digest)
-        if (report := self._published.find(key)) is None:
-            if wrong := self._raw.damaged(digest):
+        # Read again: a worker may ask because it could not, and a bad disk does not show in a file's state.
+        if (report := self._published.find(key, again=True)) is None:
+            if wrong := self._raw.damaged(digest, again=True):
                 found = f"the store's content {digest} is damaged ({wrong})"
                 raise StoreUnavailable(f"{found}; upload {name} again")
-            return self.admit(Admit(str(self._raw.path(digest)), name, call.policy, call.override))
+            made = self.admit(Admit(str(self._raw.path(digest)), name, call.policy, call.override))
+            if made.report.digest != digest:
+                raise StoreUnavailable(f"the store's content {digest} has changed; upload {name} again")
+            return made
         self._published.touch(key)
         if call.override:
             self._published.mark_override(key)
@@ -246,6 +248,13 @@ def _warm_up(settings: GateSettings) -> None:
         thread.submit(work).result()
 
 
+def _no_memory(device: str, what: str) -> str:
+    return (
+        f"the gate has too little memory on {device} for {what}. Leave it more (a smaller "
+        "--gpu-memory-utilization), or give it another device (--gate-device cpu)"
+    )
+
+
 class _Handler(socketserver.StreamRequestHandler):
     """Answers each line of one connection."""
 
@@ -264,6 +273,10 @@ class _Handler(socketserver.StreamRequestHandler):
             return encode(Failure.of(error))
         except Exception as error:  # one request must not end the gate for all others
             logger.exception("the gate failed on a request")
+            if isinstance(
+                error, _DEVICE_ERROR
+            ):  # each later call would fail too; a new process has a new context
+                os._exit(1)
             return encode(Failure.of(error))
 
 
@@ -289,6 +302,9 @@ def main() -> int:
         service = GateService(config)
     except SafeLoRAError as error:
         _say(Failure.of(error))
+        return 1
+    except torch.OutOfMemoryError:
+        _say(Failure.of(GateUnavailable(_no_memory(config.device, "its projectors and its work"))))
         return 1
     except (OSError, RuntimeError) as error:  # while it reads the cache, or puts it on the device
         _say(Failure.of(ProjectorCacheError(str(error))))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from safelora_vllm.methods.delta import Delta, InputStats, OutputStats
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import ModuleEntry
+from safelora_vllm.projectors.projector import Parts
 
 if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
@@ -31,6 +33,10 @@ Pair = tuple[Tensor, Tensor]
 # into a core's cache; elsewhere fewer operators count for more, and the memory does.
 _CPU_BYTES = 1 * 1024**2
 _DEVICE_BYTES = 16 * 1024**2
+# Copies of a group's bases, R in float32 and L in float64, may take this many times as much as its A and B.
+_BASES = 4
+_PRODUCTS = threading.RLock()
+_PRECISION = "fp32_precision"  # since torch 2.9
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def judge(
         device: where to compute.
         dtype: of the weights as they are served.
     """
-    groups = grouped(weights, cache, _group_bytes(device))
+    groups = grouped(weights, cache, _group_bytes(device), parts_read(policy))
     chosen: set[str] | None = None
     judged: dict[str, JudgedModule] = {}
     with exact_products():
@@ -100,21 +106,24 @@ def warm_up(
     Torch keeps that memory for the next adapters, so that what is free afterwards stays free. The arguments
     are those of `judge`; max_rank is of the largest adapter.
     """
-    for rank in {min(16, max_rank), max_rank}:
+    shapes = {n: entry.shape for n, entry in cache.modules.items()}
+    apart = [name for names in cache.in_groups(shapes) for name in names[::2]]
+    # The largest copies of bases are those of many modules of a small rank that are no neighbours.
+    for rank, chosen in ((1, apart), (min(16, max_rank), [*shapes]), (max_rank, [*shapes])):
         # Zeros that take no memory.
-        sides = {n: (torch.zeros(rank, 1), torch.zeros(1, rank)) for n in cache.modules}
-        shapes = {n: entry.shape for n, entry in cache.modules.items()}
+        sides = {n: (torch.zeros(rank, 1), torch.zeros(1, rank)) for n in chosen}
         weights = {n: (a.expand(-1, shapes[n][1]), b.expand(shapes[n][0], -1)) for n, (a, b) in sides.items()}
         largest: dict[tuple[int, int], list[str]] = {}
-        for names in grouped(weights, cache, _group_bytes(device)):
+        for names in grouped(weights, cache, _group_bytes(device), parts_read(policy)):
             largest.setdefault(shapes[names[0]], names)
         for names in largest.values():
             judge({name: weights[name] for name in names}, cache, policy, device, dtype)
 
 
 def working_bytes(
-    shapes: Mapping[tuple[int, int], int], rank: int, policy: Policy, device: torch.device
-) -> int:
+    shapes: Mapping[tuple[int, int], int], rank: int, policy: Policy, device: torch.device,
+    bases: Mapping[tuple[int, int], int],
+) -> int:  # fmt: skip
     """What judging an adapter takes of a device for a while, about: the work of its largest group.
 
     Args:
@@ -122,12 +131,14 @@ def working_bytes(
         rank: of the adapter.
         policy: as for `judge`.
         device: as for `judge`; it need not be there.
+        bases: (d_out, d_in) → what copies of a module's bases take, see `ProjectorCache.basis_bytes`.
     """
     largest = 0
     for shape, count in shapes.items():
-        each = _pair_bytes(shape, rank)
-        largest = max(largest, each * min(count, _group_size(each, _group_bytes(device))))
-    return METHODS[policy.method].work * largest
+        pair = _pair_bytes(shape, rank)
+        together = min(count, _group_size(pair, bases[shape], _group_bytes(device)))
+        largest = max(largest, together * max(METHODS[policy.method].work * pair, bases[shape]))
+    return largest
 
 
 def _pair_bytes(shape: tuple[int, int], rank: int) -> int:
@@ -135,9 +146,9 @@ def _pair_bytes(shape: tuple[int, int], rank: int) -> int:
     return rank * sum(shape) * torch.float32.itemsize
 
 
-def _group_size(each: int, nbytes: int) -> int:
-    """How many modules a group has, of what each takes and a group may take."""
-    return max(1, nbytes // max(each, 1))
+def _group_size(pair: int, bases: int, nbytes: int) -> int:
+    """How many modules a group has, of what each one's weights and bases take and a group's weights may."""
+    return max(1, min(nbytes // max(pair, 1), _BASES * nbytes // max(bases, 1)))
 
 
 def _group_bytes(device: torch.device) -> int:
@@ -148,29 +159,62 @@ def _group_bytes(device: torch.device) -> int:
 def exact_products() -> Iterator[None]:
     """Products of float32 without TF32, sums of 16 bits in float32, whatever the process or image has set.
 
-    TF32 has 10 bits: of what input removal takes out, a thousand times as much would stay.
+    TF32 has 10 bits: of what input removal takes out, a thousand times as much would stay. The settings are
+    the process's: one adapter at a time, and what was set is set again.
     """
-    settings = torch.backends.cuda.matmul
-    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = {name: getattr(settings, name) for name in names}
+    matmul = torch.backends.cuda.matmul
+    sums = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    with _PRODUCTS:
+        kept = {name: getattr(matmul, name) for name in sums}
+        restore = _exact_float32()
+        try:
+            for name in sums:
+                setattr(matmul, name, False)
+            yield
+        finally:
+            restore()
+            for name, value in kept.items():
+                setattr(matmul, name, value)
+
+
+def _exact_float32() -> Callable[[], None]:
+    """Sets the precision; what sets it back. By the interface of torch that the process itself has used."""
+    backends: tuple[Any, Any] = torch.backends.cuda, torch.backends.mkldnn
+    products = [getattr(backend, "matmul", None) for backend in backends]
+    places = [place for place in products if hasattr(place, _PRECISION)]
+    values = [getattr(place, _PRECISION) for place in places]
     try:
-        for name in names:
-            setattr(settings, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # the newer one, which does not mix with the other
+        before = ""
+        for place in places:
+            setattr(place, _PRECISION, "ieee")
+
+    def restore() -> None:
+        if before:
+            torch.set_float32_matmul_precision(before)
+        for place, value in zip(places, values, strict=True):
+            setattr(place, _PRECISION, value)
+
+    return restore
 
 
-def grouped(weights: Mapping[str, Pair], cache: ProjectorCache, nbytes: int) -> list[list[str]]:
-    """Modules of one shape and rank together, as many as have at most ``nbytes`` of A and B, at least one."""
+def grouped(
+    weights: Mapping[str, Pair], cache: ProjectorCache, nbytes: int, parts: Parts | None = None
+) -> list[list[str]]:
+    """Modules of one shape and rank together, as many as have at most ``nbytes`` of A and B, at least one.
+
+    parts: what the policy reads; copies of its bases bound a group too.
+    """
     groups = []
     for names in cache.in_groups(weights):
+        bases = cache.basis_bytes(names, parts) if parts else 0
         ranks: dict[int, list[str]] = {}
         for name in names:
             ranks.setdefault(weights[name][0].shape[0], []).append(name)
         for rank, alike in ranks.items():
-            size = _group_size(_pair_bytes(cache.modules[alike[0]].shape, rank), nbytes)
+            size = _group_size(_pair_bytes(cache.modules[alike[0]].shape, rank), bases, nbytes)
             groups += [alike[start : start + size] for start in range(0, len(alike), size)]
     return groups
 

@@ -142,19 +142,22 @@ def component(x: Tensor, basis: Tensor, taken: Tensor | None = None) -> Tensor:
 def orthonormal(a: Tensor, b: Tensor, b_gram: Tensor) -> tuple[Tensor, Tensor]:
     """A' (r, d_in) and B' (d_out, r), float64, with the product of A and B; B' has orthogonal columns.
 
-    With C, the Cholesky factor of ``BᵀB + εI``, B' = B C⁻ᵀ and A' = Cᵀ A: whatever C is, the product stays.
-    Ranks with orthogonal sides cannot cancel: the coherence of B' and A' is 1/r or more. The shift ε, to be
-    seen against B's largest column, is for columns that depend on others: such a rank is left with √ε on
-    both sides. Then `balanced`. Eigenvectors would do too, but a GPU finds those module by module where r is
-    above 32.
+    With the columns of B scaled to about 1, and C the Cholesky factor of ``BᵀB + εI``, B' = B C⁻ᵀ and
+    A' = Cᵀ A: whatever C is, the product stays. Ranks with orthogonal sides cannot cancel: the coherence of
+    B' and A' is 1/r or more. The shift ε is for columns that depend on others: such a rank is left with √ε on
+    both sides. Without the scaling one huge column, with a row of zeros in A, would make all others look as
+    if they depended on others. Then `balanced`. Eigenvectors would do too, but a GPU finds those module by
+    module where r is above 32.
     """
-    size = b_gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
+    sizes = b_gram.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    scale = _power_of_two(_exponents(sizes))
     # Of zeros where B is not finite, or zero: then any C will do, and what is not finite stays so.
-    shifted = torch.nan_to_num(b_gram / size, 0.0, 0.0, 0.0)
+    shifted = torch.nan_to_num(b_gram / scale[..., :, None] / scale[..., None, :], 0.0, 0.0, 0.0)
     shifted.diagonal(dim1=-2, dim2=-1).add_(_SHIFT)
     factor = torch.linalg.cholesky_ex(shifted).L
-    new_b = torch.linalg.solve_triangular(factor, b.to(torch.float64).mT, upper=False).mT
-    return _balance(factor.mT @ a.to(torch.float64), new_b)
+    even = b.to(torch.float64) / scale[..., None, :]
+    new_b = torch.linalg.solve_triangular(factor, even.mT, upper=False).mT
+    return _balance(factor.mT @ (a.to(torch.float64) * scale[..., :, None]), new_b)
 
 
 def reduced(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

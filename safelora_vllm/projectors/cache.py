@@ -36,6 +36,7 @@ from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 __all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
 
 _SIDES = {"input_basis": 1, "output_basis": 0}  # of a module's shape
+_REMEMBERED = 100_000  # sizes of bases
 _SPECTRA = 256  # groups whose spectra are kept, some kilobytes each
 
 
@@ -71,6 +72,7 @@ class ProjectorCache:
         self._resident: dict[str, Tensor] = {}
         self._stacks: dict[str, BasisStack] = {}  # of resident bases, by the same keys
         self._spectra: dict[tuple[tuple[str, ...], float, torch.device], GroupSpectrum] = {}
+        self._basis_bytes: dict[tuple[str, Parts], int] = {}
         self._verified: dict[str, FileState] = {}  # shard → of its file then
 
     def _manifest_text(self) -> bytes:
@@ -183,6 +185,22 @@ class ProjectorCache:
                 if entry.form != THIN:
                     yield "projector" if entry.form == "dense" else "delta", [name], None
 
+    def basis_bytes(self, names: Sequence[str], parts: Parts) -> int:
+        """What copies of a module's bases take, R in float32 and L in float64, of the largest of some."""
+        found = 0
+        for name in names:
+            if (key := (name, parts)) not in self._basis_bytes:
+                if len(self._basis_bytes) >= _REMEMBERED:
+                    self._basis_bytes.clear()
+                projector = self.projector(name)
+                inputs, outputs = (
+                    projector.directions(energy, clipped=True)
+                    for energy in (parts.input_energy, parts.output_energy)
+                )
+                self._basis_bytes[key] = basis_bytes(self.modules[name].shape, inputs, outputs)
+            found = max(found, self._basis_bytes[key])
+        return found
+
     def in_groups(self, names: Iterable[str]) -> list[list[str]]:
         """Modules by their shape, neighbours in memory beside each other."""
         wanted = set(names)
@@ -271,6 +289,12 @@ class ProjectorCache:
             f"shard {shard} of the projector cache {self.folder} cannot be used: {why}. "
             "Restore it or build the cache again"
         )
+
+
+def basis_bytes(shape: tuple[int, int], inputs: int, outputs: int) -> int:
+    """What copies of a module's bases take, R (d_in, k) in float32 and L (d_out, k) in float64."""
+    d_out, d_in = shape
+    return inputs * d_in * torch.float32.itemsize + outputs * d_out * torch.float64.itemsize
 
 
 def columns_held(counts: Sequence[int], kept: Sequence[int]) -> list[int]:

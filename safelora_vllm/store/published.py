@@ -58,12 +58,14 @@ class PublishedStore:
         """What a copy serves, whether it exists or not: its config and its weights."""
         return [self.path(key) / name for name in (CONFIG, WEIGHTS)]
 
-    def find(self, key: str) -> Report | None:
+    def find(self, key: str, again: bool = False) -> Report | None:
         """The report of a published adapter, or None where there is no undamaged copy.
 
-        A copy that this object has read is read again only when its files changed.
+        A copy that this object has read is read again only when its files changed, or ``again`` is set.
         """
         files = self.files(key)
+        if again:
+            self._sound.forget(key)
         try:
             saved = self._saved(key)
             if not self._sound.has(key, files):
@@ -74,6 +76,10 @@ class PublishedStore:
             return _report_in(saved)
         except _NOT_OURS:
             return None
+
+    def forget(self, key: str) -> None:
+        """A copy could not be used: it is read again before it is found."""
+        self._sound.forget(key)
 
     def state(self, key: str) -> tuple[FileState, ...]:
         """Of both files: as long as they stay, a copy that was sound is sound.

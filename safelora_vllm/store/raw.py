@@ -83,12 +83,14 @@ class RawStore:
                 total += (folder / name).stat().st_size
         return total
 
-    def damaged(self, digest: str) -> str | None:
+    def damaged(self, digest: str, again: bool = False) -> str | None:
         """What is wrong with a copy, None for a sound one.
 
-        Reads it all, but one that this object has read only when its files changed.
+        Reads it all, but one that this object has read only when its files changed, or ``again`` is set.
         """
         files = [self.path(digest) / name for name in (CONFIG, WEIGHTS)]
+        if again:
+            self._sound.forget(digest)
         if self._sound.has(digest, files):
             return None
         before: tuple[FileState, ...] = ()

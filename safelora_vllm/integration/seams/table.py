@@ -107,6 +107,10 @@ SEAMS = (
                 _MANAGER, "LRUCacheWorkerLoRAManager",
                 inherits=("_load_adapter", "set_active_adapters"),
             ),
+            Requirement("vllm.lora.lora_model", "LoRAModel.__init__", assigns=("loras",)),
+            Requirement(
+                "vllm.lora.lora_weights", "LoRALayerWeights.__init__", assigns=("lora_a", "lora_b")
+            ),
         ),
     ),
     Seam(

@@ -52,9 +52,21 @@ def _refuse_unguarded(self: Any, lora_request: LoRARequest) -> LoRAModel:
 
 
 def load_published(manager: Any, request: LoRARequest) -> LoRAModel:
-    """vLLM's own load of a folder; for guarded managers only."""
+    """vLLM's own load of a folder, into memory of its own; for guarded managers only.
+
+    What vLLM does not pin, it leaves mapped: it would be read when it is used, within a step.
+    """
     assert _original_load is not None, "the guard is not installed"
-    return _original_load(manager, request)
+    model = _original_load(manager, request)
+    for layer in model.loras.values():
+        layer.lora_a, layer.lora_b = _in_memory(layer.lora_a), _in_memory(layer.lora_b)
+    return model
+
+
+def _in_memory(weights: Any) -> Any:
+    if isinstance(weights, list):  # of a module that vLLM stacks
+        return [_in_memory(part) for part in weights]
+    return weights if weights is None or weights.is_pinned() else weights.clone()
 
 
 def no_adapter(manager: Any, request: LoRARequest) -> LoRAModel:

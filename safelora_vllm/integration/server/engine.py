@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from safelora_vllm.store import NameStore
 IDS_EACH = 16
 _RESERVED = 64  # versions whose ids a process takes from the store at once
 _DRAIN_POLL_SECONDS = 0.2
-_READ_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.002, 0.05
+_READ_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.002, 0.1
 _READ_SECONDS = 60.0
 
 
@@ -92,15 +93,15 @@ class Pool:
         Raises:
             StoreUnavailable: they have not, for long: a load would stop all steps for as long.
         """
-        pause, waited = _READ_POLL_SECONDS, 0.0
+        pause, began = _READ_POLL_SECONDS, time.monotonic()
         while not await self._prepared(request):
-            if waited >= _READ_SECONDS:
+            if (waited := time.monotonic() - began) >= _READ_SECONDS:
                 raise StoreUnavailable(
                     f"the workers have not read {request.lora_name} from the adapter store in {waited:.0f} "
                     "s, and it is not loaded. Repair the store's disk, then load it again"
                 )
             await asyncio.sleep(pause)
-            pause, waited = min(2 * pause, _LONGEST_POLL_SECONDS), waited + pause
+            pause = min(2 * pause, _LONGEST_POLL_SECONDS)
 
     async def _prepared(self, request: LoRARequest) -> bool:
         try:

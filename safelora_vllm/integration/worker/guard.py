@@ -66,7 +66,11 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
                 lora_int_id=lora_request.lora_int_id,
                 lora_path=str(self.guard.folder(key)),
             )
-            model = seams.load_published(self, published)
+            try:
+                model = seams.load_published(self, published)
+            except Exception:
+                self.guard.forget(key)
+                raise
             if self.guard.still_sound(key):
                 return model
         raise StoreUnavailable(
@@ -118,7 +122,7 @@ class WorkerGuard:
         self._owner_lock = take_ownership(folder)
         if self._owner_lock is not None:
             chosen = self._settings.gate_device
-            own = device if chosen == WORKER else torch.device(chosen)
+            own = device if chosen == WORKER else _device(chosen)
             where, environment = _only_device(own)
             config = _gate_config(vllm_config, where, self._settings, self._client.socket_path)
             logger.info("starting the gate on %s; it reads the projector cache", own)
@@ -145,6 +149,11 @@ class WorkerGuard:
     def folder(self, key: str) -> Path:
         """Where a published copy is."""
         return self._store.path(key)
+
+    def forget(self, key: str) -> None:
+        """A copy could not be read: it is checked again before the next time."""
+        self._taken.forget(key)
+        self._store.forget(key)
 
     def still_sound(self, key: str) -> bool:
         """Whether the copy is the one that `resolve` checked: it may be exchanged before it is read."""
@@ -224,8 +233,8 @@ def prepare(worker: Any, name: str, lora_id: int, path: str) -> bool:
     try:
         manager = worker.model_runner.lora_manager
         request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path)
-        published_key(path)
-        return lora_id in manager.list_adapters() or bool(manager.read_ahead.begin(request))
+        ready = not path.startswith(SCHEME) or lora_id in manager.list_adapters()
+        return ready or bool(manager.read_ahead.begin(request))
     except Exception as error:  # an answer that is an error would be taken for that to another question
         logger.info("adapter %r is not read ahead (%s)", name, error)
         return True
@@ -233,6 +242,13 @@ def prepare(worker: Any, name: str, lora_id: int, path: str) -> bool:
 
 def _identity(request: LoRARequest) -> tuple[str, int, str]:
     return request.lora_name, request.lora_int_id, request.lora_path
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise GuardError(f"gate_device is {name!r}, which torch does not know; try cpu") from error
 
 
 def _only_device(device: torch.device) -> tuple[str, dict[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,8 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 logger = logging.getLogger("vllm.safelora.worker")
-_KEPT = 4  # adapters that were read and not yet asked for; each takes its size in memory
+_KEPT = 4  # adapters that are being read or wait to be taken; each takes its size in memory
+_FORGOTTEN_SECONDS = 10.0  # since somebody asked: whoever wants an adapter asks many times a second
 
 Identity = tuple[int, str]  # vLLM's id and the path, which names the published copy
 
@@ -34,23 +36,36 @@ class ReadAhead:
         self._read = read
         self._lock = threading.Lock()
         self._reads: dict[Identity, Future[LoRAModel]] = {}
+        self._asked: dict[Identity, float] = {}
         self._thread = ThreadPoolExecutor(1, "safelora-read", _use_device, (device,))
 
     def begin(self, request: LoRARequest) -> bool:
-        """Begin to read an adapter, once. Whether that has ended, well or not."""
+        """Begin to read an adapter, once, when there is room. Whether that has ended, well or not.
+
+        Those that somebody still asks for are not dropped for others: they would be read again and again.
+        """
         with self._lock:
-            place = _identity(request)
+            place, now = _identity(request), time.monotonic()
+            for other in [p for p, asked in self._asked.items() if now - asked > _FORGOTTEN_SECONDS]:
+                self._drop(other)
             if place not in self._reads:
                 if len(self._reads) >= _KEPT:
-                    self._reads.pop(next(iter(self._reads))).cancel()
+                    return False
                 self._reads[place] = self._thread.submit(self._read, request)
+            self._asked[place] = now
             return self._reads[place].done()
+
+    def _drop(self, place: Identity) -> Future[LoRAModel] | None:
+        self._asked.pop(place, None)
+        if (reading := self._reads.pop(place, None)) is not None:
+            reading.cancel()
+        return reading
 
     def take(self, request: LoRARequest) -> LoRAModel | None:
         """What was read, once; None where it is not there: then the engine reads, and says what is wrong."""
         with self._lock:
-            reading = self._reads.pop(_identity(request), None)
-        if reading is None or reading.cancel() or not reading.done():
+            reading = self._drop(_identity(request))
+        if reading is None or reading.cancelled() or not reading.done():
             return None
         if error := reading.exception():
             logger.info("adapter %r could not be read ahead (%s)", request.lora_name, error)
