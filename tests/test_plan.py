@@ -80,8 +80,11 @@ def headers(
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command: exit code, standard output, standard error."""
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in a wide terminal: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "160")
 
     def call(*options: object) -> tuple[int, str, str]:
         try:
