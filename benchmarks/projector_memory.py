@@ -18,6 +18,7 @@ from pathlib import Path
 
 import recording
 import torch
+from random_projectors import LLAMA_3_8B
 from safetensors.torch import save_file
 
 from safelora_vllm.methods.reads import parts_read
@@ -26,11 +27,6 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import FORMAT, FORMAT_VERSION, MANIFEST, ModuleEntry
 
 LAYERS, ENERGY, _DECAY = 32, 0.2, 0.4
-SHAPES = {
-    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}  # fmt: skip
 POLICIES = {
     "input-removal, all (the default)": Policy(),
     "input-removal, threshold": Policy(select="threshold"),
@@ -72,7 +68,7 @@ def write_layer(folder: Path) -> None:
     torch.manual_seed(0)
     spectra: dict[tuple[int, int], torch.Tensor] = {}
     entries, shards = [], {}
-    for part, (rows, columns) in SHAPES.items():
+    for part, (rows, columns) in LLAMA_3_8B.items():
         if (rows, columns) not in spectra:
             v = torch.randn(rows, columns) * torch.arange(1, columns + 1).pow(-_DECAY)
             gram = (v @ v.T if rows <= columns else v.T @ v).double()
