@@ -338,3 +338,10 @@ def test_a_flaw_is_found_in_every_block(
     assert canonical._flaw(values) == canonical._flaw(values.T) == flaw
     values.view(-1)[10] = math.inf  # in the middle block: it counts for more than a subnormal before it
     assert canonical._flaw(values) == "non_finite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_largest_subnormal_value_is_one_and_the_next_is_not(dtype: torch.dtype) -> None:
+    normal = torch.tensor([torch.finfo(dtype).tiny], dtype=dtype)
+    below = (normal.view(_BITS[dtype][0]) - 1).view(dtype)
+    assert canonical._flaw(normal) is None and canonical._flaw(below) == "subnormal"

@@ -15,6 +15,7 @@ from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.store import published as module
 
 KEY, GONE = "a" * 64, "b" * 64
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
@@ -133,3 +134,29 @@ def test_a_full_disk_is_told_with_the_store(copies: PublishedStore, monkeypatch:
     assert copies.find(KEY) == REPORT and not copies.has_override(KEY) and copies.all() == [KEY]
     shutil.rmtree(copies.path(KEY))
     assert copies.all() == []
+
+
+def test_what_was_read_is_read_again_only_when_it_changed_or_somebody_insists(
+    copies: PublishedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    inner = module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", lambda path: read.append(path.name) or inner(path))
+    names = list(FILES)
+
+    def looks(again: bool | None = None) -> list[str]:
+        read.clear()
+        assert copies.find(KEY, **({} if again is None else {"again": again})) == REPORT
+        return list(read)
+
+    assert looks() == names
+    assert looks() == looks() == []
+    assert looks(again=True) == names and looks() == []
+    copies.forget(GONE)
+    assert looks() == []
+    copies.forget(KEY)
+    assert looks() == names and looks() == []
+    for name in names:
+        os.utime(copies.path(KEY) / name, ns=(1, 1))
+        assert looks() == names and looks() == []
+    assert copies.find(GONE) is None

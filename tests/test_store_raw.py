@@ -18,6 +18,7 @@ import pytest
 from safelora_vllm.adapters.read import Limits, read_adapter
 from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.store import RawStore, content_digest
+from safelora_vllm.store import raw as module
 from tests.tiny import Draft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -281,3 +282,27 @@ def test_many_keep_the_same_at_once(raw: RawStore) -> None:
         for thread in threads:
             thread.join()
         assert errors == [] and content(raw) == FILES and entries(raw) == {DIGEST}
+
+
+def test_what_was_read_is_read_again_only_when_it_changed_or_somebody_insists(
+    raw: RawStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    inner = module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", lambda path: read.append(path.name) or inner(path))
+    raw.keep(DIGEST, FILES)
+    read.clear()
+
+    def looks(*given: Any, **more: Any) -> list[str]:
+        read.clear()
+        raw.damaged(DIGEST, *given, **more)
+        return list(read)
+
+    assert RawStore(raw.root).damaged(DIGEST) is None and read == [CONFIG, WEIGHTS]  # by itself
+    assert looks() == [CONFIG, WEIGHTS]
+    assert looks() == looks() == []
+    assert looks(again=True) == [CONFIG, WEIGHTS] and looks() == []
+    for name in FILES:
+        os.utime(raw.path(DIGEST) / name, ns=(1, 1))
+        assert looks() == [CONFIG, WEIGHTS] and looks() == []
+    assert raw.damaged("a" * 64) == f"{CONFIG} is missing"
