@@ -73,7 +73,7 @@ def runs() -> str:
         if (HERE / command.split()[0]).is_file():
             command = f"benchmarks/{command}"
         link = f"[`{file.name}`](../{file.relative_to(ROOT)})"
-        cores, card, torch = str(found.get("cpus", "")), found.get("card", ""), versions["torch"]
+        cores, card, torch = str(found.get("cpus", "")), found.get("card", ""), versions.get("torch", "")
         if isinstance(card, dict):
             card, torch = card["card"], card["torch"]
         vllm = versions.get("vllm", "")
@@ -194,6 +194,18 @@ def fuzz() -> str:
     return markdown(["target", "executions", "peak memory, MB", "findings"], [*rows, total])
 
 
+def mutants() -> str:
+    """Small faults that the fast tests see, module by module."""
+    found = load("mutants")["modules"]
+    columns = ("mutants", "killed", "timed out", "survived", "equivalent")
+    titles = {name: "**all**" if name == "all" else f"`{name}`" for name in found}
+    rows = [
+        [titles[name], *(number(of[key]) for key in columns), number(of["share killed"], 1)]
+        for name, of in found.items()
+    ]
+    return markdown(["module", *columns, "killed or timed out, of the rest, %"], rows)
+
+
 def vetting() -> str:
     """The worst cases of the gate."""
     rows = [
@@ -306,7 +318,8 @@ def tables() -> dict[str, Callable[[], str]]:
     import safety_tables
 
     mine = (
-        runs, projection, hot_load, hostile, crash, soak, growth, fuzz, vetting, slots, request_cost, demo,
+        runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
+        request_cost, demo,
         project_stage, projector_memory, certified,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
