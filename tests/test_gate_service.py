@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 import shutil
@@ -317,3 +318,23 @@ def test_a_gate_whose_device_is_broken_ends(monkeypatch: pytest.MonkeyPatch) -> 
         handler.service = SimpleNamespace(answer=answer)  # type: ignore[assignment]
         assert b"GateUnavailable" in handler._answer(encode(GetState()))
         assert ended == code
+
+
+def test_too_little_memory_at_the_start_is_said(config: GateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    def service(_: GateConfig) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    given = SimpleNamespace(stdin=SimpleNamespace(buffer=io.BytesIO(encode(config))))
+    monkeypatch.setattr(gate_server, "sys", given)
+    monkeypatch.setattr(gate_server.os, "nice", lambda _: None)
+    monkeypatch.setattr(gate_server.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(gate_server, "GateService", service)
+    monkeypatch.setattr(gate_server, "_say", said.append)
+    assert gate_server.main() == 1
+    told = said[0].error()
+    assert isinstance(told, GateUnavailable)
+    assert str(told).startswith(
+        "the gate has too little memory on cpu for its projectors and its work. Leave it"
+    )

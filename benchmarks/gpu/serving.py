@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+# A script in a folder: the modules above it are found only after this.
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
 import recording  # noqa: E402
