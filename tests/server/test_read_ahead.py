@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import GuardError, StoreUnavailable
+from safelora_vllm.errors import AdapterRefused, EngineUnavailable, GuardError, StoreUnavailable
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.server import engine as engine_side
 from safelora_vllm.integration.server.engine import Pool
@@ -93,6 +93,36 @@ def test_what_is_being_read_is_not_waited_for(reader: Reader) -> None:
     reader.go.set()
     ended(ahead, request(3))
     assert reader.read == [1, 3]
+
+
+def test_a_load_waits_for_a_quick_read_and_for_no_other(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    with pytest.raises(StoreUnavailable, match="adapter1 has not been read yet; load it again"):
+        ahead.read(request(), 0.01)
+    threading.Timer(0.05, reader.go.set).start()
+    assert ahead.read(request(), SECONDS).id == 1  # the read that had begun, not another one
+    assert reader.read == [1]
+    assert ahead.read(request(), SECONDS).id == 1
+    assert reader.read == [1, 1]  # what was taken is not kept
+
+
+def test_a_load_is_told_what_is_wrong_and_the_next_one_reads_again(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    reader.go.set()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="gone"):
+            ahead.read(request(13), SECONDS)
+    assert reader.read == [13, 13]
+
+
+def test_a_load_that_finds_no_room_does_not_wait(reader: Reader) -> None:
+    ahead = ReadAhead(reader, CPU)
+    for number in range(1, 5):
+        ahead.begin(request(number))
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="adapter5 has not been read yet"):
+        ahead.read(request(5), SECONDS)
+    assert time.monotonic() - began < SECONDS / 2
 
 
 def test_what_cannot_be_read_is_said_to_be_ready_and_left_to_the_load(reader: Reader) -> None:
@@ -178,7 +208,8 @@ def manager(guard: Guard) -> Any:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
-    """What vLLM is asked to load."""
+    """What vLLM is asked to load. A busy machine may take long for it."""
+    monkeypatch.setattr(guarded, "_LOAD_SECONDS", SECONDS)
     found: list[tuple[str, int, str]] = []
 
     def load(_: Any, asked: Any) -> Any:
@@ -187,6 +218,19 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
 
     monkeypatch.setattr(seams, "load_published", load)
     return found
+
+
+def test_only_a_load_by_the_api_server_is_bounded(loads: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of an offline load may take its time, and an evicted adapter has requests that wait."""
+    monkeypatch.setattr(guarded, "_LOAD_SECONDS", 0.0)
+    made = manager(Guard(0))
+    made.read_ahead._thread.submit(time.sleep, 0.5)
+    with pytest.raises(StoreUnavailable, match="adapter1 has not been read yet"):
+        made._load_adapter(request(1))
+    assert made._load_adapter(request(2, "/a/folder")).id == 2
+    made._in_step = True
+    assert made._load_adapter(request(3)).id == 3
+    assert [number for _, number, _ in loads] == [2, 3]
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in the step", "ahead"])
@@ -327,8 +371,8 @@ class Engine:
 
     errored = False
 
-    def __init__(self, answers: list[list[bool] | Exception]) -> None:
-        self.answers = iter(answers)
+    def __init__(self, answers: list[list[bool] | Exception], failures: Sequence[Exception] = ()) -> None:
+        self.answers, self.failures = iter(answers), [*failures]
         self.asked: list[Any] = []
         self.core_engines, self.engine_core = (0, 1), self
 
@@ -341,6 +385,8 @@ class Engine:
 
     async def add_lora(self, loaded: Any) -> None:
         self.asked.append(loaded.lora_int_id)
+        if self.failures:
+            raise self.failures.pop(0)
 
 
 CALL = ("collective_rpc", "safelora_prepare", None, ("adapter1", 1, f"safelora://{KEY}"), None)
@@ -364,6 +410,39 @@ def test_a_load_follows_when_all_workers_have_read(
     pool = Pool(engine, cast(Any, None))
     asyncio.run(pool.load(request()))
     assert engine.asked == [(0, *CALL), (1, *CALL)] * looks + [1]
+
+
+READ = [(0, *CALL), (1, *CALL)]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "failures", "asked"),
+    [
+        (4 * 1024**2, 0, [1]),
+        (4 * 1024**2, 1, [1, *READ, 1]),
+        (4 * 1024**2 + 1, 0, [*READ, 1]),
+    ],
+    ids=["small", "small, but it takes long", "large"],
+)
+def test_a_small_adapter_is_loaded_with_one_question(nbytes: int, failures: int, asked: list[Any]) -> None:
+    """Each question waits for a step of the engine."""
+    engine = Engine([[True, True], [True]], [RuntimeError("has not been read yet")] * failures)
+    asyncio.run(Pool(engine, cast(Any, None)).load(request(), nbytes))
+    assert engine.asked == asked
+
+
+def test_what_is_wrong_with_a_small_adapter_is_said() -> None:
+    engine = Engine([[True, True], [True]], [RuntimeError("first"), RuntimeError("no room")])
+    with pytest.raises(AdapterRefused, match="vLLM cannot load the adapter: no room"):
+        asyncio.run(Pool(engine, cast(Any, None)).load(request(), 1))
+
+
+def test_an_engine_that_has_ended_is_not_asked_again() -> None:
+    engine = Engine([], [RuntimeError("dead")])
+    engine.errored = True
+    with pytest.raises(EngineUnavailable, match="the engine has ended: dead"):
+        asyncio.run(Pool(engine, cast(Any, None)).load(request(), 1))
+    assert engine.asked == [1]
 
 
 def test_a_store_that_hangs_does_not_stop_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

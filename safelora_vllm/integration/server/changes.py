@@ -256,7 +256,7 @@ class Manager:
         new = dataclasses.replace(new, id=await pool.new_id())
         request = pool.request(name, new.key, new.id)
         try:
-            await pool.load(request)
+            await pool.load(request, judgement.bytes)
         except AdapterRefused as error:
             await self._log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
             raise

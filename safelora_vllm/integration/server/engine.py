@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import EngineUnavailable, GuardError, StoreUnavailable, refuse
+from safelora_vllm.errors import AdapterRefused, EngineUnavailable, GuardError, StoreUnavailable, refuse
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import server as seams
@@ -24,6 +25,7 @@ _RESERVED = 64  # versions whose ids a process takes from the store at once
 _DRAIN_POLL_SECONDS = 0.2
 _READ_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.002, 0.1
 _READ_SECONDS = 60.0
+_SMALL_BYTES = 4 * 1024**2
 
 
 @dataclass
@@ -69,15 +71,28 @@ class Pool:
         for path in paths:
             self._lost[published_key(path)].add(path)
 
-    async def load(self, request: LoRARequest) -> None:
+    async def load(self, request: LoRARequest, nbytes: float = math.inf) -> None:
         """Load published weights before anybody asks for them.
+
+        Each question to the workers waits for a step. So what is small is asked for once, and read in a step
+        as far as that is quick; if it is not, it is read ahead like all else.
+
+        Args:
+            request: of a published copy.
+            nbytes: of its weights, about.
 
         Raises:
             AdapterRefused: vLLM cannot load it, with its own words.
             EngineUnavailable: the engine has ended.
             StoreUnavailable: the workers cannot read it in time.
         """
+        if nbytes <= _SMALL_BYTES:
+            with contextlib.suppress(AdapterRefused):
+                return await self._add(request)
         await self._read_ahead(request)
+        await self._add(request)
+
+    async def _add(self, request: LoRARequest) -> None:
         try:
             await self.engine_client.add_lora(request)
         except Exception as error:  # the engine sends back whatever class the worker raised

@@ -36,6 +36,7 @@ from safelora_vllm.store import PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
 _START_SECONDS = 900.0
+_LOAD_SECONDS = 0.02  # that a load may hold up the steps for what was not read ahead: an adapter of 4 MB
 _READS = 2  # of a copy that is exchanged meanwhile: another gate on the store may have made it again
 
 
@@ -79,6 +80,8 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         try:
+            if lora_request.lora_path.startswith(SCHEME) and not self._in_step:
+                return self.read_ahead.read(lora_request, _LOAD_SECONDS)
             return self.read_ahead.take(lora_request) or self._read(lora_request)
         except Exception as error:
             if not self._in_step:

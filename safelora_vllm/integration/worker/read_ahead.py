@@ -1,8 +1,8 @@
 """Adapters read beside the engine's steps, before the engine is asked to put them into its pool.
 
 vLLM reads and pins an adapter between two steps, the guard checks it there, and every stream waits meanwhile:
-a quarter of a second for an adapter of 80 MB. Here a thread does that first. What it has read is taken in the
-place of reading it again, or not at all: nothing depends on it.
+a quarter of a second for an adapter of 80 MB. Here a thread does that first. A load takes what was read, and
+waits for the thread no longer than a small adapter takes: a store that hangs must not stop the engine.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+
+from safelora_vllm.errors import StoreUnavailable
 
 logger = logging.getLogger("vllm.safelora.worker")
 _KEPT = 4  # adapters that are being read or wait to be taken; each takes its size in memory
@@ -60,6 +62,22 @@ class ReadAhead:
         if (reading := self._reads.pop(place, None)) is not None:
             reading.cancel()
         return reading
+
+    def read(self, request: LoRARequest, seconds: float) -> LoRAModel:
+        """What was read, once, or is read within some seconds.
+
+        Raises:
+            StoreUnavailable: it is not read by then. It goes on being read.
+            Exception: whatever reading raised.
+        """
+        self.begin(request)
+        with self._lock:
+            reading = self._reads.get(_identity(request))
+        if reading is None or not wait([reading], seconds).done:
+            raise StoreUnavailable(f"{request.lora_name} has not been read yet; load it again")
+        with self._lock:
+            self._drop(_identity(request))
+        return reading.result()
 
     def take(self, request: LoRARequest) -> LoRAModel | None:
         """What was read, once; None where it is not there: then the engine reads, and says what is wrong."""
