@@ -143,7 +143,11 @@ def _start(tree: Path, projectors: Path) -> subprocess.Popen[str]:
 def serve(projectors: Path) -> None:
     """Project each adapter that a line on stdin names, and count or time the projecting step."""
     from safelora_vllm.adapters.read import Limits, read_adapter
-    from safelora_vllm.gate.admit import GateSettings, Stages, admit, evaluate
+
+    try:
+        from safelora_vllm.gate.admit import GateSettings, Stages, admit, evaluate
+    except ImportError:  # an older tree
+        from safelora_vllm.gate import GateSettings, Stages, admit, evaluate  # type: ignore[attr-defined,no-redef]
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
     from safelora_vllm.store import PublishedStore, RawStore
