@@ -42,7 +42,7 @@ def main() -> None:
     outside = dict.fromkeys(ENERGIES, 0)
     with tempfile.TemporaryDirectory() as folder:
         pair = write_pair(Path(folder) / "pair")
-        built = build(pair.base, pair.aligned, Path(folder) / "cache", BuildOptions())
+        built = build(pair.base, pair.aligned, Path(folder) / "cache", BuildOptions(max_energy=0.95))
         cache, names = ProjectorCache(built), list(module_shapes())
         cache.load("cpu", operator=False)
         rounds = -(-args.adapters // (_BATCH * len(names)))

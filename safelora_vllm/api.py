@@ -54,23 +54,27 @@ def build_projectors(
     form: str = "auto",
     device: str = "cpu",
     max_energy: float | None = None,
-    thin: bool = False,
+    exact: bool = False,
 ) -> ProjectorCache:
     """Build the projector cache of a model pair. Memory holds one module at a time.
+
+    A cache is thin by default: it holds the bases of V up to an energy. Every policy works with it. What it
+    does not know of a similarity or of Ĉ makes the gate stricter, never more lenient.
 
     Args:
         base: the model before alignment: a folder with safetensors weights, or a hub id.
         aligned: the model that is served: the same.
         out: a new folder. It appears when the cache is whole.
         modules: names of linear layers or last parts of names, such as ``q_proj``. Empty: all of them.
-        dtype: of the projectors: ``float32``, ``bfloat16`` or ``float16``.
-        form: ``dense`` stores Ĉ (d_out, d_out), ``factored`` V (d_out, d_in), ``auto`` what is smaller.
+        dtype: of Ĉ or V: ``float32``, ``bfloat16`` or ``float16``. For ``exact`` only.
+        form: ``dense`` stores Ĉ (d_out, d_out), ``factored`` V (d_out, d_in), ``auto`` what is smaller. For
+            ``exact`` only.
         device: where to compute, such as ``cuda``.
         max_energy: the largest energy that a policy may have, a share of ‖V‖_F² above 0 and up to 1. None:
-            0.95, or 0.4 with ``thin``.
-        thin: keep neither Ĉ nor V. Policies of method ``safe-lora``, and those that select by threshold or
-            number, need one of them. ``dtype`` and ``form`` have no effect then. ``max_energy`` is then twice
-            the default policy's energy by default, since directions above it take most of the room.
+            0.4, twice the default policy's energy, since directions above it take most of the room; with
+            ``exact`` 0.95.
+        exact: keep Ĉ or V too. Then ``safe-lora`` multiplies by Ĉ itself, and policies that select by
+            threshold or number compare exact similarities, as in the paper.
 
     Returns:
         The cache, opened.
@@ -86,7 +90,7 @@ def build_projectors(
         (14, (96, 96))
     """
     energy = {} if max_energy is None else {"max_energy": max_energy}
-    options = BuildOptions(tuple(modules), dtype, form, str(_device(device)), thin=thin, **energy)
+    options = BuildOptions(tuple(modules), dtype, form, str(_device(device)), exact=exact, **energy)
     return ProjectorCache(build(os.fspath(base), os.fspath(aligned), os.fspath(out), options))
 
 
@@ -97,7 +101,7 @@ def plan_projectors(
     projectors: str | os.PathLike[str] | ProjectorCache | None = None,
     modules: Sequence[str] = (),
     max_energy: float | None = None,
-    thin: bool = False,
+    exact: bool = False,
     lora_rank: int = 16,
     gpu_memory: int | None = None,
     device: str = "cpu",
@@ -112,7 +116,7 @@ def plan_projectors(
         projectors: a projector cache of the model, or its folder, whose own spectra are taken.
         modules: as for `build_projectors`.
         max_energy: as for `build_projectors`. None: its default.
-        thin: as for `build_projectors`.
+        exact: as for `build_projectors`.
         lora_rank: of an adapter, the largest that the server accepts.
         gpu_memory: bytes of the GPU that the gate is on. None: that of the GPU which torch sees, if any.
         device: where the build would compute. One small module is built there, for the estimate of its time.
@@ -139,12 +143,12 @@ def plan_projectors(
         raise UsageError(f"`lora_rank` is {lora_rank}: expected 1 or more")
     if gpu_memory is not None and gpu_memory < 1:
         raise UsageError(f"`gpu_memory` is {gpu_memory}: expected more than 0")
-    if projectors is not None and (modules or thin or max_energy is not None):
+    if projectors is not None and (modules or exact or max_energy is not None):
         raise UsageError(
-            "`modules`, `max_energy` and `thin` have no effect with a projector cache, which has its own. "
+            "`modules`, `max_energy` and `exact` have no effect with a projector cache, which has its own. "
             "Leave them or the cache out"
         )
-    options = BuildOptions(tuple(modules), device=str(_device(device)), thin=thin)
+    options = BuildOptions(tuple(modules), device=str(_device(device)), exact=exact)
     if max_energy is not None:
         options = dataclasses.replace(options, max_energy=max_energy)
     if not Path(aligned).is_dir():
@@ -187,7 +191,7 @@ def plan_projectors(
         gpu_memory=gpu_memory,
         weight_bytes=weights,
         build_device=options.device,
-        build_seconds=estimated_seconds(shapes, 2 * weights + disk.total, options.device, options.max_energy),
+        build_seconds=estimated_seconds(shapes, 2 * weights + disk.total, options),
     )
 
 

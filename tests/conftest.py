@@ -165,7 +165,7 @@ def build_cache(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def folder(dtype: str, form: str) -> Path:
         out = root / f"{dtype}-{form}"
         if not out.exists():
-            build(pair.base, pair.aligned, out, BuildOptions(dtype=dtype, form=form))
+            build(pair.base, pair.aligned, out, BuildOptions(exact=True, dtype=dtype, form=form))
         return out
 
     return folder
@@ -185,7 +185,7 @@ def thin(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache
     from safelora_vllm.projectors.build import BuildOptions, build
     from safelora_vllm.projectors.cache import ProjectorCache
 
-    options, out = BuildOptions(thin=True, max_energy=0.95), tmp_path_factory.mktemp("thin") / "cache"
+    options, out = BuildOptions(max_energy=0.95), tmp_path_factory.mktemp("thin") / "cache"
     return ProjectorCache(build(pair.base, pair.aligned, out, options))
 
 
@@ -198,7 +198,9 @@ def enlarging(tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
 
     root = tmp_path_factory.mktemp("enlarging")
     pair = write_pair(root, step=0.4)
-    return ProjectorCache(build(pair.base, pair.aligned, root / "cache", BuildOptions(dtype="float32")))
+    return ProjectorCache(
+        build(pair.base, pair.aligned, root / "cache", BuildOptions(exact=True, dtype="float32"))
+    )
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
     before = {f"{name}.weight": torch.zeros(4, 4) for name in (Q, K, V)}
     after = {name: torch.diag(torch.tensor([2.0, 1.0, 0.0, 0.0])) for name in before}
     pair = write_checkpoint(root / "base", before), write_checkpoint(root / "aligned", after)
-    return ProjectorCache(build(*pair, root / "cache", BuildOptions(dtype="float32")))
+    return ProjectorCache(build(*pair, root / "cache", BuildOptions(exact=True, dtype="float32")))
 
 
 @pytest.fixture

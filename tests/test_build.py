@@ -52,10 +52,10 @@ def test_the_command_builds_what_the_function_builds(
     dtype: str, form: str, make: Make, pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "by-command"
-    options = ["--out", str(out), "--dtype", dtype, "--form", form]
+    options = ["--out", str(out), "--exact", "--dtype", dtype, "--form", form]
     assert main(["build", "--base", str(pair.base), "--aligned", str(pair.aligned), *options]) == 0
     assert str(out) in capsys.readouterr().out
-    by_command, by_function = ProjectorCache(out), ProjectorCache(make(dtype=dtype, form=form))
+    by_command, by_function = ProjectorCache(out), ProjectorCache(make(exact=True, dtype=dtype, form=form))
     assert by_command.id == by_function.id
     assert set(by_command.modules) == set(module_shapes())
     forms = {e.form for e in by_command.modules.values()}
@@ -71,7 +71,7 @@ def test_the_command_builds_what_the_function_builds(
 
 
 def test_the_automatic_form_is_the_cheaper_product(make: Make) -> None:
-    for entry in ProjectorCache(make()).modules.values():
+    for entry in ProjectorCache(make(exact=True)).modules.values():
         assert entry.form == ("dense" if entry.shape[0] <= entry.shape[1] else "factored")
 
 
@@ -234,11 +234,11 @@ def test_the_room_that_is_asked_for_is_enough_and_not_twice_what_is_needed(
     usage, free = namedtuple("usage", "total used free"), 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, free))
     with pytest.raises(UsageError, match=r"or give fewer `modules` or a smaller `max_energy`") as refused:
-        make(form=form, modules=(Q0,))
+        make(exact=True, form=form, modules=(Q0,))
     found = re.search(r"up to ([\d,]+) bytes", str(refused.value))
     assert found is not None
     asked = free = int(found[1].replace(",", ""))
-    cache = ProjectorCache(make(form=form, modules=(Q0,)))
+    cache = ProjectorCache(make(exact=True, form=form, modules=(Q0,)))
     assert asked / 2 < cache.resident_bytes()["disk"] <= asked
 
 

@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from safelora_vllm.projectors import build
 build._SHARD_BYTES = 2**20
-build.build(*sys.argv[1:4], build.BuildOptions(dtype="float32", form="factored"))
+build.build(*sys.argv[1:4], build.BuildOptions(exact=True, dtype="float32", form="factored"))
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
 

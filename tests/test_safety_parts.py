@@ -47,7 +47,7 @@ def cache(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> 
             u, s, v = torch.linalg.svd(torch.randn_like(state[name]), full_matrices=False)
             state[name] += (u * s / torch.arange(1, len(s) + 1)) @ v
     model.save_pretrained(root / "aligned", state_dict=state)
-    options = BuildOptions(dtype="float32", max_energy=1.0)
+    options = BuildOptions(exact=True, dtype="float32", max_energy=1.0)
     return ProjectorCache(build(root / "base", root / "aligned", root / "projectors", options))
 
 

@@ -34,7 +34,7 @@ WANTED = {"similarity": 1e-5, "norm": 1e-12, "delta": 1e-5, "coherence": 1e-6}
 def measure(device: torch.device, scratch: Path, quick: bool) -> dict[str, Any]:
     """The largest difference between both devices, by policy and kind of adapter."""
     pair = write_pair(scratch, 1 if quick else LAYERS)
-    built = {where: build(*pair, scratch / where.type, BuildOptions(dtype="float32", device=str(where)))
+    built = {where: build(*pair, scratch / where.type, BuildOptions(exact=True, dtype="float32", device=str(where)))
              for where in {CPU, device}}  # fmt: skip
     found: dict[str, Any] = {"powers of two": powers_agree(device)}
     if device != CPU:

@@ -44,7 +44,7 @@ def measure(device: torch.device, scratch: Path, quick: bool) -> dict[str, Any]:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             started = time.perf_counter()
-            options = BuildOptions(device=str(device), max_energy=energy)
+            options = BuildOptions(exact=True, device=str(device), max_energy=energy)
             built = build_module(NAME, Checkpoint(folders[0]), Checkpoint(folders[1]), options)
             assert built is not None
             tensors = built[1]

@@ -122,7 +122,7 @@ def train(job: Job) -> None:
         partial.rename(target)
     if job.name == ALIGNED:
         base = job.cache / job.family / BASE
-        build(base, target, job.home / PROJECTORS, BuildOptions(max_energy=MAX_ENERGY))
+        build(base, target, job.home / PROJECTORS, BuildOptions(exact=True, max_energy=MAX_ENERGY))
 
 
 def train_aligned(job: Job, target: Path) -> None:

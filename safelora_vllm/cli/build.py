@@ -27,26 +27,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
-        help="of the projectors: float32, bfloat16 or float16; default: bfloat16",
+        help="with --exact: of Ĉ or V: float32, bfloat16 or float16; default: bfloat16",
     )
     parser.add_argument(
         "--form",
         metavar="FORM",
-        help="of the projectors: dense, factored, or auto, the smaller of both; default: auto",
+        help="with --exact: dense (Ĉ), factored (V), or auto, the smaller of both; default: auto",
     )
     parser.add_argument("--device", default="cpu", help="where to compute; default: cpu")
     parser.add_argument(
         "--max-energy",
         type=float,
         metavar="E",
-        help="largest --energy that the cache can serve; default: 0.95, with --thin 0.4",
+        help="largest --energy that the cache can serve; default: 0.4, with --exact 0.95",
     )
     parser.add_argument(
-        "--thin",
+        "--exact",
         action="store_true",
-        help="keep neither Ĉ nor V, which --method safe-lora, --select threshold and --select number need. "
-        "Without --max-energy the cache then ends at energy 0.4, twice the default policy's, since the "
-        "directions above it take most of the room",
+        help="keep Ĉ or V too, so that --method safe-lora, --select threshold and --select number do exactly "
+        "what the paper says. Without them these policies project more",
     )
     parser.set_defaults(run=run)
 
@@ -58,14 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
     options = {name: getattr(args, name) for name in ("dtype", "form", "max_energy")}
     given = {name: value for name, value in options.items() if value is not None}
-    BuildOptions(thin=args.thin).check_effective(given)
+    BuildOptions(exact=args.exact).check_effective(given)
     cache = build_projectors(
         args.base,
         args.aligned,
         args.out,
         modules=args.modules,
         device=args.device,
-        thin=args.thin,
+        exact=args.exact,
         **given,
     )
     print(f"projector cache written to {cache.folder}")

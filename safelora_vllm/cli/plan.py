@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--modules", nargs="+", default=[], metavar="NAME", help="as for build; default: all linear layers"
     )
     parser.add_argument("--max-energy", type=float, metavar="E", help="as for build")
-    parser.add_argument("--thin", action="store_true", help="as for build: neither Ĉ nor V")
+    parser.add_argument("--exact", action="store_true", help="as for build: Ĉ or V too")
     parser.add_argument(
         "--lora-rank",
         type=int,
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         projectors=args.projectors,
         modules=args.modules,
         max_energy=args.max_energy,
-        thin=args.thin,
+        exact=args.exact,
         lora_rank=args.lora_rank,
         gpu_memory=None if memory is None else math.ceil(memory * _GIB),
         device=args.device,

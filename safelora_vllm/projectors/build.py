@@ -33,9 +33,9 @@ from safelora_vllm.projectors.manifest import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_ENERGY = 0.95
-THIN_MAX_ENERGY = 0.4  # twice the energy of the default policy; what is above it takes most of the room
-_BY_THIN = float("nan")  # stands for one of both; any other NaN is out of range
+MAX_ENERGY = 0.4  # twice the energy of the default policy; what is above it takes most of the room
+EXACT_MAX_ENERGY = 0.95
+_BY_EXACT = float("nan")  # stands for one of both; any other NaN is out of range
 _OF_OPERATORS = ("dtype", "form")  # options that are about Ĉ and V
 _SHARD_BYTES = 256 * 1024 * 1024
 # A linear layer inside a numbered block. Not: embeddings, heads, norms, convolutions, routers and
@@ -55,22 +55,22 @@ class BuildOptions:
     """What to build.
 
     modules: names or last parts of names (``q_proj``); empty means all linear layers.
-    dtype: of Ĉ or V in the cache. form: ``auto`` takes dense where d_out ≤ d_in.
+    dtype: of Ĉ or V in an exact cache. form: of them; ``auto`` takes dense where d_out ≤ d_in.
     max_energy: share of ‖V‖_F² up to which its singular vectors are kept; no policy can have more. Default:
-    0.95; with ``thin`` 0.4.
-    thin: keep neither Ĉ nor V, but only the bases and the figures.
+    0.4; with ``exact`` 0.95.
+    exact: keep Ĉ or V too. Without them a cache is thin: it has the bases and the figures.
     """
 
     modules: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     form: str = "auto"
     device: str = "cpu"
-    max_energy: float = _BY_THIN
-    thin: bool = False
+    max_energy: float = _BY_EXACT
+    exact: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_energy is _BY_THIN:
-            object.__setattr__(self, "max_energy", THIN_MAX_ENERGY if self.thin else MAX_ENERGY)
+        if self.max_energy is _BY_EXACT:
+            object.__setattr__(self, "max_energy", EXACT_MAX_ENERGY if self.exact else MAX_ENERGY)
         if self.dtype not in DTYPES:
             raise UsageError(f"`dtype` is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.form not in ("auto", "dense", "factored"):
@@ -83,13 +83,13 @@ class BuildOptions:
         """Refuse options that somebody gave and that change nothing in a thin cache.
 
         Raises:
-            UsageError: such as ``form`` with ``thin``.
+            UsageError: such as ``form`` without ``exact``.
         """
         for name in given:
-            if self.thin and name in _OF_OPERATORS:
+            if not self.exact and name in _OF_OPERATORS:
                 raise UsageError(
-                    f"`{name}` has no effect with `thin`: it is about Ĉ and V, and a thin cache has neither. "
-                    f"Leave `{name}` or `thin` out"
+                    f"`{name}` has no effect without `exact`: it is about Ĉ and V, and a thin cache has "
+                    f"neither. Add `exact`, or leave `{name}` out"
                 )
 
 
@@ -249,7 +249,7 @@ def _write(
         "format": FORMAT,
         "version": FORMAT_VERSION,
         **identities,
-        "dtype": None if options.thin else options.dtype,
+        "dtype": options.dtype if options.exact else None,
         "max_energy": options.max_energy,
         "unchanged_modules": unchanged,
         "shards": shards,
@@ -280,7 +280,7 @@ def build_module(
     wide = d_out <= d_in
     small = delta @ delta.T if wide else delta.T @ delta
     null_similarity = norm**2 / (float(small.norm()) * math.sqrt(d_out))
-    form = THIN if options.thin else options.form
+    form = options.form if options.exact else THIN
     if form == "auto":
         form = "dense" if wide else "factored"
     dtype = DTYPES[options.dtype]
@@ -318,7 +318,7 @@ def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: Bu
     How many singular vectors hold the energy is not known yet: at most its share of them, for the largest
     come first.
     """
-    element = 0 if options.thin else DTYPES[options.dtype].itemsize
+    element = DTYPES[options.dtype].itemsize if options.exact else 0
     shapes = [aligned.tensors[f"{name}.weight"].shape for name in names]
     sides = [(rows, rows if options.form == "dense" else min(rows, cols)) for rows, cols in shapes]
     if options.form == "factored":

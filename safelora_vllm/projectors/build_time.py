@@ -25,17 +25,17 @@ _NAME = "model.layers.0.linear"
 Shape = tuple[int, int]
 
 
-def estimated_seconds(shapes: Mapping[Shape, int], hashed: int, device: str, max_energy: float) -> float:
+def estimated_seconds(shapes: Mapping[Shape, int], hashed: int, options: BuildOptions) -> float:
     """Seconds of a build, without the time of the disk.
 
     Args:
         shapes: (d_out, d_in) → modules of it.
         hashed: bytes of both checkpoints and of the cache, which are hashed on one core.
-        device: where to compute; it is used for about a second.
-        max_energy: as in `BuildOptions`.
+        options: of the build. Its device is used for about a second.
     """
-    side = min(_CPU_SIDE if torch.device(device).type == "cpu" else _DEVICE_SIDE, max(map(min, shapes)))
-    pace = _module_seconds(side, device, max_energy) / _operations((side, side))
+    on_cpu = torch.device(options.device).type == "cpu"
+    side = min(_CPU_SIDE if on_cpu else _DEVICE_SIDE, max(map(min, shapes)))
+    pace = _module_seconds(side, options) / _operations((side, side))
     computing = pace * sum(count * _operations(shape) for shape, count in shapes.items())
     return computing + hashed * _hash_seconds() / _HASHED
 
@@ -45,12 +45,11 @@ def _operations(shape: Shape) -> int:
     return min(shape) ** 2 * sum(shape)
 
 
-def _module_seconds(side: int, device: str, max_energy: float) -> float:
+def _module_seconds(side: int, options: BuildOptions) -> float:
     """Of building one drawn module of this side, files read included."""
     generator = torch.Generator().manual_seed(0)
     base, change = (torch.randn(side, side, generator=generator) for _ in range(2))
     change *= torch.arange(1, side + 1).pow(-DECAY)
-    options = BuildOptions(device=device, max_energy=max_energy)
     with tempfile.TemporaryDirectory(prefix="safelora-plan-") as folder:
         models = []
         for name, weight in (("base", base), ("aligned", base + change)):

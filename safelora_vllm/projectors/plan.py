@@ -221,11 +221,6 @@ def _planned(
         CheckpointError: a weight is quantised.
     """
     max_energy = options.max_energy
-    if options.thin and parts.operator:
-        raise PolicyError(
-            "with `thin` a cache would hold neither Ĉ nor V, and the policy reads one of them. Leave `thin` "
-            "out, or take a policy that selects all modules and does not multiply by Ĉ"
-        )
     wanted = max(parts.input_energy, parts.output_energy)
     if wanted > max_energy + ENERGY_ROUNDING:
         raise PolicyError(
@@ -240,8 +235,8 @@ def _planned(
     element, groups = DTYPES[options.dtype].itemsize, []
     for shape, alike in shapes.items():
         rows, columns = shape
-        operator = 0 if options.thin else element * rows * min(rows, columns) * len(alike)
-        form = THIN if options.thin else "dense" if rows <= columns else "factored"
+        operator = element * rows * min(rows, columns) * len(alike) if options.exact else 0
+        form = THIN if not options.exact else "dense" if rows <= columns else "factored"
         kept, inputs, outputs = (
             [directions(shape, energy)] * len(alike)
             for energy in (max_energy, parts.input_energy, parts.output_energy)

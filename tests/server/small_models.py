@@ -54,7 +54,7 @@ def make_pair(folder: Path, family: str, **changes: Any) -> Pair:
     model.save_pretrained(pair.aligned)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CACHE / "models" / "aligned" / file, pair.aligned)
-    build(pair.base, pair.aligned, pair.projectors, BuildOptions(dtype="float32"))
+    build(pair.base, pair.aligned, pair.projectors, BuildOptions(exact=True, dtype="float32"))
     return pair
 
 
