@@ -157,7 +157,7 @@ def serve(projectors: Path) -> None:
     try:
         from safelora_vllm.methods.reads import parts_read
 
-        cache.load("cpu", None, **asdict(parts_read(policy)))
+        cache.load("cpu", None, **asdict(parts_read(policy, cache.thin)))
     except ImportError:  # an older tree
         cache.load("cpu", None, policy.energy, 0.0)
 
@@ -224,7 +224,7 @@ def whole_model(scratch: Path) -> dict[str, int]:
     folder = scratch / "whole"
     write_cache(folder, LLAMA_2_7B, LAYERS, operators=False)
     cache, policy, cpu = ProjectorCache(folder), Policy(), torch.device("cpu")
-    cache.load("cpu", None, **asdict(parts_read(policy)))
+    cache.load("cpu", None, **asdict(parts_read(policy, cache.thin)))
     weights = {
         name: (torch.randn(16, entry.shape[1]), torch.randn(entry.shape[0], 16))
         for name, entry in sorted(cache.modules.items())

@@ -59,7 +59,7 @@ def main() -> None:
 def held(projectors: Path, policy: Policy) -> int:
     """Bytes on the device after loading what a policy reads."""
     cache = ProjectorCache(projectors)
-    cache.load("cpu", None, **asdict(parts_read(policy)))
+    cache.load("cpu", None, **asdict(parts_read(policy, cache.thin)))
     return cache.resident_bytes()["cpu"]
 
 

@@ -28,7 +28,7 @@ from safelora_vllm.errors import AdapterRefused, CheckpointError, ProjectorCache
 from safelora_vllm.gate.admit import GateSettings, admit, evaluate
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
 from safelora_vllm.methods.judge import working_bytes
-from safelora_vllm.methods.reads import check_parts, parts_read
+from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build, select_modules
 from safelora_vllm.projectors.build_time import estimated_seconds
@@ -126,8 +126,7 @@ def plan_projectors(
 
     Raises:
         CheckpointError: there is no checkpoint in the folder, or none with such modules.
-        PolicyError: the policy has more energy than the cache, reads what a thin one lacks, or has a field
-            without effect.
+        PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing, damaged or of another model.
         UsageError: ``device`` or another argument is not usable.
 
@@ -155,16 +154,17 @@ def plan_projectors(
         raise CheckpointError(
             f"{os.fspath(aligned)} is not a folder: expected the folder of the aligned model"
         )
-    checkpoint, parts = Checkpoint(os.fspath(aligned), whole=False), parts_read(policy)
+    checkpoint = Checkpoint(os.fspath(aligned), whole=False)
     names = select_modules(checkpoint, checkpoint, options.modules)
     if projectors is None:
+        parts = parts_read(policy, thin=not exact)
         groups = assumed_groups(checkpoint, names, parts, options)
         most = largest_groups(checkpoint, names, parts, options)
     else:
         cache = _cache(projectors)
         _check_modules(cache, checkpoint, names)
-        check_parts(policy, cache)
-        groups = most = groups_of_cache(cache, parts)
+        groups = most = groups_of_cache(cache, parts_read(policy, cache.thin))
+        _warn(policy, cache)
     if gpu_memory is None:
         gpu_memory = _gpu_memory(options.device)
     on_gpu = gpu_memory is not None or torch.device(options.device).type != "cpu"
@@ -337,10 +337,16 @@ def calibrate_policy(
     if not cache.modules:
         raise ProjectorCacheError(f"the projector cache {cache.folder} has no modules; build it again")
     operators = [cache.projector(name) for name in cache.modules]
-    if policy.has_effect("energy"):  # read what the figures need, once: some kilobytes a module
+    if policy.has_effect("energy") or cache.thin:  # read what the figures need, once: some kilobytes a module
         for operator in tqdm(operators, desc="Energies", unit="module", delay=1.0):
             _ = operator.energies
+    _warn(policy, cache)
     return calibrate(operators, policy, keep_random)
+
+
+def _warn(policy: Policy, cache: ProjectorCache) -> None:
+    if lost := truncation(policy, cache):
+        logger.warning("%s", lost)
 
 
 def _settings(
@@ -349,7 +355,6 @@ def _settings(
     policy = policy or Policy()
     policy.check_effective(policy.chosen)
     cache = _cache(projectors)
-    check_parts(policy, cache)
     return GateSettings(cache, policy, _device(device))
 
 

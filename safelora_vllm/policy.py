@@ -12,6 +12,7 @@ from typing import Any
 
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS, Method
+from safelora_vllm.methods.selection import Interval, Selection, by_number, by_threshold
 
 METHOD_NAMES = tuple(METHODS)
 SELECTIONS = ("threshold", "number", "all")
@@ -211,18 +212,18 @@ class Policy:
                 stricter["number"] = max(self.number, other.number)
         return dataclasses.replace(self, **stricter)
 
-    def selects(self, similarities: Mapping[str, float | None]) -> set[str]:
-        """Names of the modules to project (paper, eq. 2 and its released code's ``number``).
+    def selects(self, similarities: Mapping[str, Interval | None]) -> Selection:
+        """The modules to project, and which of them only because their similarity is not known exactly.
 
         A module whose delta is zero has no similarity (``None``) and is never selected: there is
-        nothing to project. Equal similarities are ordered by name, so that the choice is stable.
+        nothing to project.
         """
-        known = {name: value for name, value in similarities.items() if value is not None}
+        known = {name: found for name, found in similarities.items() if found is not None}
         if self.select == "all":
-            return set(known)
+            return Selection(frozenset(known))
         if self.select == "threshold":
-            return {name for name, value in known.items() if not value > self.threshold}  # NaN too
-        return set(sorted(known, key=lambda name: (known[name], name))[: self.number])
+            return by_threshold(known, self.threshold)
+        return by_number(known, self.number)
 
 
 def stored_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class ModuleReport:
         relative_norm: ‖s·BA‖_F / ‖W_aligned‖_F before it.
         decision: ``projected`` or ``kept`` (in report-only mode: what enforcing would have done).
         similarity_error: half the width of an interval that is certain to hold the similarity. 0 where Ĉ or V
-            gave it (up to the rounding of the cache's dtype): under every policy that decides by similarity.
+            gave it, up to the rounding of the cache's dtype.
+        uncertain: it is projected only because that interval does not tell whether the policy selects it. An
+            exact cache would tell, and might keep it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ModuleReport:
     relative_norm: float
     decision: Decision
     similarity_error: float = 0.0
+    uncertain: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Report:
     def count(self, decision: Decision) -> int:
         """Number of modules with this decision."""
         return sum(module.decision == decision for module in self.modules)
+
+    @property
+    def uncertain(self) -> int:
+        """Number of modules that are projected only because their similarity is not known exactly."""
+        return sum(module.uncertain for module in self.modules)
 
     def values(self, field: str) -> list[float]:
         """A column of the module table without its empty places."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.methods import certified
-from safelora_vllm.methods.certified import Interval
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import Parts, ProjectorCache, Spectrum
 from tests import reference
@@ -178,7 +178,7 @@ def test_ranks_that_cancel_wholly_are_refused_as_such(
     ids=str,
 )
 def test_what_a_policy_reads(policy: Policy, parts: Parts) -> None:
-    assert parts_read(policy) == parts
+    assert parts_read(policy, thin=False) == parts
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_policy_reads_its_parts_and_no_others(
         return inner(name, *rest)
 
     monkeypatch.setattr(opened, "_read", read)
-    parts = parts_read(policy)
+    parts = parts_read(policy, cache.thin)
     if loaded:
         opened.load("cpu", None, **dataclasses.asdict(parts))
         held, before = opened.resident_bytes()["cpu"], set(reads)

@@ -97,6 +97,7 @@ def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: P
         assert list(module) == [
             "name", "rank", "similarity", "null_similarity", "retained", "relative_norm", "decision",
             "similarity_error",
+            "uncertain",
         ]  # fmt: skip
     decisions = [module["decision"] for module in report["modules"]]
     assert decisions.count("projected") == 3 and set(decisions) == {"projected", "kept"}

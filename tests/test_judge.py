@@ -71,12 +71,11 @@ def test_the_answer_is_that_of_each_module_by_itself(
 ) -> None:
     cache, alone = (ProjectorCache(build_cache("bfloat16", "auto")) for _ in range(2))
     if loaded:
-        cache.load("cpu", None, **dataclasses.asdict(parts_read(policy)))
+        cache.load("cpu", None, **dataclasses.asdict(parts_read(policy, cache.thin)))
     weights = adapter()
     deltas = {name: ModuleDelta(a, b, alone.projector(name)) for name, (a, b) in weights.items()}
-    stats = {name: delta.stats(parts_read(policy)) for name, delta in deltas.items()}
-    similarities = {name: s.similarity.middle if s.similarity else None for name, s in stats.items()}
-    selected = policy.selects(similarities)
+    stats = {name: delta.stats(parts_read(policy, cache.thin)) for name, delta in deltas.items()}
+    selected = policy.selects({name: s.similarity for name, s in stats.items()}).projected
     found = together(weights, cache, policy)
     assert list(found) == list(weights) and len(selected) > 0
     for name, module in found.items():
@@ -206,11 +205,13 @@ def test_operators_and_waits_do_not_depend_on_the_number_of_modules(
 ) -> None:
     monkeypatch.setattr(judge, "_CPU_BYTES", 2**40)
     loaded = ProjectorCache(cache.folder)
-    loaded.load("cpu", None, **dataclasses.asdict(parts_read(policy)))
+    loaded.load("cpu", None, **dataclasses.asdict(parts_read(policy, cache.thin)))
     weights = adapter()
     groups = len(grouped(weights, loaded, 2**40))
     assert groups == 4  # shapes: q and o, k and v, gate and up, down
-    applied = 4 * len(weights) if parts_read(policy).operator else 0  # Ĉ or V of a module is applied alone
+    applied = (
+        4 * len(weights) if parts_read(policy, cache.thin).operator else 0
+    )  # Ĉ or V of a module is applied alone
     together(weights, loaded, policy)  # spectra are kept
     with reads(monkeypatch) as seen, torch.inference_mode(), Operators() as counted:
         together(weights, loaded, policy)
@@ -374,7 +375,7 @@ def test_a_huge_column_that_does_nothing_hides_no_other(power: int, dtype: torch
 @pytest.mark.parametrize("policy", [Policy(energy=0.9), Policy(method="csulora")], ids=lambda p: p.method)
 def test_copies_of_bases_bound_a_group_too(policy: Policy, cache: ProjectorCache) -> None:
     """Their size does not depend on the rank: of rank 1 all modules would go together."""
-    parts, weights = parts_read(policy), adapter(1)
+    parts, weights = parts_read(policy, cache.thin), adapter(1)
     nbytes = 50_000
     for names in grouped(weights, cache, nbytes, parts):
         copies = 0
@@ -409,7 +410,7 @@ def test_a_warm_up_judges_the_largest_group_of_each_shape_at_each_rank(
     for rank in (1, 16, 32):
         sides = {name: pair for name, pair in adapter(rank).items() if rank > 1 or name in apart}
         sizes: dict[tuple[int, int], int] = {}
-        for names in grouped(sides, cache, 40_000, parts_read(policy)):
+        for names in grouped(sides, cache, 40_000, parts_read(policy, cache.thin)):
             shape = cache.modules[names[0]].shape
             sizes[shape] = max(sizes.get(shape, 0), len(names))
         expected |= {(rank, shape, count) for shape, count in sizes.items()}

@@ -15,8 +15,9 @@ from safelora_vllm.methods import METHODS, Method
 from safelora_vllm.methods.calibration import calibrate
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.method import Option
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import METHOD_NAMES, Policy
-from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.cache import Parts, ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests import reference
 from tests.refusing import codes, judge
@@ -51,6 +52,11 @@ def measured(cache: ProjectorCache, seed: int) -> dict[str, ModuleDelta]:
         name: ModuleDelta(tensors[key(name, "A")], tensors[key(name, "B")], cache.projector(name))
         for name in module_shapes()
     }
+
+
+def intervals(deltas: dict[str, ModuleDelta]) -> dict[str, Interval | None]:
+    """What a policy selects by."""
+    return {name: delta.stats(Parts()).similarity for name, delta in deltas.items()}
 
 
 def test_figures_of_every_module(form: tuple[str, str], deltas: dict[str, ModuleDelta], pair: Pair) -> None:
@@ -246,7 +252,7 @@ def test_threshold_decisions_are_those_of_float64(
         exact = {name: reference.similarity(pair.v(name), d.a, d.b) for name, d in deltas.items()}
         for threshold in (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
             policy = Policy(method="safe-lora", threshold=threshold)
-            chosen = policy.selects({name: delta.similarity for name, delta in deltas.items()})
+            chosen = policy.selects(intervals(deltas)).projected
             for name, similarity in exact.items():
                 if abs(similarity - threshold) > band:
                     assert (name in chosen) == (similarity <= threshold)
@@ -267,7 +273,7 @@ def test_number_decisions_are_those_of_float64(
         for number in range(1, len(order)):
             if exact[order[number]] - exact[order[number - 1]] > 2 * band:
                 policy = Policy(method="safe-lora", select="number", number=number)
-                chosen = policy.selects({name: delta.similarity for name, delta in deltas.items()})
+                chosen = policy.selects(intervals(deltas)).projected
                 assert chosen == set(order[:number])
                 compared += 1
     assert compared > 60
@@ -277,8 +283,8 @@ def test_all_selects_every_module_but_those_without_a_delta(deltas: dict[str, Mo
     empty = next(iter(deltas))
     zero = ModuleDelta(deltas[empty].a, torch.zeros_like(deltas[empty].b), deltas[empty].projector)
     assert zero.similarity is None and zero.served(zero.a, zero.b).retained is None
-    similarities = {name: delta.similarity for name, delta in {**deltas, empty: zero}.items()}
-    assert Policy(method="safe-lora", select="all").selects(similarities) == set(deltas) - {empty}
+    selected = Policy(method="safe-lora", select="all").selects(intervals({**deltas, empty: zero}))
+    assert selected == (set(deltas) - {empty}, set())
 
 
 def test_similarity_does_not_depend_on_the_scale(deltas: dict[str, ModuleDelta]) -> None:

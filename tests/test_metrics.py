@@ -38,7 +38,8 @@ def parsed(text: str) -> Samples:
 def served(*names: str) -> list[Entry]:
     """Served adapters with one projected and two kept modules each."""
     more = ModuleReport("a.k_proj", 8, 0.75, 0.6, 1.0, 0.05, "kept")
-    report = dataclasses.replace(REPORT, modules=[*REPORT.modules, more])
+    uncertain = dataclasses.replace(REPORT.modules[0], similarity_error=0.2, uncertain=True)
+    report = dataclasses.replace(REPORT, modules=[uncertain, *REPORT.modules[1:], more])
     return [entry(report.named(name), 0.5) for name in names]
 
 
@@ -60,6 +61,7 @@ def test_series_of_a_served_adapter() -> None:
         ("safelora_adapters", ()): 1,
         ("safelora_adapter_modules", ("tenant", "projected")): 1,
         ("safelora_adapter_modules", ("tenant", "kept")): 2,
+        ("safelora_adapter_uncertain_modules", ("tenant",)): 1,
         ("safelora_adapter_similarity", ("tenant", "min")): 0.25,
         ("safelora_adapter_similarity", ("tenant", "mean")): 0.5,
         ("safelora_adapter_retained_norm", ("tenant", "min")): 0.01,

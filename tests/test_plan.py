@@ -107,7 +107,7 @@ def test_a_planned_gate_holds_what_a_real_one_loads(
 ) -> None:
     cache = sl.ProjectorCache(build_cache("bfloat16", form))
     plan = sl.plan_projectors(pair.aligned, policy, projectors=cache)
-    loaded, parts = sl.ProjectorCache(cache.folder), parts_read(policy)
+    loaded, parts = sl.ProjectorCache(cache.folder), parts_read(policy, cache.thin)
     loaded.load("cpu", None, parts.input_energy, parts.output_energy, parts.operator)
     assert plan.device_bytes == loaded.resident_bytes()["cpu"]
     on_gpu = sl.plan_projectors(pair.aligned, policy, projectors=cache, gpu_memory=GIB)

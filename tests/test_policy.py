@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
 
 _SIMILARITIES = st.dictionaries(
@@ -248,15 +250,23 @@ def test_equal_policies_have_one_id() -> None:
     assert Policy(energy=0.0).id == Policy(energy=-0.0).id == Policy(energy=0).id
 
 
+def selected(policy: Policy, similarities: Mapping[str, float | None]) -> frozenset[str]:
+    """By similarities that are known exactly: none of the selected modules is uncertain."""
+    known = {name: None if value is None else Interval.exact(value) for name, value in similarities.items()}
+    found = policy.selects(known)
+    assert not found.uncertain
+    return found.projected
+
+
 @given(_SIMILARITIES, st.floats(-1, 1))
 def test_threshold_takes_what_is_not_above_it(similarities: dict[str, float | None], tau: float) -> None:
-    chosen = Policy(method="safe-lora", threshold=tau).selects(similarities)
+    chosen = selected(Policy(method="safe-lora", threshold=tau), similarities)
     assert chosen == {n for n in similarities if similarities[n] is not None and similarities[n] <= tau}
 
 
 @given(_SIMILARITIES, st.integers(0, 25))
 def test_number_takes_the_least_similar(similarities: dict[str, float | None], number: int) -> None:
-    chosen = Policy(method="safe-lora", select="number", number=number).selects(similarities)
+    chosen = selected(Policy(method="safe-lora", select="number", number=number), similarities)
     known = {n: s for n, s in similarities.items() if s is not None}
     assert chosen <= set(known) and len(chosen) == min(number, len(known))
     rest = [s for n, s in known.items() if n not in chosen]
@@ -265,16 +275,19 @@ def test_number_takes_the_least_similar(similarities: dict[str, float | None], n
 
 def test_equal_similarities_are_taken_in_the_order_of_names() -> None:
     policy = Policy(method="safe-lora", select="number", number=2)
-    assert policy.selects({"c": 0.5, "a": 0.5, "b": 0.5}) == {"a", "b"}
-    assert policy.selects({"b": 0.5, "a": 0.5, "c": 0.5}) == {"a", "b"}
+    assert selected(policy, {"c": 0.5, "a": 0.5, "b": 0.5}) == {"a", "b"}
+    assert selected(policy, {"b": 0.5, "a": 0.5, "c": 0.5}) == {"a", "b"}
 
 
 def test_a_similarity_that_is_not_a_number_is_below_every_threshold() -> None:
-    assert Policy(method="safe-lora", threshold=-1).selects({"a": math.nan, "b": 1.0, "c": None}) == {"a"}
+    policy = Policy(method="safe-lora", threshold=-1)
+    given = {"a": Interval.exact(math.nan), "b": Interval.exact(1.0), "c": None}
+    assert policy.selects(given).projected == {"a"}
 
 
 def test_the_paper_projects_at_equality() -> None:
-    assert Policy(method="safe-lora", threshold=0.5).selects({"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}
+    policy = Policy(method="safe-lora", threshold=0.5)
+    assert selected(policy, {"a": 0.5, "b": math.nextafter(0.5, 1)}) == {"a"}
 
 
 @pytest.mark.parametrize(

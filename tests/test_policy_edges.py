@@ -10,6 +10,7 @@ import pytest
 
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
 
 
@@ -28,9 +29,9 @@ def test_another_method_leaves_caps_mode_and_choices_as_they_are(method: str) ->
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(method: str) -> None:
-    modules: dict[str, float | None] = {f"m{n:02}": n / 20 for n in range(20)}
+    modules = {f"m{n:02}": Interval(n / 20, 0.1) for n in range(20)}
     everything = Policy(method=method, select="all", number=3, threshold=0.2)
-    assert everything.selects({**modules, "zero": None}) == set(modules)
+    assert everything.selects({**modules, "zero": None}) == (set(modules), set())
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,11 @@ def test_golden_json() -> None:
             {
                 "name": "a.q_proj", "rank": 8, "similarity": 0.25, "null_similarity": 0.7, "retained": 0.01,
                 "relative_norm": 0.02, "decision": "projected", "similarity_error": 0.0,
+                "uncertain": False,
             },
             {
                 "name": "a.v_proj", "rank": 8, "similarity": None, "null_similarity": 0.6, "retained": None,
-                "relative_norm": 0.0, "decision": "kept", "similarity_error": 0.0,
+                "relative_norm": 0.0, "decision": "kept", "similarity_error": 0.0, "uncertain": False,
             },
         ],
     }  # fmt: skip
@@ -70,6 +71,13 @@ def test_a_report_that_an_older_release_stored_is_read() -> None:
     stored = report.to_dict() | {"reasons": ["a", "a"], "details": ["b", "c"]}
     stored["policy"]["mode"] = "audit"
     assert Report.from_dict(stored) == report
+
+
+def test_a_report_from_before_thin_caches_decided_has_no_uncertain_modules() -> None:
+    stored = REPORT.to_dict()
+    for module in stored["modules"]:
+        del module["uncertain"], module["similarity_error"]
+    assert Report.from_dict(stored) == REPORT and REPORT.uncertain == 0
 
 
 def test_columns_and_counts() -> None:
@@ -108,6 +116,17 @@ def test_the_table_has_a_row_per_module_and_the_verdict() -> None:
     assert row.count("–") == 2 and "kept" in row
     assert "tenant: accepted, 1 of 2 modules projected" in text
     assert "total norm 0.003 (allowed 1), largest module 0.02 (allowed 1)" in text
+
+
+def test_uncertain_modules_are_counted_and_marked() -> None:
+    modules = [dataclasses.replace(MODULES[0], similarity_error=0.15, uncertain=True), MODULES[1]]
+    report = dataclasses.replace(REPORT, modules=modules)
+    assert report.uncertain == 1 and Report.from_dict(json.loads(report.to_json())) == report
+    text = printed(report)
+    (row,) = (line for line in text.splitlines() if "a.q_proj" in line)
+    assert "0.2500 ± 0.1500" in row and "projected (uncertain)" in row
+    assert "  the selection of 1 modules is uncertain: the projector cache is thin" in text
+    assert "uncertain" not in printed(REPORT)
 
 
 def test_an_adapter_of_zeros_is_said_to_change_nothing() -> None:

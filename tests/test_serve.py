@@ -69,12 +69,6 @@ def test_rules_that_cannot_hold(
         check(method=method, energy=0.9)
         with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.9999"):
             check(method=method, energy=0.9999)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "thin", True)
-        check()
-        for policy in ({"method": "safe-lora"}, {"select": "number"}):
-            with pytest.raises(PolicyError, match="was built with `thin` and holds neither Ĉ nor V, but `"):
-                check(**policy)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with pytest.raises(GuardError, match="unset it"):
         check()

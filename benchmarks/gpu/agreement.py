@@ -34,8 +34,8 @@ WANTED = {"similarity": 1e-5, "norm": 1e-12, "delta": 1e-5, "coherence": 1e-6}
 def measure(device: torch.device, scratch: Path, quick: bool) -> dict[str, Any]:
     """The largest difference between both devices, by policy and kind of adapter."""
     pair = write_pair(scratch, 1 if quick else LAYERS)
-    built = {where: build(*pair, scratch / where.type, BuildOptions(exact=True, dtype="float32", device=str(where)))
-             for where in {CPU, device}}  # fmt: skip
+    options = {where: BuildOptions(exact=True, dtype="float32", device=str(where)) for where in {CPU, device}}
+    built = {where: build(*pair, scratch / where.type, chosen) for where, chosen in options.items()}
     found: dict[str, Any] = {"powers of two": powers_agree(device)}
     if device != CPU:
         found["caches"] = caches_agree(built[CPU], built[device], device)

@@ -104,7 +104,7 @@ def sizes(
 def loaded(folder: Path, policy: Policy, device: torch.device) -> ProjectorCache:
     """A cache with what the policy reads on the device."""
     cache = ProjectorCache(folder)
-    cache.load(device, None, **dataclasses.asdict(parts_read(policy)))
+    cache.load(device, None, **dataclasses.asdict(parts_read(policy, cache.thin)))
     return cache
 
 

@@ -232,9 +232,10 @@ def _advice(plan: Plan, policy: Policy) -> list[str]:
         return []
     each = "" if plan.gpus == 1 else f" on each of {plan.gpus} GPUs"
     smaller = "a smaller --energy"
-    if plan.held.operator:
+    if METHODS[policy.method].reads_operator or policy.select != "all":
         method = "--method input-removal and " if METHODS[policy.method].reads_operator else ""
-        smaller = f"{method}--select all, which read{'' if method else 's'} neither Ĉ nor V"
+        less = "neither Ĉ nor V" if plan.held.operator else "less of L"
+        smaller = f"{method}--select all, which read{'' if method else 's'} {less}"
     weights = _size(plan.weight_bytes // plan.gpus)
     return [
         f"The gate does not fit beside the model's {weights} of weights{each}: set "

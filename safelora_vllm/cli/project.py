@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the projected adapter and say what was done."""
     policy = chosen_policy(args)
     from safelora_vllm.api import project_adapter
-    from safelora_vllm.cli.tables import CHANGES_NOTHING
+    from safelora_vllm.cli.tables import CHANGES_NOTHING, uncertain_note
 
     report = project_adapter(
         args.adapter, args.projectors, args.out, policy, device=args.device, base_model=args.base_model
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{share} projected, written to {args.out}")
     else:
         print(f"report-only mode: written UNPROJECTED to {args.out}; enforcing would project {share}")
+    if report.uncertain:
+        print(uncertain_note(report))
     if report.changes_nothing:
         print(CHANGES_NOTHING)
     return DONE

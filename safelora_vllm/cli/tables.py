@@ -43,7 +43,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
                 _figure(module.null_similarity),
                 _figure(module.retained),
                 _figure(module.relative_norm),
-                Text(module.decision, style="yellow" if module.decision == "projected" else ""),
+                Text(
+                    module.decision + (" (uncertain)" if module.uncertain else ""),
+                    style="yellow" if module.decision == "projected" else "",
+                ),
             )
         console.print(table)
     verdict = "accepted" if report.accepted else "refused"
@@ -54,6 +57,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         would = "refuse it" if report.reasons else f"project {share}"
         verdict += f" unprojected, as in report-only mode; enforcing would {would}"
     console.print(Text(f"{report.adapter}: {verdict}"))
+    if report.uncertain:
+        console.print(Text("  " + uncertain_note(report)))
     if report.modules:
         console.print(
             Text(
@@ -89,6 +94,14 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
         total = max(report.total_norm for report in measured)
         module = max(norm for report in measured for norm in report.values("relative_norm"))
         console.print(Text(f"largest: total norm {total:.4g}, of a module {module:.4g}"))
+
+
+def uncertain_note(report: Report) -> str:
+    """Why a report has uncertain modules, and what makes them certain."""
+    return (
+        f"the selection of {report.uncertain} modules is uncertain: the projector cache is thin and gives "
+        "their similarity as an interval. With a cache built with --exact they may stay as they are"
+    )
 
 
 def _figure(value: float | None) -> str:

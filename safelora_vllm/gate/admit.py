@@ -277,27 +277,29 @@ def _module_report(module: JudgedModule) -> ModuleReport:
         retained=module.served.retained,
         relative_norm=module.relative_norm,
         decision="projected" if module.projected else "kept",
+        uncertain=module.uncertain,
     )
 
 
 def _answer(admission: Admission) -> Admission:
     """One log line per decision."""
     report = admission.report
+    share = f"{report.count('projected')} of {len(report.modules)} modules"
+    if report.uncertain:
+        share += f" ({report.uncertain} of uncertain similarity)"
     idle = "; it changes nothing: each module has an A or a B of zeros" if report.changes_nothing else ""
     if not report.accepted:
         codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
         logger.info(
-            "adapter %r accepted: %d of %d modules projected by %s%s%s",
-            report.adapter, report.count("projected"), len(report.modules), report.policy.method,
+            "adapter %r accepted: %s projected by %s%s%s",
+            report.adapter, share, report.policy.method,
             ", published before" if admission.cached else "", idle,
         )  # fmt: skip
     else:
         logger.warning(
-            "REPORT-ONLY MODE: adapter %r is served UNPROJECTED; enforcing would have projected %d of %d "
-            "modules%s%s",
-            report.adapter, report.count("projected"), len(report.modules),
-            " and refused it" if report.reasons else "", idle,
+            "REPORT-ONLY MODE: adapter %r is served UNPROJECTED; enforcing would have projected %s%s%s",
+            report.adapter, share, " and refused it" if report.reasons else "", idle,
         )  # fmt: skip
     return admission

@@ -51,7 +51,7 @@ from safelora_vllm.gate.protocol import (
 )
 from safelora_vllm.gate.socket_folder import remove
 from safelora_vllm.methods.judge import warm_up
-from safelora_vllm.methods.reads import check_parts, parts_read
+from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -78,11 +78,10 @@ class GateService:
         given = config.settings
         check_store(given.store)
         cache, policy = ProjectorCache(given.projectors), Policy.from_mapping(given.policy)
-        check_parts(policy, cache)  # before minutes of reading
         cache.verify()
         if not given.trust_served_model:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
-        parts = parts_read(policy)
+        parts = parts_read(policy, cache.thin)
         cache.load(
             config.device, given.projector_bytes, parts.input_energy, parts.output_energy, parts.operator
         )
@@ -95,6 +94,8 @@ class GateService:
             base_model=Path(config.model).name,
         )
         _check_energy(self._settings)
+        if lost := truncation(policy, cache):
+            logger.warning("%s", lost)
         if self._settings.device.type != "cpu":
             _warm_up(self._settings)
         self._published, self._raw = PublishedStore(given.store), RawStore(given.store)
@@ -175,18 +176,11 @@ class GateService:
     def _settings_for(self, policy: Mapping[str, Any], override: bool) -> GateSettings:
         """The settings with some of the policy's fields replaced.
 
-        Raises:
-            PolicyError: values out of range, or a policy that reads what the cache lacks.
-        """
-        settings = self._replaced(policy, override)
-        check_parts(settings.policy, settings.cache, "the server's projector cache")
-        return settings
-
-    def _replaced(self, policy: Mapping[str, Any], override: bool) -> GateSettings:
-        """See `_settings_for`.
-
         Without an admin's ``override`` they can only make it stricter: of what was once set under another
         server's policy, that stays which is stricter than this one's.
+
+        Raises:
+            PolicyError: values out of range.
         """
         asked, own = self._settings.under(policy), self._settings.policy
         if override or asked.policy.at_least_as_strict(own):

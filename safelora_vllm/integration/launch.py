@@ -13,7 +13,6 @@ from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
-from safelora_vllm.methods.reads import check_parts
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -117,7 +116,6 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
         PolicyError: more than the cache has. GuardError: a store or a variable opens a way around.
     """
     policy = Policy.from_mapping(settings.policy)
-    check_parts(policy, cache)
     if policy.has_effect("energy"):
         cache.projector(next(iter(cache.modules))).directions(policy.energy)
     check_store(settings.store)

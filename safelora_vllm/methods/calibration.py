@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from safelora_vllm.errors import ProjectorCacheError, UsageError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.method import Calibrator, Effect, Search
-from safelora_vllm.projectors.manifest import ModuleEntry
+from safelora_vllm.methods.selection import Interval
+from safelora_vllm.projectors.manifest import WHOLE, ModuleEntry
 
 if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
@@ -69,10 +70,10 @@ def calibrate(
         policy = policy.with_values({search.field: found})
         limited = found == search.largest(projectors) < 1.0
 
+    similarities = {p.entry.name: _similarity(p) for p in projectors}
+
     def effect(some: Sequence[Projector], rules: Policy) -> Effect:
-        # A random adapter's similarities are the null values.
-        selected = rules.selects({p.entry.name: p.entry.null_similarity for p in projectors})
-        return calibrator.effect(some, selected, rules)
+        return calibrator.effect(some, rules.selects(similarities).projected, rules)
 
     groups: dict[str, list[Projector]] = {}
     for projector in projectors:
@@ -116,6 +117,15 @@ def search_of(name: str) -> Search:
             f"{' or '.join(map(repr, known))}. Leave `method` or `keep_random` out"
         )
     return search
+
+
+def _similarity(projector: Projector) -> Interval:
+    """What the gate knows of a random adapter's similarity: c₀, or the interval that a thin cache gives."""
+    from safelora_vllm.methods.certified import null_interval
+
+    if projector.exact:
+        return Interval.exact(projector.entry.null_similarity)
+    return null_interval(projector.spectrum(WHOLE), projector.entry.shape[0])
 
 
 def _check_figures(entry: ModuleEntry) -> None:

@@ -16,23 +16,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.projectors.projector import Spectrum
 
 # Bound on the error of each √x_i, for a coherence of 1 (see `lowrank.coherence`): 2⁻²⁴ from the rounding of
 # u_i to float32, and less from float64 sums. Their terms are larger than ‖BA‖² by 1/coherence.
 _ROUNDING = 2.0**-23
-
-
-class Interval(NamedTuple):
-    """``middle`` ± ``error``."""
-
-    middle: float
-    error: float
 
 
 def sums(b: Tensor, gram: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
@@ -72,3 +65,9 @@ def interval(known: Sequence[float], norm_squared: float, coherence: float, spec
     low, t = max(0.0, n / d - slack), spectrum.following
     high = min(1.0, (n + t * q) / math.sqrt(d_squared + t**2 * q) + slack)
     return Interval((low + high) / 2, (high - low) / 2)
+
+
+def null_interval(spectrum: Spectrum, d_out: int) -> Interval:
+    """The interval of a random adapter, whose share in each of the d_out directions is 1/d_out."""
+    sums = (spectrum.weights.sum(dim=1) / d_out).tolist()
+    return interval(sums, 1.0, 1.0, spectrum)

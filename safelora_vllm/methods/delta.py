@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.methods import certified, lowrank
-from safelora_vllm.methods.certified import Interval
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.projectors.group import ProjectorGroup
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 
@@ -88,7 +88,7 @@ class Delta:
 
     @cached_property
     def image(self) -> Tensor:
-        """Ĉ B (d_out, r), as it would be served; the product itself is in the projector's dtype."""
+        """Ĉ B (d_out, r), or C_k B, as it would be served; see `Projector.apply`."""
         b, scale = lowrank.unit(self.b)
         return self.rounded(self.projector.apply(b).to(torch.float32) * scale)
 
@@ -121,7 +121,8 @@ class Delta:
         return lowrank.norm_sums(self.b_gram, self.gram)
 
     def exact_sums(self) -> Tensor:
-        """(2,): ‖ĈBA‖² and ⟨ĈBA, BA⟩."""
+        """(2,): ‖ĈBA‖² and ⟨ĈBA, BA⟩, where the cache has Ĉ or V."""
+        assert self.projector.exact, "C_k is not Ĉ: its cosine is another one"
         return lowrank.product_sums(self.image, self.b, self.gram)[..., :2]
 
     def certified_sums(self, energy: float) -> Tensor:
@@ -174,8 +175,7 @@ class ModuleDelta(Delta):
     def similarity(self) -> float | None:
         """cos(ĈBA, BA) by Ĉ or V; see `InputStats`.
 
-        Raises:
-            PolicyError: the cache is thin. `stats` of other `Parts` gives the certified interval.
+        A thin cache has neither: there `stats` of other `Parts` gives the certified interval.
         """
         exact = self._exact.similarity
         return exact.middle if exact else None

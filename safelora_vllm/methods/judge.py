@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.methods import METHODS
-from safelora_vllm.methods.certified import Interval
 from safelora_vllm.methods.delta import Delta, InputStats, OutputStats
 from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.methods.selection import Interval, Selection
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import ModuleEntry
 from safelora_vllm.projectors.projector import Parts
@@ -44,7 +44,8 @@ class JudgedModule:
     """One module's figures and weights.
 
     entry: of the projector cache. rank: columns of B. came: figures before the decision. served: after it.
-    projected: the decision. a, b: what is to be served, on the CPU.
+    projected: the decision. uncertain: it is so only because the similarity is not known exactly. a, b: what
+    is to be served, on the CPU.
     """
 
     entry: ModuleEntry
@@ -52,6 +53,7 @@ class JudgedModule:
     came: InputStats
     served: OutputStats
     projected: bool
+    uncertain: bool
     a: Tensor
     b: Tensor
 
@@ -82,15 +84,15 @@ def judge(
         device: where to compute.
         dtype: of the weights as they are served.
     """
-    groups = grouped(weights, cache, _group_bytes(device), parts_read(policy))
-    chosen: set[str] | None = None
+    groups = grouped(weights, cache, _group_bytes(device), parts_read(policy, cache.thin))
+    chosen: Selection | None = None
     judged: dict[str, JudgedModule] = {}
     with exact_products():
         if policy.select == "number":  # which are the least similar is known when all are measured
-            similarities: dict[str, float | None] = {}
+            similarities: dict[str, Interval | None] = {}
             for names in groups:
                 group = _Group(names, weights, cache, policy, device, dtype)
-                similarities |= _middles(names, group.measured())
+                similarities |= _similarities(names, group.measured())
             chosen = policy.selects(similarities)
         for names in groups:
             for module in _Group(names, weights, cache, policy, device, dtype).judged(chosen):
@@ -114,7 +116,7 @@ def warm_up(
         sides = {n: (torch.zeros(rank, 1), torch.zeros(1, rank)) for n in chosen}
         weights = {n: (a.expand(-1, shapes[n][1]), b.expand(shapes[n][0], -1)) for n, (a, b) in sides.items()}
         largest: dict[tuple[int, int], list[str]] = {}
-        for names in grouped(weights, cache, _group_bytes(device), parts_read(policy)):
+        for names in grouped(weights, cache, _group_bytes(device), parts_read(policy, cache.thin)):
             largest.setdefault(shapes[names[0]], names)
         for names in largest.values():
             judge({name: weights[name] for name in names}, cache, policy, device, dtype)
@@ -226,7 +228,7 @@ class _Group:
         self, names: Sequence[str], weights: Mapping[str, Pair], cache: ProjectorCache, policy: Policy,
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self._policy, self._parts = policy, parts_read(policy)
+        self._policy, self._parts = policy, parts_read(policy, cache.thin)
         self._names, self._entries = names, [cache.modules[name] for name in names]
         self._projectors = cache.group(names, device)
         pairs = [weights[name] for name in names]
@@ -251,13 +253,13 @@ class _Group:
         """Figures of the modules as they came."""
         return self._stats(self._sums().tolist())
 
-    def judged(self, chosen: set[str] | None) -> Iterator[JudgedModule]:
-        """The answer for each module; ``chosen``: those to be projected, where that is known already."""
+    def judged(self, chosen: Selection | None) -> Iterator[JudgedModule]:
+        """The answer for each module; ``chosen``: which are projected, where that is known already."""
         delta, policy, sums = self._delta, self._policy, self._sums()
         if policy.select == "threshold":
-            chosen = policy.selects(_middles(self._names, self._stats(sums.tolist())))
+            chosen = policy.selects(_similarities(self._names, self._stats(sums.tolist())))
         a, b, new_sums = delta.a, delta.b, sums[:, :2]
-        if chosen is None or not chosen.isdisjoint(self._names):
+        if chosen is None or not chosen.projected.isdisjoint(self._names):
             new_a, new_b = METHODS[policy.method].project(delta, policy)
             new_sums = delta.served_sums(new_a, new_b)
             if policy.enforcing:
@@ -266,14 +268,14 @@ class _Group:
         rows = figures.tolist()
         came = self._stats([row[:-2] for row in rows])
         if chosen is None:
-            chosen = policy.selects(_middles(self._names, came))
+            chosen = policy.selects(_similarities(self._names, came))
         for i, (name, entry) in enumerate(zip(self._names, self._entries, strict=True)):
-            projected = name in chosen
+            projected, uncertain = name in chosen.projected, name in chosen.uncertain
             served = came[i].served(*rows[i][-2:]) if projected else came[i].unchanged
             pair = a[i], b[i]
             if policy.enforcing and not projected:
                 pair = delta.a[i].cpu(), delta.b[i].cpu()
-            yield JudgedModule(entry, delta.b.shape[2], came[i], served, projected, *pair)
+            yield JudgedModule(entry, delta.b.shape[2], came[i], served, projected, uncertain, *pair)
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -297,8 +299,5 @@ def unpacked(data: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _middles(names: Sequence[str], stats: Sequence[InputStats]) -> dict[str, float | None]:
-    return {
-        name: found.similarity.middle if found.similarity else None
-        for name, found in zip(names, stats, strict=True)
-    }
+def _similarities(names: Sequence[str], stats: Sequence[InputStats]) -> dict[str, Interval | None]:
+    return {name: found.similarity for name, found in zip(names, stats, strict=True)}

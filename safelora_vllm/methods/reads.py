@@ -1,47 +1,48 @@
 """Which parts of the projector cache a policy reads: those that its method and its selection need.
 
-A selection by threshold or number compares exact similarities, which take Ĉ or V. Where every module is
-selected, the similarity is only reported: the bases that are read anyway, and as much of L, give an
-interval that holds it (`methods.certified`).
+From an exact cache, a selection by threshold or number reads Ĉ or V and compares exact similarities. Where
+every module is selected, the similarity is only reported: the bases that are read anyway, and as much of L,
+give an interval that holds it (`methods.certified`).
+
+A thin cache has neither. There a policy that selects by similarity, or multiplies by Ĉ, reads all of L.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from safelora_vllm.methods import METHODS
-from safelora_vllm.projectors.projector import Parts, lacks_operator
+from safelora_vllm.methods.safe_lora import operator_norm, truncated_norm
+from safelora_vllm.projectors.manifest import WHOLE
+from safelora_vllm.projectors.projector import Parts
 
 if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
     from safelora_vllm.projectors.cache import ProjectorCache
 
 
-def parts_read(policy: Policy) -> Parts:
-    """What the gate reads of the cache under a policy."""
+def parts_read(policy: Policy, thin: bool) -> Parts:
+    """What the gate reads of a cache under a policy. thin: whether the cache is."""
     method = METHODS[policy.method]
     energy = policy.energy if "energy" in method.options else 0.0
     operator = method.reads_operator or policy.select != "all"
-    output = energy if method.reads_output_bases or not operator else 0.0
-    return Parts(operator, energy, output)
+    if thin:
+        return Parts(False, energy, WHOLE if operator else energy)
+    return Parts(operator, energy, energy if method.reads_output_bases or not operator else 0.0)
 
 
-def check_parts(policy: Policy, cache: ProjectorCache, named: str = "") -> None:
-    """Find out before anything is judged whether the cache has the parts that a policy reads.
-
-    Args:
-        named: the cache in words, where its folder is not to be told.
-
-    Raises:
-        PolicyError: it was built with ``thin``, and the policy reads Ĉ or V.
-    """
-    if not (cache.thin and parts_read(policy).operator):
-        return
-    if METHODS[policy.method].reads_operator:
-        others = " or ".join(repr(name) for name, method in METHODS.items() if not method.reads_operator)
-        reader = f"`method` {policy.method!r} multiplies by one of them"
-        instead = f"use `method` {others} with `select` 'all'"
-    else:
-        reader = f"`select` {policy.select!r} compares similarities, which need one of them"
-        instead = "use `select` 'all'"
-    raise lacks_operator(named or f"the projector cache {cache.folder}", reader, instead)
+def truncation(policy: Policy, cache: ProjectorCache) -> str:
+    """What a policy that multiplies by Ĉ loses with a thin cache, as a warning; empty if it loses nothing."""
+    if not (METHODS[policy.method].reads_operator and cache.thin):
+        return ""
+    kept, whole, least = 0.0, 0.0, (math.inf, "")
+    for name, entry in cache.modules.items():
+        part, all_of_it = truncated_norm(cache.projector(name)) ** 2, operator_norm(entry) ** 2
+        kept, whole, least = kept + part, whole + all_of_it, min(least, (part / all_of_it, name))
+    return (
+        f"the projector cache {cache.folder} is thin, and `method` {policy.method!r} multiplies by Ĉ. Its "
+        f"directions hold {kept / whole:.3f} of ‖Ĉ‖_F² (in {least[1]}: {least[0]:.3f}, the least). "
+        "Projected modules lose what lies outside of them too. To keep it, build the cache with `exact`. A "
+        "larger `max_energy` keeps more of it"
+    )

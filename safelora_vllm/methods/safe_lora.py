@@ -3,8 +3,20 @@
 Source: Hsu et al., "Safe LoRA", NeurIPS 2024 (arXiv 2405.16833), section 3: ΔW' = Ĉ B A with
 Ĉ = V Vᵀ/‖V‖_F. Ĉ is not an orthogonal projector: it also shrinks B, in practice strongly.
 
+A thin projector cache has V's first k left singular vectors L instead of Ĉ. Then B' = C_k B with
+C_k = L diag(σ_i²/‖V‖_F) Lᵀ, which removes all that Ĉ removes, and more:
+
+- L has eigenvectors of Ĉ as its columns. So C_k = P Ĉ = Ĉ P with the orthogonal projector P = L Lᵀ.
+- What is served is P (Ĉ B A): the part of what Ĉ would serve that lies in the first k output directions.
+- An orthogonal projector enlarges nothing: ‖C_k B A‖_F ≤ ‖Ĉ B A‖_F, and ‖C_k B A x‖ ≤ ‖Ĉ B A x‖ for every
+  input x.
+- What it takes away besides, (1 − P) Ĉ B A, has at most σ_{k+1}²/‖V‖_F times the norm of (1 − P) B A.
+
+Which modules are projected is decided by intervals then, and no module is left alone that Ĉ would not leave
+alone: see `methods.selection`.
+
 Of a random adapter the similarity is near c₀ = tr(Ĉ)/(‖Ĉ‖_F √d_out), so that τ ≥ c₀ has the module
-projected, and Ĉ keeps ‖Ĉ‖_F²/d_out of ‖BA‖_F².
+projected, and Ĉ keeps ‖Ĉ‖_F²/d_out of ‖BA‖_F²; with a thin cache C_k does, of ‖C_k‖_F².
 """
 
 from __future__ import annotations
@@ -17,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safelora_vllm.methods.method import Calibrator, Effect, Method, Spread
+from safelora_vllm.projectors.manifest import WHOLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,29 +44,37 @@ _NUMBERS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of all modules
 
 
 def project(delta: Delta, _policy: Policy) -> tuple[Tensor, Tensor]:
-    """New (A, B): A (r, d_in) as it was, B' = Ĉ B (d_out, r). Safe LoRA has no strength to set."""
+    """New (A, B): A (r, d_in) as it was, B' = Ĉ B (d_out, r), or C_k B. Safe LoRA has no strength to set."""
     return delta.a, delta.image
 
 
 @dataclass(frozen=True)
 class SafeLoraEffect(Effect):
-    """null_similarity: c₀. norm_kept: ‖ĈB‖_F/‖B‖_F, of every module as if it were projected."""
+    """null_similarity: c₀. norm_kept: ‖B'‖_F/‖B‖_F, of every module as if it were projected."""
 
     fixed = ("null_similarity", "norm_kept")
     null_similarity: Spread
     norm_kept: Spread
 
 
-def norm_kept(entry: ModuleEntry) -> float:
-    """‖Ĉ‖_F/√d_out, which is ‖ĈB‖_F/‖B‖_F of a random B (d_out, r).
+def operator_norm(entry: ModuleEntry) -> float:
+    """‖Ĉ‖_F, from c₀ and tr(Ĉ) = ‖V‖_F."""
+    return entry.norm / (entry.null_similarity * math.sqrt(entry.shape[0]))
 
-    From c₀ and tr(Ĉ) = ‖V‖_F: ‖Ĉ‖_F = ‖V‖_F/(c₀ √d_out).
-    """
-    return entry.norm / (entry.null_similarity * entry.shape[0])
+
+def truncated_norm(projector: Projector) -> float:
+    """‖C_k‖_F of all directions that the cache has."""
+    return projector.entry.norm * projector.spectrum(WHOLE).norm
+
+
+def norm_kept(projector: Projector) -> float:
+    """‖ĈB‖_F/‖B‖_F of a random B (d_out, r), or ‖C_kB‖_F/‖B‖_F: that of the operator over √d_out."""
+    norm = operator_norm(projector.entry) if projector.exact else truncated_norm(projector)
+    return norm / math.sqrt(projector.entry.shape[0])
 
 
 def _effect(projectors: Sequence[Projector], projected: Collection[str], _policy: Policy) -> SafeLoraEffect:
-    kept = [norm_kept(p.entry) for p in projectors]
+    kept = [norm_kept(p) for p in projectors]
     left = [x**2 if p.entry.name in projected else 1.0 for x, p in zip(kept, projectors, strict=True)]
     return SafeLoraEffect(
         modules=len(projectors),

@@ -49,7 +49,7 @@ class ProjectorCache:
         modules: name → shape, form, ‖V‖_F, ‖W_aligned‖_F and c₀ of each module with a projector.
         unchanged: names of modules that alignment did not change; adapters that change them are refused.
         aligned_norm: ‖W_aligned‖_F of all modules together.
-        thin: whether it was built with ``thin`` and holds neither Ĉ nor V, which some policies need.
+        thin: whether it holds neither Ĉ nor V, as ``build`` makes it without ``exact``.
 
     Raises:
         ProjectorCacheError: no cache there, another format version, or a manifest that is damaged.

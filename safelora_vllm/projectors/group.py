@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from safelora_vllm.projectors.manifest import WHOLE
+from safelora_vllm.projectors.projector import Projector, Spectrum, within
+
 if TYPE_CHECKING:
     from safelora_vllm.projectors.cache import ProjectorCache
-    from safelora_vllm.projectors.projector import Projector, Spectrum
 
 
 class BasisStack:
@@ -69,8 +71,20 @@ class ProjectorGroup:
         self._names = tuple(projector.entry.name for projector in projectors)
         self._cache, self._device = cache, device
 
+    @property
+    def exact(self) -> bool:
+        """See `Projector.exact`; modules of one group are alike."""
+        return self.projectors[0].exact
+
     def apply(self, b: Tensor) -> Tensor:
-        """``Ĉ B`` of each module, for B (m, d_out, r). Ĉ and V are too large to be copied into one tensor."""
+        """``Ĉ B`` of each module, for B (m, d_out, r), or ``C_k B``: see `Projector.apply`.
+
+        Ĉ and V are too large to be copied into one tensor.
+        """
+        if not self.exact:
+            norms = b.new_tensor([projector.entry.norm for projector in self.projectors])
+            sizes = self.spectrum(WHOLE).weights[:, 0] * norms[:, None]
+            return within(self.output_basis(WHOLE), sizes, b)
         return torch.stack([projector.apply(b[i]) for i, projector in enumerate(self.projectors)])
 
     def spectrum(self, energy: float) -> GroupSpectrum:

@@ -18,7 +18,7 @@ from safelora_vllm.projectors import assumed_spectrum
 from safelora_vllm.projectors.build import DTYPES, BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache, columns_held
 from safelora_vllm.projectors.checkpoint import Checkpoint
-from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN, WHOLE
 from safelora_vllm.projectors.projector import Parts
 
 _BASIS, _SHARE = torch.float32.itemsize, torch.float64.itemsize
@@ -217,11 +217,11 @@ def _planned(
     """Groups of the modules of a checkpoint, with the default dtype and form.
 
     Raises:
-        PolicyError: the policy has more energy than the cache would have, or reads what it would lack.
+        PolicyError: the policy has more energy than the cache would have.
         CheckpointError: a weight is quantised.
     """
     max_energy = options.max_energy
-    wanted = max(parts.input_energy, parts.output_energy)
+    wanted = max(energy for energy in (parts.input_energy, parts.output_energy) if energy != WHOLE)
     if wanted > max_energy + ENERGY_ROUNDING:
         raise PolicyError(
             f"`energy` {wanted:g} is above the `max_energy` {max_energy:g} of the build. Give a `max_energy` "
@@ -238,7 +238,7 @@ def _planned(
         operator = element * rows * min(rows, columns) * len(alike) if options.exact else 0
         form = THIN if not options.exact else "dense" if rows <= columns else "factored"
         kept, inputs, outputs = (
-            [directions(shape, energy)] * len(alike)
+            [directions(shape, min(energy, max_energy))] * len(alike)
             for energy in (max_energy, parts.input_energy, parts.output_energy)
         )
         groups.append(_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator))

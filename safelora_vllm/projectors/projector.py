@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN, ModuleEntry
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN, WHOLE, ModuleEntry
 
 if TYPE_CHECKING:
     from safelora_vllm.projectors.cache import ProjectorCache
@@ -20,26 +20,13 @@ if TYPE_CHECKING:
 class Parts:
     """Which parts of a cache are read while adapters are judged.
 
-    operator: Ĉ or V. input_energy, output_energy: the share of ‖V‖_F² up to which R and L are read.
+    operator: Ĉ or V. input_energy, output_energy: the share of ‖V‖_F² up to which R and L are read, or
+    ``WHOLE``.
     """
 
     operator: bool = True
     input_energy: float = 1.0
     output_energy: float = 1.0
-
-
-def lacks_operator(cache: str, reader: str, instead: str = "") -> PolicyError:
-    """The error where something needs Ĉ or V of a cache that was built without them.
-
-    Args:
-        cache: which one, in words.
-        reader: who needs it, as a clause.
-        instead: another way out than to build again, as a clause.
-    """
-    return PolicyError(
-        f"{cache} was built with `thin` and holds neither Ĉ nor V, but {reader}. Build it again without "
-        f"`thin`{instead and f', or {instead}'}"
-    )
 
 
 @dataclass(frozen=True)
@@ -66,15 +53,19 @@ class Projector:
         self._cache = cache
         self._device = device
 
+    @property
+    def exact(self) -> bool:
+        """Whether the cache has Ĉ or V of the module."""
+        return self.entry.form != THIN
+
     def apply(self, b: Tensor) -> Tensor:
         """``Ĉ B`` for B (d_out, r), in the projector's dtype (paper, eq. 3 with its Ĉ).
 
-        Raises:
-            PolicyError: the cache is thin.
+        Of a thin module ``C_k B`` with C_k = L diag(σ_i²/‖V‖_F) Lᵀ, of all directions that the cache has.
         """
-        if self.entry.form == THIN:
-            product = f"Ĉ B of {self.entry.name} is a product with one of them"
-            raise lacks_operator(f"the projector cache {self._cache.folder}", product)
+        if not self.exact:
+            sizes = self.spectrum(WHOLE).sizes.to(b.device) * self.entry.norm
+            return within(self.output_basis(WHOLE), sizes, b)
         if self.entry.form == "dense":
             projector = self._tensor("projector")
             return projector @ b.to(projector.dtype)
@@ -112,13 +103,13 @@ class Projector:
     def directions(self, energy: float, clipped: bool = False) -> int:
         """k, the fewest singular values of V that hold ``energy`` of ‖V‖_F².
 
-        clipped: at most as many as the cache keeps.
+        clipped: at most as many as the cache keeps, as always where the energy is ``WHOLE``.
 
         Raises:
             PolicyError: the cache keeps less than that, and it is not to be clipped.
         """
         k = int((self.energies < energy - ENERGY_ROUNDING).sum()) + 1 if energy > 0 else 0
-        if clipped:
+        if clipped or energy == WHOLE:
             return min(k, len(self.energies))
         if k > len(self.energies):
             raise PolicyError(
@@ -137,3 +128,8 @@ class Projector:
 
     def _tensor(self, part: str, columns: int | None = None) -> Tensor:
         return self._cache.tensor(f"{self.entry.name}.{part}", self.entry.shard, self._device, columns)
+
+
+def within(basis: Tensor, sizes: Tensor, b: Tensor) -> Tensor:
+    """``Q diag(sizes) Qᵀ B`` of Q (d, k), sizes (k,) and B (d, r), in Q's dtype."""
+    return basis @ (sizes[..., None].to(basis.dtype) * (basis.mT @ b.to(basis.dtype)))

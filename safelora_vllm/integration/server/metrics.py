@@ -49,6 +49,13 @@ class AdapterCollector(Collector):
             ["adapter", "decision"],
             [((r.adapter, d), r.count(d)) for r in reports for d in ("projected", "kept")],
         )
+        yield _gauge(
+            "adapter_uncertain_modules",
+            "Modules of a served adapter that are projected because a thin projector cache leaves open "
+            "whether the policy selects them",
+            ["adapter"],
+            [((r.adapter,), float(r.uncertain)) for r in reports],
+        )
         for field, metric, what in (
             (
                 "similarity",
