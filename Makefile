@@ -30,9 +30,10 @@ $(ALIGNED)/config.json: examples/models.py examples/adapters/alignment/adapter_m
 	rm -rf .cache/models
 	$(BIN)/python examples/models.py --out .cache/models
 
+# Exact: the demo compares policies that multiply by Ĉ and that select by similarity.
 $(PROJECTORS)/manifest.json: $(ALIGNED)/config.json
 	rm -rf $(PROJECTORS)
-	$(BIN)/safelora-vllm build --base $(BASE) --aligned $(ALIGNED) --out $(PROJECTORS)
+	$(BIN)/safelora-vllm build --exact --base $(BASE) --aligned $(ALIGNED) --out $(PROJECTORS)
 
 models: .venv/.ready $(PROJECTORS)/manifest.json
 

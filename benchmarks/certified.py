@@ -72,7 +72,7 @@ def judged(
     cache: ProjectorCache, name: str, v: Tensor, generator: torch.Generator
 ) -> Iterator[tuple[float, float, InputStats]]:
     """Energy, exact similarity and the gate's figures of a batch of adapters."""
-    a, b = drawn(v, generator)
+    a, b = drawn(v, _BATCH, generator)
     delta = Delta(a, b, cache.group([name] * len(a)))
     dense = delta.b.double() @ delta.a.double()
     image = v @ (v.T @ dense)
@@ -85,10 +85,10 @@ def judged(
             yield energy, similarity, InputStats.of(row[:2], row[2:], spectrum)
 
 
-def drawn(v: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def drawn(v: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A (n, r, d_in) and B (n, d_out, r): a fifth of each kind that the module's docstring names."""
     rows, columns = v.shape
-    left, each = torch.linalg.svd(v).U, _BATCH // 5
+    left, each = torch.linalg.svd(v).U, count // 5
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).double()
@@ -96,7 +96,7 @@ def drawn(v: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator).double()
 
-    a, b = normal(_BATCH, _RANK, columns), normal(_BATCH, rows, _RANK)
+    a, b = normal(count, _RANK, columns), normal(count, rows, _RANK)
     decay = torch.arange(1, rows + 1).double() ** (-4 * uniform(each, 1))
     b[each : 2 * each] = left @ (decay[:, :, None] * b[each : 2 * each])
     b[2 * each : 3 * each] = left @ (decay.flip(1)[:, :, None] * b[2 * each : 3 * each])

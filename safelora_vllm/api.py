@@ -160,6 +160,8 @@ def plan_projectors(
         parts = parts_read(policy, thin=not exact)
         groups = assumed_groups(checkpoint, names, parts, options)
         most = largest_groups(checkpoint, names, parts, options)
+        if not exact:
+            _warn(policy, None)
     else:
         cache = _cache(projectors)
         _check_modules(cache, checkpoint, names)
@@ -344,7 +346,7 @@ def calibrate_policy(
     return calibrate(operators, policy, keep_random)
 
 
-def _warn(policy: Policy, cache: ProjectorCache) -> None:
+def _warn(policy: Policy, cache: ProjectorCache | None) -> None:
     if lost := truncation(policy, cache):
         logger.warning("%s", lost)
 

@@ -219,7 +219,7 @@ def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
     aligned = ["--aligned", str(pair.aligned)]
     assert main(["build", "--base", str(tmp_path / "none"), *aligned, *options]) == 2
     assert main(["build", "--base", str(pair.aligned), *aligned, *options]) == 2
-    assert main(["build", "--base", str(pair.base), *aligned, *options, "--dtype", "int8"]) == 2
+    assert main(["build", "--base", str(pair.base), *aligned, *options, "--exact", "--dtype", "int8"]) == 2
     errors = capsys.readouterr().err
     assert (
         "expected a model folder or a hub id" in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -148,19 +149,32 @@ def test_the_most_that_a_build_takes_is_what_build_asks_of_the_disk(
 def test_a_thin_cache_is_planned_and_read_as_it_is_built(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = sl.build_projectors(pair.base, pair.aligned, tmp_path / "thin", thin=True)
+    built = sl.build_projectors(pair.base, pair.aligned, tmp_path / "thin")
     plan = sl.plan_projectors(pair.aligned, projectors=built)
     manifest = json.loads((built.folder / "manifest.json").read_text())
     assert plan.disk.total == sum(shard["tensor_bytes"] for shard in manifest["shards"].values())
     assert plan.disk.operator == 0 and {group.form for group in plan.groups} == {"thin"}
-    with pytest.raises(PolicyError, match="was built with `thin`"):
-        sl.plan_projectors(pair.aligned, sl.Policy(select="number"), projectors=built)
-    assumed = sl.plan_projectors(pair.aligned, thin=True)
+    for policy in (sl.Policy(select="number"), sl.Policy(method="safe-lora", select="all"), sl.Policy()):
+        plan, loaded = (
+            sl.plan_projectors(pair.aligned, policy, projectors=built),
+            sl.ProjectorCache(built.folder),
+        )
+        loaded.load("cpu", None, **dataclasses.asdict(parts_read(policy, thin=True)))
+        assert plan.device_bytes == loaded.resident_bytes()["cpu"]
+        decides = policy != sl.Policy()
+        assert (
+            plan.held.output_basis == plan.disk.output_basis
+        ) == decides  # all of L, or what is read anyway
+    assumed = sl.plan_projectors(pair.aligned)
     assert (assumed.max_energy, assumed.disk.operator) == (0.4, 0)
-    assert assumed.held == sl.plan_projectors(pair.aligned, max_energy=0.4).held
+    exact = sl.plan_projectors(pair.aligned, max_energy=0.4, exact=True)
+    assert assumed.held == exact.held and exact.disk.operator > 0
+    assert sl.plan_projectors(pair.aligned, exact=True).max_energy == 0.95
+    whole = sl.plan_projectors(pair.aligned, sl.Policy(method="safe-lora"))
+    assert (whole.held.operator, whole.held.output_basis) == (0, whole.disk.output_basis)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(UsageError, match=f"needs up to {assumed.disk_at_most:,} bytes"):
-        sl.build_projectors(pair.base, pair.aligned, tmp_path / "out", thin=True)
+        sl.build_projectors(pair.base, pair.aligned, tmp_path / "out")
 
 
 def test_the_device_of_8b_is_near_the_benchmarks(tmp_path: Path) -> None:
@@ -170,7 +184,7 @@ def test_the_device_of_8b_is_near_the_benchmarks(tmp_path: Path) -> None:
     # A quarter: its k are of matrices that were drawn, and an energy of 0.2 has about 17 directions.
     default = measured["input-removal, all (the default)"]["llama_3_8b_bytes"]
     assert plan.device_bytes == pytest.approx(default, rel=0.25)
-    dense = sl.plan_projectors(folder, sl.Policy(method="safe-lora"))
+    dense = sl.plan_projectors(folder, sl.Policy(method="safe-lora"), exact=True)
     # Ĉ and V do not depend on a spectrum. The shares do: the benchmark's cache ends at energy 0.2.
     assert dense.device_bytes - dense.held.energy == pytest.approx(
         measured["safe-lora, threshold"]["llama_3_8b_bytes"], rel=1e-4
@@ -228,7 +242,7 @@ def test_70b_in_shards_of_headers(tmp_path: Path, run: Run) -> None:
     names = [f"model.layers.{i}.{part}.weight" for i in range(80) for part in LLAMA_3_70B]
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    code, out, _ = run("--aligned", folder, "--gpu-memory", "79.2", "--json")
+    code, out, _ = run("--aligned", folder, "--exact", "--gpu-memory", "79.2", "--json")
     found = json.loads(out)
     assert (code, found["modules"], found["gpus"], found["fits"]) == (0, 560, 2, True)
     assert [shape["modules"] for shape in found["shapes"]] == [80, 160, 160, 160]
@@ -236,7 +250,7 @@ def test_70b_in_shards_of_headers(tmp_path: Path, run: Run) -> None:
         found["device_bytes"] < 2 * GIB and 300 * GIB < found["disk_bytes"] < 400 * GIB
     )  # 343 GiB, 1.07 of R
     assert found["disk_bytes"] == sum(found["disk"].values()) == sum(s["disk_bytes"] for s in found["shapes"])
-    code, out, _ = run("--aligned", folder, "--gpu-memory", "79.2", "--method", "safe-lora")
+    code, out, _ = run("--aligned", folder, "--exact", "--gpu-memory", "79.2", "--method", "safe-lora")
     assert code == 0 and "does not fit beside" in out and "on each of 2 GPUs" in out
 
 
@@ -287,7 +301,7 @@ def test_the_table_says_what_is_assumed(tmp_path: Path, run: Run) -> None:
     code, out, _ = run("--aligned", folder)
     assert code == 0 and "224 modules under input-removal, energy 0.2, select all" in out
     assert "gate_proj, up_proj" in out and "14336 × 4096" in out and "gate on a CPU" in out
-    assert "Assumed before a build: V = G diag(j^-0.4)" in out and "--max-energy 0.95" in out
+    assert "Assumed before a build: V = G diag(j^-0.4)" in out and "--max-energy 0.4" in out
     assert (
         "estimated" in out
         and "share" not in out.replace("shares of energy", "")
@@ -300,9 +314,13 @@ def test_the_table_says_what_is_assumed(tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        (("--method", "safe-lora"), "--method input-removal and --select all, which read neither Ĉ nor V."),
-        (("--select", "threshold"), "or take --select all, which reads neither Ĉ nor V."),
-        (("--method", "csulora"), "or take a smaller --energy."),
+        (
+            ("--exact", "--method", "safe-lora"),
+            "--method input-removal and --select all, which read neither Ĉ nor V.",
+        ),
+        (("--exact", "--select", "threshold"), "or take --select all, which reads neither Ĉ nor V."),
+        (("--max-energy", "0.95", "--select", "threshold"), "or take --select all, which reads less of L."),
+        (("--max-energy", "0.95", "--method", "csulora"), "or take a smaller --energy."),
     ],
 )
 def test_a_gate_that_does_not_fit_has_advice(
@@ -341,17 +359,16 @@ def test_wrong_usage_is_2_with_a_sentence(
         (*here, "--method", "other"): "invalid choice: 'other'",
         (*here, "--energy", "2"): "--energy is 2.0: expected a number from 0 to 1",
         (*here, "--number", "3"): "--number has no effect with --select 'all'",
-        (*here, "--energy", "0.97"): "--energy 0.97 is above the --max-energy 0.95 of the build. Give",
+        (*here, "--exact", "--energy", "0.97"): "--energy 0.97 is above the --max-energy 0.95 of the build",
         (*here, "--max-energy", "1.5"): "--max-energy is 1.5: expected a share above 0 and at most 1",
         (*here, "--lora-rank", "0"): "--lora-rank is 0: expected 1 or more",
         (*here, "--gpu-memory", "0"): "--gpu-memory is 0: expected GiB, a number above 0",
         (*here, "--gpu-memory", "nan"): "--gpu-memory is nan: expected GiB",
         (*here, "--device", "nonsense"): "torch cannot use the --device 'nonsense' here; try cpu",
         (*here, "--projectors", "nowhere"): "there is no projector cache in nowhere",
-        (*here, "--projectors", cache.folder, "--max-energy", "0.9"): "and --thin have no effect",
-        (*here, "--projectors", cache.folder, "--thin"): "--max-energy and --thin have no effect",
-        (*here, "--thin", "--select", "threshold"): "with --thin a cache would hold neither Ĉ nor V",
-        (*here, "--thin", "--energy", "0.5"): "is above the --max-energy 0.4 of the build",
+        (*here, "--projectors", cache.folder, "--max-energy", "0.9"): "and --exact have no effect",
+        (*here, "--projectors", cache.folder, "--exact"): "--max-energy and --exact have no effect",
+        (*here, "--energy", "0.5"): "is above the --max-energy 0.4 of the build",
         (*here, "--projectors", cache.folder, "--energy", "0.99"): "is above the 0.9",
         ("--aligned", headers(tmp_path / "o", other, 2), "--projectors", cache.folder):
             "was made for another model: it has model.layers.0.self_attn.q_proj as (96, 96)",

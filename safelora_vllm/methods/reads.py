@@ -32,10 +32,19 @@ def parts_read(policy: Policy, thin: bool) -> Parts:
     return Parts(operator, energy, energy if method.reads_output_bases or not operator else 0.0)
 
 
-def truncation(policy: Policy, cache: ProjectorCache) -> str:
-    """What a policy that multiplies by Ĉ loses with a thin cache, as a warning; empty if it loses nothing."""
-    if not (METHODS[policy.method].reads_operator and cache.thin):
+def truncation(policy: Policy, cache: ProjectorCache | None) -> str:
+    """What a policy that multiplies by Ĉ loses with a thin cache, as a warning; empty if it loses nothing.
+
+    cache: None for a thin one that is not built yet.
+    """
+    if not METHODS[policy.method].reads_operator or (cache and not cache.thin):
         return ""
+    if cache is None:
+        return (
+            f"the projector cache would be thin, and `method` {policy.method!r} multiplies by Ĉ. Projected "
+            "modules lose what lies outside of its directions too. To keep it, build the cache with "
+            "`exact`. A larger `max_energy` keeps more of it"
+        )
     kept, whole, least = 0.0, 0.0, (math.inf, "")
     for name, entry in cache.modules.items():
         part, all_of_it = truncated_norm(cache.projector(name)) ** 2, operator_norm(entry) ** 2
