@@ -20,7 +20,7 @@ from tests.tiny import LLAMA, Pair, write_checkpoint
 _KILLED = """
 import os, signal, sys
 from safelora_vllm.projectors import build
-build._SHARD_BYTES = 30_000
+build._SHARD_BYTES = 10_000
 save, written = build.save_file, []
 def killing(tensors, file):
     save(tensors, file)

@@ -91,6 +91,12 @@ def projected(report: Report) -> set[str]:
     return {module.name for module in report.modules if module.decision == "projected"}
 
 
+def limited(policy: Policy, energy: float) -> Policy:
+    """The policy with at most that energy, which a cache has."""
+    too_much = policy.has_effect("energy") and policy.energy > energy
+    return dataclasses.replace(policy, energy=energy) if too_much else policy
+
+
 def test_what_is_read_of_a_thin_cache() -> None:
     """No operator. All of L where the policy decides by similarity or multiplies by Ĉ."""
     for policy in EVERY:
@@ -284,10 +290,10 @@ def test_every_policy_works(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """A gate, the functions and the commands. All modules that an exact cache projects are projected."""
-    thin, policy = thin_at(energy), dataclasses.replace(policy, energy=min(policy.energy, 0.4))
-    options = {"method": policy.method, "select": policy.select, "energy": policy.energy}
-    if policy.method == "safe-lora":
-        del options["energy"]
+    thin, policy = thin_at(energy), limited(policy, 0.4)
+    options: dict[str, Any] = {"method": policy.method, "select": policy.select}
+    if policy.method == "csulora":
+        options["energy"] = 0.4
     service = GateService(config(thin, tmp_path / "gate", **options))
     answer = service.admit(Admit(str(adapter), "tenant"))
     report, exact = sl.inspect_adapter(adapter, thin, policy), sl.inspect_adapter(adapter, cache, policy)
@@ -349,13 +355,13 @@ def test_safe_lora_multiplies_by_what_it_has_of_the_operator(
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize(("method", "seeds"), [("safe-lora", 3), ("input-removal", 1)])
 def test_no_module_is_left_alone_that_the_exact_similarity_would_not_leave_alone(
-    method: str, energy: float, thin_at: Callable[[float], ProjectorCache], pair: Pair
+    method: str, seeds: int, energy: float, thin_at: Callable[[float], ProjectorCache], pair: Pair
 ) -> None:
     """Thousands of modules of random, leaning and adversarial adapters, by threshold and by number."""
     cache, uncertain, kept, compared = thin_at(energy), 0, 0, 0
-    for seed in range(3):
+    for seed in range(seeds):
         kinds = {name: list(adapters(pair.v(name), seed)) for name in module_shapes()}
         for kind in range(min(map(len, kinds.values()))):
             weights = {name: pairs[kind] for name, pairs in kinds.items()}
@@ -365,7 +371,7 @@ def test_no_module_is_left_alone_that_the_exact_similarity_would_not_leave_alone
             ]
             values = None
             for policy in policies:
-                policy = dataclasses.replace(policy, energy=min(policy.energy, energy))
+                policy = limited(policy, energy)
                 found = judge(weights, cache, policy, torch.device("cpu"), torch.float32)
                 if values is None:  # of the weights as they are measured, balanced and rounded
                     values = {}
@@ -381,7 +387,7 @@ def test_no_module_is_left_alone_that_the_exact_similarity_would_not_leave_alone
                 assert chosen - marked <= exact
                 uncertain, kept = uncertain + len(marked), kept + len(values) - len(chosen)
                 compared += len(values)
-    assert compared > 4000 and uncertain > 0
+    assert compared > 1300 * seeds and uncertain > 0
     assert kept > 100 or energy < FULL  # where the intervals are narrow, modules are left alone
 
 
@@ -402,7 +408,7 @@ def test_the_same_bases_beside_an_operator_decide_exactly(
 
 
 @each_policy
-@pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("size", [1.0, 2.0, 30.0])
 def test_the_caps_refuse_what_they_refuse_with_an_exact_cache(
     policy: Policy,
     size: float,
@@ -415,9 +421,9 @@ def test_the_caps_refuse_what_they_refuse_with_an_exact_cache(
     for name in module_shapes():
         draft.tensors[key(name, "B")] *= size
     upload = draft.write(tmp_path / "adapter")
-    policy = dataclasses.replace(policy, energy=min(policy.energy, 0.4))
+    policy = limited(policy, 0.4)
     thin, exact = (reported(kind, policy, upload) for kind in (thin_at(0.4), cache))
-    assert thin.accepted == exact.accepted == (size < 100) and thin.reasons == exact.reasons
+    assert thin.accepted == exact.accepted == (size < 10) and thin.reasons == exact.reasons
     assert thin.total_norm == exact.total_norm
 
 
@@ -433,15 +439,19 @@ def enlarging_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProjectorC
     """An exact and a thin cache of a pair whose ‖V‖ is far above 1."""
     root = tmp_path_factory.mktemp("enlarging")
     pair = write_pair(root, step=0.4)
-    options = {"exact": BuildOptions(exact=True, dtype="float32"), "thin": BuildOptions()}
+    options = {"exact": BuildOptions(exact=True, dtype="float32"), "thin": BuildOptions(max_energy=0.1)}
     exact, thin = (ProjectorCache(build(pair.base, pair.aligned, root / n, o)) for n, o in options.items())
     return exact, thin
 
 
 def test_a_cap_holds_for_what_is_served(
-    enlarging_pair: tuple[ProjectorCache, ProjectorCache], adapter: Path
+    enlarging_pair: tuple[ProjectorCache, ProjectorCache], tmp_path: Path
 ) -> None:
     """C_k enlarges less than Ĉ does. So an adapter may be served that Ĉ would have made too large."""
+    delta, kept = enlarging_pair[0].projector(Q0), len(enlarging_pair[1].projector(Q0).energies)
+    tensors = lora([Q0])
+    tensors[key(Q0, "B")] = delta.output_basis(0.9)[:, kept - 1 : kept + 3].clone()  # where the thin one ends
+    adapter = Draft(tensors=tensors).write(tmp_path / "adapter")
     free = Policy(method="safe-lora", select="all", max_relative_norm=1e9, max_total_norm=1e9)
     exact, thin = (reported(cache, free, adapter) for cache in enlarging_pair)
     grown = [[m.retained * m.relative_norm for m in report.modules] for report in (exact, thin)]  # type: ignore[operator]
@@ -527,11 +537,11 @@ def test_calibrate_says_what_a_random_adapter_keeps_with_it(
     for policy in EVERY:
         if policy.method == "csulora":
             continue
-        rules = dataclasses.replace(policy, energy=min(policy.energy, energy))
+        rules = limited(policy, energy)
         found, exact = sl.calibrate_policy(thin, rules), sl.calibrate_policy(cache, rules)
         assert found.whole.projected >= exact.whole.projected
         assert found.whole.effect_kept <= exact.whole.effect_kept + 1e-12
-        if policy == Policy():
+        if policy == Policy() and energy >= policy.energy:
             assert found.whole == exact.whole
     # What the gate does with random adapters is what is told of them, as far as they are near their mean.
     policy, generator = Policy(method="safe-lora", threshold=0.3), torch.Generator().manual_seed(3)
