@@ -289,6 +289,52 @@ def certified() -> str:
     return markdown(["energy", "adapters", "outside of the interval", "median of `similarity_error`"], rows)
 
 
+def percent(share: float) -> str:
+    """In percent."""
+    return f"{100 * share:.1f} %"
+
+
+_CACHES = {"exact": "exact, energy 0.95", "thin, 0.4": "thin, energy 0.4 (the default)",
+           "thin, 0.8": "thin, energy 0.8", "thin, 0.95": "thin, energy 0.95"}  # fmt: skip
+
+
+def thin() -> str:
+    """Thin caches against an exact one and the truth."""
+    found = load("thin")
+    rules = ("0.35", "0.5", "number")
+    decisions = found["adapters"] * found["modules"]
+    whole = found["truth"]
+    exact = [*(percent(whole[f"selected_{rule}"] / decisions) for rule in rules), *["–"] * 3, "–"]
+    rows = [["float64, from V", "–", *exact, number(whole["retained_median"], 3), "–"]]
+    for cache, title in _CACHES.items():
+        of = found["caches"][cache]
+        rows.append(
+            [
+                title,
+                number(of["bytes"]),
+                *(percent(of[f"selected_{rule}"] / decisions) for rule in rules),
+                *(percent(of[f"uncertain_{rule}"] / decisions) for rule in rules),
+                number(sum(of[f"less_safe_{rule}"] for rule in rules)),
+                number(of["retained_median"], 3),
+                number(of["retained_above_truth"]),
+            ]
+        )
+    titles = ("τ = 0.35", "τ = 0.5", f"{found['number']} of {found['modules']}")
+    heads = ["cache", "bytes", *(f"selected, {title}" for title in titles)]
+    heads += [*(f"uncertain, {title}" for title in titles), "less safe decisions"]
+    heads += ["median of `retained`, `safe-lora --select all`", "deltas of which more is left than by Ĉ"]
+    return markdown(heads, rows)
+
+
+def basis_dtypes() -> str:
+    """What of the removed inputs comes back where R is kept in fewer bits."""
+    rows = [
+        [dtype, f"{of['median']:.1e}", f"{of['largest']:.1e}"]
+        for dtype, of in load("thin")["basis_dtypes"].items()
+    ]
+    return markdown(["R kept in", "median of ‖RᵀA'ᵀ‖ / ‖A'‖", "largest"], rows)
+
+
 def demo() -> str:
     """What the demo's questions gave."""
     found = load("demo")
@@ -320,7 +366,7 @@ def tables() -> dict[str, Callable[[], str]]:
     mine = (
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, demo,
-        project_stage, projector_memory, certified,
+        project_stage, projector_memory, certified, thin, basis_dtypes,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
 

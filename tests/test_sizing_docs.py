@@ -17,7 +17,7 @@ import torch
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.build import THIN_MAX_ENERGY, BuildOptions
+from safelora_vllm.projectors.build import MAX_ENERGY, BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.projector import Parts
 
@@ -31,7 +31,7 @@ SHAPES = {
     "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
     "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
 }  # fmt: skip
-MAX_ENERGY = BuildOptions().max_energy
+EXACT = BuildOptions(exact=True)
 ELEMENT, BASIS, SHARE = torch.bfloat16.itemsize, torch.float32.itemsize, torch.float64.itemsize
 
 
@@ -66,6 +66,11 @@ def thin_sizes(shape: tuple[int, int], kept: int) -> Sizes:
     return replace(sizes(shape, kept, kept, kept), projector=0)
 
 
+def held_thin(shape: tuple[int, int], kept: int) -> Sizes:
+    """All of L of a thin cache: where modules are selected by similarity, or Ĉ would be multiplied by."""
+    return replace(thin_sizes(shape, kept), inputs=0)
+
+
 def most(shape: tuple[int, int], energy: float) -> int:
     """Directions that hold an energy, at most: the largest singular values come first."""
     return math.ceil(energy * min(shape))
@@ -81,7 +86,7 @@ def in_gib(nbytes: int) -> str:
 
 
 def written_table() -> str:
-    default, csulora, kept = Policy().energy, METHODS["csulora"].energy, MAX_ENERGY
+    default, csulora, kept = Policy().energy, METHODS["csulora"].energy, EXACT.max_energy
     lines = [f"| module | d_out × d_in | Ĉ or V | R at energy {default}, at most |", "|---|---|--:|--:|"]
     for name, shape in SHAPES.items():
         size = sizes(shape, most(shape, default), 0, 0)
@@ -95,7 +100,11 @@ def written_table() -> str:
     def row(what: str, nbytes: int) -> None:
         lines.append(f"| {what} | {nbytes:,} | {in_gib(nbytes)} |")
 
-    row("gate, `safe-lora`", total(lambda shape: sizes(shape, 0, 0, most(shape, kept))))
+    row("gate, `safe-lora`, exact cache", total(lambda shape: sizes(shape, 0, 0, most(shape, kept))))
+    row(
+        "gate, `safe-lora`, thin cache, at most",
+        total(lambda shape: held_thin(shape, most(shape, MAX_ENERGY))),
+    )
     row(
         f"gate, `input-removal` at energy {default}, `--select all`, at most",
         total(lambda shape: held(shape, most(shape, default), most(shape, kept))),
@@ -105,12 +114,12 @@ def written_table() -> str:
         total(lambda shape: held(shape, most(shape, csulora), most(shape, kept))),
     )
     row(
-        f"disk, with `--max-energy {kept}`, at most",
+        f"disk, with `--exact`, whose `--max-energy` is {kept}, at most",
         total(lambda shape: sizes(shape, most(shape, kept), most(shape, kept), most(shape, kept))),
     )
     row(
-        f"disk, with `--thin`, whose `--max-energy` is {THIN_MAX_ENERGY}, at most",
-        total(lambda shape: thin_sizes(shape, most(shape, THIN_MAX_ENERGY))),
+        f"disk, thin, whose `--max-energy` is {MAX_ENERGY}, at most",
+        total(lambda shape: thin_sizes(shape, most(shape, MAX_ENERGY))),
     )
     return "\n".join(lines)
 
@@ -127,8 +136,8 @@ def test_the_table_is_computed() -> None:
 
 @pytest.fixture
 def cache(build_cache: Callable[[str, str], Path]) -> ProjectorCache:
-    """As ``build`` makes it by default."""
-    return ProjectorCache(build_cache(BuildOptions().dtype, BuildOptions().form))
+    """As ``build`` makes it with ``exact``."""
+    return ProjectorCache(build_cache(EXACT.dtype, EXACT.form))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +188,14 @@ def test_a_thin_cache_is_as_large_as_the_formula_says(thin: ProjectorCache) -> N
     assert sum(ProjectorCache(thin.folder).resident_bytes().values()) == sum(
         sum(vars(size).values()) for size in found
     )
+
+
+def test_a_gate_with_a_thin_cache_holds_all_of_its_output_directions(thin: ProjectorCache) -> None:
+    loaded, parts = ProjectorCache(thin.folder), parts_read(Policy(method="safe-lora"), thin=True)
+    loaded.load("cpu", None, parts.input_energy, parts.output_energy, parts.operator)
+    kept = {name: len(loaded.projector(name).energies) for name in loaded.modules}
+    found = [held_thin(entry.shape, kept[name]) for name, entry in loaded.modules.items()]
+    assert loaded.resident_bytes()["cpu"] == sum(sum(vars(size).values()) for size in found)
 
 
 if __name__ == "__main__":
