@@ -3,9 +3,9 @@
     python benchmarks/thin.py
 
 On the demo's pair of models. The adapters are those of `benchmarks/certified.py`, on every module of some
-layers; the sizes are those of all layers. The truth is computed in float64, from V itself. A decision is less safe where a module stays as it is that the truth
-would have projected. Safe LoRA with all modules selected leaves more than the truth where its norm is larger
-by a millionth of what Ĉ leaves at most.
+layers; the sizes are those of all layers. The truth is computed in float64, from V itself. A decision is less
+safe where a module stays as it is that the truth would have projected. Safe LoRA with all modules selected
+leaves more than the truth where its norm is larger by a millionth of what Ĉ leaves at most.
 
 Also: how much of what input removal takes away comes back where R is kept in 16 bits.
 """

@@ -103,9 +103,9 @@ def test_the_figures_of_each_module(mode: str, plain: Path, rules: GateSettings)
     assert report.accepted and report.reasons == []
     null = rules.cache.modules[Q].null_similarity
     assert [dataclasses.astuple(line) for line in report.modules] == [
-        (K, 1, 0.0, null, 0.0, pytest.approx(0.5 / ROOT5), "projected", 0.0),
-        (Q, 1, 1.0, null, 1.0, pytest.approx(1.0 / ROOT5), "kept", 0.0),
-        (V, 1, None, null, None, 0.0, "kept", 0.0),
+        (K, 1, 0.0, null, 0.0, pytest.approx(0.5 / ROOT5), "projected", 0.0, False),
+        (Q, 1, 1.0, null, 1.0, pytest.approx(1.0 / ROOT5), "kept", 0.0, False),
+        (V, 1, None, null, None, 0.0, "kept", 0.0, False),
     ]
     assert report.total_norm == pytest.approx(math.hypot(1, 0.5) / math.sqrt(15))
     assert weights is not None and list(weights) == [K, Q, V]

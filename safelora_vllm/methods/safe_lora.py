@@ -12,6 +12,9 @@ C_k = L diag(σ_i²/‖V‖_F) Lᵀ, which removes all that Ĉ removes, and more
   input x.
 - What it takes away besides, (1 − P) Ĉ B A, has at most σ_{k+1}²/‖V‖_F times the norm of (1 − P) B A.
 
+That is of exact eigenvectors. Where those of some Ĉ + E are in L, with E = 0 but for errors of L, it is
+‖C_k B A‖_F ≤ ‖Ĉ B A‖_F + ‖E‖₂ ‖B A‖_F: rounding to float32 gives an E of about 2⁻²⁴ ‖Ĉ‖₂.
+
 Which modules are projected is decided by intervals then, and no module is left alone that Ĉ would not leave
 alone: see `methods.selection`.
 
