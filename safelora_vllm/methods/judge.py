@@ -82,10 +82,12 @@ def judge(
         device: where to compute.
         dtype: of the weights as they are served.
     """
-    groups = grouped(weights, cache, _group_bytes(device), parts_read(policy))
+    parts = parts_read(policy)
+    groups = grouped(weights, cache, _group_bytes(device), parts)
     chosen: set[str] | None = None
     judged: dict[str, JudgedModule] = {}
-    with exact_products():
+    applied = [name for names in groups for name in names] * (1 + (policy.select == "number"))
+    with exact_products(), cache.ahead(applied if parts.operator else [], device):
         if policy.select == "number":  # which are the least similar is known when all are measured
             similarities: dict[str, float | None] = {}
             for names in groups:
