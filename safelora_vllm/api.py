@@ -34,7 +34,8 @@ from safelora_vllm.projectors.build import BuildOptions, build, select_modules
 from safelora_vllm.projectors.build_time import estimated_seconds
 from safelora_vllm.projectors.cache import ProjectorCache, basis_bytes
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
-from safelora_vllm.projectors.plan import Plan, assumed_groups, groups_of_cache, largest_groups, total
+from safelora_vllm.projectors.plan import Plan, assumed_groups, largest_groups
+from safelora_vllm.projectors.sizes import groups_of_cache, total
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 

@@ -87,7 +87,7 @@ def judge(
     chosen: set[str] | None = None
     judged: dict[str, JudgedModule] = {}
     applied = [name for names in groups for name in names] * (1 + (policy.select == "number"))
-    with exact_products(), cache.ahead(applied if parts.operator else [], device):
+    with exact_products(), cache.ahead(applied if parts.operator else []):
         if policy.select == "number":  # which are the least similar is known when all are measured
             similarities: dict[str, float | None] = {}
             for names in groups:

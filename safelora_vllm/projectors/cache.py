@@ -132,7 +132,7 @@ class ProjectorCache:
 
         Args:
             device: where they are used. The shares of energy stay on the CPU.
-            placement: modules whose Ĉ or V is on the device or in pinned host memory. None: all on the device.
+            placement: modules whose Ĉ or V is on the device or in host memory. None: all on the device.
             input_energy, output_energy, operator: see `Parts`.
         """
         device, self._ahead, self._held = torch.device(device), None, None
@@ -166,12 +166,10 @@ class ProjectorCache:
         return {name: f"{name}.{part}" for name, part in parts.items() if part}
 
     @contextlib.contextmanager
-    def ahead(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
+    def ahead(self, names: Sequence[str]) -> Iterator[None]:
         """Fetch each module's Ĉ or V that is not on the device while the one before is used.
 
-        Args:
-            names: of modules, in the order in which theirs will be applied, as often as they will be.
-            device: where.
+        names: of modules, in the order in which theirs will be applied, as often as they will be.
         """
         if self._ahead is None or self._held is None:
             yield
@@ -236,9 +234,9 @@ class ProjectorCache:
 
     def tensor(self, key: str, shard: str, device: torch.device, columns: int | None = None) -> Tensor:
         """A tensor of the cache, or its first columns: what is held, or what is read now."""
-        if columns is None and self._ahead is not None:
-            if (found := self._ahead.take(key, device)) is not None:
-                return found
+        fetched = self._ahead.take(key, device) if self._ahead is not None and columns is None else None
+        if fetched is not None:
+            return fetched
         held = self._held.get(key) if self._held is not None else None
         if held is None or (columns is not None and held.shape[1] < columns):
             return self._shards.read(key, shard, columns).to(device)

@@ -84,7 +84,7 @@ class Shards:
                         raise OSError("it was replaced while it was read")
                 info = self._header(shard)[key]
                 room = buffer[: info.nbytes]
-                _fill(memoryview(room.numpy()), file, info.start)
+                _fill(room.numpy().data, file, info.start)
                 return room.view(FLOAT_DTYPES[info.dtype]).view(info.shape)
         except (OSError, CheckpointError, KeyError) as error:
             raise self._damaged(shard, str(error)) from error
