@@ -120,8 +120,8 @@ class ServerSettings:
                 raise GuardError(f"{name} is {getattr(self, name)}: expected bytes, 0 or more")
         if self.projector_host_memory and self.projector_memory is None:
             raise GuardError(
-                "projector_host_memory has no effect without projector_memory: all projectors are on the gate's "
-                "device. Leave it out, or set projector_memory"
+                "projector_host_memory has no effect without projector_memory: all projectors are on the "
+                "gate's device. Leave it out, or set projector_memory"
             )
 
     def to_section(self) -> dict[str, Any]:

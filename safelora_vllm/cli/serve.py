@@ -86,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--projector-host-memory",
         type=size,
         metavar="N",
-        help="most bytes of pinned host memory for projectors that --projector-memory has no room for; default: 0",
+        help="most bytes of pinned host memory for what --projector-memory has no room for; default: 0",
     )
     parser.add_argument(
         "--concurrent-uploads",

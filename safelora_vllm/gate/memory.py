@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
+from safelora_vllm.errors import UsageError
 from safelora_vllm.methods.judge import working_bytes
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import basis_bytes
-from safelora_vllm.projectors.placement import Demand, Placement
+from safelora_vllm.projectors.placement import Demand, Placement, place
 from safelora_vllm.projectors.sizes import ModuleGroup, total
 
-# Of `working_bytes`, which says about what was measured: up to 4 % more was (benchmarks/results/gpu_check.json).
+# An eighth is added to `working_bytes`, which is about what was measured (benchmarks/results/gpu_check.json).
 _MARGIN = 8
 # What libraries take of torch's memory, and what is lost between its blocks: an assumption, not measured.
 _LIBRARY_BYTES = 128 * 1024**2
@@ -52,6 +53,24 @@ def demand_of(groups: Sequence[ModuleGroup], policy: Policy, device: torch.devic
     )
 
 
+def placed(
+    groups: Sequence[ModuleGroup], policy: Policy, device: torch.device, max_rank: int,
+    budget: int | None = None, host: int = 0,
+) -> tuple[Demand, Placement]:  # fmt: skip
+    """What a policy takes of a device, and where its projectors are in a budget; see `demand_of`, `place`.
+
+    Raises:
+        UsageError: the budget is too small, or the device is a CPU and has no other memory than its host's.
+    """
+    if host and device.type == "cpu":
+        raise UsageError(
+            "`projector_host_memory` has no effect for a gate on a CPU, whose memory is the host's. Leave it "
+            "out, and give `projector_memory` more"
+        )
+    demand = demand_of(groups, policy, device, max_rank)
+    return demand, place(demand, budget, host)
+
+
 def described(placement: Placement, device: torch.device) -> str:
     """A placement in words, for the log."""
 
@@ -60,8 +79,9 @@ def described(placement: Placement, device: torch.device) -> str:
 
     return (
         f"projector memory on {device}: {mib(placement.budget)}, of which projectors take "
-        f"{mib(placement.device_bytes)} and the work of an adapter up to {mib(placement.transient)}; in pinned "
-        f"host memory {mib(placement.host_bytes)}, read from disk at each use {mib(placement.disk_bytes)}"
+        f"{mib(placement.device_bytes)} and the work of an adapter up to {mib(placement.transient)}; "
+        f"{mib(placement.host_bytes)} are in pinned host memory, {mib(placement.disk_bytes)} are read from "
+        "disk at each use"
     )
 
 

@@ -30,10 +30,9 @@ from safelora_vllm.errors import (
     QuotaExceeded,
     SafeLoRAError,
     StoreUnavailable,
-    UsageError,
 )
 from safelora_vllm.gate.admit import GateSettings, admit
-from safelora_vllm.gate.memory import allocator_of, demand_of, described, give_back
+from safelora_vllm.gate.memory import allocator_of, described, give_back, placed
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.gate.protocol import (
     Admit,
@@ -57,7 +56,7 @@ from safelora_vllm.methods.reads import check_parts, parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
-from safelora_vllm.projectors.placement import Placement, place
+from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.sizes import groups_of_cache
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
@@ -245,14 +244,9 @@ def _placement(config: GateConfig, cache: ProjectorCache, policy: Policy) -> Pla
         UsageError: it is too little, or the gate is on a CPU and has no other memory than its host's.
         PolicyError: the policy has more energy than the cache.
     """
-    given, device = config.settings, torch.device(config.device)
-    if given.projector_host_memory and device.type == "cpu":
-        raise UsageError(
-            "`projector_host_memory` has no effect for a gate on a CPU, whose memory is the host's. Leave it "
-            "out, and give `projector_memory` more"
-        )
-    demand = demand_of(groups_of_cache(cache, parts_read(policy)), policy, device, config.max_rank)
-    return place(demand, given.projector_memory, given.projector_host_memory)
+    given, groups = config.settings, groups_of_cache(cache, parts_read(policy))
+    device, memory = torch.device(config.device), (given.projector_memory, given.projector_host_memory)
+    return placed(groups, policy, device, config.max_rank, *memory)[1]
 
 
 def _warm_up(settings: GateSettings) -> None:

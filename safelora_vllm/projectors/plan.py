@@ -15,6 +15,7 @@ from safelora_vllm.projectors import assumed_spectrum
 from safelora_vllm.projectors.build import DTYPES, BuildOptions
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN
+from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.projector import Parts
 from safelora_vllm.projectors.sizes import CacheBytes, ModuleGroup, module_group
 
@@ -39,7 +40,8 @@ class Plan:
         lora_rank: of an adapter.
         adapter_uploaded: of an adapter of all modules at that rank, in float32.
         adapter_served: of the same in bfloat16.
-        transient_bytes: what judging an adapter takes for a while.
+        placement: where the gate's projectors are, and what judging an adapter takes.
+        least_bytes: the smallest ``projector_memory`` of a gate.
         on_gpu: whether the gate is on a GPU.
         gpu_memory: of that GPU, if known.
         weight_bytes: of the aligned model.
@@ -57,7 +59,8 @@ class Plan:
     lora_rank: int
     adapter_uploaded: int
     adapter_served: int
-    transient_bytes: int
+    placement: Placement
+    least_bytes: int
     on_gpu: bool
     gpu_memory: int | None
     weight_bytes: int
@@ -72,7 +75,12 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """What the gate's projectors take of its device."""
-        return self.held.total - (self.held.energy if self.on_gpu else 0)
+        return self.placement.device_bytes
+
+    @property
+    def transient_bytes(self) -> int:
+        """What judging an adapter takes of it for a while, at most."""
+        return self.placement.transient
 
     @property
     def context_bytes(self) -> int:
