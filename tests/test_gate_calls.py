@@ -124,7 +124,7 @@ def test_admit_and_metrics(client: GateClient, config: GateConfig, tmp_path: Pat
     assert after[accepted] - before.get(accepted, 0) == 2
     hits = "safelora_gate_cache_total[('outcome', 'hit')]"
     assert after[hits] - before.get(hits, 0) == 1
-    assert after["safelora_projector_bytes[('tier', 'cpu')]"] > 0
+    assert after["safelora_projector_bytes[('tier', 'device')]"] > 0
     assert after["safelora_enforcing[]"] == 1
 
 

@@ -109,7 +109,7 @@ def test_a_planned_gate_holds_what_a_real_one_loads(
     plan = sl.plan_projectors(pair.aligned, policy, projectors=cache)
     loaded, parts = sl.ProjectorCache(cache.folder), parts_read(policy)
     loaded.load("cpu", None, parts.input_energy, parts.output_energy, parts.operator)
-    assert plan.device_bytes == loaded.resident_bytes()["cpu"]
+    assert plan.device_bytes == loaded.resident_bytes()["device"]
     on_gpu = sl.plan_projectors(pair.aligned, policy, projectors=cache, gpu_memory=GIB)
     assert on_gpu.device_bytes == plan.device_bytes - plan.held.energy  # which stays in host memory
 

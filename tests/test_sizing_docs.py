@@ -160,7 +160,7 @@ def test_a_gate_holds_as_much_as_the_formula_says(
         least += sum(vars(needed).values()) - unread
         most_held += sum(vars(allowed).values()) - unread
     # Modules of one shape keep equally many directions: the most that one of them needs.
-    assert least <= loaded.resident_bytes()["cpu"] <= most_held
+    assert least <= loaded.resident_bytes()["device"] <= most_held
     if inputs == outputs == 0.0:
         assert least == most_held
 

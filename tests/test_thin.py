@@ -27,6 +27,7 @@ from safelora_vllm.policy import METHOD_NAMES, SELECTIONS, Policy
 from safelora_vllm.projectors import build as build_module
 from safelora_vllm.projectors.build import THIN_MAX_ENERGY, BuildOptions, build
 from safelora_vllm.projectors.cache import Parts, ProjectorCache
+from safelora_vllm.projectors.shards import Shards
 from safelora_vllm.settings import ServerSettings
 from tests.tiny import Q0, Draft, Pair, key, lora, module_shapes
 
@@ -92,7 +93,7 @@ def test_a_thin_cache_serves_what_a_full_one_serves(
         copy = files(tmp_path / kind.id / "store" / "published" / answer.accepted_key())
         assert json.loads(copy.pop("report.json"))["report"]["projectors"] == kind.id
         published.append(copy)
-        held.append(service._settings.cache.resident_bytes()["cpu"])
+        held.append(service._settings.cache.resident_bytes()["device"])
     assert reports[0] == reports[1] and len(reports[0].modules) == len(module_shapes())
     assert published[0] == published[1] and set(published[0]) == {
         "adapter_config.json",
@@ -138,7 +139,7 @@ def test_its_manifest_and_its_checksums(thin: ProjectorCache, tmp_path: Path) ->
 def test_everything_is_loaded_that_is_there(thin: ProjectorCache) -> None:
     whole = ProjectorCache(thin.folder)
     whole.load("cpu")
-    assert whole.resident_bytes() == {"cpu": thin.resident_bytes()["disk"], "disk": 0}
+    assert whole.resident_bytes() == {"device": thin.resident_bytes()["disk"], "host": 0, "disk": 0}
 
 
 def test_one_thin_module_makes_a_thin_cache(cache: ProjectorCache, tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_no_operator_is_made(make: Callable[..., Path], monkeypatch: pytest.Monk
 def test_a_gate_does_not_start(
     policy: dict[str, Any], told: str, thin: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ProjectorCache, "_verify_shard", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(Shards, "_verify", lambda *_: pytest.fail("read"))
     start = re.escape(f"the projector cache {thin.folder} was built with `thin` and holds neither Ĉ nor V")
     with pytest.raises(PolicyError, match=f"^{start}, but {told}"):
         GateService(config(thin, tmp_path, **policy))

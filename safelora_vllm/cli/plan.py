@@ -258,8 +258,8 @@ def _advice(plan: Plan, policy: Policy) -> list[str]:
     less, least = "", plan.least_bytes + plan.context_bytes + plan.weight_bytes / plan.gpus
     if plan.held.operator and least <= plan.gpu_memory:
         less = (
-            f"set --projector-memory to {plan.least_bytes} or more, so that it reads the rest from disk at each "
-            "use, or "
+            f"set --projector-memory to {plan.least_bytes} or more, so that it reads the rest from disk at "
+            "each use, or "
         )
     return [f"The gate does not fit beside the model's {weights} of weights{each}: {less}take {smaller}."]
 

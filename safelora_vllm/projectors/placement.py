@@ -126,8 +126,8 @@ def _too_small(demand: Demand, budget: int) -> str:
         takes.append(f"{demand.least - demand.bases - demand.working:,} for Ĉ or V of the largest modules")
         ways.append("a policy or a cache without Ĉ and V")
     takes.append(f"{demand.working:,} for the work of an adapter")
-    ways.append("a smaller largest rank (--max-lora-rank)")
+    ways.append("a smaller --max-lora-rank")
     return (
         f"`projector_memory` is {budget:,} bytes: expected {demand.least:,} or more ({'; '.join(takes)}). "
-        f"{', '.join(ways)} or another device (--gate-device cpu) takes less of this one"
+        f"Less is needed with {' or '.join(ways)}; or set another --gate-device"
     )
