@@ -91,18 +91,19 @@ def test_small_operators_come_first() -> None:
     st.integers(0, 300),
     st.integers(0, 5000),
     st.integers(0, 5000),
+    st.integers(0, 50),
 )
 def test_a_budget_holds_or_is_refused_with_the_one_that_is_needed(
-    bases: int, sizes: list[int], working: int, budget: int, host: int
+    bases: int, sizes: list[int], working: int, budget: int, host: int, shares: int
 ) -> None:
-    demand = Demand(bases, {str(i): size for i, size in enumerate(sizes)}, working)
+    demand = Demand(bases, {str(i): size for i, size in enumerate(sizes)}, working, shares)
     try:
         found = place(demand, budget, host)
     except UsageError as error:
         assert budget < demand.least and f"expected {demand.least:,} or more" in str(error)
         found = place(demand, demand.least, host)
     assert found.device_bytes + found.transient <= found.budget
-    assert found.device_bytes + found.host_bytes + found.disk_bytes == bases + sum(sizes)
+    assert found.device_bytes + found.host_bytes + found.disk_bytes == bases + shares + sum(sizes)
     assert sum(pinned_bytes(demand.operators[name]) for name in found.on_host) <= host
     assert not found.on_device & found.on_host
     spilled = found.host_bytes + found.disk_bytes
@@ -117,13 +118,15 @@ def test_too_little_is_refused_with_what_is_needed_and_what_lowers_it() -> None:
     with pytest.raises(UsageError) as refused:
         place(DEMAND, 186)
     assert str(refused.value) == (
-        "`projector_memory` is 186 bytes: expected 187 or more (100 for R and L of all modules; 80 for Ĉ or "
-        "V of the largest modules; 7 for the work of an adapter). Less is needed with a smaller `energy` or "
-        "a policy or a cache without Ĉ and V or a smaller --max-lora-rank; or set another --gate-device"
+        "`projector_memory` is 186 bytes: expected 187 or more (100 for R, L and the shares of energy of all "
+        "modules; 80 for Ĉ or V of the largest modules; 7 for the work of an adapter). Less is needed with a "
+        "smaller `energy` or a policy or a cache without Ĉ and V or a smaller --max-lora-rank; or set "
+        "another --gate-device"
     )
     with pytest.raises(UsageError) as refused:
-        place(Demand(100, {}, 7), 0)
-    assert "expected 107 or more" in str(refused.value) and "Ĉ" not in str(refused.value)
+        place(Demand(0, {}, 7, shares=3), 0)
+    assert "expected 10 or more (3 for R" in str(refused.value)
+    assert "Ĉ" not in str(refused.value) and "`energy`" not in str(refused.value)
 
 
 # The gate.
@@ -262,6 +265,25 @@ def test_the_work_is_that_of_the_worst_rank(cache: ProjectorCache) -> None:
     for rank in (1, 16, 512, 600):
         found = demand_of(groups, SAFE_LORA, CPU, rank).working
         assert found == max(works[:rank]) + max(works[:rank]) // 8
+
+
+DEMO = Path(__file__).parents[1] / ".cache"
+
+
+@pytest.mark.skipif(not (DEMO / "projectors").exists(), reason="make models has not been run")
+@pytest.mark.parametrize("policy", [Policy(), SAFE_LORA], ids=lambda p: p.summary)
+def test_plan_and_gate_agree_on_the_models_of_the_demo(policy: Policy, tmp_path: Path) -> None:
+    settings = ServerSettings(str(DEMO / "projectors"), str(tmp_path / "store"), {"method": policy.method})
+    plan = sl.plan_projectors(DEMO / "models/aligned", policy, projectors=DEMO / "projectors")
+    budget = (plan.least_bytes + plan.placement.budget) // 2
+    for memory in (None, budget):
+        given = dataclasses.replace(settings, projector_memory=memory)
+        config = GateConfig(str(tmp_path / "sock"), str(DEMO / "models/aligned"), given, max_rank=16)
+        placement = GateService(config)._placement
+        planned = sl.plan_projectors(
+            DEMO / "models/aligned", policy, projectors=DEMO / "projectors", projector_memory=memory
+        )
+        assert placement == planned.placement
 
 
 # Fetched ahead.

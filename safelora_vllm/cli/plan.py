@@ -202,7 +202,7 @@ def _sections(plan: Plan) -> list[list[tuple[str, str]]]:
         ("  R", _size(held.input_basis)),
         ("  L", _size(held.output_basis)),
         *([] if plan.on_gpu else [("  shares of energy", _size(held.energy))]),
-        ("  while it judges an adapter, at most", _size(plan.transient_bytes)),
+        ("  for the work of an adapter", _size(plan.transient_bytes)),
     ]
     if plan.on_gpu:
         gate.append(

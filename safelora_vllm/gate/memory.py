@@ -47,9 +47,10 @@ def demand_of(groups: Sequence[ModuleGroup], policy: Policy, device: torch.devic
     ranks = {*range(1, min(max_rank, _RANKS) + 1), max_rank}  # a group has fewer modules of a larger rank
     working = max(working_bytes(shapes, rank, policy, device, bases) for rank in ranks)
     return Demand(
-        bases=held.input_basis + held.output_basis + (held.energy if device.type == "cpu" else 0),
+        bases=held.input_basis + held.output_basis,
         operators=operators,
         working=working + working // _MARGIN,
+        shares=held.energy if device.type == "cpu" else 0,
     )
 
 

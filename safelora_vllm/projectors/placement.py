@@ -26,13 +26,14 @@ def pinned_bytes(nbytes: int) -> int:
 class Demand:
     """Bytes that a policy takes of the gate's device, were there enough.
 
-    bases: R and L of all modules, on a CPU also the shares of energy. operators: name → Ĉ or V of each module
-    whose it reads. working: the work of the largest adapter, while it is judged.
+    bases: R and L of all modules. operators: module → Ĉ or V, where the policy reads it. working: the work of
+    the largest adapter, while it is judged. shares: those of energy, on a CPU.
     """
 
     bases: int
     operators: Mapping[str, int]
     working: int
+    shares: int = 0
 
     @cached_property
     def passing(self) -> int:
@@ -40,14 +41,19 @@ class Demand:
         return _BUFFERS * max(self.operators.values(), default=0)
 
     @property
+    def fixed(self) -> int:
+        """What is on the device in any case."""
+        return self.bases + self.shares + self.working
+
+    @property
     def whole(self) -> int:
         """Of everything on the device."""
-        return self.bases + sum(self.operators.values()) + self.working
+        return self.fixed + sum(self.operators.values())
 
     @property
     def least(self) -> int:
         """The smallest budget that can be served."""
-        return min(self.whole, self.bases + self.passing + self.working)
+        return min(self.whole, self.fixed + self.passing)
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,14 @@ def place(demand: Demand, budget: int | None = None, host: int = 0) -> Placement
     if budget < demand.whole:
         passing = demand.passing
     order = sorted(sizes, key=sizes.__getitem__)
-    on_device = _fitting(order, sizes, budget - demand.bases - demand.working - passing)
+    on_device = _fitting(order, sizes, budget - demand.fixed - passing)
     pinned = {name: pinned_bytes(size) for name, size in sizes.items()}
     on_host = _fitting((name for name in order if name not in on_device), pinned, host)
     held = sum(sizes[name] for name in on_device)
     hosted = sum(sizes[name] for name in on_host)
     return Placement(
         budget=budget,
-        device_bytes=demand.bases + held,
+        device_bytes=demand.bases + demand.shares + held,
         host_bytes=hosted,
         disk_bytes=sum(sizes.values()) - held - hosted,
         transient=demand.working + passing,
@@ -120,10 +126,10 @@ def _fitting(order: Iterable[str], sizes: Mapping[str, int], room: int) -> froze
 
 
 def _too_small(demand: Demand, budget: int) -> str:
-    takes = [f"{demand.bases:,} for R and L of all modules"]
+    takes = [f"{demand.bases + demand.shares:,} for R, L and the shares of energy of all modules"]
     ways = ["a smaller `energy`"] if demand.bases else []
     if demand.operators:
-        takes.append(f"{demand.least - demand.bases - demand.working:,} for Ĉ or V of the largest modules")
+        takes.append(f"{demand.least - demand.fixed:,} for Ĉ or V of the largest modules")
         ways.append("a policy or a cache without Ĉ and V")
     takes.append(f"{demand.working:,} for the work of an adapter")
     ways.append("a smaller --max-lora-rank")
