@@ -277,6 +277,7 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
             if method != "safe-lora"
         ),
         ({"policy": {"unknown": 1}}, PolicyError, "are not valid fields of a policy"),
+        ({"projector_memory": 1}, UsageError, "`projector_memory` is 1 bytes: expected [0-9,]+ or more"),
     ]
     for changes, kind, message in wrong:
         with pytest.raises(kind, match=message):

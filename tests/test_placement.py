@@ -243,6 +243,19 @@ def test_metrics_and_the_log_say_where_everything_is(
     ).format(*sizes)
 
 
+def test_the_shares_of_energy_stay_in_host_memory_beside_another_device(
+    cache: ProjectorCache, pair: Pair
+) -> None:
+    groups = groups_of_cache(cache, parts_read(SAFE_LORA))
+    on_cpu, elsewhere = (demand_of(groups, SAFE_LORA, torch.device(kind), 16) for kind in ("cpu", "meta"))
+    assert on_cpu.shares > 0 == elsewhere.shares and on_cpu.operators == elsewhere.operators
+    opened, placement = ProjectorCache(cache.folder), place(elsewhere)
+    opened.load("meta", placement, **dataclasses.asdict(parts_read(SAFE_LORA)))
+    assert opened.resident_bytes() == {"device": placement.device_bytes, "host": on_cpu.shares, "disk": 0}
+    planned = sl.plan_projectors(pair.aligned, SAFE_LORA, projectors=cache, gpu_memory=2**30)
+    assert planned.device_bytes == placement.device_bytes
+
+
 def test_parts_that_the_policy_never_reads_are_nowhere(config: GateConfig) -> None:
     service = GateService(with_settings(config, policy={}))
     held = service._settings.cache.resident_bytes()

@@ -140,6 +140,15 @@ def test_what_is_no_device_of_the_gate(device: str) -> None:
         ServerSettings("p", gate_device=device)
 
 
+def test_memory_that_cannot_be_meant() -> None:
+    for name in ("projector_memory", "projector_host_memory"):
+        with pytest.raises(GuardError, match=f"^{name} is -1: expected bytes, 0 or more"):
+            ServerSettings("p", **{"projector_memory": 0, name: -1})
+    with pytest.raises(GuardError, match="^projector_host_memory has no effect without projector_memory"):
+        ServerSettings("p", projector_host_memory=1)
+    assert ServerSettings("p", projector_memory=0, projector_host_memory=1).projector_host_memory == 1
+
+
 @pytest.mark.parametrize("text", ["GET /x", "users"])
 def test_an_access_without_its_half_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
