@@ -144,7 +144,7 @@ def test_memory_that_cannot_be_meant() -> None:
     for name in ("projector_memory", "projector_host_memory"):
         with pytest.raises(GuardError, match=f"^{name} is -1: expected bytes, 0 or more"):
             ServerSettings("p", **{"projector_memory": 0, name: -1})
-    with pytest.raises(GuardError, match="^projector_host_memory has no effect without projector_memory"):
+    with pytest.raises(GuardError, match=r"^projector_host_memory has no effect without projector_memory"):
         ServerSettings("p", projector_host_memory=1)
     assert ServerSettings("p", projector_memory=0, projector_host_memory=1).projector_host_memory == 1
 
