@@ -60,7 +60,7 @@ def held(projectors: Path, policy: Policy) -> int:
     """Bytes on the device after loading what a policy reads."""
     cache = ProjectorCache(projectors)
     cache.load("cpu", None, **asdict(parts_read(policy, cache.thin)))
-    return cache.resident_bytes()["cpu"]
+    return cache.resident_bytes()["device"]
 
 
 def write_layer(folder: Path) -> None:

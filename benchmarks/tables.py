@@ -280,6 +280,23 @@ def projector_memory() -> str:
     return markdown(["policy, energy 0.2", "demo's cache, bytes", "Llama 3 8B's shapes, bytes"], rows)
 
 
+def projector_placement() -> str:
+    """An adapter's projection by where Ĉ and V are."""
+    rows = []
+    for case, found in load("projector_placement")["cases"].items():
+        held, each, ahead = found["held"], found["read at each use"], found["read ahead"]
+        rows.append(
+            [
+                case,
+                number(held["memory_mib"], 1),
+                *(number(of["cpu_ms"] / held["cpu_ms"], 2) for of in (each, ahead)),
+                number(ahead["cpu_ms"] / each["cpu_ms"], 2),
+            ]
+        )
+    heads = ["read at each use, of held", "read ahead, of held", "read ahead, of read at each use"]
+    return markdown(["adapter", "held, MiB", *heads], rows)
+
+
 def certified() -> str:
     """Intervals of similarities against dense cosines."""
     rows = [
@@ -366,7 +383,7 @@ def tables() -> dict[str, Callable[[], str]]:
     mine = (
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, demo,
-        project_stage, projector_memory, certified, thin, basis_dtypes,
+        project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
 

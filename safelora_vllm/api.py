@@ -26,15 +26,16 @@ from tqdm import tqdm
 from safelora_vllm.adapters.read import read_adapter
 from safelora_vllm.errors import AdapterRefused, CheckpointError, ProjectorCacheError, UsageError
 from safelora_vllm.gate.admit import GateSettings, admit, evaluate
+from safelora_vllm.gate.memory import placed
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
-from safelora_vllm.methods.judge import working_bytes
 from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build, select_modules
 from safelora_vllm.projectors.build_time import estimated_seconds
-from safelora_vllm.projectors.cache import ProjectorCache, basis_bytes
+from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
-from safelora_vllm.projectors.plan import Plan, assumed_groups, groups_of_cache, largest_groups, total
+from safelora_vllm.projectors.plan import Plan, assumed_groups, largest_groups
+from safelora_vllm.projectors.sizes import groups_of_cache, total
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 
@@ -105,6 +106,8 @@ def plan_projectors(
     lora_rank: int = 16,
     gpu_memory: int | None = None,
     device: str = "cpu",
+    projector_memory: int | None = None,
+    projector_host_memory: int = 0,
 ) -> Plan:
     """What a policy takes of disk, memory and time, before anything is built. No weights are read.
 
@@ -120,6 +123,8 @@ def plan_projectors(
         lora_rank: of an adapter, the largest that the server accepts.
         gpu_memory: bytes of the GPU that the gate is on. None: that of the GPU which torch sees, if any.
         device: where the build would compute. One small module is built there, for the estimate of its time.
+        projector_memory: the server's setting. None: as much as the policy takes.
+        projector_host_memory: the server's setting.
 
     Returns:
         Bytes by part, in all and at most, and seconds of a build.
@@ -128,7 +133,7 @@ def plan_projectors(
         CheckpointError: there is no checkpoint in the folder, or none with such modules.
         PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing, damaged or of another model.
-        UsageError: ``device`` or another argument is not usable.
+        UsageError: ``device`` or another argument is not usable, or the memory is too little.
 
     Example:
         >>> import safelora_vllm as sl
@@ -173,9 +178,10 @@ def plan_projectors(
     shapes = {group.shape: len(group.names) for group in groups}
     factors = lora_rank * sum(count * sum(shape) for shape, count in shapes.items())
     gate_device = torch.device("cuda" if on_gpu else "cpu")
-    bases = {g.shape: basis_bytes(g.shape, max(g.input_directions), max(g.output_directions)) for g in groups}
     disk = total(group.disk for group in groups)
     weights = sum(info.nbytes for info in checkpoint.tensors.values())
+    memory = projector_memory, projector_host_memory
+    demand, placement = placed(groups, policy, gate_device, lora_rank, *memory)
     held_most = total(group.held for group in most)
     return Plan(
         groups=tuple(groups),
@@ -188,7 +194,8 @@ def plan_projectors(
         lora_rank=lora_rank,
         adapter_uploaded=factors * torch.float32.itemsize,
         adapter_served=factors * torch.bfloat16.itemsize,
-        transient_bytes=working_bytes(shapes, lora_rank, policy, gate_device, bases),
+        placement=placement,
+        least_bytes=demand.least,
         on_gpu=on_gpu,
         gpu_memory=gpu_memory,
         weight_bytes=weights,

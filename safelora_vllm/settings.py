@@ -46,8 +46,11 @@ class ServerSettings:
             or converted copy of it.
         gate_device: where the gate projects: ``worker``, the device of the worker that starts it; ``cpu``; or
             another one that this worker sees, such as ``cuda:1``.
-        projector_bytes: most bytes of projectors that the gate keeps on its device. The rest is read from
-            disk at each use.
+        projector_memory: most bytes of its device that the gate takes for projectors and for the work of an
+            adapter. Without it, what the policy takes in all. With less, Ĉ or V of some modules is in host
+            memory or read from disk at each use.
+        projector_host_memory: most bytes of pinned host memory for the Ĉ and V that ``projector_memory`` has
+            no room for. Not for a gate on a CPU.
         max_adapter_bytes: largest upload that is received, and largest weights file that the gate reads.
         store_bytes: budget of the published copies in the store.
         keys: TOML file with admin and tenant keys.
@@ -65,7 +68,8 @@ class ServerSettings:
     policy: dict[str, Any] = field(default_factory=dict)
     trust_served_model: bool = False
     gate_device: str = WORKER
-    projector_bytes: int | None = None
+    projector_memory: int | None = None
+    projector_host_memory: int = 0
     max_adapter_bytes: int = Limits.weights_bytes
     store_bytes: int | None = None
     keys: str | None = None
@@ -110,6 +114,14 @@ class ServerSettings:
         if not _GATE_DEVICE.fullmatch(self.gate_device):
             raise GuardError(
                 f"gate_device is {self.gate_device!r:.80}: expected {WORKER}, cpu, or a device such as cuda:1"
+            )
+        for name in ("projector_memory", "projector_host_memory"):
+            if (getattr(self, name) or 0) < 0:
+                raise GuardError(f"{name} is {getattr(self, name)}: expected bytes, 0 or more")
+        if self.projector_host_memory and self.projector_memory is None:
+            raise GuardError(
+                "projector_host_memory has no effect without projector_memory: all projectors are on the "
+                "gate's device. Leave it out, or set projector_memory"
             )
 
     def to_section(self) -> dict[str, Any]:

@@ -194,22 +194,22 @@ def test_a_policy_reads_its_parts_and_no_others(
 ) -> None:
     policy, opened = Policy(method=method, select="all"), ProjectorCache(cache.folder)
     reads: set[str] = set()
-    inner = opened._read
+    inner = opened._shards.read
 
     def read(name: str, *rest: Any) -> Tensor:
         reads.add(name.rpartition(".")[2])
         return inner(name, *rest)
 
-    monkeypatch.setattr(opened, "_read", read)
+    monkeypatch.setattr(opened._shards, "read", read)
     parts = parts_read(policy, cache.thin)
     if loaded:
         opened.load("cpu", None, **dataclasses.asdict(parts))
-        held, before = opened.resident_bytes()["cpu"], set(reads)
+        held, before = opened.resident_bytes()["device"], set(reads)
         reads.clear()
     report, _ = evaluate(upload, "a", GateSettings(opened, policy))
     assert report.accepted and report.count("projected") == len(module_shapes())
     if loaded:
-        assert reads == set() and opened.resident_bytes()["cpu"] == held
+        assert reads == set() and opened.resident_bytes()["device"] == held
         reads = before
     bases = {"energy", "input_basis", "output_basis"}
     assert reads - {"energy"} == ({"projector", "delta"} if method == "safe-lora" else bases - {"energy"})
@@ -228,20 +228,3 @@ def test_a_report_of_the_default_policy_says_how_sure_its_similarities_are(
         assert exact.similarity_error == 0.0 < found.similarity_error < 0.5
         assert abs(found.similarity - exact.similarity) <= found.similarity_error
         assert dataclasses.replace(found, similarity=exact.similarity, similarity_error=0.0) == exact
-
-
-def test_a_bounded_load_keeps_what_every_module_needs_first(cache: ProjectorCache) -> None:
-    """Energies and R of all modules before L of any, and that before Ĉ or V."""
-    order = ["energy", "input_basis", "output_basis", "operator"]
-    whole = ProjectorCache(cache.folder)
-    whole.load("cpu", None, 0.2, 0.2)
-    sizes = {key: tensor.nbytes for key, tensor in whole._resident.items()}
-    kinds = [
-        key.rpartition(".")[2].replace("projector", "operator").replace("delta", "operator") for key in sizes
-    ]
-    assert kinds == sorted(kinds, key=order.index) and set(kinds) == set(order)
-    needed = sum(nbytes for (_, nbytes), kind in zip(sizes.items(), kinds, strict=True) if kind in order[:2])
-    bounded = ProjectorCache(cache.folder)
-    bounded.load("cpu", needed, 0.2, 0.2)
-    assert {key.rpartition(".")[2] for key in bounded._resident} == set(order[:2])
-    assert len(bounded._resident) == 2 * len(cache.modules) and bounded.resident_bytes()["cpu"] == needed

@@ -124,7 +124,7 @@ def test_admit_and_metrics(client: GateClient, config: GateConfig, tmp_path: Pat
     assert after[accepted] - before.get(accepted, 0) == 2
     hits = "safelora_gate_cache_total[('outcome', 'hit')]"
     assert after[hits] - before.get(hits, 0) == 1
-    assert after["safelora_projector_bytes[('tier', 'cpu')]"] > 0
+    assert after["safelora_projector_bytes[('tier', 'device')]"] > 0
     assert after["safelora_enforcing[]"] == 1
 
 
@@ -277,6 +277,7 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
             if method != "safe-lora"
         ),
         ({"policy": {"unknown": 1}}, PolicyError, "are not valid fields of a policy"),
+        ({"projector_memory": 1}, UsageError, "`projector_memory` is 1 bytes: expected [0-9,]+ or more"),
     ]
     for changes, kind, message in wrong:
         with pytest.raises(kind, match=message):

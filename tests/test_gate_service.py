@@ -173,7 +173,7 @@ def test_a_damaged_shard_ends_the_start_also_where_it_would_not_be_read_before_a
 ) -> None:
     monkeypatch.setattr("safelora_vllm.projectors.build._SHARD_BYTES", 30_000)
     folder = build(pair.base, pair.aligned, tmp_path / "cache", BuildOptions(exact=True, dtype="float32"))
-    changes: dict[str, Any] = {"policy": {"method": "safe-lora"}, "projector_bytes": 0}
+    changes: dict[str, Any] = {"policy": {"method": "safe-lora"}, "projector_memory": 9_600_000}
     settings = dataclasses.replace(config.settings, projectors=str(folder), **changes)
     config = dataclasses.replace(config, settings=settings)
     GateService(config)

@@ -16,6 +16,7 @@ from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, Adapter
 from safelora_vllm.integration.server.registry import Entry, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import Version
 from tests.test_report import REPORT
@@ -133,8 +134,13 @@ def test_a_gate_describes_its_projectors(cache: ProjectorCache) -> None:
     registry = CollectorRegistry()
     metrics = GateMetrics(registry)
     loaded = ProjectorCache(cache.folder)
-    loaded.load("cpu", 200_000)
-    metrics.describe(loaded, enforcing=False)
+    names = [*loaded.modules]
+    placement = Placement(9, 8, 7, 6, 5, 0, frozenset(names[:3]), frozenset(names[3:5]))
+    loaded.load("cpu", placement)
+    metrics.describe(loaded, placement, enforcing=False)
+    assert loaded.resident_bytes().keys() == {"device", "host", "disk"}
     for tier, count in loaded.resident_bytes().items():
         assert registry.get_sample_value("safelora_projector_bytes", {"tier": tier}) == count > 0
+    assert registry.get_sample_value("safelora_gate_memory_budget_bytes") == 9
+    assert registry.get_sample_value("safelora_gate_memory_transient_bytes") == 5
     assert registry.get_sample_value("safelora_enforcing") == 0

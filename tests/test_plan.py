@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -110,7 +111,7 @@ def test_a_planned_gate_holds_what_a_real_one_loads(
     plan = sl.plan_projectors(pair.aligned, policy, projectors=cache)
     loaded, parts = sl.ProjectorCache(cache.folder), parts_read(policy, cache.thin)
     loaded.load("cpu", None, parts.input_energy, parts.output_energy, parts.operator)
-    assert plan.device_bytes == loaded.resident_bytes()["cpu"]
+    assert plan.device_bytes == loaded.resident_bytes()["device"]
     on_gpu = sl.plan_projectors(pair.aligned, policy, projectors=cache, gpu_memory=GIB)
     assert on_gpu.device_bytes == plan.device_bytes - plan.held.energy  # which stays in host memory
 
@@ -160,7 +161,7 @@ def test_a_thin_cache_is_planned_and_read_as_it_is_built(
             sl.ProjectorCache(built.folder),
         )
         loaded.load("cpu", None, **dataclasses.asdict(parts_read(policy, thin=True)))
-        assert plan.device_bytes == loaded.resident_bytes()["cpu"]
+        assert plan.device_bytes == loaded.resident_bytes()["device"]
         decides = policy != sl.Policy()
         assert (
             plan.held.output_basis == plan.disk.output_basis
@@ -262,18 +263,32 @@ def test_the_gate_on_a_gpu_has_a_context_and_groups(tmp_path: Path) -> None:
     ranks = {rank: row["transient_mib"] for rank, row in projecting["ranks"].items()}
     for rank, transient in ranks.items():
         plan = sl.plan_projectors(folder, lora_rank=int(rank), gpu_memory=79 * GIB)
-        # "About 8 times" the A and B of a group.
-        assert plan.transient_bytes / MIB == pytest.approx(transient, rel=0.1)
+        # 8 times the A and B of a group, and an eighth of it more, of the worst rank up to this one.
+        assert 0.8 * plan.transient_bytes / MIB <= transient <= plan.transient_bytes / MIB
     csulora = sl.plan_projectors(folder, sl.Policy(method="csulora", energy=0.2), gpu_memory=79 * GIB)
-    assert csulora.transient_bytes / MIB == pytest.approx(
-        projecting["csulora, 32 layers, r 16"]["transient_mib"], rel=0.1
-    )
+    transient = projecting["csulora, 32 layers, r 16"]["transient_mib"]
+    assert 0.8 * csulora.transient_bytes / MIB <= transient <= csulora.transient_bytes / MIB
     # That gate had warmed up for rank 512. The allowance is set by this sum; k differ by a fifth.
     assert plan.gate_bytes / MIB == pytest.approx(measured["gate_memory"]["after_rank_256_mib"], rel=0.05)
     assert plan.gate_bytes == plan.device_bytes + plan.transient_bytes + CONTEXT_BYTES
     on_cpu = sl.plan_projectors(folder)
     assert (on_cpu.context_bytes, on_cpu.gpu_share, on_cpu.fits) == (0, None, None)
-    assert on_cpu.transient_bytes <= 8 * MIB
+    assert on_cpu.transient_bytes <= 9 * MIB
+
+
+def test_a_smaller_budget_leaves_operators_elsewhere(tmp_path: Path, run: Run) -> None:
+    folder = headers(tmp_path / "8b", LLAMA_3_8B, 32)
+    given = ("--aligned", folder, "--method", "safe-lora", "--gpu-memory", "80", "--projector-memory", "2GiB")
+    code, out, _ = run(*given)
+    assert code == 0 and "in pinned host memory" not in out and "reads from disk at each use" in out
+    whole = json.loads(run(*given[:-2], "--json")[1])
+    assert (whole["host_bytes"], whole["read_bytes"]) == (0, 0) and whole["device_bytes"] > 10 * GIB
+    found = json.loads(run(*given, "--projector-host-memory", "4GiB", "--json")[1])
+    assert found["least_bytes"] == whole["least_bytes"] < 2 * GIB
+    assert found["device_bytes"] + found["transient_bytes"] <= 2 * GIB and 0 < found["host_bytes"] <= 4 * GIB
+    assert sum(found[f"{tier}_bytes"] for tier in ("device", "host", "read")) == whole["device_bytes"]
+    assert found["gate_bytes"] <= 2 * GIB + CONTEXT_BYTES
+    assert "in pinned host memory" in run(*given, "--projector-host-memory", "4GiB")[1]
 
 
 def test_an_adapter_has_the_size_of_its_factors(pair: Pair) -> None:
@@ -320,7 +335,7 @@ def test_the_table_says_what_is_assumed(tmp_path: Path, run: Run) -> None:
         ),
         (("--exact", "--select", "threshold"), "or take --select all, which reads neither Ĉ nor V."),
         (("--max-energy", "0.95", "--select", "threshold"), "or take --select all, which reads less of L."),
-        (("--max-energy", "0.95", "--method", "csulora"), "or take a smaller --energy."),
+        (("--max-energy", "0.95", "--method", "csulora"), "weights: take a smaller --energy."),
     ],
 )
 def test_a_gate_that_does_not_fit_has_advice(
@@ -328,8 +343,14 @@ def test_a_gate_that_does_not_fit_has_advice(
 ) -> None:
     folder = headers(tmp_path / "8b", LLAMA_3_8B, 32)
     found = " ".join(run("--aligned", folder, "--gpu-memory", "24", *options)[1].split())
-    assert "does not fit beside the model's 13.0 GiB of weights: set projector_bytes" in found
-    assert advice in found
+    assert "does not fit beside the model's 13.0 GiB of weights: " in found and advice in found
+    if "csulora" in options:  # reads nothing that could stay on disk
+        assert "--projector-memory" not in found
+        return
+    least = int(re.search(r"set --projector-memory to (\d+) or more, so", found)[1])
+    for memory, code in ((least, 0), (least - 1, 2)):
+        given = ("--gpu-memory", "24", "--projector-memory", memory)
+        assert run("--aligned", folder, *given, *options)[0] == code
     assert "does not fit" not in run("--aligned", folder, "--gpu-memory", "80", *options)[1]
 
 

@@ -32,7 +32,8 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "keys": (["--keys", "/k"], "/k"),
     "adapter_roots": (["--adapter-root", "/a", "--adapter-root", "/b"], ["/a", "/b"]),
     "gate_device": (["--gate-device", "cuda:1"], "cuda:1"),
-    "projector_bytes": (["--projector-bytes", "3KB"], 3000),
+    "projector_memory": (["--projector-memory", "3KB"], 3000),
+    "projector_host_memory": (["--projector-host-memory", "4KB", "--projector-memory", "3KB"], 4000),
     "concurrent_uploads": (["--concurrent-uploads", "3"], 3),
     "allow_hub": (["--allow-hub"], True),
     "private_docs": (["--private-docs"], True),
@@ -43,9 +44,10 @@ SECTION_ONLY = {"policy"}
 GIB = 1024**3
 # Golden: a change here changes what servers do that are started with the same command as before.
 SERVER: dict[str, Any] = {
-    "policy": {}, "trust_served_model": False, "gate_device": "worker", "projector_bytes": None,
-    "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None, "adapter_roots": [],
-    "concurrent_uploads": 8, "allow_hub": False, "private_docs": False, "route_access": {},
+    "policy": {}, "trust_served_model": False, "gate_device": "worker", "projector_memory": None,
+    "projector_host_memory": 0, "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None,
+    "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False, "private_docs": False,
+    "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,
@@ -85,7 +87,11 @@ def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--store-bytes=1GiB"], {"store_bytes": GIB}),
         (["--concurrent-uploads=2"], {"concurrent_uploads": 2}),
         (["--gate-device=cpu"], {"gate_device": "cpu"}),
-        (["--projector-bytes=1GiB"], {"projector_bytes": GIB}),
+        (["--projector-memory=1GiB"], {"projector_memory": GIB}),
+        (
+            ["--projector-memory=1GiB", "--projector-host-memory=2GiB"],
+            {"projector_memory": GIB, "projector_host_memory": 2 * GIB},
+        ),
         (["--energy=0.3", "--mode=report-only"], {"policy": {"energy": 0.3, "mode": "report-only"}}),
     ],
     ids=str,
@@ -109,7 +115,8 @@ def test_an_option_of_the_command_changes_its_setting_only(
     ("values", "named"),
     [
         ({"projectors": 5}, "projectors"), ({"policy": None}, "policy"), ({"policy": []}, "policy"),
-        ({"projector_bytes": "x"}, "projector_bytes"), ({"projector_bytes": True}, "projector_bytes"),
+        ({"projector_memory": "x"}, "projector_memory"), ({"projector_memory": True}, "projector_memory"),
+        ({"projector_host_memory": None}, "projector_host_memory"),
         ({"allow_hub": "no"}, "allow_hub"), ({"adapter_roots": "/data"}, "adapter_roots"),
         ({"nonsense": 1}, "nonsense"), ({"private_docs": 1}, "private_docs"),
         ({"gate_device": 0}, "gate_device"),
@@ -131,6 +138,15 @@ def test_devices_of_the_gate(device: str) -> None:
 def test_what_is_no_device_of_the_gate(device: str) -> None:
     with pytest.raises(GuardError, match=r"^gate_device is .* expected worker, cpu, or a device"):
         ServerSettings("p", gate_device=device)
+
+
+def test_memory_that_cannot_be_meant() -> None:
+    for name in ("projector_memory", "projector_host_memory"):
+        with pytest.raises(GuardError, match=f"^{name} is -1: expected bytes, 0 or more"):
+            ServerSettings("p", **{"projector_memory": 0, name: -1})
+    with pytest.raises(GuardError, match=r"^projector_host_memory has no effect without projector_memory"):
+        ServerSettings("p", projector_host_memory=1)
+    assert ServerSettings("p", projector_memory=0, projector_host_memory=1).projector_host_memory == 1
 
 
 @pytest.mark.parametrize("text", ["GET /x", "users"])

@@ -169,7 +169,7 @@ def test_a_gate_holds_as_much_as_the_formula_says(
         least += sum(vars(needed).values()) - unread
         most_held += sum(vars(allowed).values()) - unread
     # Modules of one shape keep equally many directions: the most that one of them needs.
-    assert least <= loaded.resident_bytes()["cpu"] <= most_held
+    assert least <= loaded.resident_bytes()["device"] <= most_held
     if inputs == outputs == 0.0:
         assert least == most_held
 
@@ -195,7 +195,7 @@ def test_a_gate_with_a_thin_cache_holds_all_of_its_output_directions(thin: Proje
     loaded.load("cpu", None, parts.input_energy, parts.output_energy, parts.operator)
     kept = {name: len(loaded.projector(name).energies) for name in loaded.modules}
     found = [held_thin(entry.shape, kept[name]) for name, entry in loaded.modules.items()]
-    assert loaded.resident_bytes()["cpu"] == sum(sum(vars(size).values()) for size in found)
+    assert loaded.resident_bytes()["device"] == sum(sum(vars(size).values()) for size in found)
 
 
 if __name__ == "__main__":

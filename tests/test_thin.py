@@ -119,7 +119,7 @@ def test_a_thin_cache_serves_what_a_full_one_serves(
         copy = files(tmp_path / kind.id / "store" / "published" / answer.accepted_key())
         assert json.loads(copy.pop("report.json"))["report"]["projectors"] == kind.id
         published.append(copy)
-        held.append(service._settings.cache.resident_bytes()["cpu"])
+        held.append(service._settings.cache.resident_bytes()["device"])
     assert reports[0] == reports[1] and len(reports[0].modules) == len(module_shapes())
     assert published[0] == published[1] and set(published[0]) == {
         "adapter_config.json",
@@ -165,7 +165,7 @@ def test_its_manifest_and_its_checksums(thin: ProjectorCache, tmp_path: Path) ->
 def test_everything_is_loaded_that_is_there(thin: ProjectorCache) -> None:
     whole = ProjectorCache(thin.folder)
     whole.load("cpu")
-    assert whole.resident_bytes() == {"cpu": thin.resident_bytes()["disk"], "disk": 0}
+    assert whole.resident_bytes() == {"device": thin.resident_bytes()["disk"], "host": 0, "disk": 0}
 
 
 def test_one_thin_module_makes_a_thin_cache(cache: ProjectorCache, adapter: Path, tmp_path: Path) -> None:

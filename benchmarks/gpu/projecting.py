@@ -42,7 +42,7 @@ def measure(device: torch.device, scratch: Path, quick: bool) -> dict[str, Any]:
         weights = [random_weights(cache, 16, device, seed) for seed in range(3)]
         row = adapter_figures(cache, weights, policy, device, 5)
         if device.type == "cuda":
-            row["held_mib"] = round(cache.resident_bytes()["cuda"] / MIB, 1)
+            row["held_mib"] = round(cache.resident_bytes()["device"] / MIB, 1)
         found[f"{name}, {layers[count]} layers, r 16"] = row
         say({name: row})
         if name == "input-removal":
@@ -72,7 +72,7 @@ def measure(device: torch.device, scratch: Path, quick: bool) -> dict[str, Any]:
         write_cache(folder, big, count, operators=False, device=str(device))
         cache = loaded(folder, Policy(), device)
         row = adapter_figures(cache, [random_weights(cache, 16, device)], Policy(), device, 5)
-        row["held_mib"] = round(cache.resident_bytes().get(device.type, 0) / MIB, 1)
+        row["held_mib"] = round(cache.resident_bytes()["device"] / MIB, 1)
         found[f"{title}, input-removal, r 16"] = row
         say({title: row})
     return found

@@ -9,13 +9,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.cli import DONE
-from safelora_vllm.cli.options import add_policy_options, chosen_policy
+from safelora_vllm.cli.options import add_policy_options, chosen_policy, size
 from safelora_vllm.errors import UsageError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import Policy
 
 if TYPE_CHECKING:
-    from safelora_vllm.projectors.plan import ModuleGroup, Plan
+    from safelora_vllm.projectors.plan import Plan
+    from safelora_vllm.projectors.sizes import ModuleGroup
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -59,6 +60,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="cpu",
         help="where the build would compute, for its time; default: cpu",
     )
+    parser.add_argument(
+        "--projector-memory", type=size, metavar="N", help="as for serve; default: what the policy takes"
+    )
+    parser.add_argument(
+        "--projector-host-memory", type=size, default=0, metavar="N", help="as for serve; default: 0"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     add_policy_options(parser)
     parser.set_defaults(run=run)
@@ -81,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         lora_rank=args.lora_rank,
         gpu_memory=None if memory is None else math.ceil(memory * _GIB),
         device=args.device,
+        projector_memory=args.projector_memory,
+        projector_host_memory=args.projector_host_memory,
     )
     if args.json:
         print(json.dumps(_document(plan, policy), indent=1))
@@ -117,6 +126,9 @@ def _document(plan: Plan, policy: Policy) -> dict[str, Any]:
         "device_bytes": plan.device_bytes,
         "device": dataclasses.asdict(plan.held),
         "device_bytes_at_most": plan.held_at_most,
+        "host_bytes": plan.placement.host_bytes,
+        "read_bytes": plan.placement.disk_bytes,
+        "least_bytes": plan.least_bytes,
         "transient_bytes": plan.transient_bytes,
         "context_bytes": plan.context_bytes,
         "gate_bytes": plan.gate_bytes,
@@ -153,8 +165,8 @@ def _print(plan: Plan, policy: Policy) -> None:
     for number, section in enumerate(_sections(plan)):
         if number:
             sizes.add_section()
-        for what, size in section:
-            sizes.add_row(what, size)
+        for what, nbytes in section:
+            sizes.add_row(what, nbytes)
     console.print(sizes)
     for sentence in [*_notes(plan), *_advice(plan, policy)]:
         console.print(Text(sentence))
@@ -174,7 +186,8 @@ def _range(counts: tuple[int, ...]) -> str:
 
 
 def _sections(plan: Plan) -> list[list[tuple[str, str]]]:
-    disk, held = plan.disk, plan.held
+    disk, held, placement = plan.disk, plan.held, plan.placement
+    operator = held.operator - placement.host_bytes - placement.disk_bytes
     where = "GPU" if plan.on_gpu else "CPU"
     cache = [
         ("projector cache on disk", _size(disk.total)),
@@ -185,16 +198,22 @@ def _sections(plan: Plan) -> list[list[tuple[str, str]]]:
     ]
     gate = [
         (f"gate on a {where}", _size(plan.gate_bytes)),
-        ("  Ĉ or V", _size(held.operator)),
+        ("  Ĉ or V", _size(operator)),
         ("  R", _size(held.input_basis)),
         ("  L", _size(held.output_basis)),
         *([] if plan.on_gpu else [("  shares of energy", _size(held.energy))]),
-        ("  while it judges an adapter, about", _size(plan.transient_bytes)),
+        ("  for the work of an adapter", _size(plan.transient_bytes)),
     ]
     if plan.on_gpu:
         gate.append(
             ("  allowance for CUDA's context and libraries, as on an H100", _size(plan.context_bytes))
         )
+    if placement.host_bytes:
+        gate.append(("Ĉ or V in pinned host memory", _size(placement.host_bytes)))
+    if placement.disk_bytes:
+        gate.append(("Ĉ or V that it reads from disk at each use", _size(placement.disk_bytes)))
+    if held.operator:
+        gate.append(("smallest --projector-memory", _size(plan.least_bytes)))
     if plan.assumed:
         cache.append(("  at most, if V has no dominant directions", _size(plan.disk_at_most)))
         gate.append(("  projectors at most, if V has no dominant directions", _size(plan.held_at_most)))
@@ -237,10 +256,13 @@ def _advice(plan: Plan, policy: Policy) -> list[str]:
         less = "neither Ĉ nor V" if plan.held.operator else "less of L"
         smaller = f"{method}--select all, which read{'' if method else 's'} {less}"
     weights = _size(plan.weight_bytes // plan.gpus)
-    return [
-        f"The gate does not fit beside the model's {weights} of weights{each}: set "
-        f"projector_bytes, so that it reads the rest from disk at each use, or take {smaller}."
-    ]
+    less, least = "", plan.least_bytes + plan.context_bytes + plan.weight_bytes / plan.gpus
+    if plan.held.operator and least <= plan.gpu_memory:
+        less = (
+            f"set --projector-memory to {plan.least_bytes} or more, so that it reads the rest from disk at "
+            "each use, or "
+        )
+    return [f"The gate does not fit beside the model's {weights} of weights{each}: {less}take {smaller}."]
 
 
 def _size(nbytes: int) -> str:

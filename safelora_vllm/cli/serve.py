@@ -76,10 +76,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"default: {ServerSettings.gate_device}",
     )
     parser.add_argument(
-        "--projector-bytes",
+        "--projector-memory",
         type=size,
         metavar="N",
-        help="most bytes of projectors on the gate's device; default: no bound",
+        help="most bytes of the gate's device for projectors and the work of an adapter; default: what the "
+        "policy takes in all",
+    )
+    parser.add_argument(
+        "--projector-host-memory",
+        type=size,
+        metavar="N",
+        help="most bytes of pinned host memory for what --projector-memory has no room for; default: 0",
     )
     parser.add_argument(
         "--concurrent-uploads",

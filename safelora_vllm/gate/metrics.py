@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from safelora_vllm.gate.admit import Admission
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.placement import Placement
 
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -38,18 +39,30 @@ class GateMetrics:
             self._cache.labels(outcome)  # there from the start, so that rates can be computed
         self._bytes = Gauge(
             "safelora_projector_bytes",
-            "Bytes of projectors, on each device and on disk",
+            "Bytes of what the policy reads of the projector cache, by where it is",
             ["tier"],
+            registry=registry,
+        )
+        self._budget = Gauge(
+            "safelora_gate_memory_budget_bytes",
+            "Bytes of the gate's device for projectors and the work of an adapter",
+            registry=registry,
+        )
+        self._transient = Gauge(
+            "safelora_gate_memory_transient_bytes",
+            "Bytes of the budget for the work of an adapter",
             registry=registry,
         )
         self._enforcing = Gauge(
             "safelora_enforcing", "1 if adapters are projected, 0 in report-only mode", registry=registry
         )
 
-    def describe(self, cache: ProjectorCache, enforcing: bool) -> None:
+    def describe(self, cache: ProjectorCache, placement: Placement, enforcing: bool) -> None:
         """Set the gauges that do not change while the gate lives."""
         for tier, count in cache.resident_bytes().items():
             self._bytes.labels(tier).set(count)
+        self._budget.set(placement.budget)
+        self._transient.set(placement.transient)
         self._enforcing.set(enforcing)
 
     def record(self, admission: Admission) -> None:

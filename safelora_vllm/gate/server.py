@@ -32,6 +32,7 @@ from safelora_vllm.errors import (
     StoreUnavailable,
 )
 from safelora_vllm.gate.admit import GateSettings, admit
+from safelora_vllm.gate.memory import allocator_of, described, give_back, placed
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.gate.protocol import (
     Admit,
@@ -55,6 +56,8 @@ from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.placement import Placement
+from safelora_vllm.projectors.sizes import groups_of_cache
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
 
@@ -72,6 +75,7 @@ class GateService:
     Raises:
         GuardError: every user of this machine may write to the store.
         ProjectorCacheError, PolicyError, CheckpointError: the settings do not fit each other.
+        UsageError: too little memory for what the policy reads.
     """
 
     def __init__(self, config: GateConfig) -> None:
@@ -81,28 +85,29 @@ class GateService:
         cache.verify()
         if not given.trust_served_model:
             cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
-        parts = parts_read(policy, cache.thin)
-        cache.load(
-            config.device, given.projector_bytes, parts.input_energy, parts.output_energy, parts.operator
-        )
+        device, parts = torch.device(config.device), parts_read(policy, cache.thin)
+        self._placement = _placement(config, cache, policy)
+        cache.load(device, self._placement, **dataclasses.asdict(parts))
         self._settings = GateSettings(
             cache=cache,
             policy=policy,
-            device=torch.device(config.device),
+            device=device,
             dtype=getattr(torch, config.dtype),
             limits=Limits(weights_bytes=_weights_bytes(config, cache), max_rank=config.max_rank),
             base_model=Path(config.model).name,
         )
-        _check_energy(self._settings)
         if lost := truncation(policy, cache):
             logger.warning("%s", lost)
-        if self._settings.device.type != "cpu":
+        self._allocator = allocator_of(device)
+        if device.type != "cpu":
             _warm_up(self._settings)
+            give_back(self._allocator, self._placement)
+        logger.info(described(self._placement, device))
         self._published, self._raw = PublishedStore(given.store), RawStore(given.store)
         self._store_bytes = given.store_bytes
         clean(given.store)
         self._metrics = GateMetrics(CollectorRegistry())
-        self._metrics.describe(cache, self._settings.policy.enforcing)
+        self._metrics.describe(cache, self._placement, policy.enforcing)
         self._one_at_a_time = threading.Lock()
         self._busy_since: float | None = None
 
@@ -124,7 +129,10 @@ class GateService:
         raw = self._raw if call.keep else None
         try:
             with self._one_at_a_time, self._busy():
-                admission = admit(call.path, call.name, settings, self._published, raw, call.allowance)
+                try:
+                    admission = admit(call.path, call.name, settings, self._published, raw, call.allowance)
+                finally:
+                    give_back(self._allocator, self._placement)
         except QuotaExceeded:
             raise
         except SafeLoRAError as error:
@@ -223,11 +231,16 @@ def _weights_bytes(config: GateConfig, cache: ProjectorCache) -> int:
     return min(config.settings.max_adapter_bytes, 4 * factors + _HEADER_BYTES)
 
 
-def _check_energy(settings: GateSettings) -> None:
-    """Find out now, not at the first adapter, whether the cache can serve the policy's energy."""
-    if settings.policy.has_effect("energy"):
-        for name in settings.cache.modules:
-            settings.cache.projector(name, settings.device).directions(settings.policy.energy)
+def _placement(config: GateConfig, cache: ProjectorCache, policy: Policy) -> Placement:
+    """Where the projectors will be, in the memory that the settings allow.
+
+    Raises:
+        UsageError: it is too little, or the gate is on a CPU and has no other memory than its host's.
+        PolicyError: the policy has more energy than the cache.
+    """
+    given, groups = config.settings, groups_of_cache(cache, parts_read(policy, cache.thin))
+    device, memory = torch.device(config.device), (given.projector_memory, given.projector_host_memory)
+    return placed(groups, policy, device, config.max_rank, *memory)[1]
 
 
 def _warm_up(settings: GateSettings) -> None:

@@ -84,10 +84,12 @@ def judge(
         device: where to compute.
         dtype: of the weights as they are served.
     """
-    groups = grouped(weights, cache, _group_bytes(device), parts_read(policy, cache.thin))
+    parts = parts_read(policy, cache.thin)
+    groups = grouped(weights, cache, _group_bytes(device), parts)
     chosen: Selection | None = None
     judged: dict[str, JudgedModule] = {}
-    with exact_products():
+    applied = [name for names in groups for name in names] * (1 + (policy.select == "number"))
+    with exact_products(), cache.ahead(applied if parts.operator else []):
         if policy.select == "number":  # which are the least similar is known when all are measured
             similarities: dict[str, Interval | None] = {}
             for names in groups:

@@ -15,27 +15,28 @@ models the build was given; the same models give the same id wherever they are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safelora_vllm.errors import CheckpointError, ProjectorCacheError
-from safelora_vllm.files import FileState, file_state
-from safelora_vllm.projectors.checkpoint import ModelName, read_header
-from safelora_vllm.projectors.group import BasisStack, GroupSpectrum, ProjectorGroup
-from safelora_vllm.projectors.manifest import MANIFEST, MODELS, THIN, parse_manifest
+from safelora_vllm.errors import ProjectorCacheError
+from safelora_vllm.projectors.ahead import ReadAhead
+from safelora_vllm.projectors.checkpoint import ModelName
+from safelora_vllm.projectors.group import GroupSpectrum, ProjectorGroup
+from safelora_vllm.projectors.held import SIDES, Held
+from safelora_vllm.projectors.manifest import MANIFEST, MODELS, OPERATORS, THIN, parse_manifest
+from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
+from safelora_vllm.projectors.shards import Shards
 
 __all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
 
-_SIDES = {"input_basis": 1, "output_basis": 0}  # of a module's shape
 _REMEMBERED = 100_000  # sizes of bases
 _SPECTRA = 256  # groups whose spectra are kept, some kilobytes each
 
@@ -69,11 +70,11 @@ class ProjectorCache:
         for name in sorted(self.modules, key=lambda name: name.rpartition(".")[2]):
             entry = self.modules[name]
             self._shapes.setdefault((entry.shape, entry.form), []).append(name)
-        self._resident: dict[str, Tensor] = {}
-        self._stacks: dict[str, BasisStack] = {}  # of resident bases, by the same keys
+        self._shards = Shards(self.folder, self._manifest)
+        self._held: Held | None = None
+        self._ahead: ReadAhead | None = None
         self._spectra: dict[tuple[tuple[str, ...], float, torch.device], GroupSpectrum] = {}
         self._basis_bytes: dict[tuple[str, Parts], int] = {}
-        self._verified: dict[str, FileState] = {}  # shard → of its file then
 
     def _manifest_text(self) -> bytes:
         try:
@@ -90,19 +91,7 @@ class ProjectorCache:
         Raises:
             ProjectorCacheError: a shard is missing or its bytes changed.
         """
-        for name in progress if progress is not None else sorted(self._manifest.shards):
-            self._verify_shard(name)
-
-    def _verify_shard(self, name: str) -> None:
-        try:
-            with (self.folder / name).open("rb") as file:
-                state = file_state(os.fstat(file.fileno()))
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise self._damaged(name, str(error.strerror)) from error
-        if found != self._manifest.shards[name].sha256:
-            raise self._damaged(name, "its bytes are not those that the build wrote")
-        self._verified[name] = state
+        self._shards.verify(progress)
 
     @property
     def aligned_model(self) -> ModelName | None:
@@ -130,45 +119,35 @@ class ProjectorCache:
     def load(
         self,
         device: str | torch.device,
-        max_bytes: int | None = None,
+        placement: Placement | None = None,
         input_energy: float = 1.0,
         output_energy: float = 1.0,
         operator: bool = True,
     ) -> None:
-        """Keep tensors on ``device``, up to ``max_bytes`` of them.
+        """Keep tensors in memory, and read the others from the shards at each use.
 
         As far as the cache has them: of the bases only the directions up to these energies, and Ĉ or V only
-        where it is read, which is what `Parts` says. The small parts of all modules come before the large
-        ones: the energies (on the CPU), R, L, then Ĉ or V. All else is read from the shards at each use, and
-        a shard whose file changed is verified again before that.
-        """
-        left = math.inf if max_bytes is None else max_bytes
-        for part, names, columns in self._wanted(input_energy, output_energy, operator):
-            if columns is None or len(names) == 1:
-                (name,) = names
-                tensor = self._read(f"{name}.{part}", self.modules[name].shard, columns)
-                if tensor.nbytes > left:
-                    return
-                self._resident[f"{name}.{part}"] = tensor.to("cpu" if part == "energy" else device)
-                left -= tensor.nbytes
-                continue
-            side = self.modules[names[0]].shape[_SIDES[part]]
-            each = side * columns * torch.float32.itemsize
-            fitting = names[: int(min(left, len(names) * each) // each)]
-            stack = torch.empty(len(fitting), side, columns, device=device)
-            held = BasisStack(fitting, stack)
-            for name, room in zip(fitting, stack, strict=True):
-                room.copy_(self._read(f"{name}.{part}", self.modules[name].shard, columns))
-                self._resident[f"{name}.{part}"], self._stacks[f"{name}.{part}"] = room, held
-            left -= stack.nbytes
-            if len(fitting) < len(names):
-                return
+        where it is read, which is what `Parts` says. A shard whose file changed is verified again before it
+        is read.
 
-    def _wanted(
-        self, input_energy: float, output_energy: float, operator: bool
-    ) -> Iterator[tuple[str, Sequence[str], int | None]]:
-        """Part, modules and columns of what `load` keeps, in its order."""
-        yield from (("energy", [name], None) for name in self.modules)
+        Args:
+            device: where they are used. The shares of energy stay on the CPU.
+            placement: modules whose Ĉ or V is on the device or in host memory. None: all on the device.
+            input_energy, output_energy, operator: see `Parts`.
+        """
+        device, self._ahead, self._held = torch.device(device), None, None
+        held = Held(self._shards, self.modules, device)
+        held.load_energies()
+        self._held = held  # what is wanted of the bases is read from the energies
+        for part, names, columns in self._wanted(input_energy, output_energy):
+            held.load_bases(part, names, columns)
+        operators = self._operators() if operator else {}
+        held.load_operators(operators, placement)
+        if placement is not None and placement.passing and operators:
+            self._ahead = ReadAhead(placement.passing, device, held.read_into)
+
+    def _wanted(self, input_energy: float, output_energy: float) -> Iterator[tuple[str, Sequence[str], int]]:
+        """Part, modules and columns of each tensor of bases that `load` keeps."""
         for part, energy in (("input_basis", input_energy), ("output_basis", output_energy)):
             for names in self._shapes.values():
                 projectors = [self.projector(name) for name in names]
@@ -180,10 +159,25 @@ class ProjectorCache:
                     yield part, names, held[0]
                 else:
                     yield from ((part, [name], count) for name, count in zip(names, held, strict=True))
-        if operator:
-            for name, entry in self.modules.items():
-                if entry.form != THIN:
-                    yield "projector" if entry.form == "dense" else "delta", [name], None
+
+    def _operators(self) -> dict[str, str]:
+        """Module → key of its Ĉ or V, in the order of the manifest."""
+        parts = {name: OPERATORS.get(entry.form) for name, entry in self.modules.items()}
+        return {name: f"{name}.{part}" for name, part in parts.items() if part}
+
+    @contextlib.contextmanager
+    def ahead(self, names: Sequence[str]) -> Iterator[None]:
+        """Fetch each module's Ĉ or V that is not on the device while the one before is used.
+
+        names: of modules, in the order in which theirs will be applied, as often as they will be.
+        """
+        if self._ahead is None or self._held is None:
+            yield
+            return
+        operators = self._operators()
+        keys = [operators[name] for name in names if name in operators]
+        with self._ahead.following([key for key in keys if not self._held.on_device(key)]):
+            yield
 
     def basis_bytes(self, names: Sequence[str], parts: Parts) -> int:
         """What copies of a module's bases take, R in float32 and L in float64, of the largest of some."""
@@ -225,9 +219,8 @@ class ProjectorCache:
         """(m, d, k) of the first columns of each module's basis, k the largest count."""
         columns, entry = max(counts), self.modules[names[0]]
         if columns == 0:
-            return torch.zeros(len(names), entry.shape[_SIDES[part]], 0, device=device)
-        stack = self._stacks.get(f"{names[0]}.{part}")
-        if stack is not None and (rows := stack.rows(names, columns)) is not None:
+            return torch.zeros(len(names), entry.shape[SIDES[part]], 0, device=device)
+        if self._held is not None and (rows := self._held.rows(part, names, columns)) is not None:
             return rows
         parts = [
             self.tensor(f"{name}.{part}", self.modules[name].shard, device, count)
@@ -240,20 +233,23 @@ class ProjectorCache:
         return Projector(self.modules[name], self, torch.device(device))
 
     def tensor(self, key: str, shard: str, device: torch.device, columns: int | None = None) -> Tensor:
-        """A tensor of the cache, or its first columns: what is resident, or what is read now."""
-        resident = self._resident.get(key)
-        if resident is None or (columns is not None and resident.shape[1] < columns):
-            return self._read(key, shard, columns).to(device)
-        return resident if columns is None else resident[:, :columns]
+        """A tensor of the cache, or its first columns: what is held, or what is read now."""
+        fetched = self._ahead.take(key, device) if self._ahead is not None and columns is None else None
+        if fetched is not None:
+            return fetched
+        held = self._held.get(key) if self._held is not None else None
+        if held is None or (columns is not None and held.shape[1] < columns):
+            return self._shards.read(key, shard, columns).to(device)
+        return held.to(device) if columns is None else held[:, :columns].to(device)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes held per device type, and under ``disk`` those that are read at each use."""
-        tiers: dict[str, int] = {}
-        for tensor in self._resident.values():
-            tiers[tensor.device.type] = tiers.get(tensor.device.type, 0) + tensor.nbytes
-        total = sum(shard.tensor_bytes for shard in self._manifest.shards.values())
-        tiers["disk"] = total - sum(tiers.values())
-        return tiers
+        """Bytes of what is read, by where it is: on the ``device``, in ``host`` memory, on ``disk``.
+
+        On a CPU the device's memory is the host's. Before `load` everything is on disk.
+        """
+        if self._held is None:
+            return {"device": 0, "host": 0, "disk": self._shards.tensor_bytes}
+        return dict(self._held.nbytes)
 
     def tensor_bytes(self) -> dict[str, int]:
         """Bytes of each tensor in the shards, from their headers.
@@ -261,34 +257,7 @@ class ProjectorCache:
         Raises:
             ProjectorCacheError: a shard is missing or damaged.
         """
-        sizes: dict[str, int] = {}
-        for shard in self._manifest.shards:
-            try:
-                header = read_header(self.folder / shard)
-            except (OSError, CheckpointError) as error:
-                raise self._damaged(shard, str(error)) from error
-            sizes |= {key: info.nbytes for key, info in header.items()}
-        return sizes
-
-    def _read(self, key: str, shard: str, columns: int | None = None) -> Tensor:
-        """A tensor from disk, in memory of its own: a mapped file that is cut short kills its readers.
-
-        A shard is verified before its first use, and again when its file changed.
-        """
-        try:
-            if self._verified.get(shard) != file_state((self.folder / shard).stat()):
-                self._verify_shard(shard)
-            with safe_open(self.folder / shard, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
-                return tensor.clone() if columns is None else tensor[:, :columns].clone()
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(shard, str(error)) from error
-
-    def _damaged(self, shard: str, why: str) -> ProjectorCacheError:
-        return ProjectorCacheError(
-            f"shard {shard} of the projector cache {self.folder} cannot be used: {why}. "
-            "Restore it or build the cache again"
-        )
+        return self._shards.sizes()
 
 
 def basis_bytes(shape: tuple[int, int], inputs: int, outputs: int) -> int:

@@ -15,6 +15,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MODELS = "models.json"  # beside it: what the build was given, which is no part of the cache's identity
 THIN = "thin"  # the form of a module without Ĉ and V
+OPERATORS = {"dense": "projector", "factored": "delta"}  # form → the part with Ĉ or V
 ENERGY_ROUNDING = 1e-9  # of a share of ‖V‖_F², a sum of many float64 values
 WHOLE = math.inf  # in the place of an energy: all directions that the cache has
 

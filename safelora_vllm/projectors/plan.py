@@ -7,80 +7,22 @@ has none yet: see `assumed_spectrum`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-import torch
-from tqdm import tqdm
-
-from safelora_vllm.errors import PolicyError, ProjectorCacheError
+from safelora_vllm.errors import PolicyError
 from safelora_vllm.projectors import assumed_spectrum
 from safelora_vllm.projectors.build import DTYPES, BuildOptions
-from safelora_vllm.projectors.cache import ProjectorCache, columns_held
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN, WHOLE
+from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.projector import Parts
+from safelora_vllm.projectors.sizes import CacheBytes, ModuleGroup, module_group
 
-_BASIS, _SHARE = torch.float32.itemsize, torch.float64.itemsize
 # Of an H100 for the CUDA context, libraries and what torch's allocator keeps: the 1,600 MiB that a gate of
 # Llama-2-7B's shapes took in all, less its projectors and the work of its largest group (benchmarks/results/
 # gpu_check.json). Other cards and releases differ.
 CONTEXT_BYTES = 1200 * 1024**2
-
-
-@dataclass(frozen=True)
-class CacheBytes:
-    """Bytes of the parts of a cache.
-
-    Attributes:
-        operator: Ĉ or V.
-        input_basis: R.
-        output_basis: L.
-        energy: the shares of energy, which the gate keeps in host memory.
-    """
-
-    operator: int = 0
-    input_basis: int = 0
-    output_basis: int = 0
-    energy: int = 0
-
-    @property
-    def total(self) -> int:
-        """Of all parts."""
-        return self.operator + self.input_basis + self.output_basis + self.energy
-
-    def __add__(self, other: CacheBytes) -> CacheBytes:
-        return CacheBytes(*map(sum, zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(frozen=True)
-class ModuleGroup:
-    """Modules of one shape.
-
-    Attributes:
-        names: of the modules.
-        shape: (d_out, d_in).
-        form: ``dense`` (Ĉ is stored), ``factored`` (V is) or ``thin`` (neither is).
-        kept: directions of R and L that the cache has of each module.
-        input_directions: those of R that the policy reads.
-        output_directions: those of L.
-        disk: what the modules take in the cache.
-        held: what the gate holds of them.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, int]
-    form: str
-    kept: tuple[int, ...]
-    input_directions: tuple[int, ...]
-    output_directions: tuple[int, ...]
-    disk: CacheBytes
-    held: CacheBytes
-
-    @property
-    def kinds(self) -> list[str]:
-        """The last parts of the names, such as ``q_proj``."""
-        return list(dict.fromkeys(name.rpartition(".")[2] for name in self.names))
 
 
 @dataclass(frozen=True)
@@ -98,7 +40,8 @@ class Plan:
         lora_rank: of an adapter.
         adapter_uploaded: of an adapter of all modules at that rank, in float32.
         adapter_served: of the same in bfloat16.
-        transient_bytes: what judging an adapter takes for a while.
+        placement: where the gate's projectors are, and what judging an adapter takes.
+        least_bytes: the smallest ``projector_memory`` of a gate.
         on_gpu: whether the gate is on a GPU.
         gpu_memory: of that GPU, if known.
         weight_bytes: of the aligned model.
@@ -116,7 +59,8 @@ class Plan:
     lora_rank: int
     adapter_uploaded: int
     adapter_served: int
-    transient_bytes: int
+    placement: Placement
+    least_bytes: int
     on_gpu: bool
     gpu_memory: int | None
     weight_bytes: int
@@ -131,7 +75,12 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """What the gate's projectors take of its device."""
-        return self.held.total - (self.held.energy if self.on_gpu else 0)
+        return self.placement.device_bytes
+
+    @property
+    def transient_bytes(self) -> int:
+        """What judging an adapter takes of it for a while, at most."""
+        return self.placement.transient
 
     @property
     def context_bytes(self) -> int:
@@ -161,36 +110,6 @@ class Plan:
         return self.gate_bytes + self.weight_bytes / self.gpus <= self.gpu_memory
 
 
-def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
-    """What a cache has and what is read of it. Its shards are verified as their energies are read.
-
-    Raises:
-        PolicyError: the policy has more energy than the cache.
-        ProjectorCacheError: the cache has no modules, or is damaged.
-    """
-    if not cache.modules:
-        raise ProjectorCacheError(f"the projector cache {cache.folder} has no modules; build it again")
-    operators = {name: cache.projector(name) for name in cache.modules}
-    for operator in tqdm(operators.values(), desc="Energies", unit="module", delay=1.0):
-        _ = operator.energies
-    sizes, groups = cache.tensor_bytes(), []
-    for names in cache.in_groups(cache.modules):
-        entry = cache.modules[names[0]]
-        key = {"dense": "projector", "factored": "delta"}.get(entry.form)
-        group = _group(
-            names,
-            entry.shape,
-            entry.form,
-            [len(operators[name].energies) for name in names],
-            [operators[name].directions(parts.input_energy) for name in names],
-            [operators[name].directions(parts.output_energy) for name in names],
-            sum(sizes[f"{name}.{key}"] for name in names) if key else 0,
-            parts.operator,
-        )
-        groups.append(group)
-    return groups
-
-
 def assumed_groups(
     checkpoint: Checkpoint, names: Iterable[str], parts: Parts, options: BuildOptions
 ) -> list[ModuleGroup]:
@@ -203,11 +122,6 @@ def largest_groups(
 ) -> list[ModuleGroup]:
     """The same where V has no dominant directions at all: no build takes more."""
     return _planned(checkpoint, names, parts, options, lambda shape, energy: math.ceil(energy * min(shape)))
-
-
-def total(sizes: Iterable[CacheBytes]) -> CacheBytes:
-    """Of several groups."""
-    return sum(sizes, CacheBytes())
 
 
 def _planned(
@@ -241,20 +155,5 @@ def _planned(
             [directions(shape, min(energy, max_energy))] * len(alike)
             for energy in (max_energy, parts.input_energy, parts.output_energy)
         )
-        groups.append(_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator))
+        groups.append(module_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator))
     return groups
-
-
-def _group(
-    names: Sequence[str], shape: tuple[int, int], form: str, kept: Sequence[int], inputs: Sequence[int],
-    outputs: Sequence[int], operator: int, reads_operator: bool,
-) -> ModuleGroup:  # fmt: skip
-    (rows, columns), count = shape, sum(kept)
-    disk = CacheBytes(operator, _BASIS * columns * count, _BASIS * rows * count, _SHARE * count)
-    held = CacheBytes(
-        operator if reads_operator else 0,
-        _BASIS * columns * sum(columns_held(inputs, kept)),
-        _BASIS * rows * sum(columns_held(outputs, kept)),
-        disk.energy,
-    )
-    return ModuleGroup(tuple(names), shape, form, tuple(kept), tuple(inputs), tuple(outputs), disk, held)

@@ -29,7 +29,7 @@ def test_metrics_follow_the_adapters(
     info = {"digest": report["digest"], "method": "safe-lora", "mode": "enforce"}
     assert value("safelora_adapter_info", adapter="tenant", **info) == 1
     assert value("safelora_workers", state="guarded") == 1
-    assert value("safelora_projector_bytes", tier="cpu") > 1e6
+    assert value("safelora_projector_bytes", tier="device") > 1e6
     assert value("safelora_enforcing") == 1
     assert any(name.startswith("vllm:") for name, _ in samples), "vLLM's own metrics are missing"
 
