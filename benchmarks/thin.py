@@ -5,7 +5,8 @@
 On the demo's pair of models. The adapters are those of `benchmarks/certified.py`, on every module of some
 layers; the sizes are those of all layers. The truth is computed in float64, from V itself. A decision is less
 safe where a module stays as it is that the truth would have projected. Safe LoRA with all modules selected
-leaves more than the truth where its norm is larger by a millionth of what Ĉ leaves at most.
+leaves more than the truth where its norm is larger by a millionth of what Ĉ leaves at most, over the root of
+the delta's coherence: what is served is rounded to float32, relative to the ranks and not to their sum.
 
 Also: how much of what input removal takes away comes back where R is kept in 16 bits.
 """
@@ -91,10 +92,13 @@ def measured(
         _add(found["truth"], name, similarities)
         retained["truth"] += whole
         for kind, cache in caches.items():
-            similarities, norms = judged(cache, name, a, b)
+            similarities, norms, coherences = judged(cache, name, a, b)
             _add(found[kind], name, similarities)
             retained[kind] += norms
-            above[kind] += sum(mine > of + _ROUNDING * most for mine, of in zip(norms, whole, strict=True))
+            above[kind] += sum(
+                mine > of + _ROUNDING * most / coherence**0.5
+                for mine, of, coherence in zip(norms, whole, coherences, strict=True)
+            )
         for dtype, shares in comes_back(after - before, a[: count // 5], caches["exact"], name).items():
             left[dtype] += shares
     rows = {
@@ -137,20 +141,23 @@ def truth(v: Tensor, delta: Delta) -> tuple[list[Interval], list[float], float]:
     return similarities, [(max(xx, 0.0) / yy) ** 0.5 for xx, _, yy in sums], most
 
 
-def judged(cache: ProjectorCache, name: str, a: Tensor, b: Tensor) -> tuple[list[Interval], list[float]]:
-    """The gate's similarities of n deltas, and what Safe LoRA would retain of each."""
+def judged(
+    cache: ProjectorCache, name: str, a: Tensor, b: Tensor
+) -> tuple[list[Interval], list[float], list[float]]:
+    """The gate's similarities of n deltas, what Safe LoRA would retain of each, and their coherences."""
     projector = cache.projector(name)
     delta = Delta(a, b, projector)
     known = delta.exact_sums() if projector.exact else delta.certified_sums(WHOLE)
     spectrum = None if projector.exact else projector.spectrum(WHOLE)
     served = delta.served_sums(delta.a, delta.image).tolist()
-    similarities, retained = [], []
+    similarities, retained, coherences = [], [], []
     for own, sums, new in zip(delta.own_sums().tolist(), known.tolist(), served, strict=True):
         came = InputStats.of(own, sums, spectrum)
         assert came.similarity is not None
         similarities.append(came.similarity)
         retained.append(came.served(*new).retained or 0.0)
-    return similarities, retained
+        coherences.append(came.coherence)
+    return similarities, retained, coherences
 
 
 def decisions(found: Similarities, exact: Similarities) -> dict[str, Any]:
