@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from safelora_vllm.errors import refuse
+from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector
@@ -107,7 +107,8 @@ def test_a_gate_counts_its_answers() -> None:
     registry = CollectorRegistry()
     metrics = GateMetrics(registry)
     stages = Stages({"read": 0.002, "project": 0.2})
-    refused = Report.refused("x", "", "c", Policy(method="safe-lora"), refuse("dora", "…"))
+    causes = AdapterRefused([Reason("dora", "…"), Reason("bias", "…")])
+    refused = Report.refused("x", "", "c", Policy(method="safe-lora"), causes)
     metrics.record(Admission(REPORT, "k", None, False, stages))
     metrics.record(Admission(REPORT, "k", None, True, Stages({"read": 0.004})))
     metrics.record(Admission(refused, None, None, False, Stages()))
