@@ -133,7 +133,8 @@ def test_a_gate_describes_its_projectors(cache: ProjectorCache) -> None:
     metrics = GateMetrics(registry)
     loaded = ProjectorCache(cache.folder)
     loaded.load("cpu", 200_000)
-    metrics.describe(loaded, enforcing=False)
+    metrics.describe(loaded, enforcing=True)
+    metrics.describe(loaded, enforcing=False)  # says it anew, and adds nothing up
     for tier, count in loaded.resident_bytes().items():
         assert registry.get_sample_value("safelora_projector_bytes", {"tier": tier}) == count > 0
     assert registry.get_sample_value("safelora_enforcing") == 0
