@@ -246,10 +246,11 @@ def test_the_room_that_is_asked_for_is_enough_and_not_twice_what_is_needed(
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.ENOSPC, "Auf dem Gerät ist kein Speicherplatz mehr verfügbar"),
         # What safetensors really raises: its own class, the system's words in its message.
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
-    ids=["os", "safetensors"],
+    ids=["os", "os in another language", "safetensors"],
 )
 def test_a_disk_that_fills_up_during_the_work(
     error: Exception, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
