@@ -17,7 +17,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from safelora_vllm.errors import QuotaExceeded, SafeLoRAError, StoreDamaged, StoreUnavailable
+from safelora_vllm.errors import PolicyError, QuotaExceeded, SafeLoRAError, StoreDamaged, StoreUnavailable
 from safelora_vllm.gate import server as gate_server
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import (
@@ -156,6 +156,25 @@ def test_a_start_reads_checks_and_cleans_before_it_answers(
     assert loaded == [("cpu", 5, 0.3, 0.3, False)]
     settings = service._settings
     assert (settings.dtype, settings.base_model, settings.limits.max_rank) == (torch.bfloat16, "served", 4)
+
+
+def test_a_policy_that_reads_what_the_cache_lacks_is_told_before_it_is_read(
+    config: GateConfig, thin: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ProjectorCache, "verify", lambda _: pytest.fail("minutes of reading"))
+    own = with_settings(config, projectors=str(thin.folder), policy={"method": "safe-lora"})
+    with pytest.raises(PolicyError, match="was built with `thin`"):
+        GateService(own)
+
+
+def test_what_a_caller_hears_of_a_thin_cache_does_not_name_its_folder(
+    config: GateConfig, thin: ProjectorCache, tmp_path: Path
+) -> None:
+    service = GateService(with_settings(config, projectors=str(thin.folder)))
+    call = Admit(str(Draft().write(tmp_path / "adapter")), "x", {"method": "safe-lora"}, override=True)
+    with pytest.raises(PolicyError, match=r"^the server's projector cache was built with `thin`") as told:
+        service.admit(call)
+    assert str(thin.folder) not in str(told.value)
 
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])
