@@ -158,6 +158,21 @@ def test_a_start_reads_checks_and_cleans_before_it_answers(
     assert (settings.dtype, settings.base_model, settings.limits.max_rank) == (torch.bfloat16, "served", 4)
 
 
+def test_more_energy_than_the_cache_has_is_told_at_the_start(config: GateConfig) -> None:
+    with pytest.raises(PolicyError, match=r"`energy` 0\.99 is above the 0\.9\d+ that the projector cache"):
+        GateService(with_settings(config, policy={"energy": 0.99}))
+
+
+def test_of_policies_that_cannot_be_compared_the_servers_own_stays(
+    service: GateService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(Draft().write(tmp_path / "adapter"))
+    found = service.admit(Admit(folder, "x", {"method": "csulora", "energy": 0.5})).report.policy
+    assert found.method == "input-removal" and "cannot be compared with the server's" in caplog.text
+    found = service.admit(Admit(folder, "x", {"method": "csulora"}, override=True)).report.policy
+    assert found.method == "csulora"
+
+
 def test_a_policy_that_reads_what_the_cache_lacks_is_told_before_it_is_read(
     config: GateConfig, thin: ProjectorCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
