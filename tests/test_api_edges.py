@@ -52,7 +52,7 @@ def test_the_new_adapter_is_made_beside_its_place(
 def test_a_place_below_a_file_is_wrong_usage(cache: ProjectorCache, tmp_path: Path) -> None:
     folder = Draft().write(tmp_path / "mine")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="file cannot be written .*: give another folder as `out`"):
+    with pytest.raises(UsageError, match=r"file cannot be written .*: give another folder as `out`"):
         sl.project_adapter(folder, cache, tmp_path / "file" / "out")
 
 

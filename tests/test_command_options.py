@@ -19,6 +19,7 @@ from safelora_vllm.cli import serve
 from safelora_vllm.cli.main import entry, main
 from safelora_vllm.cli.options import size, size_text
 from safelora_vllm.errors import AdapterRefused, Reason, StoreUnavailable
+from safelora_vllm.integration import launch
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
@@ -148,7 +149,7 @@ def test_only_serve_takes_options_that_it_does_not_know(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("safelora_vllm.integration.launch.serve", lambda *given: started.append(given))
+    monkeypatch.setattr(launch, "serve", lambda *given: started.append(given))
     assert main(["serve", "m", "--projectors", "p", "--port", "8001", "--enforce-eager"]) == 0
     assert (started[0][0], started[0][2]) == ("m", ["--port", "8001", "--enforce-eager"])
     for name, options in {"store ls": [], "audit": [], "calibrate": ["--projectors", "p"]}.items():
@@ -200,7 +201,7 @@ def test_paths_of_serve_mean_the_same_in_every_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("safelora_vllm.integration.launch.serve", lambda _, given, __: started.append(given))
+    monkeypatch.setattr(launch, "serve", lambda _, given, __: started.append(given))
     monkeypatch.chdir(tmp_path)
     paths = ["--adapter-store", "s", "--keys", "k", "--adapter-root", "r", "--adapter-root", "../q"]
     assert main(["serve", "m", "--projectors", "p", *paths]) == 0
