@@ -104,3 +104,14 @@ def test_a_group_may_write_to_a_store(mode: int, root: Path) -> None:
     (root / "raw").chmod(mode | 0o002)
     with pytest.raises(GuardError, match="every user may write to"):
         check_store(root)
+
+
+def test_a_copy_that_goes_while_the_store_is_verified_is_no_problem(root: Path) -> None:
+    put(root, 1)
+    (copy,) = copies(root)
+    check = housekeeping._check_published(PublishedStore(root), copy.folder.name)
+    (copy.folder / "report.json").write_text("{")
+    problem = check()
+    assert problem is not None and problem.found == "the copy is damaged"
+    copy.remove(0.0)
+    assert check() is None
