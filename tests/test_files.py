@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safelora_vllm import files
-from safelora_vllm.files import FoundSound, replace_file, sha256_of, states
+from safelora_vllm.files import FoundSound, file_state, replace_file, sha256_of, states
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "other bytes": lambda path: path.write_bytes(b"other bytes"),
@@ -35,6 +35,22 @@ def test_what_was_found_sound_stays_so_for_its_own_key(pair: list[Path]) -> None
     sound.add("x", states(pair))
     assert sound.has("x", pair)
     assert not sound.has("y", pair) and not sound.has("x", pair[:1]) and not sound.has("x", pair[::-1])
+
+
+def test_a_state_is_both_times_the_size_and_the_inode(pair: list[Path]) -> None:
+    """Each says what the others do not: a file of the same size and times may be another one."""
+    status = pair[0].stat()
+    assert file_state(status) == (0, status.st_ctime_ns, 1, status.st_ino)
+    assert 0 not in (status.st_ctime_ns, status.st_ino)
+
+
+def test_what_is_forgotten_is_read_again(pair: list[Path]) -> None:
+    sound = FoundSound()
+    for key in "xy":
+        sound.add(key, states(pair))
+    sound.forget("x")
+    sound.forget("never found")
+    assert not sound.has("x", pair) and sound.has("y", pair)
 
 
 @pytest.mark.parametrize("change", CHANGES)

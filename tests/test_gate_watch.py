@@ -16,7 +16,7 @@ import pytest
 
 from safelora_vllm.errors import GateUnavailable, GuardError
 from safelora_vllm.gate.protocol import Failure, GateConfig, GateState, encode
-from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.gate.supervisor import GateProcess, _end
 from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ServerSettings
 
@@ -164,3 +164,105 @@ def test_only_silences_in_a_row_end_a_gate(start: Start, monkeypatch: pytest.Mon
         assert len(started) == 1 and started[0].returncode is None
     finally:
         process.close()
+
+
+def watched(
+    start: Start, monkeypatch: pytest.MonkeyPatch, state: Callable[[], float]
+) -> tuple[list[subprocess.Popen[bytes]], list[int]]:
+    """Lets a gate be looked at until it is replaced; the processes, and the looks at each of them.
+
+    state: how long it has been busy; an error is a silence.
+    """
+    looks: list[int] = []
+
+    def look(*_: object, **__: object) -> SimpleNamespace:
+        looks.append(len(started))
+        return SimpleNamespace(busy_seconds=0.0 if len(started) > 1 else state())
+
+    monkeypatch.setattr("safelora_vllm.gate.client.GateClient.state", look)
+    monkeypatch.setattr("safelora_vllm.gate.supervisor._LOOK_SECONDS", 0.01)
+    started = start([STAYS, STAYS])
+    process = GateProcess(CONFIG)
+    try:
+        end = time.monotonic() + 60
+        while 2 not in looks:
+            assert time.monotonic() < end and process._watcher.is_alive()
+            time.sleep(0.005)
+        assert started[0].returncode is not None and started[1].returncode is None
+    finally:
+        process.close()
+    return started, looks
+
+
+@pytest.mark.parametrize("error", [GateUnavailable("hangs"), ValueError("odd")], ids=["ours", "another"])
+def test_a_gate_is_ended_at_its_second_silence_in_a_row(
+    error: Exception, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent() -> float:
+        raise error
+
+    _, looks = watched(start, monkeypatch, silent)
+    assert looks.count(1) == 2
+
+
+def test_a_gate_that_has_been_at_one_adapter_for_ten_minutes_is_ended(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    busy = iter([0.0, 599.9, 600.0])
+    _, looks = watched(start, monkeypatch, lambda: next(busy))
+    assert looks.count(1) == 3
+    assert "the gate process has been at one adapter for 600 s; it is ended" in caplog.text
+
+
+def test_a_fault_of_any_kind_at_a_start_does_not_end_the_watch(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = start([ENDS, STAYS])
+    greet, faults = GateProcess._greet, iter([None, ValueError("odd"), None])
+
+    def greeted(self: GateProcess, process: subprocess.Popen[bytes]) -> GateState:
+        if (fault := next(faults)) is not None:
+            start_again()
+            raise fault
+        return greet(self, process)
+
+    def start_again() -> None:
+        """The next process is as the one that failed."""
+        started.extend(start([STAYS]))
+
+    monkeypatch.setattr(GateProcess, "_greet", greeted)
+    process = GateProcess(CONFIG)
+    try:
+        end = time.monotonic() + 60
+        while process.state != SECOND:
+            assert time.monotonic() < end and process._watcher.is_alive()
+            time.sleep(0.005)
+    finally:
+        process.close()
+    assert started[1].returncode is not None, "the one of the failed start was ended"
+
+
+def test_nothing_of_a_closed_gate_is_left(start: Start) -> None:
+    started = start([STAYS])
+    process = GateProcess(CONFIG)
+    assert process._watcher.daemon and process._watcher.name == "safelora-gate"
+    process.close()
+    assert not process._watcher.is_alive()
+    child = started[0]
+    assert child.returncode is not None
+    assert child.stdin is not None and child.stdin.closed
+    assert child.stdout is not None and child.stdout.closed
+
+
+def test_a_process_that_does_not_end_by_itself_is_killed_after_five_seconds() -> None:
+    done: list[object] = []
+
+    def wait(timeout: float | None = None) -> None:
+        done.append(timeout)
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("gate", timeout)
+
+    pipe = SimpleNamespace(close=lambda: done.append("closed"))
+    process: Any = SimpleNamespace(stdin=pipe, stdout=pipe, wait=wait, kill=lambda: done.append("killed"))
+    _end(process)
+    assert done == ["closed", 5, "killed", None, "closed"]

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from safelora_vllm.errors import refuse
+from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector
@@ -110,7 +110,8 @@ def test_a_gate_counts_its_answers() -> None:
     registry = CollectorRegistry()
     metrics = GateMetrics(registry)
     stages = Stages({"read": 0.002, "project": 0.2})
-    refused = Report.refused("x", "", "c", Policy(method="safe-lora"), refuse("dora", "…"))
+    causes = AdapterRefused([Reason("dora", "…"), Reason("bias", "…")])
+    refused = Report.refused("x", "", "c", Policy(method="safe-lora"), causes)
     metrics.record(Admission(REPORT, "k", None, False, stages))
     metrics.record(Admission(REPORT, "k", None, True, Stages({"read": 0.004})))
     metrics.record(Admission(refused, None, None, False, Stages()))
@@ -137,7 +138,8 @@ def test_a_gate_describes_its_projectors(cache: ProjectorCache) -> None:
     names = [*loaded.modules]
     placement = Placement(9, 8, 7, 6, 5, 0, frozenset(names[:3]), frozenset(names[3:5]))
     loaded.load("cpu", placement)
-    metrics.describe(loaded, placement, enforcing=False)
+    metrics.describe(loaded, placement, enforcing=True)
+    metrics.describe(loaded, placement, enforcing=False)  # says it anew, and adds nothing up
     assert loaded.resident_bytes().keys() == {"device", "host", "disk"}
     for tier, count in loaded.resident_bytes().items():
         assert registry.get_sample_value("safelora_projector_bytes", {"tier": tier}) == count > 0

@@ -174,8 +174,16 @@ def test_a_call_that_is_none_is_named(line: bytes, found: str) -> None:
 
 
 def test_a_call_that_cannot_be_written_is_named() -> None:
-    with pytest.raises(MalformedMessage, match="cannot be sent"):
-        encode(Admit("/\udcff", "x"))
+    with pytest.raises(MalformedMessage, match="cannot be sent") as told:
+        encode(Admit("/\udcff" + "x" * 1000, "x"))
+    assert len(str(told.value)) < 400, "it goes into logs"
+
+
+def test_an_unknown_kind_of_error_is_named_in_short() -> None:
+    line = encode(Failure("x" * 1000, "why"))
+    with pytest.raises(MalformedMessage, match=r"is not a valid error of a gate \(why\)") as told:
+        decode_answer(line, GateState)
+    assert len(str(told.value)) < 200
 
 
 def test_a_number_that_json_does_not_have_does_not_pass_for_another() -> None:

@@ -256,13 +256,13 @@ def _advice(plan: Plan, policy: Policy) -> list[str]:
         less = "neither Ĉ nor V" if plan.held.operator else "less of L"
         smaller = f"{method}--select all, which read{'' if method else 's'} {less}"
     weights = _size(plan.weight_bytes // plan.gpus)
-    less, least = "", plan.least_bytes + plan.context_bytes + plan.weight_bytes / plan.gpus
+    budget, least = "", plan.least_bytes + plan.context_bytes + plan.weight_bytes / plan.gpus
     if plan.held.operator and least <= plan.gpu_memory:
-        less = (
+        budget = (
             f"set --projector-memory to {plan.least_bytes} or more, so that it reads the rest from disk at "
             "each use, or "
         )
-    return [f"The gate does not fit beside the model's {weights} of weights{each}: {less}take {smaller}."]
+    return [f"The gate does not fit beside the model's {weights} of weights{each}: {budget}take {smaller}."]
 
 
 def _size(nbytes: int) -> str:

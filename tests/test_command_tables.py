@@ -1,0 +1,274 @@
+"""The tables and sentences of the commands, cell by cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from safelora_vllm.cli import audit, calibrate, plan, tables
+from safelora_vllm.cli import store as store_command
+from safelora_vllm.cli.main import main
+from safelora_vllm.errors import Reason
+from safelora_vllm.methods.method import Spread
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.plan import CacheBytes, ModuleGroup, Plan
+from safelora_vllm.report import ModuleReport, Report
+from safelora_vllm.store import AdapterRecord, NameStore, Version
+
+GIB, MIB = 1024**3, 1024**2
+MODULES = [
+    ModuleReport("a.q_proj", 8, 0.25, 0.01, 0.7, 0.02, "projected", 0.0625),
+    ModuleReport("a.v_proj", 4, None, 0.03, None, 0.04, "kept"),
+]
+REPORT = Report("tenant", "d", "c", Policy(), True, [], MODULES, 0.003)
+LARGE = Report(
+    "other", "d", "c", Policy(), False,
+    [Reason("relative_norm", "x"), Reason("total_norm", "y"), Reason("total_norm", "z")],
+    [dataclasses.replace(MODULES[0], relative_norm=3.0)], 0.5,
+)  # fmt: skip
+NONE = Report("third", "", "c", Policy(), False, [Reason("dora", "use_dora")], [])
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of a table, the header first."""
+    lines = [line for line in text.splitlines() if line.startswith(("│", "┃"))]
+    return [[cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")] for line in lines]
+
+
+def shown(call: Any, *args: Any) -> str:
+    console = Console(width=200, no_color=True)
+    with console.capture() as capture:
+        call(*args, console)
+    return capture.get()
+
+
+def test_a_report() -> None:
+    text = shown(tables.print_report, REPORT)
+    assert cells(text) == [
+        ["module", "rank", "similarity", "c₀", "retained", "relative norm", "decision"],
+        ["a.q_proj", "8", "0.2500 ± 0.0625", "0.0100", "0.7000", "0.0200", "projected"],
+        ["a.v_proj", "4", "–", "0.0300", "–", "0.0400", "kept"],
+    ]
+    assert text.splitlines()[0].strip() == f"tenant: {Policy().summary}, enforce"
+    assert text.splitlines()[-2:] == [
+        "tenant: accepted, 1 of 2 modules projected",
+        "  total norm 0.003 (allowed 1), largest module 0.04 (allowed 1)",
+    ]
+
+
+def test_a_refused_report_with_figures_and_one_without() -> None:
+    assert shown(tables.print_report, LARGE).splitlines()[-5:] == [
+        "other: refused, 1 of 1 modules would have been projected",
+        "  total norm 0.5 (allowed 1), largest module 3 (allowed 1)",
+        "  [relative_norm] x", "  [total_norm] y", "  [total_norm] z",
+    ]  # fmt: skip
+    assert shown(tables.print_report, NONE) == "third: refused\n  [dora] use_dora\n"
+
+
+def test_a_summary() -> None:
+    text = shown(tables.print_summary, [REPORT, LARGE, NONE])
+    assert cells(text) == [
+        ["adapter", "modules", "projected", "total norm", "largest module norm", "verdict"],
+        ["tenant", "2", "1", "0.003", "0.04", "accepted"],
+        ["other", "1", "1", "0.5", "3", "refused: relative_norm, total_norm"],
+        ["third", "–", "–", "–", "–", "refused: dora"],
+    ]
+    assert text.splitlines()[-1] == "largest: total norm 0.5, of a module 3"
+    assert text.splitlines()[0].strip() == "input-removal, enforce"
+    assert "largest" not in shown(tables.print_summary, [NONE]).splitlines()[-1]
+
+
+@pytest.mark.parametrize(("piped", "columns", "width"), [(True, None, 160), (True, "90", 90)])
+def test_the_width_of_the_terminal(
+    piped: bool, columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert sys.stdout.isatty() is not piped
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert tables.terminal().width == width
+
+
+def test_the_names_of_a_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    names = NameStore(tmp_path)
+    names.reserve_ids(1)
+    old = Version(0, "a" * 64, 1, rank=1, created=0.0, by="admin/x")
+    new = Version(
+        0, "b" * 64, 12_345_678, rank=8, created=0.0, by="acme/ci", policy={"energy": 0.1}, override=True
+    )
+    names.update("acme/x", lambda _: AdapterRecord("acme/x").with_version(old).with_version(new))
+    names.update("plain", lambda _: AdapterRecord("plain").with_version(old))
+    assert main(["store", "ls", "--adapter-store", str(tmp_path)]) == 0
+    header, first, second = cells(capsys.readouterr().out)
+    assert header == ["name", "version", "digest", "size", "rank", "created", "by", "policy"]
+    assert first[:5] + first[6:] == [
+        "acme/x", "2", "b" * 12, "12.3 MB", "8", "acme/ci", "OVERRIDE energy=0.1",
+    ]  # fmt: skip
+    assert second[:5] + second[6:] == ["plain", "1", "a" * 12, "1 B", "1", "admin/x", ""]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (10**6 - 1, "1000.0 KB"), (10**6, "1.0 MB"),
+     (2_340_000_000, "2.3 GB"), (10**12, "1.0 TB"), (10**16, "10000.0 TB")],
+)  # fmt: skip
+def test_sizes_of_a_store(nbytes: int, text: str) -> None:
+    assert store_command._in_words(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0"), (1, "0.0 KiB"), (1024, "1.0 KiB"), (MIB // 10, "102.4 KiB"), (MIB // 10 + 1, "0.1 MiB"),
+     (MIB, "1.0 MiB"), (GIB - 1, "1024.0 MiB"), (GIB, "1.0 GiB"), (1536 * MIB, "1.5 GiB")],
+)  # fmt: skip
+def test_sizes_of_a_plan(nbytes: int, text: str) -> None:
+    assert plan._size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (119.9, "119.9 s"), (120, "2.0 min"), (7199, "120.0 min"), (7200, "2.0 h")],
+)
+def test_durations_of_a_plan(seconds: float, text: str) -> None:
+    assert plan._duration(seconds) == text
+
+
+GROUP = ModuleGroup(
+    ("a.q_proj", "a.v_proj", "b.q_proj"), (64, 96), "dense", (9, 7, 8), (3, 3, 3), (0, 2, 1),
+    CacheBytes(MIB, MIB, MIB, 0), CacheBytes(),
+)  # fmt: skip
+PLAN = Plan(
+    groups=(GROUP,), assumed=True, max_energy=0.95, disk=CacheBytes(1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB),
+    held=CacheBytes(16 * MIB, 32 * MIB, 64 * MIB, 128 * MIB), disk_at_most=3 * GIB, held_at_most=4 * GIB,
+    lora_rank=16, adapter_uploaded=8 * MIB, adapter_served=4 * MIB, transient_bytes=256 * MIB, on_gpu=False,
+    gpu_memory=None, weight_bytes=9 * GIB, build_device="cpu", build_seconds=90.0,
+)  # fmt: skip
+
+
+def test_the_rows_of_a_plan() -> None:
+    assert plan._cells(GROUP) == ["3", "q_proj, v_proj", "64 × 96", "7–9", "3", "0–2", "3.0 MiB"]
+    assert plan._sections(PLAN) == [
+        [
+            ("projector cache on disk", "15.0 MiB"),
+            ("  Ĉ or V", "1.0 MiB"),
+            ("  R", "2.0 MiB"),
+            ("  L", "4.0 MiB"),
+            ("  shares of energy", "8.0 MiB"),
+            ("  at most, if V has no dominant directions", "3.0 GiB"),
+        ],
+        [
+            ("gate on a CPU", "496.0 MiB"),
+            ("  Ĉ or V", "16.0 MiB"),
+            ("  R", "32.0 MiB"),
+            ("  L", "64.0 MiB"),
+            ("  shares of energy", "128.0 MiB"),
+            ("  while it judges an adapter, about", "256.0 MiB"),
+            ("  projectors at most, if V has no dominant directions", "4.0 GiB"),
+        ],
+        [
+            ("an adapter of all modules at rank 16, uploaded in float32", "8.0 MiB"),
+            ("the same, served in bfloat16", "4.0 MiB"),
+        ],
+        [("build on cpu here, estimated", "90.0 s")],
+    ]
+
+
+def test_the_rows_of_a_plan_on_a_gpu() -> None:
+    gpu = dataclasses.replace(PLAN, on_gpu=True, gpu_memory=16 * GIB, assumed=False)
+    cache, gate, _, _ = plan._sections(gpu)
+    assert cache[-1][0] == "  shares of energy"
+    assert gate == [
+        ("gate on a GPU", "1.5 GiB"),
+        ("  Ĉ or V", "16.0 MiB"),
+        ("  R", "32.0 MiB"),
+        ("  L", "64.0 MiB"),
+        ("  while it judges an adapter, about", "256.0 MiB"),
+        ("  allowance for CUDA's context and libraries, as on an H100", "1.2 GiB"),
+        ("the gate's share of the GPU's 16.0 GiB", "9.6%"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "held", "memory", "told"),
+    [
+        (Policy(), CacheBytes(), 10, None),
+        (Policy(), CacheBytes(), 9, "model's 9.0 GiB of weights: set projector_bytes, so that it reads the "
+         "rest from disk at each use, or take a smaller --energy."),
+        (Policy(), CacheBytes(), 4.6, "3.0 GiB of weights on each of 2 GPUs"),
+        (Policy(method="safe-lora"), CacheBytes(operator=1), 9,
+         "or take --method input-removal and --select all, which read neither Ĉ nor V."),
+        (Policy(select="threshold"), CacheBytes(operator=1), 9,
+         "or take --select all, which reads neither Ĉ nor V."),
+    ],
+)  # fmt: skip
+def test_advice_where_a_gate_does_not_fit(
+    policy: Policy, held: CacheBytes, memory: float, told: str | None
+) -> None:
+    weights = 6 * GIB if memory == 4.6 else 9 * GIB
+    memory = 4 * GIB if memory == 4.6 else int(memory * GIB)
+    found = dataclasses.replace(
+        PLAN, on_gpu=True, held=held, transient_bytes=0, gpu_memory=memory, weight_bytes=weights
+    )
+    if told is None:
+        found = dataclasses.replace(found, gpu_memory=11 * GIB)
+        assert plan._advice(found, policy) == []
+        return
+    if weights == 6 * GIB:
+        assert found.gpus == 2
+    assert [told in line for line in plan._advice(found, policy)] == [True]
+
+
+def test_spreads_and_figures_of_a_calibration() -> None:
+    assert calibrate._cell(0.12345) == "0.1235"
+    assert calibrate._cell(Spread(0.1, 0.25, 1.0)) == "0.1000–0.2500–1.0000"
+
+
+COLUMNS = ("time", "actor", "action", "adapter", "version", "digest", "policy", "decision", "reasons")
+
+
+def test_a_line_of_the_audit_log_in_short() -> None:
+    record: dict[str, Any] = dict.fromkeys(COLUMNS)
+    record |= {"time": "t", "actor": "a", "digest": "d" * 64, "version": 3, "reasons": ["x", "y"]}
+    record["policy"] = {"method": "input-removal", "select": "all", "energy": 0.1, "mode": "report-only"}
+    short = audit._in_short({**record, "override": True}, {"energy": 0.2}, COLUMNS)
+    assert short == [
+        "t", "a", None, None, 3, "d" * 12,
+        "input-removal all energy=0.2→0.1 UNPROJECTED OVERRIDE", None, ["x", "y"],
+    ]  # fmt: skip
+    record["policy"] = {"mode": "audit", "method": "none of ours"}
+    assert audit._in_short(record, {}, COLUMNS)[6] == "none of ours UNPROJECTED"
+    record["policy"] = "damaged"
+    assert audit._in_short({**record, "digest": None}, {}, COLUMNS)[5:7] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), ("x", "x"), ("\x1b[2J", "'\\x1b[2J'"), (3, "3"), (True, "true"), (["a", "\n"], "a, '\\n'"),
+     ({"a": 1}, '{"a": 1}'), ([], "")],
+)  # fmt: skip
+def test_a_value_of_the_audit_log(value: Any, text: str) -> None:
+    assert audit._cell(value) == text
+
+
+def test_the_policy_before_is_that_of_the_last_acceptance() -> None:
+    first, second, third = {"energy": 0.1}, {"energy": 0.2}, {"energy": 0.3}
+    records: list[dict[str, Any]] = [
+        {"adapter": "x", "policy": first, "decision": "accepted"},
+        {"adapter": "x", "policy": second, "decision": "refused"},
+        {"adapter": "y", "policy": third, "decision": "accepted"},
+        {"adapter": "x", "policy": None, "decision": "accepted"},
+        {"adapter": "x", "policy": third, "decision": "accepted"},
+        {"adapter": "x"},
+    ]
+    before = [judged[1] for judged in audit._with_policy_before(records)]
+    assert before == [{}, first, {}, first, first, third]
