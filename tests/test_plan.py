@@ -335,7 +335,10 @@ def test_the_table_says_what_is_assumed(tmp_path: Path, run: Run) -> None:
             "--method input-removal and --select all, which read neither Ĉ nor V.",
         ),
         (("--exact", "--select", "threshold"), "or take --select all, which reads neither Ĉ nor V."),
-        (("--max-energy", "0.95", "--select", "threshold"), "weights: take --select all, which reads less of L."),
+        (
+            ("--max-energy", "0.95", "--select", "threshold"),
+            "weights: take --select all, which reads less of L.",
+        ),
         (("--max-energy", "0.95", "--method", "csulora"), "weights: take a smaller --energy."),
     ],
 )
