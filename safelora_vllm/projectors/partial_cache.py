@@ -2,8 +2,8 @@
 
 Each shard that is finished has a line in ``.journal`` with its sha256. Both are on the disk before the next
 shard is begun. A shard without a line, or with other bytes, is made again. The folder's name has a digest of
-all that the cache depends on; other folders of the same place are of other models or options, and are removed.
-A lock keeps two builds apart. It ends with its process.
+all that the cache depends on. Other folders of the same place are of other models or options: they are
+removed. A lock keeps two builds apart. It ends with its process.
 """
 
 from __future__ import annotations

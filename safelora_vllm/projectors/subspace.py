@@ -19,7 +19,7 @@ _FIRST, _SPARE, _MORE = 32, 16, 1.3  # columns at first; beyond the wanted ones,
 _LARGEST = 0.25  # of n: where more columns are needed, all eigenvectors are cheaper
 _GROWTH = 1.5  # times the fewest columns that can hold what is missing
 _ROUNDS = 20
-CONVERGED = 5e-2  # ‖CX − XΛ‖_F of the wanted columns, relative to the last one's eigenvalue
+CONVERGED = 1e-2  # ‖CX − XΛ‖_F of the wanted columns, relative to the last one's eigenvalue
 # Of the largest eigenvalue's growth in a round: above it rounding would cover the block's last columns.
 _FILTER, _HIGHEST_DEGREE = math.log(1e7), 8
 _PROBES, _POWERS = 32, 12
@@ -54,6 +54,8 @@ def dominant_columns(
         converged: how far off an invariant subspace they may be, see `CONVERGED`.
     """
     limit = int(_LARGEST * matrix.shape[0])
+    if limit < 1:
+        return None
     block = _orthonormal(matrix @ (matrix @ _gaussian(matrix, min(_FIRST, limit), generator)))
     for _ in range(_ROUNDS):
         block, image, values = _ritz(matrix, block)
