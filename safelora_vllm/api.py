@@ -56,7 +56,9 @@ def build_projectors(
     max_energy: float | None = None,
     thin: bool = False,
 ) -> ProjectorCache:
-    """Build the projector cache of a model pair. Memory holds one module at a time.
+    """Build the projector cache of a model pair, or go on with a build of it that was killed.
+
+    Memory holds two modules and a part of the cache, whatever the number of layers.
 
     Args:
         base: the model before alignment: a folder with safetensors weights, or a hub id.
@@ -77,7 +79,8 @@ def build_projectors(
 
     Raises:
         CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
-        UsageError: ``out`` exists, the disk is full, or an option is out of range or without effect.
+        UsageError: ``out`` exists, another build of it is running, the disk is full, or an option is out of
+            range or without effect.
 
     Example:
         >>> import safelora_vllm as sl
@@ -187,7 +190,7 @@ def plan_projectors(
         gpu_memory=gpu_memory,
         weight_bytes=weights,
         build_device=options.device,
-        build_seconds=estimated_seconds(shapes, 2 * weights + disk.total, options.device, options.max_energy),
+        build_seconds=estimated_seconds(shapes, 2 * weights + disk.total, options),
     )
 
 

@@ -186,6 +186,7 @@ def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
             [operators[name].directions(parts.output_energy) for name in names],
             sum(sizes[f"{name}.{key}"] for name in names) if key else 0,
             parts.operator,
+            sum(sizes[f"{name}.energy"] for name in names),
         )
         groups.append(group)
     return groups
@@ -246,16 +247,17 @@ def _planned(
             [directions(shape, energy)] * len(alike)
             for energy in (max_energy, parts.input_energy, parts.output_energy)
         )
-        groups.append(_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator))
+        shares = _SHARE * sum(kept)
+        groups.append(_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator, shares))
     return groups
 
 
 def _group(
     names: Sequence[str], shape: tuple[int, int], form: str, kept: Sequence[int], inputs: Sequence[int],
-    outputs: Sequence[int], operator: int, reads_operator: bool,
+    outputs: Sequence[int], operator: int, reads_operator: bool, shares: int,
 ) -> ModuleGroup:  # fmt: skip
     (rows, columns), count = shape, sum(kept)
-    disk = CacheBytes(operator, _BASIS * columns * count, _BASIS * rows * count, _SHARE * count)
+    disk = CacheBytes(operator, _BASIS * columns * count, _BASIS * rows * count, shares)
     held = CacheBytes(
         operator if reads_operator else 0,
         _BASIS * columns * sum(columns_held(inputs, kept)),
