@@ -18,6 +18,7 @@ from torch import Tensor
 from safelora_vllm.methods.certified import interval, sums
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.projectors import build as build_module
+from safelora_vllm.projectors import module as one_module
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import Parts, ProjectorCache
 from safelora_vllm.projectors.dominant import Dominant, dominant
@@ -209,7 +210,7 @@ def approximate(
 ) -> ProjectorCache:
     """A thin cache, all of whose modules that are not flat have approximate directions."""
     monkeypatch.setattr(build_module, "_DOMINANT_FROM", 1)
-    monkeypatch.setattr(build_module, "dominant", partial(dominant, converged=request.param))
+    monkeypatch.setattr(one_module, "dominant", partial(dominant, converged=request.param))
     return ProjectorCache(build(pair.base, pair.aligned, tmp_path / "thin", BuildOptions(thin=True)))
 
 

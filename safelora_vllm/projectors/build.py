@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,8 +20,6 @@ from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
-from safelora_vllm.projectors.dominant import dominant
-from safelora_vllm.projectors.exact_products import exact_products
 from safelora_vllm.projectors.manifest import (
     EXACT_VERSION,
     FORMAT,
@@ -30,10 +29,10 @@ from safelora_vllm.projectors.manifest import (
     THIN,
     ModuleEntry,
 )
+from safelora_vllm.projectors.module import Built, thin_module, whole_module
 from safelora_vllm.projectors.partial_cache import PartialCache, partial_cache
 from safelora_vllm.projectors.read_ahead import Weights, reading_ahead
 from safelora_vllm.projectors.selection import select_modules
-from safelora_vllm.projectors.weight_change import weight_change
 from safelora_vllm.projectors.work import operations
 
 __all__ = ["BuildOptions", "build", "build_module", "select_modules"]
@@ -198,7 +197,7 @@ def _add_modules(
 
 def _manifest(partial: PartialCache, pair: tuple[Checkpoint, Checkpoint], options: BuildOptions) -> str:
     """Of a cache whose shards are all written. Both models are read once more, for their digests."""
-    sides = ("base", "aligned")
+    sides, interrupted = ("base", "aligned"), threading.Event()
     with (
         ThreadPoolExecutor(len(sides)) as threads,
         tqdm(
@@ -208,10 +207,16 @@ def _manifest(partial: PartialCache, pair: tuple[Checkpoint, Checkpoint], option
 
         def counted(model: Checkpoint) -> Iterator[str]:
             for name in sorted(model.tensors):
+                if interrupted.is_set():
+                    return
                 yield name
                 bar.update()
 
-        digests = list(threads.map(lambda model: model.digest(counted(model)), pair))
+        try:
+            digests = list(threads.map(lambda model: model.digest(counted(model)), pair))
+        except BaseException:
+            interrupted.set()
+            raise
     approximate = any(entry["following"] < 1.0 for entry in partial.modules)
     modules = partial.modules
     if not approximate:
@@ -232,9 +237,7 @@ def _manifest(partial: PartialCache, pair: tuple[Checkpoint, Checkpoint], option
     return json.dumps(manifest, indent=1, allow_nan=False)
 
 
-def build_module(
-    name: str, base: Weights, aligned: Weights, options: BuildOptions
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def build_module(name: str, base: Weights, aligned: Weights, options: BuildOptions) -> Built | None:
     """Figures and tensors of one module, or None where alignment did not change it (V = 0).
 
     None too where W_aligned = 0: no adapter has a size relative to it.
@@ -245,100 +248,14 @@ def build_module(
     """
     weights = [model.read(f"{name}.weight").to(options.device) for model in (base, aligned)]
     if options.thin and min(weights[0].shape) >= _DOMINANT_FROM:
-        return _thin_module(name, weights, options)
+        return thin_module(name, weights, options.max_energy)
     before, after = (weight.to(torch.float64) for weight in weights)
     weights.clear()
     aligned_norm = float(after.norm())
     delta = after - before
     del before, after
-    return _whole_module(name, delta, float(delta.norm()), aligned_norm, options)
-
-
-def _thin_module(
-    name: str, weights: list[Tensor], options: BuildOptions
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """As `build_module`, of W_base and W_aligned, which are released as soon as V is there."""
-    change = weight_change(*weights)
-    weights.clear()
-    if not _changed(name, change.norm, change.aligned_norm):
-        return None
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
-    with exact_products():
-        found = dominant(change.v, change.norm / change.scale, options.max_energy, seed)
-    if found is None:
-        delta = change.v.to(torch.float64) * change.scale
-        return _whole_module(name, delta, change.norm, change.aligned_norm, options)
-    tensors = {
-        "input_basis": found.right.to(torch.float32),
-        "output_basis": found.left.to(torch.float32),
-        "energy": torch.stack([found.shares, found.residuals]),
-    }
-    figures = {
-        "shape": tuple(change.v.shape),
-        "form": THIN,
-        "norm": change.norm,
-        "aligned_norm": change.aligned_norm,
-        "null_similarity": 1.0 / (found.gram_norm * math.sqrt(change.v.shape[0])),
-        "following": found.following,
-    }
-    return figures, _on_cpu(tensors)
-
-
-def _whole_module(
-    name: str, delta: Tensor, norm: float, aligned_norm: float, options: BuildOptions
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """As `build_module`, of V in float64, with all of its singular vectors up to the energy."""
-    if not _changed(name, norm, aligned_norm):
-        return None
-    d_out, d_in = delta.shape
-    wide = d_out <= d_in
-    small = delta @ delta.T if wide else delta.T @ delta
-    null_similarity = norm**2 / (float(small.norm()) * math.sqrt(d_out))
     form = THIN if options.thin else options.form
-    if form == "auto":
-        form = "dense" if wide else "factored"
-    dtype = DTYPES[options.dtype]
-    tensors = {}
-    if form == "dense":
-        tensors["projector"] = ((small if wide else delta @ delta.T) / norm).to(dtype)
-    elif form == "factored":
-        tensors["delta"] = delta.to(dtype)
-    tensors |= _bases(delta, small, wide, options.max_energy)
-    figures = {"shape": (d_out, d_in), "form": form, "norm": norm, "aligned_norm": aligned_norm}
-    figures["null_similarity"] = null_similarity
-    return figures, _on_cpu(tensors)
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
-
-
-def _changed(name: str, norm: float, aligned_norm: float) -> bool:
-    """Whether a module has a projector.
-
-    Raises:
-        CheckpointError: a weight is not finite.
-    """
-    if not (math.isfinite(norm) and math.isfinite(aligned_norm)):
-        raise CheckpointError(f"{name}.weight has NaN or infinite values; download the model again")
-    return norm > 0.0 and aligned_norm > 0.0
-
-
-def _bases(delta: Tensor, small: Tensor, wide: bool, max_energy: float) -> dict[str, Tensor]:
-    """L (d_out, k), R (d_in, k) and the energy shares (k,), from V's smaller Gram matrix.
-
-    Its eigenvectors are V's singular vectors of one side. V takes each to its partner on the other side, and
-    QR, which goes from the first column to the last, makes those orthonormal and keeps their order.
-    """
-    values, vectors = torch.linalg.eigh(small)
-    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    shares = values.cumsum(0) / values.sum()
-    k = min(int((shares < max_energy - 1e-9).sum()) + 1, len(shares))
-    near = vectors[:, :k]
-    far = torch.linalg.qr((delta.T if wide else delta) @ near).Q
-    left, right = (near, far) if wide else (far, near)
-    bases = {"input_basis": right.to(torch.float32), "output_basis": left.to(torch.float32)}
-    return {**bases, "energy": shares[:k]}
+    return whole_module(name, delta, aligned_norm, form, DTYPES[options.dtype], options.max_energy)
 
 
 def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: BuildOptions) -> None:
