@@ -1,4 +1,4 @@
-"""Figures and tensors of one module: with V's dominant directions only, or with all of them up to an energy."""
+"""Figures and tensors of one module: with V's dominant directions only, or all of them up to an energy."""
 
 from __future__ import annotations
 
