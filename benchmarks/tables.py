@@ -352,6 +352,56 @@ def basis_dtypes() -> str:
     return markdown(["R kept in", "median of ‖RᵀA'ᵀ‖ / ‖A'‖", "largest"], rows)
 
 
+def build_modules() -> str:
+    """Modules of large shapes, with all directions and with the dominant ones."""
+    rows = []
+    for shape, of in load("build_sizes")["modules"].items():
+        whole, some = of["all"], of["dominant"]
+        rows.append(
+            [
+                shape.replace("x", " × "),
+                *(number(side["cpu_s"], 1) for side in (whole, some)),
+                number(of["times_less_cpu_s"], 1),
+                *(number(side["directions"]) for side in (whole, some)),
+                number(some["energy_in_r"], 4),
+                *(f"{some[f'energy_{energy}']['residual']:.0e}" for energy in (0.2, 0.4)),
+            ]
+        )
+    heads = ["d_out × d_in", "CPU s, all", "CPU s, dominant", "times less", "k, all", "k, dominant"]
+    heads += ["energy in R, dominant", "residual at energy 0.2", "residual at energy 0.4"]
+    return markdown(heads, rows)
+
+
+def build_intervals() -> str:
+    """Intervals of similarities with all directions and with the dominant ones."""
+    rows = []
+    for shape, of in load("build_sizes")["modules"].items():
+        found = [of[kind][f"energy_{energy}"] for energy in (0.2, 0.4) for kind in ("all", "dominant")]
+        rows.append(
+            [
+                shape.replace("x", " × "),
+                *(number(one["similarity_error_median"], 4) for one in found),
+                number(sum(one["outside"] for one in found)),
+            ]
+        )
+    kinds = [f"energy {energy}, {kind}" for energy in (0.2, 0.4) for kind in ("all", "dominant")]
+    return markdown(["d_out × d_in", *kinds, "outside of the interval"], rows)
+
+
+def build_model() -> str:
+    """A whole thin build of layers of Llama 3 8B's shapes."""
+    found = load("build_sizes")["model"]
+    rows = [
+        [f"{layers} of {of}", number(one["seconds"]), number(one["cpu_s"]), number(one["peak_bytes"] / 2**20)]
+        for layers, of, one in ((1, 2, found["layers_1"]), (2, 2, found["layers_2"]))
+    ]
+    rows.append(["a layer more", number(found["layer_seconds"]), number(found["layer_cpu_s"]), ""])
+    rows.append(
+        ["32, extrapolated", number(found["all_layers_seconds"]), number(found["all_layers_cpu_s"]), ""]
+    )
+    return markdown(["layers built", "s", "CPU s", "most memory, MiB"], rows)
+
+
 def demo() -> str:
     """What the demo's questions gave."""
     found = load("demo")
@@ -384,6 +434,7 @@ def tables() -> dict[str, Callable[[], str]]:
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, demo,
         project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
+        build_modules, build_intervals, build_model,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
 

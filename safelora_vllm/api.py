@@ -57,7 +57,9 @@ def build_projectors(
     max_energy: float | None = None,
     exact: bool = False,
 ) -> ProjectorCache:
-    """Build the projector cache of a model pair. Memory holds one module at a time.
+    """Build the projector cache of a model pair, or go on with a build of it that was killed.
+
+    Memory holds two modules and a part of the cache, whatever the number of layers.
 
     A cache is thin by default: it holds the bases of V up to an energy. Every policy works with it. What it
     does not know of a similarity or of Ĉ makes the gate stricter, never more lenient.
@@ -82,7 +84,8 @@ def build_projectors(
 
     Raises:
         CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
-        UsageError: ``out`` exists, the disk is full, or an option is out of range or without effect.
+        UsageError: ``out`` exists, another build of it is running, the disk is full, or an option is out of
+            range or without effect.
 
     Example:
         >>> import safelora_vllm as sl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from collections import namedtuple
@@ -19,6 +18,7 @@ from torch import Tensor
 from safelora_vllm.cli.main import main
 from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors import build as module
+from safelora_vllm.projectors import partial_cache
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -259,21 +259,20 @@ def test_a_disk_that_fills_up_during_the_work(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(partial_cache, "save_file", full)
     with pytest.raises(UsageError, match="no room left on the disk"):
         make()
     assert not list(tmp_path.iterdir())
 
 
-def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(make: Make, tmp_path: Path) -> None:
-    # A container gives the same small number to each of its builds: our own is not in the way.
-    own, parent, dead = os.getpid(), os.getppid(), 2**22 + 1
-    for pid in (own, parent, dead):
-        (tmp_path / f".cache.partial-{pid}").mkdir()
-        (tmp_path / f".cache.partial-{pid}" / "half").touch()
+def test_leftovers_of_other_builds_go(make: Make, tmp_path: Path) -> None:
+    """Of a release before the lock, of other options, and a file in their place."""
+    for name in (".cache.partial-123-abc", f".cache.partial-{'0' * 32}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    (tmp_path / ".cache.partial-file").touch()
     ProjectorCache(make()).verify()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"cache", f".cache.partial-{parent}"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", ".cache.partial-file"}
 
 
 def test_an_aligned_module_of_zeros(make: Make, tmp_path: Path) -> None:

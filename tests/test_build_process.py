@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,25 +11,59 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from safelora_vllm.cli.main import main
+from safelora_vllm.errors import UsageError
+from safelora_vllm.projectors import build as module
+from safelora_vllm.projectors import partial_cache
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
-from tests.tiny import LLAMA, Pair, write_checkpoint
+from safelora_vllm.projectors.checkpoint import Checkpoint
+from tests.tiny import LLAMA, Pair, module_shapes, write_checkpoint
 
-# Kills itself after the second shard was written.
+# Kills itself when the third shard was begun, before or after its line in the journal.
 _KILLED = """
 import os, signal, sys
-from safelora_vllm.projectors import build
-build._SHARD_BYTES = 10_000
-save, written = build.save_file, []
-def killing(tensors, file):
+from safelora_vllm.projectors import build, partial_cache
+build._SHARD_BYTES = 30_000
+add, save, written = partial_cache.PartialCache.add, partial_cache.save_file, []
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+def saving(tensors, file):
     save(tensors, file)
     written.append(file)
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-build.save_file = killing
+    if len(written) == 3 and sys.argv[4] == "half":
+        os.truncate(file, file.stat().st_size // 2)
+        kill()
+def adding(self, *given):
+    add(self, *given)
+    if len(written) == 3:
+        kill()
+partial_cache.save_file, partial_cache.PartialCache.add = saving, adding
 build.build(*sys.argv[1:4])
+"""
+# Goes on with it, and says how many modules it computed.
+_CONTINUED = """
+import sys
+from safelora_vllm.projectors import build
+build._SHARD_BYTES = 30_000
+inner, computed = build.build_module, []
+def counted(name, *given):
+    computed.append(name)
+    return inner(name, *given)
+build.build_module = counted
+build.build(*sys.argv[1:4])
+print(len(computed))
+"""
+# Holds the lock of a build until its input ends.
+_RUNNING = """
+import sys
+from pathlib import Path
+from safelora_vllm.projectors import partial_cache
+with partial_cache.partial_cache(Path(sys.argv[1]), sys.argv[2]):
+    print("running", flush=True)
+    sys.stdin.read()
 """
 # Shards of 1 MB; prints its largest resident size in KB. Not ru_maxrss: a child inherits its parent's.
 _MEASURED = """
@@ -48,17 +83,83 @@ def python(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_a_killed_build_leaves_no_cache_and_can_be_run_again(pair: Pair, tmp_path: Path) -> None:
-    out = tmp_path / "cache"
-    assert python(_KILLED, pair.base, pair.aligned, out).returncode == -signal.SIGKILL
+@pytest.mark.parametrize("when", ["half", "whole"])
+def test_a_killed_build_leaves_no_cache_and_is_continued(when: str, pair: Pair, tmp_path: Path) -> None:
+    out, models = tmp_path / "cache", (pair.base, pair.aligned)
+    assert python(_KILLED, *models, out, when).returncode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
-    assert leftover.name.startswith(".cache.partial-") and len(list(leftover.iterdir())) == 2
+    finished = (leftover / ".journal").read_bytes().splitlines()
+    assert leftover.name.startswith(".cache.partial-") and len(finished) == (2 if when == "half" else 3)
+    with (leftover / ".journal").open("ab") as journal:
+        journal.write(b'{"shard": "projectors-000')  # as a killed build may leave it
 
-    assert main(["build", "--base", str(pair.base), "--aligned", str(pair.aligned), "--out", str(out)]) == 0
-    assert list(tmp_path.iterdir()) == [out]
+    done = python(_CONTINUED, *models, out)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "whole"
+    at_once = python(_CONTINUED, *models, whole)
+    assert 0 < int(done.stdout) < int(at_once.stdout) == len(module_shapes())
     cache = ProjectorCache(out)
     cache.verify()
-    assert cache.id == ProjectorCache(build(pair.base, pair.aligned, tmp_path / "b", BuildOptions())).id
+    assert cache.id == ProjectorCache(whole).id
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "whole"}
+
+
+def test_a_finished_shard_that_was_damaged_is_made_again(pair: Pair, tmp_path: Path) -> None:
+    out, models = tmp_path / "cache", (pair.base, pair.aligned)
+    assert python(_KILLED, *models, out, "whole").returncode == -signal.SIGKILL
+    (shard,) = tmp_path.glob(".cache.partial-*/projectors-00001.safetensors")
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    assert python(_CONTINUED, *models, out).returncode == 0
+    ProjectorCache(out).verify()
+
+
+def test_a_build_with_other_options_does_not_continue_it(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    assert python(_KILLED, pair.base, pair.aligned, out, "whole").returncode == -signal.SIGKILL
+    assert main(["build", "--base", str(pair.base), "--aligned", str(pair.aligned), "--out", str(out)]) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert ProjectorCache(out).id == ProjectorCache(build(pair.base, pair.aligned, tmp_path / "b")).id
+
+
+@pytest.mark.parametrize("key", ["0" * 64, None], ids=["others", "the same"])
+def test_a_second_build_of_the_same_place_is_refused(key: str | None, pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    if key is None:
+        models = Checkpoint(pair.base), Checkpoint(pair.aligned)
+        key = module._key(models, module.select_modules(*models, ()), BuildOptions())
+    command = [sys.executable, "-c", _RUNNING, str(out), key]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdin is not None and running.stdout is not None
+        assert running.stdout.readline() == "running\n"
+        with pytest.raises(
+            UsageError, match=rf"another build of .*cache is running, process {running.pid}: wait"
+        ):
+            build(pair.base, pair.aligned, out)
+        running.kill()
+    build(pair.base, pair.aligned, out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written = tmp_path / "cache", list[Path]()
+
+    def filling(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, file)
+        written.append(file)
+
+    monkeypatch.setattr(module, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(partial_cache, "save_file", filling)
+    with pytest.raises(UsageError, match=r"no room left on the disk .* the \d+ finished modules are kept"):
+        build(pair.base, pair.aligned, out)
+    states = [file.stat().st_mtime_ns for file in written]
+    monkeypatch.setattr(partial_cache, "save_file", save_file)
+    ProjectorCache(build(pair.base, pair.aligned, out)).verify()
+    assert [(out / file.name).stat().st_mtime_ns for file in written] == states
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ POLICIES = {
 def small_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module that is built for the estimate, and a machine without a GPU."""
     monkeypatch.setattr(build_time, "_CPU_SIDE", 64)
+    monkeypatch.setattr(build_time, "_CPU_THIN_SIDE", 64)
     monkeypatch.setattr(build_time, "_HASHED", 64 * 1024)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

@@ -9,6 +9,13 @@ The similarity is (N + δ)/√(D² + ε), where δ = Σ_{i>k} w_i x_i and ε = �
 D² ≥ tN, the least such quotient is at δ = 0, the largest at δ = tq with ε = δ²/q:
 
     N/D ≤ similarity ≤ (N + tq)/√(D² + t²q)
+
+Where L is approximate, all of that holds for an operator C₀ beside C = V Vᵀ/‖V‖_F². C₀ is block diagonal in
+[L, L_⊥]: its first block is diag(w), the other has no eigenvalue above t. `projectors.dominant` derives t and
+f ≥ ‖C − C₀‖₂. With a = ⟨C₀BA, BA⟩ and b = ‖C₀BA‖ the similarity is (a + α)/(b + β), |α| and |β| at most f. As
+a ≤ b and D ≤ b,
+
+    |(a + α)/(b + β) − a/b| = |αb − βa|/(b(b + β)) ≤ 2f/(D − f)
 """
 
 from __future__ import annotations
@@ -58,10 +65,11 @@ def interval(known: Sequence[float], norm_squared: float, coherence: float, spec
     n, d_squared, inside = (max(value, 0.0) / norm_squared for value in known)
     d, rounding = math.sqrt(d_squared), _ROUNDING / math.sqrt(max(coherence, sys.float_info.min))
     slack_d, slack_q = rounding * spectrum.norm, 2 * rounding * math.sqrt(len(spectrum.sizes))
-    if d <= slack_d:
+    if d <= slack_d + spectrum.residual:
         return Interval(0.5, 0.5)
     q = min(1.0, max(0.0, 1.0 - inside) + slack_q)
     slack = (d * slack_q + slack_d) / (d - slack_d)
+    slack += 2 * spectrum.residual / (d - slack_d - spectrum.residual)
     low, t = max(0.0, n / d - slack), spectrum.following
     high = min(1.0, (n + t * q) / math.sqrt(d_squared + t**2 * q) + slack)
     return Interval((low + high) / 2, (high - low) / 2)

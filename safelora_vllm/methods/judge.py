@@ -7,12 +7,10 @@ similarity waits for that too. The size of a group is bounded, and with it the m
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from safelora_vllm.methods.delta import Delta, InputStats, OutputStats
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.methods.selection import Interval, Selection
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.exact_products import exact_products
 from safelora_vllm.projectors.manifest import ModuleEntry
 from safelora_vllm.projectors.projector import Parts
 
@@ -35,8 +34,6 @@ _CPU_BYTES = 1 * 1024**2
 _DEVICE_BYTES = 16 * 1024**2
 # Copies of a group's bases, R in float32 and L in float64, may take this many times as much as its A and B.
 _BASES = 4
-_PRODUCTS = threading.RLock()
-_PRECISION = "fp32_precision"  # since torch 2.9
 
 
 @dataclass(frozen=True)
@@ -157,51 +154,6 @@ def _group_size(pair: int, bases: int, nbytes: int) -> int:
 
 def _group_bytes(device: torch.device) -> int:
     return _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES
-
-
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 without TF32, sums of 16 bits in float32, whatever the process or image has set.
-
-    TF32 has 10 bits: of what input removal takes out, a thousand times as much would stay. The settings are
-    the process's: one adapter at a time, and what was set is set again.
-    """
-    matmul = torch.backends.cuda.matmul
-    sums = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    with _PRODUCTS:
-        kept = {name: getattr(matmul, name) for name in sums}
-        restore = _exact_float32()
-        try:
-            for name in sums:
-                setattr(matmul, name, False)
-            yield
-        finally:
-            restore()
-            for name, value in kept.items():
-                setattr(matmul, name, value)
-
-
-def _exact_float32() -> Callable[[], None]:
-    """Sets the precision; what sets it back. By the interface of torch that the process itself has used."""
-    backends: tuple[Any, Any] = torch.backends.cuda, torch.backends.mkldnn
-    products = [getattr(backend, "matmul", None) for backend in backends]
-    places = [place for place in products if hasattr(place, _PRECISION)]
-    values = [getattr(place, _PRECISION) for place in places]
-    try:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    except RuntimeError:  # the newer one, which does not mix with the other
-        before = ""
-        for place in places:
-            setattr(place, _PRECISION, "ieee")
-
-    def restore() -> None:
-        if before:
-            torch.set_float32_matmul_precision(before)
-        for place, value in zip(places, values, strict=True):
-            setattr(place, _PRECISION, value)
-
-    return restore
 
 
 def grouped(

@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
 from safelora_vllm.projectors.manifest import (
+    EXACT_VERSION,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     MODELS,
     THIN,
     ModuleEntry,
-    natural_order,
 )
+from safelora_vllm.projectors.module import Built, thin_module, whole_module
+from safelora_vllm.projectors.partial_cache import PartialCache, partial_cache
+from safelora_vllm.projectors.read_ahead import Weights, reading_ahead
+from safelora_vllm.projectors.selection import select_modules
+from safelora_vllm.projectors.work import operations
+
+__all__ = ["BuildOptions", "build", "build_module", "select_modules"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_ENERGY = 0.4  # twice the energy of the default policy; what is above it takes most of the room
 EXACT_MAX_ENERGY = 0.95
 _BY_EXACT = float("nan")  # stands for one of both; any other NaN is out of range
 _OF_OPERATORS = ("dtype", "form")  # options that are about Ĉ and V
-_SHARD_BYTES = 256 * 1024 * 1024
-# A linear layer inside a numbered block. Not: embeddings, heads, norms, convolutions, routers and
-# experts (vLLM stacks those in other layouts), nor what multimodal models have around the language model.
-_IN_BLOCK = re.compile(r"\.\d+\.")
-_NOT_LINEAR = re.compile(
-    r"embed|norm|conv|lora_|router|experts|(^|\.)gate$|lm_head"
-    r"|visual|vision|audio|tower|multi_modal|projector|connector|resampler|qformer|merger|aligner"
-    r"|talker|token2wav|codec|tokenizer|(^|\.)(encoder|protein_encoder|vpm|apm|tts|mlp1)\."
-)
-# These families store linear weights transposed (d_in, d_out), which LoRA calls fan_in_fan_out.
-_TRANSPOSED_FAMILIES = {"gpt2", "gpt_bigcode", "openai-gpt"}
+_SHARD_BYTES = 256 * 1024 * 1024  # of a thin cache a quarter, which is as many minutes of work
+_DOMINANT_FROM = 512  # sides of V; below, all singular vectors take as long as a few
+_BAR = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,13 @@ def build(
 ) -> Path:
     """Write the projector cache of a model pair to the folder ``out`` and return it.
 
-    The folder appears when it is whole; a build that is killed leaves only a hidden folder that the
-    next build removes. Memory holds one module and one shard, whatever the number of layers.
+    The folder appears when it is whole. A build that is killed, or fails after some shards, leaves a hidden
+    folder. The next build of the same models with the same options goes on from there; one with other options
+    removes it. Memory holds two modules and one shard, whatever the number of layers.
 
     Raises:
         CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
-        UsageError: ``out`` exists, or the disk is full.
+        UsageError: ``out`` exists, another build of it is running, or the disk is full.
     """
     options = options or BuildOptions()
     out = Path(out)
@@ -113,24 +111,23 @@ def build(
     names = select_modules(*pair, options.modules)
     _check_different(*pair)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    _check_disk(out.parent, pair[1], names, options)
-    partial = Path(tempfile.mkdtemp(prefix=f"{_partial_prefix(out)}{os.getpid()}-", dir=out.parent))
-    partial.chmod(0o755)
-    try:
-        _write(partial, pair, names, options)
+    with partial_cache(out, _key(pair, names, options)) as partial:
+        left = names[len(partial.modules) + len(partial.unchanged) :]
+        _check_disk(out.parent, pair[1], left, options)
+        _add_modules(partial, pair, names, left, options)
+        if not partial.modules:
+            raise _identical(*pair)
         given = {"base": ModelName.of(base), "aligned": ModelName.of(aligned)}
-        (partial / MODELS).write_text(
-            json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
-        )
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # safetensors reports a full disk in words only.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UsageError(f"no room left on the disk of {out}; free some and repeat") from error
-        raise
+        models = json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
+        partial.finish(out, {MANIFEST: _manifest(partial, pair, options), MODELS: models})
     return out
+
+
+def _key(pair: tuple[Checkpoint, Checkpoint], names: list[str], options: BuildOptions) -> str:
+    """A digest of all that the bytes of a cache depend on."""
+    models = [model.fingerprint() for model in pair]
+    releases = [FORMAT_VERSION, version("safelora-vllm"), torch.__version__, _SHARD_BYTES]
+    return hashlib.sha256(json.dumps([models, names, asdict(options), releases]).encode()).hexdigest()
 
 
 def _check_different(base: Checkpoint, aligned: Checkpoint) -> None:
@@ -161,155 +158,104 @@ def _with_progress(model: Checkpoint, what: str) -> Iterable[str]:
     return tqdm(sorted(model.tensors), desc=what, unit="tensor")
 
 
-def select_modules(base: Checkpoint, aligned: Checkpoint, wanted: Iterable[str]) -> list[str]:
-    """Names of the modules to build, checked to be in both checkpoints with one shape."""
-    families = base.config.get("model_type"), aligned.config.get("model_type")
-    if families[0] != families[1]:
-        raise CheckpointError(
-            f"the models are of different architectures: {base.folder} is {families[0]}, "
-            f"{aligned.folder} is {families[1]}. Give the base that the aligned model was made from"
-        )
-    if families[1] in _TRANSPOSED_FAMILIES:
-        raise CheckpointError(f"{families[1]} models store transposed weights: not supported")
-    linear = _linear_layers(aligned)
-    if lacking := [name for name in _linear_layers(base) if name not in set(linear)]:
-        raise CheckpointError(f"{aligned.folder} has no {lacking[0]}.weight, which {base.folder} has")
-    chosen = linear
-    if wanted := list(wanted):
-        by_part = {part: [n for n in linear if n == part or n.endswith("." + part)] for part in wanted}
-        if missing := [part for part, found in by_part.items() if not found]:
-            raise CheckpointError(
-                f"{aligned.folder} has no linear layers named {missing}; it has "
-                f"{sorted({name.rpartition('.')[2] for name in linear})}"
-            )
-        chosen = [name for name in linear if any(name in found for found in by_part.values())]
-    if not chosen:
-        raise CheckpointError(f"{aligned.folder} has no linear layers in numbered blocks")
-    for name in chosen:
-        weight = f"{name}.weight"
-        if weight not in base.tensors:
-            raise CheckpointError(f"{base.folder} has no {weight}, which {aligned.folder} has")
-        shapes = base.tensors[weight].shape, aligned.tensors[weight].shape
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(f"{weight} is {shapes[0]} in the base and {shapes[1]} in the aligned model")
-    return chosen
-
-
-def _linear_layers(checkpoint: Checkpoint) -> list[str]:
-    return sorted(
-        (
-            name.removesuffix(".weight")
-            for name, info in checkpoint.tensors.items()
-            if name.endswith(".weight")
-            and len(info.shape) == 2
-            and _IN_BLOCK.search(name)
-            and not _NOT_LINEAR.search(name.removesuffix(".weight"))
-        ),
-        key=natural_order,
-    )
-
-
-def _write(
-    folder: Path, pair: tuple[Checkpoint, Checkpoint], names: list[str], options: BuildOptions
-) -> None:
-    base, aligned = pair
-    entries: list[dict[str, Any]] = []
-    shards: dict[str, dict[str, Any]] = {}
+def _add_modules(
+    partial: PartialCache, pair: tuple[Checkpoint, Checkpoint], names: list[str], left: list[str],
+    options: BuildOptions,
+) -> None:  # fmt: skip
+    """Compute the modules that are left and write their shards."""
+    largest = _SHARD_BYTES // (1 if options.exact else 4)
+    work = {name: operations(pair[1].tensors[f"{name}.weight"].shape) for name in names}
+    tensors: dict[str, Tensor] = {}
+    modules: list[dict[str, Any]] = []
     unchanged: list[str] = []
-    pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        file = folder / f"projectors-{len(shards):05d}.safetensors"
-        save_file(pending, file)
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        held = sum(tensor.nbytes for tensor in pending.values())
-        shards[file.name] = {"sha256": digest, "tensor_bytes": held}
-        pending.clear()
+        partial.add(tensors, list(modules), list(unchanged))
+        for collected in (tensors, modules, unchanged):
+            collected.clear()
 
-    for name in tqdm(names, desc="Projectors", unit="module"):
-        built = build_module(name, *pair, options)
-        if built is None:
-            unchanged.append(name)
-            continue
-        figures, tensors = built
-        if pending and sum(t.nbytes for t in (*pending.values(), *tensors.values())) > _SHARD_BYTES:
-            flush()
-        pending.update({f"{name}.{part}": tensor for part, tensor in tensors.items()})
-        shard = f"projectors-{len(shards):05d}.safetensors"
-        entries.append(asdict(ModuleEntry(name=name, shard=shard, **figures)))
-    if not entries:
-        raise _identical(base, aligned)
-    flush()
-    identities = {}
-    for side, model in (("base", base), ("aligned", aligned)):
-        weights = _with_progress(model, f"Digest of the {side} model")
-        identities[side] = {"fingerprint": model.fingerprint(), "sha256": model.digest(weights)}
+    with (
+        reading_ahead(pair, [f"{name}.weight" for name in left]) as (base, aligned),
+        tqdm(total=sum(work.values()), initial=sum(work.values()) - sum(work[name] for name in left),
+             desc="Projectors", bar_format=_BAR) as bar,
+    ):  # fmt: skip
+        for number, name in enumerate(left, len(names) - len(left) + 1):
+            bar.set_postfix_str(f"module {number} of {len(names)}")
+            if (built := build_module(name, base, aligned, options)) is None:
+                unchanged.append(name)
+            else:
+                figures, new = built
+                if tensors and sum(t.nbytes for t in (*tensors.values(), *new.values())) > largest:
+                    flush()
+                tensors |= {f"{name}.{part}": tensor for part, tensor in new.items()}
+                modules.append(asdict(ModuleEntry(name=name, shard=partial.next_shard, **figures)))
+            bar.update(work[name])
+    if tensors:
+        flush()
+    partial.unchanged += unchanged
+
+
+def _manifest(partial: PartialCache, pair: tuple[Checkpoint, Checkpoint], options: BuildOptions) -> str:
+    """Of a cache whose shards are all written. Both models are read once more, for their digests."""
+    sides, interrupted = ("base", "aligned"), threading.Event()
+    with (
+        ThreadPoolExecutor(len(sides)) as threads,
+        tqdm(
+            total=sum(len(model.tensors) for model in pair), desc="Digests of both models", unit="tensor"
+        ) as bar,
+    ):
+
+        def counted(model: Checkpoint) -> Iterator[str]:
+            for name in sorted(model.tensors):
+                if interrupted.is_set():
+                    return
+                yield name
+                bar.update()
+
+        try:
+            digests = list(threads.map(lambda model: model.digest(counted(model)), pair))
+        except BaseException:
+            interrupted.set()
+            raise
+    approximate = any(entry["following"] < 1.0 for entry in partial.modules)
+    modules = partial.modules
+    if not approximate:
+        modules = [{part: value for part, value in entry.items() if part != "following"} for entry in modules]
     manifest = {
         "format": FORMAT,
-        "version": FORMAT_VERSION,
-        **identities,
+        "version": FORMAT_VERSION if approximate else EXACT_VERSION,
+        **{
+            side: {"fingerprint": model.fingerprint(), "sha256": digest}
+            for side, model, digest in zip(sides, pair, digests, strict=True)
+        },
         "dtype": options.dtype if options.exact else None,
         "max_energy": options.max_energy,
-        "unchanged_modules": unchanged,
-        "shards": shards,
-        "modules": entries,
+        "unchanged_modules": partial.unchanged,
+        "shards": partial.shards,
+        "modules": modules,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+    return json.dumps(manifest, indent=1, allow_nan=False)
 
 
-def build_module(
-    name: str, base: Checkpoint, aligned: Checkpoint, options: BuildOptions
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def build_module(name: str, base: Weights, aligned: Weights, options: BuildOptions) -> Built | None:
     """Figures and tensors of one module, or None where alignment did not change it (V = 0).
 
     None too where W_aligned = 0: no adapter has a size relative to it.
 
-    The Gram matrix of V's smaller side gives everything: Ĉ where that side is the output, c₀, and
-    the singular values and vectors. All in float64 before the cast.
+    A thin cache needs only V's dominant directions: see `dominant`. Else, and where too many are dominant,
+    the Gram matrix of V's smaller side gives everything: Ĉ where that side is the output, c₀, and the
+    singular values and vectors. All in float64 before the cast.
     """
     weights = [model.read(f"{name}.weight").to(options.device) for model in (base, aligned)]
+    if not options.exact and min(weights[0].shape) >= _DOMINANT_FROM:
+        return thin_module(name, weights, options.max_energy)
     before, after = (weight.to(torch.float64) for weight in weights)
+    weights.clear()
+    aligned_norm = float(after.norm())
     delta = after - before
-    norm, aligned_norm = float(delta.norm()), float(after.norm())
-    if not (math.isfinite(norm) and math.isfinite(aligned_norm)):
-        raise CheckpointError(f"{name}.weight has NaN or infinite values; download the model again")
-    if norm == 0.0 or aligned_norm == 0.0:
-        return None
-    d_out, d_in = delta.shape
-    wide = d_out <= d_in
-    small = delta @ delta.T if wide else delta.T @ delta
-    null_similarity = norm**2 / (float(small.norm()) * math.sqrt(d_out))
+    del before, after
     form = options.form if options.exact else THIN
-    if form == "auto":
-        form = "dense" if wide else "factored"
-    dtype = DTYPES[options.dtype]
-    tensors = {}
-    if form == "dense":
-        tensors["projector"] = ((small if wide else delta @ delta.T) / norm).to(dtype)
-    elif form == "factored":
-        tensors["delta"] = delta.to(dtype)
-    tensors |= _bases(delta, small, wide, options.max_energy)
-    figures = {"shape": (d_out, d_in), "form": form, "norm": norm, "aligned_norm": aligned_norm}
-    figures["null_similarity"] = null_similarity
-    return figures, {part: tensor.cpu().contiguous() for part, tensor in tensors.items()}
-
-
-def _bases(delta: Tensor, small: Tensor, wide: bool, max_energy: float) -> dict[str, Tensor]:
-    """L (d_out, k), R (d_in, k) and the energy shares (k,), from V's smaller Gram matrix.
-
-    Its eigenvectors are V's singular vectors of one side. V takes each to its partner on the other side, and
-    QR, which goes from the first column to the last, makes those orthonormal and keeps their order.
-    """
-    values, vectors = torch.linalg.eigh(small)
-    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    shares = values.cumsum(0) / values.sum()
-    k = min(int((shares < max_energy - 1e-9).sum()) + 1, len(shares))
-    near = vectors[:, :k]
-    far = torch.linalg.qr((delta.T if wide else delta) @ near).Q
-    left, right = (near, far) if wide else (far, near)
-    bases = {"input_basis": right.to(torch.float32), "output_basis": left.to(torch.float32)}
-    return {**bases, "energy": shares[:k]}
+    return whole_module(name, delta, aligned_norm, form, DTYPES[options.dtype], options.max_energy)
 
 
 def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: BuildOptions) -> None:
@@ -332,18 +278,3 @@ def _check_disk(parent: Path, aligned: Checkpoint, names: list[str], options: Bu
             f"the cache needs up to {needed:,} bytes, {parent} has {free:,} free; free some, or give "
             "fewer `modules` or a smaller `max_energy`"
         )
-
-
-def _partial_prefix(out: Path) -> str:
-    return f".{out.name}.partial-"
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Delete what killed builds of ``out`` left, but not what a running one is writing."""
-    prefix = _partial_prefix(out)
-    for leftover in out.parent.iterdir():
-        if not leftover.name.startswith(prefix):
-            continue
-        pid = leftover.name.removeprefix(prefix).partition("-")[0]
-        if not (pid.isdigit() and pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from safelora_vllm.projectors.assumed_spectrum import DECAY
 from safelora_vllm.projectors.build import BuildOptions, build_module
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.work import operations
 
-# Sides of the module. On a GPU a smaller one measures how long its operators take to start.
-_CPU_SIDE, _DEVICE_SIDE = 1024, 4096
+# Sides of the module. A smaller one measures how long operators take to start: on a GPU all of them, on a CPU
+# those of the few columns that a thin cache iterates.
+_CPU_SIDE, _CPU_THIN_SIDE, _DEVICE_SIDE = 1024, 2048, 4096
 _RUNS = 2  # the first one loads libraries
 _HASHED = 16 * 1024**2
 _NAME = "model.layers.0.linear"
@@ -30,19 +32,16 @@ def estimated_seconds(shapes: Mapping[Shape, int], hashed: int, options: BuildOp
 
     Args:
         shapes: (d_out, d_in) → modules of it.
-        hashed: bytes of both checkpoints and of the cache, which are hashed on one core.
-        options: of the build. Its device is used for about a second.
+        hashed: bytes of both checkpoints and of the cache, as if they were hashed on one core.
+        options: of the build; its device is used for about a second.
     """
-    on_cpu = torch.device(options.device).type == "cpu"
-    side = min(_CPU_SIDE if on_cpu else _DEVICE_SIDE, max(map(min, shapes)))
-    pace = _module_seconds(side, options) / _operations((side, side))
-    computing = pace * sum(count * _operations(shape) for shape, count in shapes.items())
+    side = _DEVICE_SIDE
+    if torch.device(options.device).type == "cpu":
+        side = _CPU_SIDE if options.exact else _CPU_THIN_SIDE
+    side = min(side, max(map(min, shapes)))
+    pace = _module_seconds(side, options) / operations((side, side))
+    computing = pace * sum(count * operations(shape) for shape, count in shapes.items())
     return computing + hashed * _hash_seconds() / _HASHED
-
-
-def _operations(shape: Shape) -> int:
-    """A module's, up to a factor: the Gram matrix, its eigenvectors, and their partners on the other side."""
-    return min(shape) ** 2 * sum(shape)
 
 
 def _module_seconds(side: int, options: BuildOptions) -> float:

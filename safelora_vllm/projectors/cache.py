@@ -6,7 +6,8 @@ For every module the shards hold
   d_in), form ``factored``, where V (Vᵀ B)/‖V‖_F is the cheaper product; or neither, form ``thin``;
 - ``NAME.input_basis``, R (d_in, k), and ``NAME.output_basis``, L (d_out, k), both float32: V's dominant
   right and left singular vectors as columns, those of the largest singular value first, up to their signs;
-- ``NAME.energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold.
+- ``NAME.energy`` (k,) float64, the share of ‖V‖_F² that the first 1…k of them hold. It is (2, k) where the
+  vectors are approximate, in version 3: the second row has their residuals, see `projectors.dominant`.
 
 The manifest holds the figures of `ModuleEntry`, the identities of both checkpoints, and each shard's
 sha256. The manifest's own sha256 is the cache's id: same id, same projections. ``models.json`` says which

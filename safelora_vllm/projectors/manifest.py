@@ -11,7 +11,9 @@ from typing import Any
 from safelora_vllm.errors import ProjectorCacheError
 
 FORMAT = "safelora-projectors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+EXACT_VERSION = 2  # without approximate directions, as older releases read it
+_VERSIONS = (EXACT_VERSION, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 MODELS = "models.json"  # beside it: what the build was given, which is no part of the cache's identity
 THIN = "thin"  # the form of a module without Ĉ and V
@@ -25,7 +27,8 @@ class ModuleEntry:
     """One module's line in the manifest.
 
     shape: (d_out, d_in) of the weight. form: ``dense``, ``factored`` or ``thin``. norm: ‖V‖_F. aligned_norm:
-    ‖W_aligned‖_F. null_similarity: c₀ = tr(Ĉ)/(‖Ĉ‖_F √d_out). shard: file with its tensors.
+    ‖W_aligned‖_F. null_similarity: c₀ = tr(Ĉ)/(‖Ĉ‖_F √d_out). shard: file with its tensors. following:
+    a bound on σ_i²/‖V‖_F² of all that is outside of approximate directions; 1 where they are exact.
     """
 
     name: str
@@ -35,6 +38,7 @@ class ModuleEntry:
     aligned_norm: float
     null_similarity: float
     shard: str
+    following: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,10 @@ def parse_manifest(text: bytes, folder: Path) -> Manifest:
     """
     try:
         data = json.loads(text)
-        if data["format"] != FORMAT or data["version"] != FORMAT_VERSION:
+        if data["format"] != FORMAT or data["version"] not in _VERSIONS:
             raise ProjectorCacheError(
                 f"{folder} is {data['format']!r:.100} version {data['version']!r:.100}; this release reads "
-                f"{FORMAT} version {FORMAT_VERSION}. Build it again"
+                f"{FORMAT} version {' or '.join(map(str, _VERSIONS))}. Build it again"
             )
         shards = {_file(name): _shard(**shard) for name, shard in data["shards"].items()}
         entries = [_entry(shards, **entry) for entry in data["modules"]]

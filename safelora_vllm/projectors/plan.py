@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
+
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.projectors import assumed_spectrum
 from safelora_vllm.projectors.build import DTYPES, BuildOptions
@@ -155,5 +157,8 @@ def _planned(
             [directions(shape, min(energy, max_energy))] * len(alike)
             for energy in (max_energy, parts.input_energy, parts.output_energy)
         )
-        groups.append(module_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator))
+        shares = torch.float64.itemsize * sum(kept)
+        groups.append(
+            module_group(alike, shape, form, kept, inputs, outputs, operator, parts.operator, shares)
+        )
     return groups

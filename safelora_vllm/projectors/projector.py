@@ -32,12 +32,14 @@ class Parts:
 @dataclass(frozen=True)
 class Spectrum:
     """sizes: σ_i²/‖V‖_F² of a module's first k directions, (k,) float64 on the CPU. norm: of all of them
-    together. following: a bound on every one that comes after.
+    together. following: a bound on every one that comes after. residual: how far these directions may be off,
+    see `projectors.dominant`; 0 where they are exact.
     """
 
     sizes: Tensor
     norm: float
     following: float
+    residual: float = 0.0
 
     @property
     def weights(self) -> Tensor:
@@ -74,34 +76,42 @@ class Projector:
 
     @cached_property
     def energies(self) -> Tensor:
-        """The shares of ‖V‖_F² that its first 1…n singular values hold, (n,) float64, rising, on the CPU.
+        """The shares of ‖V‖_F² that its first 1…n directions hold, (n,) float64, rising, on the CPU.
 
         The cache ends them where its ``--max-energy`` is reached.
         """
-        return self._cache.tensor(f"{self.entry.name}.energy", self.entry.shard, torch.device("cpu"))
+        return self._energy[0]
+
+    @cached_property
+    def _energy(self) -> Tensor:
+        """(1, n) of exact directions, (2, n) of others: the second row are their residuals."""
+        stored = self._cache.tensor(f"{self.entry.name}.energy", self.entry.shard, torch.device("cpu"))
+        return stored if stored.dim() == 2 else stored[None]
 
     def spectrum(self, energy: float) -> Spectrum:
         """Of the directions that hold ``energy`` of ‖V‖_F².
 
-        The cache ends at its ``--max-energy``: beyond it a value is at most the last one, and at most all
-        that is left.
+        The cache ends at its ``--max-energy``. Beyond it a value is at most the last one, or the manifest's
+        bound where directions are approximate; and at most all that is left.
 
         Raises:
             PolicyError: as `directions`.
         """
         k, shares = self.directions(energy), self.energies
         sizes = torch.diff(shares, prepend=shares.new_zeros(1))
-        if k < len(shares):
-            following = float(sizes[k])
-        else:
-            following = max(0.0, min(float(sizes[-1]), 1.0 - float(shares[-1])))
-        return Spectrum(sizes[:k], float(sizes[:k].norm()), following)
+        residuals = self._energy[1].tolist() if len(self._energy) > 1 else []
+        beyond = self.entry.following if residuals else float(sizes[-1])
+        coupled = residuals[-1] if residuals else 0.0
+        following = max([beyond, *sizes[k : k + 1].tolist()]) + coupled
+        rest = 1.0 - (float(shares[k - 1]) if k else 0.0)
+        residual = residuals[k - 1] if residuals and k else 0.0
+        return Spectrum(sizes[:k], float(sizes[:k].norm()), max(0.0, min(following, rest)), residual)
 
     def taken(self, _energy: float) -> None:
         """All columns of its bases are its own; see `ProjectorGroup.taken`."""
 
     def directions(self, energy: float, clipped: bool = False) -> int:
-        """k, the fewest singular values of V that hold ``energy`` of ‖V‖_F².
+        """k, the fewest of the cache's directions that hold ``energy`` of ‖V‖_F².
 
         clipped: at most as many as the cache keeps, as always where the energy is ``WHOLE``.
 

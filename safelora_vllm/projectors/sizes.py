@@ -16,7 +16,7 @@ from safelora_vllm.projectors.cache import ProjectorCache, columns_held
 from safelora_vllm.projectors.manifest import OPERATORS
 from safelora_vllm.projectors.projector import Parts
 
-_BASIS, _SHARE = torch.float32.itemsize, torch.float64.itemsize
+_BASIS = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
             [operators[name].directions(parts.output_energy) for name in names],
             sum(sizes[f"{name}.{key}"] for name in names) if key else 0,
             parts.operator,
+            sum(sizes[f"{name}.energy"] for name in names),
         )
         groups.append(group)
     return groups
@@ -111,11 +112,13 @@ def total(sizes: Iterable[CacheBytes]) -> CacheBytes:
 
 def module_group(
     names: Sequence[str], shape: tuple[int, int], form: str, kept: Sequence[int], inputs: Sequence[int],
-    outputs: Sequence[int], operator: int, reads_operator: bool,
+    outputs: Sequence[int], operator: int, reads_operator: bool, shares: int,
 ) -> ModuleGroup:  # fmt: skip
-    """Modules of one shape, with so many directions of each. operator: bytes of all their Ĉ or V."""
+    """Modules of one shape, with so many directions of each. operator: bytes of all their Ĉ or V; shares:
+    of all their shares of energy.
+    """
     (rows, columns), count = shape, sum(kept)
-    disk = CacheBytes(operator, _BASIS * columns * count, _BASIS * rows * count, _SHARE * count)
+    disk = CacheBytes(operator, _BASIS * columns * count, _BASIS * rows * count, shares)
     held = CacheBytes(
         operator if reads_operator else 0,
         _BASIS * columns * sum(columns_held(inputs, kept)),

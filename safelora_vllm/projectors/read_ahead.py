@@ -1,0 +1,47 @@
+"""Weights of known order, the next of which is read in a thread while the present one is used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+from safelora_vllm.projectors.checkpoint import Checkpoint
+
+
+class Weights(Protocol):
+    """A `Checkpoint`, or what reads one ahead."""
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint.read`."""
+
+
+class ReadAhead:
+    """`Checkpoint.read` in the order of ``names``: at most one tensor is held that nobody asked for yet."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str], thread: ThreadPoolExecutor) -> None:
+        self._checkpoint, self._thread = checkpoint, thread
+        self._following = dict(itertools.pairwise(names))
+        self._waiting: dict[str, Future[Tensor]] = {}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, while the reading of the next one begins; see `Checkpoint.read` for what it raises."""
+        future = self._waiting.pop(name, None)
+        tensor = future.result() if future else self._checkpoint.read(name)
+        if (following := self._following.get(name)) is not None:
+            self._waiting[following] = self._thread.submit(self._checkpoint.read, following)
+        return tensor
+
+
+@contextmanager
+def reading_ahead(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> Iterator[list[ReadAhead]]:
+    """Readers of the same tensors of several checkpoints."""
+    thread = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="read-ahead")
+    try:
+        yield [ReadAhead(checkpoint, names, thread) for checkpoint in checkpoints]
+    finally:
+        thread.shutdown(cancel_futures=True)
