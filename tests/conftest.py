@@ -190,6 +190,50 @@ def thin(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache
 
 
 @pytest.fixture(scope="session")
+def thin_at(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], ProjectorCache]:
+    """The pair's thin cache up to an energy, each built once."""
+    from safelora_vllm.projectors.build import BuildOptions, build
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    root = tmp_path_factory.mktemp("thin-at")
+
+    def cache(energy: float) -> ProjectorCache:
+        if not (out := root / str(energy)).exists():
+            build(pair.base, pair.aligned, out, BuildOptions(max_energy=energy))
+        return ProjectorCache(out)
+
+    return cache
+
+
+@pytest.fixture(scope="session")
+def approximate_at(
+    pair: Pair, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[float, float], ProjectorCache]:
+    """(energy, convergence) → the pair's thin cache, of approximate directions as a large model's is.
+
+    Where its modules are not flat; see `subspace.CONVERGED` for the convergence. Each is built once.
+    """
+    from functools import partial
+
+    from safelora_vllm.projectors import build as build_module
+    from safelora_vllm.projectors import module as one_module
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+    root = tmp_path_factory.mktemp("approximate-at")
+
+    def cache(energy: float, converged: float) -> ProjectorCache:
+        if not (out := root / f"{energy}-{converged}").exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(build_module, "_DOMINANT_FROM", 1)
+                patch.setattr(one_module, "dominant", partial(one_module.dominant, converged=converged))
+                options = build_module.BuildOptions(max_energy=energy)
+                build_module.build(pair.base, pair.aligned, out, options)
+        return ProjectorCache(out)
+
+    return cache
+
+
+@pytest.fixture(scope="session")
 def enlarging(tmp_path_factory: pytest.TempPathFactory) -> ProjectorCache:
     """A float32 cache of a pair whose ‖V‖ is far above 1: along V's first directions Ĉ enlarges."""
     from safelora_vllm.projectors.build import BuildOptions, build

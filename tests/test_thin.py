@@ -37,7 +37,6 @@ from safelora_vllm.projectors.manifest import WHOLE
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
 from tests import reference
-from tests.test_certified import adapters
 from tests.tiny import Q0, Draft, Pair, key, lora, module_shapes, write_pair
 
 FULL = 0.95
@@ -49,19 +48,6 @@ EVERY = [Policy(method=method, select=select) for method in METHOD_NAMES for sel
 # C_k B is a float32 product of float32 bases, and what is served is float32: each errs by a few 2⁻²⁴.
 ROUNDING = 1e-6
 each_policy = pytest.mark.parametrize("policy", EVERY, ids=lambda p: f"{p.method}-{p.select}")
-
-
-@pytest.fixture(scope="session")
-def thin_at(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], ProjectorCache]:
-    """The pair's thin cache up to an energy, each built once."""
-    root = tmp_path_factory.mktemp("thin-at")
-
-    def cache(energy: float) -> ProjectorCache:
-        if not (out := root / str(energy)).exists():
-            build(pair.base, pair.aligned, out, BuildOptions(max_energy=energy))
-        return ProjectorCache(out)
-
-    return cache
 
 
 @pytest.fixture
@@ -321,74 +307,6 @@ def dense_truncated(v: Tensor, k: int) -> Tensor:
     """C_k of V in float64: Ĉ's part in the first k left singular vectors."""
     left, sizes, _ = torch.linalg.svd(v, full_matrices=False)
     return (left[:, :k] * (sizes[:k] ** 2 / torch.linalg.matrix_norm(v))) @ left[:, :k].T
-
-
-@pytest.mark.parametrize("energy", ENERGIES)
-def test_safe_lora_multiplies_by_what_it_has_of_the_operator(
-    energy: float, thin_at: Callable[[float], ProjectorCache], pair: Pair
-) -> None:
-    """Against dense float64 matrices. No norm is larger than with Ĉ, whatever the adapter or its input."""
-    cache, policy = thin_at(energy), Policy(method="safe-lora", select="all")
-    generator, compared = torch.Generator().manual_seed(1), 0
-    for index, name in enumerate(module_shapes()):
-        v, projector = pair.v(name), cache.projector(name)
-        operator, cut = reference.operator(v), dense_truncated(v, len(projector.energies))
-        for a, b in adapters(v, index):
-            delta = ModuleDelta(a, b, projector)
-            (found,) = judge({name: (a, b)}, cache, policy, torch.device("cpu"), torch.float32)
-            whole, came = operator @ reference.product(delta.a, delta.b), reference.product(delta.a, delta.b)
-            expected = cut @ came
-            served = reference.product(found.a, found.b)
-            scale = float(
-                torch.linalg.matrix_norm(delta.b.double()) * torch.linalg.matrix_norm(delta.a.double())
-            )
-            error = ROUNDING * scale * float(torch.linalg.matrix_norm(operator, 2))
-            assert float(torch.linalg.matrix_norm(served - expected)) <= error
-            assert float(torch.linalg.matrix_norm(served)) <= float(torch.linalg.matrix_norm(whole)) + error
-            inputs = torch.randn(came.shape[1], 8, generator=generator, dtype=torch.float64)
-            outputs, most = (served @ inputs).norm(dim=0), (whole @ inputs).norm(dim=0)
-            assert (outputs <= most + error * inputs.norm(dim=0)).all()
-            assert found.served.retained is not None
-            assert found.served.retained <= reference.ratio(whole, came) * (1 + 1e-6) + error / came.norm()
-            compared += 1
-    assert compared > 200
-
-
-@pytest.mark.parametrize("energy", ENERGIES)
-@pytest.mark.parametrize(("method", "seeds"), [("safe-lora", 3), ("input-removal", 1)])
-def test_no_module_is_left_alone_that_the_exact_similarity_would_not_leave_alone(
-    method: str, seeds: int, energy: float, thin_at: Callable[[float], ProjectorCache], pair: Pair
-) -> None:
-    """Thousands of modules of random, leaning and adversarial adapters, by threshold and by number."""
-    cache, uncertain, kept, compared = thin_at(energy), 0, 0, 0
-    for seed in range(seeds):
-        kinds = {name: list(adapters(pair.v(name), seed)) for name in module_shapes()}
-        for kind in range(min(map(len, kinds.values()))):
-            weights = {name: pairs[kind] for name, pairs in kinds.items()}
-            policies = [
-                *(Policy(method=method, select="threshold", threshold=x) for x in (0.2, 0.35, 0.5, 0.8)),
-                *(Policy(method=method, select="number", number=x) for x in (1, 5, 10)),
-            ]
-            values = None
-            for policy in policies:
-                policy = limited(policy, energy)
-                found = judge(weights, cache, policy, torch.device("cpu"), torch.float32)
-                if values is None:  # of the weights as they are measured, balanced and rounded
-                    values = {}
-                    for name, (a, b) in weights.items():
-                        delta = ModuleDelta(a, b, cache.projector(name))
-                        values[name] = reference.similarity(pair.v(name), delta.a, delta.b)
-                exact = {n for n, v in values.items() if v <= policy.threshold}
-                if policy.select == "number":
-                    exact = set(sorted(values, key=lambda n: (values[n], n))[: policy.number])
-                chosen = {module.entry.name for module in found if module.projected}
-                marked = {module.entry.name for module in found if module.uncertain}
-                assert exact <= chosen and marked <= chosen
-                assert chosen - marked <= exact
-                uncertain, kept = uncertain + len(marked), kept + len(values) - len(chosen)
-                compared += len(values)
-    assert compared > 1300 * seeds and uncertain > 0
-    assert kept > 100 or energy < FULL  # where the intervals are narrow, modules are left alone
 
 
 def test_the_same_bases_beside_an_operator_decide_exactly(

@@ -3,17 +3,23 @@
 Source: Hsu et al., "Safe LoRA", NeurIPS 2024 (arXiv 2405.16833), section 3: ΔW' = Ĉ B A with
 Ĉ = V Vᵀ/‖V‖_F. Ĉ is not an orthogonal projector: it also shrinks B, in practice strongly.
 
-A thin projector cache has V's first k left singular vectors L instead of Ĉ. Then B' = C_k B with
-C_k = L diag(σ_i²/‖V‖_F) Lᵀ, which removes all that Ĉ removes, and more:
+A thin projector cache has L (d_out, k) instead of Ĉ: orthonormal columns near V's first k left singular
+vectors. Then B' = C_k B with C_k = L diag(σ_i²/‖V‖_F) Lᵀ.
 
-- L has eigenvectors of Ĉ as its columns. So C_k = P Ĉ = Ĉ P with the orthogonal projector P = L Lᵀ.
-- What is served is P (Ĉ B A): the part of what Ĉ would serve that lies in the first k output directions.
-- An orthogonal projector enlarges nothing: ‖C_k B A‖_F ≤ ‖Ĉ B A‖_F, and ‖C_k B A x‖ ≤ ‖Ĉ B A x‖ for every
-  input x.
-- What it takes away besides, (1 − P) Ĉ B A, has at most σ_{k+1}²/‖V‖_F times the norm of (1 − P) B A.
+- `projectors.dominant` derives f with ‖Ĉ − Ĉ₀‖₂ ≤ f ‖V‖_F. Ĉ₀ is block diagonal in [L, L_⊥], and C_k is its
+  first block. So C_k = P Ĉ₀ = Ĉ₀ P with the orthogonal projector P = L Lᵀ.
+- An orthogonal projector enlarges nothing: ‖C_k B A‖_F ≤ ‖Ĉ₀ B A‖_F. So
 
-That is of exact eigenvectors. Where those of some Ĉ + E are in L, with E = 0 but for errors of L, it is
-‖C_k B A‖_F ≤ ‖Ĉ B A‖_F + ‖E‖₂ ‖B A‖_F: rounding to float32 gives an E of about 2⁻²⁴ ‖Ĉ‖₂.
+      ‖C_k B A‖_F ≤ ‖Ĉ B A‖_F + f ‖V‖_F ‖B A‖_F
+      ‖C_k B A x‖ ≤ ‖Ĉ B A x‖ + f ‖V‖_F ‖B A x‖ for every input x
+
+- With t ‖V‖_F a bound on Ĉ₀'s second block (`Spectrum.following`), C_k takes away more than Ĉ does by
+  ‖(Ĉ − C_k) B A‖_F ≤ t ‖V‖_F ‖(1 − P) B A‖_F + f ‖V‖_F ‖B A‖_F.
+- f (`Spectrum.residual`) is 0 where L has exact singular vectors. Then what is served is P (Ĉ B A): the part
+  of what Ĉ would serve that lies in the first k output directions.
+
+L is stored in float32, and products with it are of float32: both together count as an error of a few
+2⁻²⁴ ‖Ĉ‖₂ ‖B‖_F ‖A‖_F.
 
 Which modules are projected is decided by intervals then, and no module is left alone that Ĉ would not leave
 alone: see `methods.selection`.

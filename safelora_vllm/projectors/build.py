@@ -30,8 +30,8 @@ from safelora_vllm.projectors.manifest import (
     ModuleEntry,
 )
 from safelora_vllm.projectors.module import Built, thin_module, whole_module
+from safelora_vllm.projectors.next_weights import Weights, weights_ahead
 from safelora_vllm.projectors.partial_cache import PartialCache, partial_cache
-from safelora_vllm.projectors.read_ahead import Weights, reading_ahead
 from safelora_vllm.projectors.selection import select_modules
 from safelora_vllm.projectors.work import operations
 
@@ -175,7 +175,7 @@ def _add_modules(
             collected.clear()
 
     with (
-        reading_ahead(pair, [f"{name}.weight" for name in left]) as (base, aligned),
+        weights_ahead(pair, [f"{name}.weight" for name in left]) as (base, aligned),
         tqdm(total=sum(work.values()), initial=sum(work.values()) - sum(work[name] for name in left),
              desc="Projectors", bar_format=_BAR) as bar,
     ):  # fmt: skip

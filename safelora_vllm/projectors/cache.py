@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import ProjectorCacheError
-from safelora_vllm.projectors.ahead import ReadAhead
 from safelora_vllm.projectors.checkpoint import ModelName
 from safelora_vllm.projectors.group import GroupSpectrum, ProjectorGroup
 from safelora_vllm.projectors.held import SIDES, Held
 from safelora_vllm.projectors.manifest import MANIFEST, MODELS, OPERATORS, THIN, parse_manifest
+from safelora_vllm.projectors.operators_ahead import OperatorsAhead
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
 from safelora_vllm.projectors.shards import Shards
@@ -73,7 +73,7 @@ class ProjectorCache:
             self._shapes.setdefault((entry.shape, entry.form), []).append(name)
         self._shards = Shards(self.folder, self._manifest)
         self._held: Held | None = None
-        self._ahead: ReadAhead | None = None
+        self._ahead: OperatorsAhead | None = None
         self._spectra: dict[tuple[tuple[str, ...], float, torch.device], GroupSpectrum] = {}
         self._basis_bytes: dict[tuple[str, Parts], int] = {}
 
@@ -145,7 +145,7 @@ class ProjectorCache:
         operators = self._operators() if operator else {}
         held.load_operators(operators, placement)
         if placement is not None and placement.passing and operators:
-            self._ahead = ReadAhead(placement.passing, device, held.read_into)
+            self._ahead = OperatorsAhead(placement.passing, device, held.read_into)
 
     def _wanted(self, input_energy: float, output_energy: float) -> Iterator[tuple[str, Sequence[str], int]]:
         """Part, modules and columns of each tensor of bases that `load` keeps."""

@@ -20,7 +20,7 @@ class Weights(Protocol):
         """See `Checkpoint.read`."""
 
 
-class ReadAhead:
+class NextWeights:
     """`Checkpoint.read` in the order of ``names``: at most one tensor is held that nobody asked for yet."""
 
     def __init__(self, checkpoint: Checkpoint, names: Sequence[str], thread: ThreadPoolExecutor) -> None:
@@ -38,10 +38,10 @@ class ReadAhead:
 
 
 @contextmanager
-def reading_ahead(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> Iterator[list[ReadAhead]]:
+def weights_ahead(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> Iterator[list[NextWeights]]:
     """Readers of the same tensors of several checkpoints."""
-    thread = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="read-ahead")
+    thread = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="next-weights")
     try:
-        yield [ReadAhead(checkpoint, names, thread) for checkpoint in checkpoints]
+        yield [NextWeights(checkpoint, names, thread) for checkpoint in checkpoints]
     finally:
         thread.shutdown(cancel_futures=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 import safelora_vllm as sl
 from safelora_vllm.errors import ProjectorCacheError
 from safelora_vllm.methods.reads import parts_read
-from safelora_vllm.projectors.ahead import ReadAhead
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.operators_ahead import OperatorsAhead
 from safelora_vllm.projectors.placement import place
 from tests.test_placement import CPU, READERS, SAFE_LORA, demand
 from tests.tiny import Draft
@@ -45,17 +45,17 @@ def source() -> Source:
 
 
 @pytest.fixture
-def ahead(source: Source) -> ReadAhead:
-    return ReadAhead(16, CPU, source)
+def ahead(source: Source) -> OperatorsAhead:
+    return OperatorsAhead(16, CPU, source)
 
 
-def settled(ahead: ReadAhead) -> None:
+def settled(ahead: OperatorsAhead) -> None:
     """All that was asked for has been fetched."""
     for _, future in ahead._fetched:
         future.exception()
 
 
-def test_the_next_one_is_fetched_while_one_is_used(ahead: ReadAhead, source: Source) -> None:
+def test_the_next_one_is_fetched_while_one_is_used(ahead: OperatorsAhead, source: Source) -> None:
     keys = ["1", "2", "3", "2", "5"]
     with ahead.following(keys):
         settled(ahead)
@@ -73,7 +73,7 @@ def test_the_next_one_is_fetched_while_one_is_used(ahead: ReadAhead, source: Sou
         assert again is not None and again.item() == 7
 
 
-def test_what_is_not_next_is_not_fetched(ahead: ReadAhead) -> None:
+def test_what_is_not_next_is_not_fetched(ahead: OperatorsAhead) -> None:
     assert ahead.take("1", CPU) is None
     with ahead.following(["1", "2"]):
         assert ahead.take("2", CPU) is None and ahead.take("1", torch.device("meta")) is None
@@ -83,7 +83,7 @@ def test_what_is_not_next_is_not_fetched(ahead: ReadAhead) -> None:
     assert ahead.take("1", CPU) is None
 
 
-def test_another_thread_goes_without(ahead: ReadAhead) -> None:
+def test_another_thread_goes_without(ahead: OperatorsAhead) -> None:
     found: list[Any] = []
 
     def other() -> None:
@@ -97,7 +97,7 @@ def test_another_thread_goes_without(ahead: ReadAhead) -> None:
         assert found == [None] and ahead.take("1", CPU) is not None
 
 
-def test_an_error_is_raised_where_the_tensor_is_taken(ahead: ReadAhead, source: Source) -> None:
+def test_an_error_is_raised_where_the_tensor_is_taken(ahead: OperatorsAhead, source: Source) -> None:
     source.failing = "2"
     with pytest.raises(ProjectorCacheError, match="gone"), ahead.following(["1", "2", "3"]):
         assert ahead.take("1", CPU) is not None

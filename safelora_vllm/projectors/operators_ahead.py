@@ -19,7 +19,7 @@ from torch import Tensor
 Read = Callable[[str, Tensor], Tensor]
 
 
-class ReadAhead:
+class OperatorsAhead:
     """Fetches tensors in the order in which they will be asked for.
 
     nbytes: of both buffers together. read: of a key and a buffer (n,) uint8 on the CPU, the tensor in host
@@ -30,7 +30,7 @@ class ReadAhead:
         self._device, self._read = device, read
         self._buffers = [torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
         self._copies = None if device.type == "cpu" else _Copies(nbytes // 2, device)
-        self._thread = ThreadPoolExecutor(1, "safelora-read-ahead")
+        self._thread = ThreadPoolExecutor(1, "safelora-operators-ahead")
         self._in_use = threading.Lock()
         self._owner: int | None = None
         self._waiting: deque[str] = deque()
