@@ -12,7 +12,7 @@ import pytest
 
 import safelora_vllm as sl
 from safelora_vllm import api
-from safelora_vllm.errors import PolicyError, UsageError
+from safelora_vllm.errors import UsageError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.tiny import Draft
@@ -108,14 +108,3 @@ def test_without_peft_nothing_is_a_live_model(
     monkeypatch.delitem(sys.modules, "peft")
     with pytest.raises(UsageError, match="an object of type PeftModel is not a valid adapter"):
         sl.inspect_adapter(model, cache)
-
-
-def test_a_policy_that_reads_what_a_cache_lacks_is_told_before_the_adapter_is_read(
-    thin: ProjectorCache, tmp_path: Path
-) -> None:
-    for call in (
-        sl.inspect_adapter,
-        lambda *given: sl.project_adapter(*given[:2], tmp_path / "out", given[2]),
-    ):
-        with pytest.raises(PolicyError, match="was built with `thin`"):
-            call(tmp_path / "none", thin, sl.Policy(method="safe-lora"))

@@ -7,6 +7,7 @@ what is refused before it is read.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from typing import Any
 
@@ -44,14 +45,14 @@ BOUNDS: dict[str, dict[str, Any]] = {
     },
     "projectors.manifest": {
         "FORMAT": "safelora-projectors", "FORMAT_VERSION": 2, "MANIFEST": "manifest.json",
-        "MODELS": "models.json", "THIN": "thin", "ENERGY_ROUNDING": 1e-9,
+        "MODELS": "models.json", "THIN": "thin", "ENERGY_ROUNDING": 1e-9, "WHOLE": math.inf,
     },
     "projectors.checkpoint": {"_MAX_HEADER": 100 * MIB, "_SAMPLES": 8, "_SAMPLE_BYTES": 256},
     "projectors.cache": {
         "_SIDES": {"input_basis": 1, "output_basis": 0}, "_REMEMBERED": 100_000, "_SPECTRA": 256,
     },
     "projectors.build": {
-        "MAX_ENERGY": 0.95, "THIN_MAX_ENERGY": 0.4, "_SHARD_BYTES": 256 * MIB,
+        "MAX_ENERGY": 0.4, "EXACT_MAX_ENERGY": 0.95, "_SHARD_BYTES": 256 * MIB,
         "_OF_OPERATORS": ("dtype", "form"),
         "_TRANSPOSED_FAMILIES": {"gpt2", "gpt_bigcode", "openai-gpt"},
     },

@@ -120,7 +120,7 @@ def test_the_room_on_the_disk(
     for free, ends in ((needed, Started), (needed - 1, UsageError)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
         with pytest.raises(ends):
-            options = BuildOptions(form=form, thin=thin, max_energy=0.5)
+            options = BuildOptions(exact=not thin, form=form, max_energy=0.5)
             build(pair.base, pair.aligned, tmp_path / "cache", options)
 
 

@@ -74,7 +74,7 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     Calibration: {"limited_by_cache": False},
     Parts: {"operator": True, "input_energy": 1.0, "output_energy": 1.0},
     CacheBytes: {"operator": 0, "input_basis": 0, "output_basis": 0, "energy": 0},
-    ModuleReport: {"similarity_error": 0.0},
+    ModuleReport: {"similarity_error": 0.0, "uncertain": False},
     Report: {"total_norm": 0.0},
 }  # fmt: skip
 
@@ -87,10 +87,10 @@ def test_defaults_of_a_dataclass(kind: type) -> None:
 
 
 def test_a_build_of_which_nothing_is_said() -> None:
-    plain, thin = BuildOptions(), BuildOptions(thin=True)
-    assert dataclasses.astuple(plain) == ((), "bfloat16", "auto", "cpu", 0.95, False)
-    assert dataclasses.astuple(thin) == ((), "bfloat16", "auto", "cpu", 0.4, True)
-    assert (BuildOptions(max_energy=0.5).max_energy, BuildOptions(thin=True, max_energy=0.5).max_energy) == (
+    plain, exact = BuildOptions(), BuildOptions(exact=True)
+    assert dataclasses.astuple(plain) == ((), "bfloat16", "auto", "cpu", 0.4, False)
+    assert dataclasses.astuple(exact) == ((), "bfloat16", "auto", "cpu", 0.95, True)
+    assert (BuildOptions(max_energy=0.5).max_energy, BuildOptions(exact=True, max_energy=0.5).max_energy) == (
         0.5,
         0.5,
     )
@@ -102,13 +102,13 @@ ARGUMENTS: list[tuple[Any, dict[str, Any]]] = [
         api.build_projectors,
         {
             "modules": (), "dtype": "bfloat16", "form": "auto", "device": "cpu", "max_energy": None,
-            "thin": False,
+            "exact": False,
         },
     ),
     (
         api.plan_projectors,
         {
-            "policy": None, "projectors": None, "modules": (), "max_energy": None, "thin": False,
+            "policy": None, "projectors": None, "modules": (), "max_energy": None, "exact": False,
             "lora_rank": 16, "gpu_memory": None, "device": "cpu",
         },
     ),

@@ -173,25 +173,6 @@ def test_of_policies_that_cannot_be_compared_the_servers_own_stays(
     assert found.method == "csulora"
 
 
-def test_a_policy_that_reads_what_the_cache_lacks_is_told_before_it_is_read(
-    config: GateConfig, thin: ProjectorCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ProjectorCache, "verify", lambda _: pytest.fail("minutes of reading"))
-    own = with_settings(config, projectors=str(thin.folder), policy={"method": "safe-lora"})
-    with pytest.raises(PolicyError, match="was built with `thin`"):
-        GateService(own)
-
-
-def test_what_a_caller_hears_of_a_thin_cache_does_not_name_its_folder(
-    config: GateConfig, thin: ProjectorCache, tmp_path: Path
-) -> None:
-    service = GateService(with_settings(config, projectors=str(thin.folder)))
-    call = Admit(str(Draft().write(tmp_path / "adapter")), "x", {"method": "safe-lora"}, override=True)
-    with pytest.raises(PolicyError, match=r"^the server's projector cache was built with `thin`") as told:
-        service.admit(call)
-    assert str(thin.folder) not in str(told.value)
-
-
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])
 def test_its_metrics_say_whether_it_enforces(mode: str, config: GateConfig) -> None:
     service = GateService(with_settings(config, policy={"mode": mode}))

@@ -16,12 +16,14 @@ from safelora_vllm import api
 from safelora_vllm.errors import CheckpointError, PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.projectors import assumed_spectrum, build_time
 from safelora_vllm.projectors import plan as module
+from safelora_vllm.projectors.build import BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.plan import CacheBytes, Plan, groups_of_cache
 from safelora_vllm.projectors.projector import Parts
 from tests.tiny import Pair, write_checkpoint
 
 MIB = 1024**2
+OPTIONS = BuildOptions(max_energy=0.5)
 PLAN = Plan(
     groups=(), assumed=True, max_energy=0.95, disk=CacheBytes(1, 2, 4, 8), held=CacheBytes(16, 32, 64, 128),
     disk_at_most=0, held_at_most=0, lora_rank=16, adapter_uploaded=0, adapter_served=0, transient_bytes=256,
@@ -74,8 +76,8 @@ def test_a_gate_fits_up_to_the_last_byte() -> None:
         ({"gpu_memory": 0}, "`gpu_memory` is 0: expected more than 0"),
         ({"gpu_memory": -1}, "`gpu_memory` is -1: expected more than 0"),
         *(
-            ({"projectors": "none", name: value}, "`modules`, `max_energy` and `thin` have no effect with")
-            for name, value in (("modules", ["q_proj"]), ("max_energy", 0.9), ("thin", True))
+            ({"projectors": "none", name: value}, "`modules`, `max_energy` and `exact` have no effect with")
+            for name, value in (("modules", ["q_proj"]), ("max_energy", 0.9), ("exact", True))
         ),
         ({"policy": sl.Policy(number=3)}, "`number` has no effect with `select` 'all'"),
     ],
@@ -89,13 +91,6 @@ def test_arguments_that_cannot_be(changes: dict[str, Any], told: str, pair: Pair
 def test_the_smallest_arguments(pair: Pair) -> None:
     plan = sl.plan_projectors(pair.aligned, lora_rank=1, gpu_memory=1)
     assert (plan.lora_rank, plan.gpu_memory, plan.on_gpu, plan.fits) == (1, 1, True, False)
-
-
-def test_a_thin_cache_has_no_plan_for_a_policy_that_reads_an_operator(
-    thin: ProjectorCache, pair: Pair
-) -> None:
-    with pytest.raises(PolicyError, match="was built with `thin`"):
-        sl.plan_projectors(pair.aligned, sl.Policy(method="safe-lora"), projectors=thin)
 
 
 def test_a_cache_with_a_module_in_another_shape_is_another_models(
@@ -175,8 +170,8 @@ def test_a_module_is_built_twice_and_the_faster_one_counts(monkeypatch: pytest.M
     clock, built = iter([0.0, 5.0, 10.0, 12.0]), []
     monkeypatch.setattr(build_time, "build_module", lambda *given: built.append(given[3]))
     monkeypatch.setattr(build_time, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert build_time._module_seconds(8, "cpu", 0.5) == 2.0
-    assert [(options.device, options.max_energy) for options in built] == [("cpu", 0.5)] * 2
+    assert build_time._module_seconds(8, OPTIONS) == 2.0
+    assert built == [OPTIONS] * 2
 
 
 def test_what_is_hashed_is_timed_by_16_mib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,16 +179,16 @@ def test_what_is_hashed_is_timed_by_16_mib(monkeypatch: pytest.MonkeyPatch) -> N
     sides: list[int] = []
     monkeypatch.setattr(build_time, "_module_seconds", lambda side, *_: sides.append(side) or 0.0)
     shapes = {(2000, 3000): 4, (10, 20): 5}
-    assert build_time.estimated_seconds(shapes, 32 * MIB, "cpu", 0.5) == 1.0
-    build_time.estimated_seconds({(10, 20): 5}, 0, "cpu", 0.5)
-    build_time.estimated_seconds({(9000, 9000): 5}, 0, "cuda", 0.5)
+    assert build_time.estimated_seconds(shapes, 32 * MIB, OPTIONS) == 1.0
+    build_time.estimated_seconds({(10, 20): 5}, 0, OPTIONS)
+    build_time.estimated_seconds({(9000, 9000): 5}, 0, dataclasses.replace(OPTIONS, device="cuda"))
     assert sides == [1024, 10, 4096], "no larger than a module of the model"
 
 
 def test_every_module_counts_by_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_time, "_module_seconds", lambda side, *_: 2.0 * side**3)
     shapes = {(100, 300): 4, (300, 100): 1}
-    assert build_time.estimated_seconds(shapes, 0, "cpu", 0.5) == pytest.approx(5 * 100**2 * 400)
+    assert build_time.estimated_seconds(shapes, 0, OPTIONS) == pytest.approx(5 * 100**2 * 400)
 
 
 def test_hashing_takes_time() -> None:
