@@ -225,8 +225,9 @@ def test_what_is_checked_before_vllm_is_looked_at(
     assert vllm.steps
 
 
+@pytest.mark.usefixtures("vllm")
 def test_an_admin_key_is_made_where_none_is_given(
-    vllm: Vllm, settings: ServerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    settings: ServerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     keys = tmp_path / "keys.toml"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -71,7 +72,9 @@ def test_the_inference_key_may_come_from_vllms_variable(monkeypatch: pytest.Monk
     assert options.api_key[0] == "another"
 
 
-@pytest.mark.parametrize(("keys", "open_to_all"), [(False, "all adapters"), (True, "adapters without a tenant")])
+@pytest.mark.parametrize(
+    ("keys", "open_to_all"), [(False, "all adapters"), (True, "adapters without a tenant")]
+)
 def test_a_server_that_is_open_says_so(
     keys: bool, open_to_all: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,11 +204,8 @@ def test_a_start(
     registered: list[Any] = []
     monkeypatch.setattr(endpoint.atexit, "register", lambda *given: registered.append(given))
     if mode == "report-only":
-        state = place.service.state
-        lax = Policy(method="safe-lora", mode="report-only")
-        monkeypatch.setattr(
-            place.service, "state", lambda: type(state())(**{**_fields(state()), "policy": lax})
-        )
+        lax = msgspec.structs.replace(place.service.state(), policy=Policy(mode="report-only"))
+        monkeypatch.setattr(place.service, "state", lambda: lax)
     settings = ServerSettings(
         str(place.gate.settings.projectors), str(place.store), adapter_roots=[str(tmp_path / "link")],
         max_adapter_bytes=12345, allow_hub=True,
@@ -228,9 +228,3 @@ def test_a_start(
     said = {record.getMessage().partition(":")[0]: record.levelname for record in caplog.records}
     assert said["adapters are guarded"] == ("INFO" if mode == "enforce" else "WARNING")
     assert said["keys"] == "INFO"
-
-
-def _fields(state: Any) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in state.__struct_fields__} if hasattr(
-        state, "__struct_fields__"
-    ) else vars(state)

@@ -102,7 +102,8 @@ def start(
 @pytest.fixture
 def static(tmp_path: Path) -> dict[str, Path]:
     return {
-        name: Draft(tensors=lora(seed=seed)).write(tmp_path / name) for seed, name in enumerate(("one", "two"))
+        name: Draft(tensors=lora(seed=seed)).write(tmp_path / name)
+        for seed, name in enumerate(("one", "two"))
     }
 
 
@@ -112,7 +113,7 @@ def test_adapters_of_the_command_line_are_served_from_their_published_copies(
     async def test(made: Reconciler, engine: FakeEngine) -> None:
         requests = [entry.current().request for entry in made.registry.values()]
         assert [request.lora_int_id for request in requests] == [2**19, 2**19 + 16]
-        assert 2**19 + 16 < made.names.next_id(), "the store's ids are others"
+        assert made.names.next_id() > 2**19 + 16, "the store's ids are others"
         assert all(request.lora_path.startswith("safelora://") for request in requests)
         assert engine.loaded == requests, "under the new ids"
         assert engine.removed == [1, 2], "those by which vLLM had loaded the folders"

@@ -222,6 +222,28 @@ def test_a_copy_that_could_not_be_read_is_forgotten_everywhere(resolving: Any, t
     assert not resolving._taken.has("key", [file]) and resolving._store.forgotten == ["key"]
 
 
+def test_a_copy_that_is_exchanged_while_it_is_checked_is_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("whole")
+
+    def find(_: str) -> str:
+        file.write_text("exchanged behind the check")
+        return "a report"
+
+    guard: Any = object.__new__(WorkerGuard)
+    guard._taken, guard._store = FoundSound(), SimpleNamespace(files=lambda _: [file], find=find)
+    monkeypatch.setattr(WorkerGuard, "_check_rules", lambda *_: None)
+    guard._check_copy("key", "x")
+    assert not guard.still_sound("key")
+    guard._check_copy("key", "x")
+    assert not guard.still_sound("key"), "it was exchanged again"
+    guard._store.find = lambda _: "a report"
+    guard._check_copy("key", "x")
+    assert guard.still_sound("key")
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_ends_whatever_happens_in_it(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next load by request would serve zeros instead of saying what is wrong."""
@@ -255,7 +277,7 @@ def test_zeros_have_the_id_of_the_adapter_and_the_least_rank() -> None:
     assert made == [(7, 101, {"embed": "x"})]
 
 
-def test_what_is_installed_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_installed_in_every_process() -> None:
     from vllm.lora import worker_manager
     from vllm.v1.worker import lora_model_runner_mixin
     from vllm.v1.worker.worker_base import WorkerBase
@@ -267,7 +289,7 @@ def test_what_is_installed_in_every_process(monkeypatch: pytest.MonkeyPatch) -> 
     assert getattr(WorkerBase, ATTEST) is attest and getattr(WorkerBase, PREPARE) is guarded.prepare
     unguarded: Any = object.__new__(LRUCacheWorkerLoRAManager)
     assert worker_manager.WorkerLoRAManager._load_adapter is LRUCacheWorkerLoRAManager._load_adapter
-    with pytest.raises(GuardError, match="LRUCacheWorkerLoRAManager is not guarded .* x is not loaded"):
+    with pytest.raises(GuardError, match=r"LRUCacheWorkerLoRAManager is not guarded .* x is not loaded"):
         unguarded._load_adapter(LoRARequest("x", 1, "/adapters/x"))
     assert seams._original_load is not worker_manager.WorkerLoRAManager._load_adapter
 
