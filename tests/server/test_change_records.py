@@ -1,4 +1,4 @@
-"""What a change leaves behind: the version in the store, the line in the audit log, and nothing where it fails.
+"""What a change leaves behind in the store and in the audit log, and nothing where it fails.
 
 With the real gate, stores and audit log; the engine is a fake one.
 """
