@@ -1,4 +1,4 @@
-"""Published copies, as an API server asks for them, and the store's names, as it watches them. No server runs."""
+"""Published copies, as an API server asks for them, and how it watches the store's names. No server runs."""
 
 from __future__ import annotations
 
