@@ -30,11 +30,12 @@ from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator
 from safelora_vllm.methods.judge import working_bytes
 from safelora_vllm.methods.reads import check_parts, parts_read
 from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.build import BuildOptions, build, select_modules
+from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.build_time import estimated_seconds
 from safelora_vllm.projectors.cache import ProjectorCache, basis_bytes
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
 from safelora_vllm.projectors.plan import Plan, assumed_groups, groups_of_cache, largest_groups, total
+from safelora_vllm.projectors.selection import select_modules
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -29,25 +29,16 @@ from safelora_vllm.projectors.manifest import (
     MODELS,
     THIN,
     ModuleEntry,
-    natural_order,
 )
+from safelora_vllm.projectors.selection import select_modules
 
+logger = logging.getLogger("vllm.safelora.projectors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_ENERGY = 0.95
 THIN_MAX_ENERGY = 0.4  # twice the energy of the default policy; what is above it takes most of the room
 _BY_THIN = float("nan")  # stands for one of both; any other NaN is out of range
 _OF_OPERATORS = ("dtype", "form")  # options that are about Ĉ and V
 _SHARD_BYTES = 256 * 1024 * 1024
-# A linear layer inside a numbered block. Not: embeddings, heads, norms, convolutions, routers and
-# experts (vLLM stacks those in other layouts), nor what multimodal models have around the language model.
-_IN_BLOCK = re.compile(r"\.\d+\.")
-_NOT_LINEAR = re.compile(
-    r"embed|norm|conv|lora_|router|experts|(^|\.)gate$|lm_head"
-    r"|visual|vision|audio|tower|multi_modal|projector|connector|resampler|qformer|merger|aligner"
-    r"|talker|token2wav|codec|tokenizer|(^|\.)(encoder|protein_encoder|vpm|apm|tts|mlp1)\."
-)
-# These families store linear weights transposed (d_in, d_out), which LoRA calls fan_in_fan_out.
-_TRANSPOSED_FAMILIES = {"gpt2", "gpt_bigcode", "openai-gpt"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +102,7 @@ def build(
         raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     pair = Checkpoint(base), Checkpoint(aligned)
     names = select_modules(*pair, options.modules)
+    _check_readable(pair, names)
     _check_different(*pair)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
@@ -131,6 +123,22 @@ def build(
             raise UsageError(f"no room left on the disk of {out}; free some and repeat") from error
         raise
     return out
+
+
+def _check_readable(pair: tuple[Checkpoint, Checkpoint], names: Iterable[str]) -> None:
+    """Find out before hours of work that a weight is quantised in a way that is not read."""
+    rounded = []
+    for model in pair:
+        for name in names:
+            model.check_weight(name)
+        if model.has_fp8(names):
+            rounded.append(str(model.folder))
+    if rounded:
+        logger.warning(
+            "FP8 weights in %s: V holds their rounding besides the alignment. Build from the original "
+            "weights where you have them",
+            " and ".join(rounded),
+        )
 
 
 def _check_different(base: Checkpoint, aligned: Checkpoint) -> None:
@@ -159,54 +167,6 @@ def _identical(base: Checkpoint, aligned: Checkpoint) -> CheckpointError:
 
 def _with_progress(model: Checkpoint, what: str) -> Iterable[str]:
     return tqdm(sorted(model.tensors), desc=what, unit="tensor")
-
-
-def select_modules(base: Checkpoint, aligned: Checkpoint, wanted: Iterable[str]) -> list[str]:
-    """Names of the modules to build, checked to be in both checkpoints with one shape."""
-    families = base.config.get("model_type"), aligned.config.get("model_type")
-    if families[0] != families[1]:
-        raise CheckpointError(
-            f"the models are of different architectures: {base.folder} is {families[0]}, "
-            f"{aligned.folder} is {families[1]}. Give the base that the aligned model was made from"
-        )
-    if families[1] in _TRANSPOSED_FAMILIES:
-        raise CheckpointError(f"{families[1]} models store transposed weights: not supported")
-    linear = _linear_layers(aligned)
-    if lacking := [name for name in _linear_layers(base) if name not in set(linear)]:
-        raise CheckpointError(f"{aligned.folder} has no {lacking[0]}.weight, which {base.folder} has")
-    chosen = linear
-    if wanted := list(wanted):
-        by_part = {part: [n for n in linear if n == part or n.endswith("." + part)] for part in wanted}
-        if missing := [part for part, found in by_part.items() if not found]:
-            raise CheckpointError(
-                f"{aligned.folder} has no linear layers named {missing}; it has "
-                f"{sorted({name.rpartition('.')[2] for name in linear})}"
-            )
-        chosen = [name for name in linear if any(name in found for found in by_part.values())]
-    if not chosen:
-        raise CheckpointError(f"{aligned.folder} has no linear layers in numbered blocks")
-    for name in chosen:
-        weight = f"{name}.weight"
-        if weight not in base.tensors:
-            raise CheckpointError(f"{base.folder} has no {weight}, which {aligned.folder} has")
-        shapes = base.tensors[weight].shape, aligned.tensors[weight].shape
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(f"{weight} is {shapes[0]} in the base and {shapes[1]} in the aligned model")
-    return chosen
-
-
-def _linear_layers(checkpoint: Checkpoint) -> list[str]:
-    return sorted(
-        (
-            name.removesuffix(".weight")
-            for name, info in checkpoint.tensors.items()
-            if name.endswith(".weight")
-            and len(info.shape) == 2
-            and _IN_BLOCK.search(name)
-            and not _NOT_LINEAR.search(name.removesuffix(".weight"))
-        ),
-        key=natural_order,
-    )
 
 
 def _write(
@@ -268,8 +228,7 @@ def build_module(
     The Gram matrix of V's smaller side gives everything: Ĉ where that side is the output, c₀, and
     the singular values and vectors. All in float64 before the cast.
     """
-    weights = [model.read(f"{name}.weight").to(options.device) for model in (base, aligned)]
-    before, after = (weight.to(torch.float64) for weight in weights)
+    before, after = (model.weight(name, options.device) for model in (base, aligned))
     delta = after - before
     norm, aligned_norm = float(delta.norm()), float(after.norm())
     if not (math.isfinite(norm) and math.isfinite(aligned_norm)):

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
-from safelora_vllm.projectors.checkpoint import ModelName, read_header
+from safelora_vllm.projectors.checkpoint import ModelName
 from safelora_vllm.projectors.group import BasisStack, GroupSpectrum, ProjectorGroup
 from safelora_vllm.projectors.manifest import MANIFEST, MODELS, THIN, parse_manifest
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
+from safelora_vllm.projectors.weight_files import read_header
 
 __all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
 

@@ -218,7 +218,7 @@ def _planned(
 
     Raises:
         PolicyError: the policy has more energy than the cache would have, or reads what it would lack.
-        CheckpointError: a weight is quantised.
+        CheckpointError: a weight is quantised in a way that is not read.
     """
     max_energy = options.max_energy
     if options.thin and parts.operator:
@@ -234,7 +234,7 @@ def _planned(
         )
     shapes: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        checkpoint.float_dtype(f"{name}.weight")
+        checkpoint.check_weight(name)
         rows, columns = checkpoint.tensors[f"{name}.weight"].shape
         shapes.setdefault((rows, columns), []).append(name)
     element, groups = DTYPES[options.dtype].itemsize, []
