@@ -98,7 +98,7 @@ def fp8_checkpoint(folder: Path, state: dict[str, Tensor], form: Form, shards: i
 
 @pytest.fixture
 def fp8(tmp_path: Path, pair: Pair) -> Callable[..., Path]:
-    """Make the aligned model FP8 in the form of this name, with tensors and the quantization_config changed."""
+    """Make the aligned model FP8 in the form of this name, with its tensors and config changed."""
 
     def make(
         name: str = "channel",
@@ -205,6 +205,14 @@ def test_a_plan_needs_only_headers(fp8: Callable[..., Path], pair: Pair) -> None
 _WEIGHT, _SCALE = f"{UP0}.weight", f"{UP0}.weight_scale"
 
 
+def _with(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: state.update({name: tensor})
+
+
+def _cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: state.update({name: state[name].to(dtype)})
+
+
 def _quantization(**changes: Any) -> Callable[[dict[str, Any]], object]:
     return lambda config: config["quantization_config"].update(changes)
 
@@ -220,15 +228,15 @@ def _scheme(**changes: Any) -> Callable[[dict[str, Any]], object]:
     ("change", "config", "told"),
     [
         (lambda s: s.pop(_SCALE), None, rf"{_WEIGHT} in .* is F8_E4M3 with no scale: expected {_SCALE}"),
-        (lambda s: s.update({_SCALE: torch.ones(96, 1)}), None, r"F32 \(96, 1\): .*\(144, 96\) has floats \(144, 1\)"),
-        (lambda s: s.update({_SCALE: s[_SCALE].to(torch.uint8)}), None, rf"{_SCALE} in .* is U8; expected one of"),
-        (lambda s: s.update({_SCALE: s[_SCALE].to(torch.float8_e4m3fn)}), None, r"is F8_E4M3 \(144, 1\)"),
-        (lambda s: s.update({f"{UP0}.weight_zero_point": torch.ones(144, 1)}), None, "has a weight_zero_point"),
-        (lambda s: s.update({f"{UP0}.weight_g_idx": torch.ones(96)}), None, "has a weight_g_idx"),
-        (lambda s: s.update({_WEIGHT: s[_WEIGHT].to(torch.float8_e5m2)}), None, "is F8_E5M2; .* by 'compressed-ten"),
-        (lambda s: s.update({_WEIGHT: s[_WEIGHT].to(torch.int8)}), None, "is I8; expected one of .* unquantised"),
+        (_with(_SCALE, torch.ones(96, 1)), None, r"F32 \(96, 1\): .*\(144, 96\) has floats \(144, 1\)"),
+        (_cast(_SCALE, torch.uint8), None, rf"{_SCALE} in .* is U8; expected one of"),
+        (_cast(_SCALE, torch.float8_e4m3fn), None, r"is F8_E4M3 \(144, 1\)"),
+        (_with(f"{UP0}.weight_zero_point", torch.ones(144, 1)), None, "has a weight_zero_point"),
+        (_with(f"{UP0}.weight_g_idx", torch.ones(96)), None, "has a weight_g_idx"),
+        (_cast(_WEIGHT, torch.float8_e5m2), None, "is F8_E5M2; .* by 'compressed-tensors'"),
+        (_cast(_WEIGHT, torch.int8), None, "is I8; expected one of .* unquantised"),
         (None, lambda c: c.pop("quantization_config"), "has no quantization_config"),
-        (None, _quantization(quant_method="modelopt"), "is quantised by 'modelopt': expected compressed-tensors"),
+        (None, _quantization(quant_method="modelopt"), "by 'modelopt': expected compressed-tensors"),
         (None, _quantization(config_groups=[]), "no quantised weights"),
         (None, _quantization(config_groups=[1]), "quantization_config of .* is malformed"),
         (None, _quantization(config_groups={"a": 1}), "quantization_config of .* is malformed"),
@@ -289,7 +297,6 @@ def test_several_groups_and_plain_layers(fp8: Callable[..., Path], pair: Pair) -
     settings = {"quant_method": "compressed-tensors", "config_groups": dict(enumerate(tiles))}
     layout = scale_layout({"text_config": {"compression_config": settings}}, "m")
     assert layout.blocks == ((63, 63), (64, 64))
-    assert layout.block_of((126, 63), (2, 1)) == (63, 63) or layout.block_of((126, 63), (2, 1)) is None
     assert layout.block_of((100, 100), (2, 2)) is None  # either of them
     assert layout.block_of((127, 63), (3, 1)) == (63, 63)
 
@@ -318,7 +325,5 @@ def test_bytes_in_another_shape_are_called_quantised(pair: Pair, tmp_path: Path)
     state = {**pair.after, _WEIGHT: torch.zeros(144 * 48, 1, dtype=torch.uint8)}
     config = {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     folder = write_checkpoint(tmp_path / "m", state, config=config)
-    with pytest.raises(
-        CheckpointError, match="is U8; expected one of .* by 'bitsandbytes'. Give the unquantised"
-    ):
+    with pytest.raises(CheckpointError, match=r"is U8; expected one of .* by 'bitsandbytes'\. Give"):
         sl.build_projectors(pair.base, folder, tmp_path / "cache")
