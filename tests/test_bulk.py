@@ -324,7 +324,7 @@ def test_a_run_that_is_killed_while_it_puts_a_result(
 
 def test_two_runs_at_once_lose_nothing(project: Project, tmp_path: Path) -> None:
     reports: list[sl.BulkReport] = []
-    threads = [threading.Thread(target=lambda: reports.append(project(jobs=2))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: reports.append(project())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -359,23 +359,19 @@ class _Deadly(processes._Process):
         return super().ask(message)
 
 
-@pytest.mark.parametrize(("times", "answer"), [(1, "accepted"), (2, "failed")])
-def test_a_process_that_is_killed(
-    times: int, answer: str, project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_processes_that_are_killed(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """kill -9: its adapter is given to one more process, and recorded as failed if that dies too."""
-    _Deadly.victims = ["first"] * times
+    _Deadly.victims = ["first", "second", "second"]
     monkeypatch.setattr(processes, "_Process", _Deadly)
     report = project(jobs=2)
-    assert answers(report) == {**ALL, "first": answer} and _Deadly.victims == []
+    assert answers(report) == {**ALL, "second": "failed"} and _Deadly.victims == []
     assert not children()
-    if answer == "failed":
-        (reason,) = report.records[0].reasons
-        assert reason.code == "worker_died" and "ended 2 times, last with code -9" in reason.message
-        assert Catalogue(tmp_path / "out").get("first") == report.records[0]
-        report = project()
-        assert answers(report) == ALL and report.unchanged == {"second", "third"}
-    assert not list((tmp_path / "out").glob(".new-*"))
+    (reason,) = report.records[1].reasons
+    assert reason.code == "worker_died" and "ended 2 times, last with code -9" in reason.message
+    assert Catalogue(tmp_path / "out").get("second") == report.records[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"first", ".catalogue"}
+    report = project()
+    assert answers(report) == ALL and report.unchanged == {"first", "third"}
 
 
 def test_a_process_that_cannot_start(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +427,7 @@ def test_the_command(run: Callable[..., tuple[int, str, str]], uploads: Path) ->
     assert code == 3
     assert "3 adapters: 2 accepted, 1 refused, 0 failed; 0 of them as before" in out
     assert "[dora]" in out and "no adapters: README.md" in out and "first" not in out
-    code, out, _ = run("--all", str(uploads), "--jobs", "2", "--json")
+    code, out, _ = run("--all", str(uploads), "--json")
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 3 and [record["name"] for record in records] == ["first", "second", "third"]
     assert all(record["unchanged"] for record in records)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -43,7 +45,8 @@ def on_ray(job: Job, adapters: Sequence[AdapterInput], jobs: int | None, address
                 f"the Ray cluster {address!r} cannot be used ({error}): check its address"
             ) from error
     try:
-        yield from _outcomes(ray, job, adapters, jobs)
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints which of its processes died
+            yield from _outcomes(ray, job, adapters, jobs)
     finally:
         if mine:
             ray.shutdown()
