@@ -2,9 +2,9 @@
 
     python benchmarks/bulk.py --projectors DIR [--adapters 40] [--single 6]
 
-Random valid adapters of all linear layers, r = 16, under the default policy. ``project --all`` with one and with
-two processes, and ``project`` for some of them, take turns; each starts as a command of its own. Seconds of the
-single commands are multiplied to all adapters. The second run of ``project --all`` finds all as before.
+Random valid adapters of all linear layers, r = 16, under the default policy. ``project --all`` with one and
+with two processes, and ``project`` for some of them, take turns; each starts as a command of its own. Seconds
+of the single commands are multiplied to all adapters. A second ``project --all`` finds all as before.
 """
 
 from __future__ import annotations

@@ -130,9 +130,9 @@ class Worker:
         return found == known.digest and self._catalogue.intact(known)
 
 
-def not_judged(adapter: AdapterInput, code: str, message: str) -> ProjectionRecord:
-    """The record of an adapter that no process gave an answer to."""
-    return ProjectionRecord(adapter.name, FAILED, (Reason(code, message),))
+def not_judged(adapter: AdapterInput, cause: str) -> Outcome:
+    """Of an adapter whose processes ended before they had an answer."""
+    return Outcome(ProjectionRecord(adapter.name, FAILED, (Reason("worker_died", cause),)))
 
 
 def _record(adapter: AdapterInput, answer: str, reasons: list[Reason], started: float) -> ProjectionRecord:

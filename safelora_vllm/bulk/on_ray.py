@@ -68,7 +68,7 @@ def _outcomes(ray: Any, job: Job, adapters: Sequence[AdapterInput], jobs: int | 
             found = ray.get(done)
         except ray.exceptions.RayError as error:
             words = str(error).strip().splitlines() or [""]
-            yield Outcome(not_judged(adapter, "worker_died", f"Ray says: {type(error).__name__}: {words[0]}"))
+            yield not_judged(adapter, f"Ray says: {type(error).__name__}: {words[0]}")
             continue
         yield outcome_of(found)
 

@@ -89,7 +89,7 @@ class _Lane(threading.Thread):
                 return outcome_of(answer)
             code, self._process = self._process.end(), None
         cause = f"its process ended {ATTEMPTS} times, last with code {code}; look at the memory and the log"
-        return Outcome(not_judged(adapter, "worker_died", cause))
+        return not_judged(adapter, cause)
 
 
 class _Process:
