@@ -19,7 +19,7 @@ from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.fp8 import dequantised, scale_layout
-from tests.tiny import INNER, LLAMA, UP0, Pair, module_shapes, write_checkpoint
+from tests.tiny import INNER, LLAMA, UP0, Pair, base_weights, module_shapes, write_checkpoint, write_pair
 
 _MAX = 448.0  # the largest float8_e4m3fn
 Block = tuple[int | None, int | None]
@@ -192,6 +192,32 @@ def test_the_served_fp8_model_is_told_from_others(
     # What says nothing about the weights changes nothing.
     same = fp8("deepseek", config=lambda c: c["quantization_config"].update(ignored_layers=["x"]))
     assert Checkpoint(same).fingerprint() == Checkpoint(served).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["tensor", "channel", "deepseek"])
+def test_the_expected_rounding_is_what_rounding_does(name: str, tmp_path: Path) -> None:
+    """A tenth more, as it says; and in rows of 96 values the largest, which is exact, has a share of its own."""
+    state = base_weights()
+    values = fp8_checkpoint(tmp_path / "m", state, FORMS[name])
+    checkpoint = Checkpoint(tmp_path / "m")
+    for module, value in values.items():
+        found = float((state[f"{module}.weight"].double() - value).square().sum())
+        assert 0.95 <= checkpoint.rounding(module) / found <= 1.25, module
+    assert Checkpoint(write_checkpoint(tmp_path / "plain", state)).rounding(UP0) == 0.0
+
+
+@pytest.mark.parametrize("side", ["base", "aligned"])
+def test_a_v_that_is_mostly_rounding_is_refused(side: str, tmp_path: Path) -> None:
+    """An alignment that changes weights by less than rounding does, as LoRA trainings do."""
+    small = write_pair(tmp_path / "pair", step=0.0005)
+    folders = {"base": small.base, "aligned": small.aligned}
+    for name, state in (("base", small.before), ("aligned", small.after)):
+        fp8_checkpoint(tmp_path / name, state, FORMS["channel"])
+    one = {**folders, side: tmp_path / side}
+    with pytest.raises(CheckpointError, match=r"about \d+% of ‖V‖² is the FP8 rounding of .*unquantised"):
+        build(one["base"], one["aligned"], tmp_path / "cache")
+    assert not list(tmp_path.glob("*cache*"))
+    assert build(tmp_path / "base", tmp_path / "aligned", tmp_path / "cache").is_dir()
 
 
 def test_a_plan_needs_only_headers(fp8: Callable[..., Path], pair: Pair) -> None:

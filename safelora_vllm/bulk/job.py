@@ -78,13 +78,13 @@ class Worker:
             UsageError: the results cannot be written.
         """
         started = time.perf_counter()
-        known = self._catalogue.get(adapter.name)
-        if known is not None and self._is_done(known, adapter):
-            return Outcome(known, unchanged=True)
         if adapter.problem:
             reason = Reason("not_regular_file", adapter.problem)
             return self._put(_record(adapter, REFUSED, [reason], started), None)
         try:
+            known = self._catalogue.get(adapter.name)
+            if known is not None and self._is_done(known, adapter):
+                return Outcome(known, unchanged=True)
             return self._admitted(adapter, started)
         except AdapterNotFound as error:
             return self._put(_record(adapter, FAILED, [Reason("not_found", str(error))], started), None)
@@ -121,7 +121,7 @@ class Worker:
     def _is_done(self, known: ProjectionRecord, adapter: AdapterInput) -> bool:
         """Whether the same content was judged by the same rules, and the result is still there."""
         judged = known.answer in (ACCEPTED, REFUSED) and known.ruleset_digest == self._ruleset
-        if adapter.problem or not judged:
+        if not judged:
             return False
         try:
             found = read_adapter(adapter.path, self._settings.limits).digest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -30,9 +29,9 @@ from safelora_vllm.projectors.manifest import (
     THIN,
     ModuleEntry,
 )
+from safelora_vllm.projectors.rounding import check_quantisation
 from safelora_vllm.projectors.selection import select_modules
 
-logger = logging.getLogger("vllm.safelora.projectors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_ENERGY = 0.95
 THIN_MAX_ENERGY = 0.4  # twice the energy of the default policy; what is above it takes most of the room
@@ -102,7 +101,7 @@ def build(
         raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     pair = Checkpoint(base), Checkpoint(aligned)
     names = select_modules(*pair, options.modules)
-    _check_readable(pair, names)
+    check_quantisation(*pair, names, options.device)
     _check_different(*pair)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
@@ -123,22 +122,6 @@ def build(
             raise UsageError(f"no room left on the disk of {out}; free some and repeat") from error
         raise
     return out
-
-
-def _check_readable(pair: tuple[Checkpoint, Checkpoint], names: Iterable[str]) -> None:
-    """Find out before hours of work that a weight is quantised in a way that is not read."""
-    rounded = []
-    for model in pair:
-        for name in names:
-            model.check_weight(name)
-        if model.has_fp8(names):
-            rounded.append(str(model.folder))
-    if rounded:
-        logger.warning(
-            "FP8 weights in %s: V holds their rounding besides the alignment. Build from the original "
-            "weights where you have them",
-            " and ".join(rounded),
-        )
 
 
 def _check_different(base: Checkpoint, aligned: Checkpoint) -> None:

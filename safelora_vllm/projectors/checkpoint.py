@@ -128,17 +128,18 @@ class Checkpoint:
         Raises:
             CheckpointError: as `check_weight`, or a scale is not finite.
         """
-        name, scaled = f"{module}.weight", self._scale(module)
-        weight = self.read(name).to(device)
-        if scaled is None:
-            return weight.to(torch.float64)
-        scale, block = scaled
-        values = self.read(scale)
-        if not bool(values.to(torch.float64).isfinite().all()):
-            raise CheckpointError(
-                f"{scale} in {self.folder} has NaN or infinite values; download the model again"
-            )
-        return fp8.dequantised(weight, values, block)
+        weight = self.read(f"{module}.weight").to(device)
+        scaled = self._scale(module)
+        return weight.to(torch.float64) if scaled is None else fp8.dequantised(weight, *scaled)
+
+    def rounding(self, module: str, device: str | torch.device = "cpu") -> float:
+        """The ‖·‖² that rounding to FP8 is expected to have added to a linear layer's W; 0 for other weights.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        scaled = self._scale(module)
+        return 0.0 if scaled is None else fp8.rounding(self.read(f"{module}.weight").to(device), *scaled)
 
     def check_weight(self, module: str) -> None:
         """Whether `weight` can read a linear layer, from headers alone.
@@ -146,13 +147,25 @@ class Checkpoint:
         Raises:
             CheckpointError: no such layer, a quantisation that is not read, or FP8 without its scale.
         """
-        self._scale(module)
+        self._scale_name(module)
 
-    def has_fp8(self, modules: Iterable[str]) -> bool:
-        """Whether the weight of one of these linear layers is FP8."""
-        return any(self.tensors[f"{module}.weight"].dtype == fp8.FP8 for module in modules)
+    def is_fp8(self, module: str) -> bool:
+        """Whether the weight of a linear layer is FP8."""
+        return self.tensors[f"{module}.weight"].dtype == fp8.FP8
 
-    def _scale(self, module: str) -> tuple[str, fp8.Block] | None:
+    def _scale(self, module: str) -> tuple[Tensor, fp8.Block] | None:
+        """An FP8 weight's scale and the blocks it is for; None for other weights."""
+        if (found := self._scale_name(module)) is None:
+            return None
+        name, block = found
+        values = self.read(name)
+        if not bool(values.to(torch.float64).isfinite().all()):
+            raise CheckpointError(
+                f"{name} in {self.folder} has NaN or infinite values; download the model again"
+            )
+        return values, block
+
+    def _scale_name(self, module: str) -> tuple[str, fp8.Block] | None:
         """The name of an FP8 weight's scale and the blocks it is for; None for other weights."""
         name = f"{module}.weight"
         weight = self._info(name)
