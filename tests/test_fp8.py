@@ -196,7 +196,7 @@ def test_the_served_fp8_model_is_told_from_others(
 
 @pytest.mark.parametrize("name", ["tensor", "channel", "deepseek"])
 def test_the_expected_rounding_is_what_rounding_does(name: str, tmp_path: Path) -> None:
-    """A tenth more, as it says; and in rows of 96 values the largest, which is exact, has a share of its own."""
+    """A tenth more, as it says; and of each row of 96 values the largest is exact."""
     state = base_weights()
     values = fp8_checkpoint(tmp_path / "m", state, FORMS[name])
     checkpoint = Checkpoint(tmp_path / "m")
