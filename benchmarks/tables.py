@@ -425,6 +425,34 @@ def demo() -> str:
     return markdown(["policy", "harmful adapter complied", "useful adapter: exact JSON"], rows)
 
 
+def bulk() -> str:
+    """One command for many adapters against one for each."""
+    found = load("bulk")
+    titles = {
+        "single commands, all": "`project` for each",
+        "one job": "`project --all`",
+        "two jobs": "`project --all --jobs 2`",
+        "one job, all as before": "`project --all` again",
+    }
+    measures = ("times_faster", "times_less_processor_time")
+    rows = [
+        [title, *(number(found[measure][name], 1) for measure in measures)] for name, title in titles.items()
+    ]
+    head = f"{found['adapters']} adapters, all linear layers, r = 16"
+    return markdown([head, "times faster", "times less processor time"], rows)
+
+
+def fp8() -> str:
+    """V of FP8 checkpoints against V of the original weights."""
+    rows = []
+    for case, of in load("fp8")["cases"].items():
+        form, _, side = case.partition(", ")
+        figures = [number(of[key], 2) for key in ("norm_median", "k_median", "kept_median", "kept_least")]
+        rows.append([form, side, *figures])
+    heads = ["FP8", "of", "times ‖V‖", "times k", "of R's energy kept", "the least of a module"]
+    return markdown(heads, rows, texts=2)
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """All tables by name."""
     import gpu_tables
@@ -434,7 +462,7 @@ def tables() -> dict[str, Callable[[], str]]:
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, demo,
         project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
-        build_modules, build_intervals, build_model,
+        build_modules, build_intervals, build_model, bulk, fp8,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
 

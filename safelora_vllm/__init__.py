@@ -16,7 +16,10 @@ if TYPE_CHECKING:
         inspect_adapter,
         plan_projectors,
         project_adapter,
+        project_adapters,
     )
+    from safelora_vllm.bulk.catalogue import ProjectionRecord
+    from safelora_vllm.bulk.run import BulkReport
     from safelora_vllm.errors import AdapterRefused, Reason, SafeLoRAError
     from safelora_vllm.methods.calibration import Calibration
     from safelora_vllm.policy import Policy
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterRefused",
+    "BulkReport",
     "Calibration",
     "ModuleReport",
     "Plan",
     "Policy",
+    "ProjectionRecord",
     "ProjectorCache",
     "Reason",
     "Report",
@@ -42,13 +47,16 @@ __all__ = [
     "inspect_adapter",
     "plan_projectors",
     "project_adapter",
+    "project_adapters",
 ]
 _MODULES = {
     "AdapterRefused": "errors",
+    "BulkReport": "bulk.run",
     "Calibration": "methods.calibration",
     "ModuleReport": "report",
     "Plan": "projectors.plan",
     "Policy": "policy",
+    "ProjectionRecord": "bulk.catalogue",
     "ProjectorCache": "projectors.cache",
     "Reason": "errors",
     "Report": "report",
@@ -58,6 +66,7 @@ _MODULES = {
     "inspect_adapter": "api",
     "plan_projectors": "api",
     "project_adapter": "api",
+    "project_adapters": "api",
 }
 
 

@@ -16,8 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 import safelora_vllm as sl
-import safelora_vllm.api
 import safelora_vllm.policy
+from safelora_vllm.api import adapters, many, planning, projectors
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import ModelName
 from tests.tiny import LLAMA, Draft, Pair, lora_config, module_shapes
@@ -40,14 +40,17 @@ def here(pair: Pair, cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "projectors").symlink_to(cache.folder)
     Draft().write(tmp_path / "my-adapter")
     Draft(lora_config(use_dora=True)).write(tmp_path / "bad-adapter")
+    Draft().write(tmp_path / "uploads" / "first")
+    Draft(lora_config(use_dora=True)).write(tmp_path / "uploads" / "second")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_all_is_what_is_promised_and_all_of_it_is_there() -> None:
     promised = {
-        "build_projectors", "plan_projectors", "inspect_adapter", "project_adapter", "calibrate_policy",
-        "Policy", "Plan", "ProjectorCache", "Report", "ModuleReport", "Reason", "Calibration",
+        "build_projectors", "plan_projectors", "inspect_adapter", "project_adapter", "project_adapters",
+        "calibrate_policy", "BulkReport", "ProjectionRecord", "Policy",
+        "Plan", "ProjectorCache", "Report", "ModuleReport", "Reason", "Calibration",
         "SafeLoRAError", "AdapterRefused", "__version__",
     }  # fmt: skip
     assert set(sl.__all__) == promised and len(sl.__all__) == len(promised)
@@ -73,11 +76,13 @@ def test_public_functions_document_all_their_parameters() -> None:
         assert all(f"\n    {parameter}: " in text for parameter in inspect.signature(value).parameters), name
 
 
-@pytest.mark.parametrize("module", [safelora_vllm.api, safelora_vllm.policy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [adapters, many, planning, projectors, safelora_vllm.policy], ids=lambda m: m.__name__
+)
 @pytest.mark.usefixtures("here")
 def test_the_examples_of_the_docstrings(module: ModuleType) -> None:
     outcome = doctest.testmod(module)
-    assert outcome.attempted >= 3 and outcome.failed == 0
+    assert outcome.attempted >= 2 and outcome.failed == 0
 
 
 def test_the_lines_of_the_readme(here: Path) -> None:
@@ -101,7 +106,13 @@ def test_a_refusal_is_a_report_or_an_error_with_the_same_reasons(here: Path) -> 
     with pytest.raises(sl.AdapterRefused) as refused:
         sl.project_adapter("bad-adapter", "projectors", "out")
     assert refused.value.reasons == report.reasons and not Path("out").exists()
-    assert {path.name for path in here.iterdir()} == {"models", "projectors", "my-adapter", "bad-adapter"}
+    assert {path.name for path in here.iterdir()} == {
+        "models",
+        "projectors",
+        "my-adapter",
+        "bad-adapter",
+        "uploads",
+    }
     large = sl.inspect_adapter("my-adapter", "projectors", sl.Policy(max_total_norm=1e-9))
     assert not large.accepted and len(large.modules) == 14
 

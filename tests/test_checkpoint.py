@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from safelora_vllm.errors import CheckpointError
-from safelora_vllm.projectors.checkpoint import Checkpoint, locate_model, read_header
+from safelora_vllm.projectors.checkpoint import Checkpoint, locate_model
+from safelora_vllm.projectors.weight_files import read_header
 from tests.tiny import Pair, base_weights, safetensors_bytes, write_checkpoint
 
 _TWO = {  # eight bytes each, side by side

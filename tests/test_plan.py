@@ -22,8 +22,9 @@ from safelora_vllm.errors import PolicyError, UsageError
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.projectors import build_time
 from safelora_vllm.projectors.assumed_spectrum import directions
-from safelora_vllm.projectors.checkpoint import Checkpoint, read_header
+from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.plan import CONTEXT_BYTES
+from safelora_vllm.projectors.weight_files import read_header
 from tests.tiny import SHAPES, Pair, module_shapes
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -163,6 +163,8 @@ def test_the_examples_run_and_print_what_is_said(
         (tmp_path / "models" / side).symlink_to(folder)
     Draft().write(tmp_path / "my-adapter")
     Draft(lora_config(use_dora=True)).write(tmp_path / "bad-adapter")
+    Draft().write(tmp_path / "uploads" / "first")
+    Draft(lora_config(use_dora=True)).write(tmp_path / "uploads" / "second")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     examples = EXAMPLE.findall(PAGE.read_text())

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelora_vllm.errors import AdapterRefused
+from safelora_vllm.errors import AdapterRefused, CheckpointError
 from safelora_vllm.gate.admit import GateSettings
-from safelora_vllm.projectors.checkpoint import CheckpointError, read_header
 from safelora_vllm.projectors.manifest import natural_order
+from safelora_vllm.projectors.weight_files import read_header
 from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
 from safelora_vllm.safetensors_header import read_header as read_weights
 from safelora_vllm.store import PublishedStore

@@ -14,7 +14,8 @@ from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 
 _DESCRIPTION = "Serve LoRA adapters with vLLM, and keep what alignment changed in the model."
 _EXIT_CODES = (
-    "Exit codes: 0 done, 1 problems found (store verify), 2 wrong usage or missing input, 3 adapter refused."
+    "Exit codes: 0 done, 1 problems found (store verify) or an adapter failed (project --all), 2 wrong usage "
+    "or missing input, 3 adapter refused."
 )
 _COMMANDS = (build, inspect, project, serve, plan, calibrate, store, audit)
 

@@ -17,8 +17,8 @@ STORE = "the server's --adapter-store; default: ~/.local/share/safelora-vllm"
 _FIELD = re.compile(r"`([a-z_]+)`")
 # Fields and arguments whose options have their names.
 _OPTIONS = {field.name for field in dataclasses.fields(Policy)} | {
-    "base_model", "device", "dtype", "exact", "form", "gpu_memory", "keep_random", "lora_rank", "max_energy",
-    "modules", "out", "trust_served_model",
+    "all", "base_model", "device", "dtype", "exact", "form", "gpu_memory", "jobs", "json", "keep_random",
+    "lora_rank", "max_energy", "modules", "out", "projector_memory", "ray", "trust_served_model",
 }  # fmt: skip
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

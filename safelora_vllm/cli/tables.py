@@ -1,4 +1,4 @@
-"""A report as a table on the terminal."""
+"""Reports as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safelora_vllm.bulk.catalogue import FOLDER
+from safelora_vllm.bulk.run import BulkReport
 from safelora_vllm.cli.options import as_options
+from safelora_vllm.errors import named
+from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
+
+_MOST_ROWS, _MOST_REASONS = 50, 3
 
 CHANGES_NOTHING = (
     "the adapter changes nothing: each of its modules has an A or a B of zeros, as before any training"
@@ -106,3 +112,32 @@ def uncertain_note(report: Report) -> str:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def print_bulk(report: BulkReport, policy: Policy, console: Console | None = None) -> None:
+    """Print the adapters of a folder that were not accepted, then how many there are of each answer."""
+    console = console or terminal()
+    others = [record for record in report.records if record.answer != "accepted"]
+    if others:
+        table = Table(title=f"{policy.summary}, {policy.mode}")
+        for column in ("adapter", "answer", "reasons"):
+            table.add_column(column, overflow="fold")
+        for record in others[:_MOST_ROWS]:
+            reasons = "\n".join(f"[{r.code}] {as_options(r.message)}" for r in record.reasons[:_MOST_REASONS])
+            table.add_row(*(Text(printable(cell)) for cell in (record.name, record.answer)), Text(reasons))
+        console.print(table)
+    if len(others) > _MOST_ROWS:
+        console.print(Text(f"and {len(others) - _MOST_ROWS} more that were not accepted"))
+    counts = ", ".join(f"{report.count(answer)} {answer}" for answer in ("accepted", "refused", "failed"))
+    how = "" if policy.enforcing else "; report-only mode: written UNPROJECTED"
+    console.print(
+        Text(f"{len(report.records)} adapters: {counts}; {len(report.unchanged)} of them as before{how}")
+    )
+    if report.ignored:
+        console.print(Text(f"no adapters: {named([printable(name) for name in report.ignored])}"))
+    console.print(Text(f"results in {report.folder}, a record of each in {report.folder / FOLDER}"))
+
+
+def printable(text: str) -> str:
+    """A name that may come from a tenant, without control characters and bytes that are no text."""
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -32,6 +32,7 @@ from safelora_vllm.projectors.manifest import (
 from safelora_vllm.projectors.module import Built, thin_module, whole_module
 from safelora_vllm.projectors.next_weights import Weights, weights_ahead
 from safelora_vllm.projectors.partial_cache import PartialCache, partial_cache
+from safelora_vllm.projectors.rounding import check_quantisation
 from safelora_vllm.projectors.selection import select_modules
 from safelora_vllm.projectors.work import operations
 
@@ -109,6 +110,7 @@ def build(
         raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     pair = Checkpoint(base), Checkpoint(aligned)
     names = select_modules(*pair, options.modules)
+    check_quantisation(*pair, names, options.device)
     _check_different(*pair)
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_cache(out, _key(pair, names, options)) as partial:
@@ -175,7 +177,7 @@ def _add_modules(
             collected.clear()
 
     with (
-        weights_ahead(pair, [f"{name}.weight" for name in left]) as (base, aligned),
+        weights_ahead(pair, left) as (base, aligned),
         tqdm(total=sum(work.values()), initial=sum(work.values()) - sum(work[name] for name in left),
              desc="Projectors", bar_format=_BAR) as bar,
     ):  # fmt: skip
@@ -246,7 +248,7 @@ def build_module(name: str, base: Weights, aligned: Weights, options: BuildOptio
     the Gram matrix of V's smaller side gives everything: Ĉ where that side is the output, c₀, and the
     singular values and vectors. All in float64 before the cast.
     """
-    weights = [model.read(f"{name}.weight").to(options.device) for model in (base, aligned)]
+    weights = [model.linear(name).to(options.device) for model in (base, aligned)]
     if not options.exact and min(weights[0].shape) >= _DOMINANT_FROM:
         return thin_module(name, weights, options.max_energy)
     before, after = (weight.to(torch.float64) for weight in weights)

@@ -6,13 +6,12 @@ memory until the kernel takes them back, a buffer is gone when its tensor is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import json
-import math
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,17 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError
-from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
+from safelora_vllm.projectors import fp8
+from safelora_vllm.projectors.weight_files import (
+    FLOAT_DTYPES,
+    READ_DTYPES,
+    TensorInfo,
+    read_header,
+    weight_files,
+)
 
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
-FLOAT_DTYPES |= {"BF16": torch.bfloat16}
-_MAX_HEADER = 100 * 1024 * 1024
 _SAMPLES, _SAMPLE_BYTES = 8, 256
 _PIECE = 8 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: file, dtype as safetensors names it, shape, first byte, length."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
 
 def locate_model(model: str | Path) -> Path:
@@ -92,7 +84,7 @@ class Checkpoint:
     def __init__(self, model: str | Path, whole: bool = True) -> None:
         self.folder = locate_model(model)
         self.tensors: dict[str, TensorInfo] = {}
-        for file in _weight_files(self.folder):
+        for file in weight_files(self.folder):
             for name, info in read_header(file, whole).items():
                 if name in self.tensors:
                     raise CheckpointError(f"{self.folder}: {name} is in two files")
@@ -125,31 +117,110 @@ class Checkpoint:
         """One tensor in its stored dtype.
 
         Raises:
-            CheckpointError: no such tensor, or a dtype that is not a plain float (a quantised
-                checkpoint: use the original one).
+            CheckpointError: no such tensor, or a dtype that is neither a plain float nor FP8.
         """
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.folder} has no tensor {name}")
-        dtype = self.float_dtype(name)
+        dtype = READ_DTYPES[self._info(name).dtype]
         flat = torch.frombuffer(self.raw(name), dtype=dtype)
         return flat.reshape(self.tensors[name].shape)
 
-    def float_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor that is there; see `read` for what it raises."""
-        info = self.tensors[name]
-        if info.dtype not in FLOAT_DTYPES:
+    def linear(self, module: str) -> Tensor:
+        """A linear layer's W (d_out, d_in) as it is stored; FP8 with its scales applied, in float64.
+
+        Raises:
+            CheckpointError: as `check_weight`, or a scale is not finite.
+        """
+        weight, scaled = self.read(f"{module}.weight"), self._scale(module)
+        return weight if scaled is None else fp8.dequantised(weight, *scaled)
+
+    def weight(self, module: str, device: str | torch.device = "cpu") -> Tensor:
+        """A linear layer's W (d_out, d_in) in float64; see `linear`."""
+        return self.linear(module).to(device).to(torch.float64)
+
+    def rounding(self, module: str, device: str | torch.device = "cpu") -> float:
+        """The ‖·‖² that rounding to FP8 is expected to have added to a linear layer's W; 0 for other weights.
+
+        Raises:
+            CheckpointError: as `weight`.
+        """
+        scaled = self._scale(module)
+        return 0.0 if scaled is None else fp8.rounding(self.read(f"{module}.weight").to(device), *scaled)
+
+    def check_weight(self, module: str) -> None:
+        """Whether `weight` can read a linear layer, from headers alone.
+
+        Raises:
+            CheckpointError: no such layer, a quantisation that is not read, or FP8 without its scale.
+        """
+        self._scale_name(module)
+
+    def is_fp8(self, module: str) -> bool:
+        """Whether the weight of a linear layer is FP8."""
+        return self.tensors[f"{module}.weight"].dtype == fp8.FP8
+
+    def _scale(self, module: str) -> tuple[Tensor, fp8.Block] | None:
+        """An FP8 weight's scale and the blocks it is for; None for other weights."""
+        if (found := self._scale_name(module)) is None:
+            return None
+        name, block = found
+        values = self.read(name)
+        if not bool(values.to(torch.float64).isfinite().all()):
             raise CheckpointError(
-                f"{name} in {self.folder} is {info.dtype}; expected one of {list(FLOAT_DTYPES)}. "
-                "Give the unquantised checkpoint"
+                f"{name} in {self.folder} has NaN or infinite values; download the model again"
             )
-        return FLOAT_DTYPES[info.dtype]
+        return values, block
+
+    def _scale_name(self, module: str) -> tuple[str, fp8.Block] | None:
+        """The name of an FP8 weight's scale and the blocks it is for; None for other weights."""
+        name = f"{module}.weight"
+        weight = self._info(name)
+        if weight.dtype != fp8.FP8:
+            return None
+        layout = self._scale_layout
+        if unread := [suffix for suffix in fp8.UNREAD if f"{module}.{suffix}" in self.tensors]:
+            raise CheckpointError(f"{name} in {self.folder} has a {unread[0]}, which is not read. {fp8.CURE}")
+        candidates = [f"{module}.{suffix}" for suffix in layout.suffixes]
+        scales = [scale for scale in candidates if scale in self.tensors]
+        if len(scales) != 1:
+            found = "no scale" if not scales else f"two scales, {' and '.join(scales)}"
+            raise CheckpointError(
+                f"{name} in {self.folder} is {fp8.FP8} with {found}: expected {' or '.join(candidates)}. "
+                "Download the model again, or give the unquantised checkpoint"
+            )
+        scale = self._info(scales[0])
+        block = layout.block_of(weight.shape, scale.shape) if scale.dtype in FLOAT_DTYPES else None
+        if block is None:
+            raise CheckpointError(
+                f"{scales[0]} in {self.folder} is {scale.dtype} {scale.shape}: by its quantization_config "
+                f"({layout.method}) a weight {weight.shape} has floats {layout.expected(weight.shape)}. "
+                "Download the model again, or give the unquantised checkpoint"
+            )
+        return scales[0], block
+
+    @cached_property
+    def _scale_layout(self) -> fp8.ScaleLayout:
+        return fp8.scale_layout(self.config, self.folder)
+
+    def _info(self, name: str) -> TensorInfo:
+        """The header's line of a tensor that can be read."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        info = self.tensors[name]
+        if info.dtype not in READ_DTYPES:
+            method = fp8.quantisation_of(self.config).get("quant_method")
+            by = f" The model is quantised by {method!r:.80}." if method else ""
+            raise CheckpointError(
+                f"{name} in {self.folder} is {info.dtype}; expected one of {list(READ_DTYPES)}.{by} "
+                f"{fp8.CURE}"
+            )
+        return info
 
     def digest(self, progress: Iterable[str] | None = None) -> str:
         """sha256 over every tensor's name, dtype, shape and bytes: the checkpoint's full identity.
 
+        Scales of FP8 weights are tensors like all others. What the config says of their blocks comes first.
         ``progress`` may wrap ``sorted(self.tensors)`` in a progress bar.
         """
-        total = hashlib.sha256()
+        total = hashlib.sha256(self._scaling())
         for name in progress if progress is not None else sorted(self.tensors):
             total.update(self._label(name))
             total.update(self._sha256(name))
@@ -175,7 +246,7 @@ class Checkpoint:
         Cheap enough for each start of a server, and the same however the tensors are sharded. It
         tells models apart; it does not prove that no byte was changed: `digest` does.
         """
-        total = hashlib.sha256()
+        total = hashlib.sha256(self._scaling())
         for name in sorted(self.tensors):
             info = self.tensors[name]
             total.update(self._label(name))
@@ -186,60 +257,14 @@ class Checkpoint:
                     total.update(file.read(min(_SAMPLE_BYTES, info.nbytes)))
         return total.hexdigest()
 
+    def _scaling(self) -> bytes:
+        """What of the config gives FP8 weights their values; nothing for a form that cannot be built from."""
+        if all(info.dtype != fp8.FP8 for info in self.tensors.values()):
+            return b""
+        with contextlib.suppress(CheckpointError):
+            return json.dumps(self._scale_layout.blocks).encode()
+        return b""
+
     def _label(self, name: str) -> bytes:
         info = self.tensors[name]
         return json.dumps([name, info.dtype, info.shape]).encode()
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [folder / Path(name).name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(
-                f"{folder} has no {file.name}; expected model.safetensors, or shards with "
-                "model.safetensors.index.json. Other formats must be converted to safetensors"
-            )
-        yield file
-
-
-def read_header(file: Path, whole: bool = True) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, from its header. whole: whether the data has to be there too.
-
-    Source: the safetensors format (8 bytes of little-endian length, a JSON header, the data).
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            if not 0 <= start <= end or (whole and end > size - 8 - length):
-                raise ValueError(f"{name} lies outside of the file")
-            shape = tuple(entry["shape"])
-            info = TensorInfo(file, entry["dtype"], shape, 8 + length + start, end - start)
-            dtype = FLOAT_DTYPES.get(info.dtype)
-            if dtype is not None and math.prod(shape) * dtype.itemsize != info.nbytes:
-                raise ValueError(f"{name} has {info.nbytes} bytes for shape {shape}")
-            tensors[name] = info
-        spans = sorted((info.start, info.start + info.nbytes) for info in tensors.values())
-        if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-            raise ValueError("two tensors overlap")
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        with file.open("rb") as stream:
-            found = other_format(stream.read(LONGEST_SIGN)) or str(error)
-        raise CheckpointError(f"{file} is not a whole safetensors file: {found}") from error

@@ -1,4 +1,4 @@
-"""Weights of known order, the next of which is read in a thread while the present one is used."""
+"""Weights of linear layers in a known order, the next of which is read in a thread while the present one is used."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from safelora_vllm.projectors.checkpoint import Checkpoint
 class Weights(Protocol):
     """A `Checkpoint`, or what reads one ahead."""
 
-    def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`."""
+    def linear(self, module: str) -> Tensor:
+        """See `Checkpoint.linear`."""
 
 
 class NextWeights:
-    """`Checkpoint.read` in the order of ``names``: at most one tensor is held that nobody asked for yet."""
+    """`Checkpoint.linear` in the order of ``names``: at most one tensor is held that nobody asked for yet."""
 
     def __init__(self, checkpoint: Checkpoint, names: Sequence[str], thread: ThreadPoolExecutor) -> None:
         self._checkpoint, self._thread = checkpoint, thread
         self._following = dict(itertools.pairwise(names))
         self._waiting: dict[str, Future[Tensor]] = {}
 
-    def read(self, name: str) -> Tensor:
-        """A tensor, while the reading of the next one begins; see `Checkpoint.read` for what it raises."""
-        future = self._waiting.pop(name, None)
-        tensor = future.result() if future else self._checkpoint.read(name)
-        if (following := self._following.get(name)) is not None:
-            self._waiting[following] = self._thread.submit(self._checkpoint.read, following)
+    def linear(self, module: str) -> Tensor:
+        """A weight, while the reading of the next one begins; see `Checkpoint.linear` for what it raises."""
+        future = self._waiting.pop(module, None)
+        tensor = future.result() if future else self._checkpoint.linear(module)
+        if (following := self._following.get(module)) is not None:
+            self._waiting[following] = self._thread.submit(self._checkpoint.linear, following)
         return tensor
 
 
 @contextmanager
 def weights_ahead(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> Iterator[list[NextWeights]]:
-    """Readers of the same tensors of several checkpoints."""
+    """Readers of the same modules of several checkpoints."""
     thread = ThreadPoolExecutor(len(checkpoints), thread_name_prefix="next-weights")
     try:
         yield [NextWeights(checkpoint, names, thread) for checkpoint in checkpoints]

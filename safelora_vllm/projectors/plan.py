@@ -134,7 +134,7 @@ def _planned(
 
     Raises:
         PolicyError: the policy has more energy than the cache would have.
-        CheckpointError: a weight is quantised.
+        CheckpointError: a weight is quantised in a way that is not read.
     """
     max_energy = options.max_energy
     wanted = max(energy for energy in (parts.input_energy, parts.output_energy) if energy != WHOLE)
@@ -145,7 +145,7 @@ def _planned(
         )
     shapes: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        checkpoint.float_dtype(f"{name}.weight")
+        checkpoint.check_weight(name)
         rows, columns = checkpoint.tensors[f"{name}.weight"].shape
         shapes.setdefault((rows, columns), []).append(name)
     element, groups = DTYPES[options.dtype].itemsize, []
