@@ -38,7 +38,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--projector-memory",
         type=size,
         metavar="N",
-        help="with --all: most bytes that each process takes for projectors and for an adapter's work. The rest is read at each use",
+        help="with --all: most bytes that each process takes for projectors and for an adapter's work. The "
+        "rest is read at each use",
     )
     parser.add_argument(
         "--ray",

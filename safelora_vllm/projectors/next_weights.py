@@ -1,4 +1,4 @@
-"""Weights of linear layers in a known order, the next of which is read in a thread while the present one is used."""
+"""Weights of linear layers in a known order, the next of which is read while the present one is used."""
 
 from __future__ import annotations
 

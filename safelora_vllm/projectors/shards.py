@@ -13,8 +13,8 @@ from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.files import FileState, file_state
-from safelora_vllm.projectors.checkpoint import FLOAT_DTYPES, TensorInfo, read_header
 from safelora_vllm.projectors.manifest import Manifest
+from safelora_vllm.projectors.weight_files import FLOAT_DTYPES, TensorInfo, read_header
 
 
 class Shards:
