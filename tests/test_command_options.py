@@ -60,13 +60,13 @@ def test_build_passes_on_what_was_given_only(calls: Fake, capsys: pytest.Capture
     assert main(pair) == 0
     assert capsys.readouterr().out == "projector cache written to the/cache\n"
     options = ["--modules", "q_proj", "v_proj", "--device", "cuda", "--max-energy", "0.5"]
-    assert main([*pair, *options, "--dtype", "float16", "--form", "dense"]) == 0
-    assert main([*pair, "--thin"]) == 0
+    assert main([*pair, *options, "--exact", "--dtype", "float16", "--form", "dense"]) == 0
+    assert main([*pair, "--exact"]) == 0
     assert [args for args, _ in made] == [("b", "a", "o")] * 3
-    plain = {"modules": [], "device": "cpu", "thin": False}
-    some = {"modules": ["q_proj", "v_proj"], "device": "cuda", "thin": False, "max_energy": 0.5}
+    plain = {"modules": [], "device": "cpu", "exact": False}
+    some = {"modules": ["q_proj", "v_proj"], "device": "cuda", "exact": True, "max_energy": 0.5}
     assert [given for _, given in made] == [
-        plain, {**some, "dtype": "float16", "form": "dense"}, {**plain, "thin": True},
+        plain, {**some, "dtype": "float16", "form": "dense"}, {**plain, "exact": True},
     ]  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def test_build_refuses_options_that_a_thin_cache_does_not_know(
 ) -> None:
     """Also with the value that is the default: somebody gave it."""
     made = calls("build_projectors", lambda *_, **__: None)
-    assert main(["build", "--base", "b", "--aligned", "a", "--out", "o", "--thin", option, value]) == 2
-    assert f"{option} has no effect with --thin" in capsys.readouterr().err and made == []
+    assert main(["build", "--base", "b", "--aligned", "a", "--out", "o", option, value]) == 2
+    assert f"{option} has no effect without --exact" in capsys.readouterr().err and made == []
 
 
 def test_plan_passes_on_its_options(calls: Fake, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,16 +86,19 @@ def test_plan_passes_on_its_options(calls: Fake, capsys: pytest.CaptureFixture[s
 
     made = calls("plan_projectors", refuse)
     assert main(["plan", "--aligned", "a"]) == 2
-    options = ["--projectors", "p", "--modules", "q", "--max-energy", "0.5", "--thin", "--lora-rank", "8"]
+    options = ["--projectors", "p", "--modules", "q", "--max-energy", "0.5", "--exact", "--lora-rank", "8"]
+    options += ["--projector-memory", "2GiB", "--projector-host-memory", "1 KB"]
     assert main(["plan", "--aligned", "a", *options, "--gpu-memory", "1.5", "--device", "cuda"]) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "safelora-vllm: ends here\n" * 2)
     assert [args for args, _ in made] == [("a", Policy())] * 2
-    nothing = {"projectors": None, "modules": [], "max_energy": None, "thin": False, "lora_rank": 16}
-    given = {"projectors": "p", "modules": ["q"], "max_energy": 0.5, "thin": True, "lora_rank": 8}
+    nothing = {"projectors": None, "modules": [], "max_energy": None, "exact": False, "lora_rank": 16}
+    given = {"projectors": "p", "modules": ["q"], "max_energy": 0.5, "exact": True, "lora_rank": 8}
+    no_memory = {"projector_memory": None, "projector_host_memory": 0}
+    memory = {"projector_memory": 2 * 2**30, "projector_host_memory": 1000}
     assert [options for _, options in made] == [
-        {**nothing, "gpu_memory": None, "device": "cpu"},
-        {**given, "gpu_memory": 3 * 2**29, "device": "cuda"},
+        {**nothing, **no_memory, "gpu_memory": None, "device": "cpu"},
+        {**given, **memory, "gpu_memory": 3 * 2**29, "device": "cuda"},
     ]
 
 
