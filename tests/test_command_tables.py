@@ -240,7 +240,7 @@ REST = "so that it reads the rest from disk at each use, or take"
         (SAFE_LORA, 1, 10.4648, 9, f"weights: {WITHOUT}"),
         (SAFE_LORA, 1, 10.46484375, 9, f"set --projector-memory to {300 * MIB} or more, {REST} --method"),
         (SOME, 1, 10.46484375, 9, f"set --projector-memory to {300 * MIB} or more, {REST} --select all,"),
-        (SOME, 1, 4.96484375, 7, f"of 2 GPUs: set --projector-memory to {300 * MIB} or more, {REST} --select"),
+        (SOME, 1, 4.96484375, 7, f"of 2 GPUs: set --projector-memory to {300 * MIB} or more, {REST}"),
     ],
 )
 def test_advice_where_a_gate_does_not_fit(
