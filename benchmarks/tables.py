@@ -320,9 +320,9 @@ def thin() -> str:
     found = load("thin")
     rules = ("0.35", "0.5", "number")
     decisions = found["adapters"] * found["modules"]
-    whole = found["truth"]
+    whole = {**found["truth"], "selected_number": found["adapters"] * found["number"]}
     exact = [*(percent(whole[f"selected_{rule}"] / decisions) for rule in rules), *["–"] * 3, "–"]
-    rows = [["float64, from V", "–", *exact, number(whole["retained_median"], 3), "–"]]
+    rows = [["float64, from V", "–", *exact, number(whole["retained_median"], 4), "–"]]
     for cache, title in _CACHES.items():
         of = found["caches"][cache]
         rows.append(
@@ -332,7 +332,7 @@ def thin() -> str:
                 *(percent(of[f"selected_{rule}"] / decisions) for rule in rules),
                 *(percent(of[f"uncertain_{rule}"] / decisions) for rule in rules),
                 number(sum(of[f"less_safe_{rule}"] for rule in rules)),
-                number(of["retained_median"], 3),
+                number(of["retained_median"], 4),
                 number(of["retained_above_truth"]),
             ]
         )

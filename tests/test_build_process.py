@@ -71,7 +71,7 @@ import sys
 from pathlib import Path
 from safelora_vllm.projectors import build
 build._SHARD_BYTES = 2**20
-build.build(*sys.argv[1:4], build.BuildOptions(exact=True, dtype="float32", form="factored"))
+build.build(*sys.argv[1:4], build.BuildOptions(OPTIONS))
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
 
@@ -162,20 +162,30 @@ def test_a_full_disk_keeps_what_is_finished(
     assert [(out / file.name).stat().st_mtime_ns for file in written] == states
 
 
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    shapes = {"self_attn.q_proj": (64, 8192), "self_attn.o_proj": (8192, 64)}  # 2 MB each
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ('exact=True, dtype="float32", form="factored"', [(64, 8192), (8192, 64)]),  # 2 MB each
+        ("", [(640, 1024), (1024, 640)]),  # with few dominant directions
+    ],
+    ids=["factored", "thin"],
+)
+def test_memory_does_not_grow_with_the_number_of_layers(
+    options: str, shapes: list[tuple[int, int]], tmp_path: Path
+) -> None:
     peaks = []
     for layers in (4, 24):
         generator = torch.Generator().manual_seed(layers)
         for side in ("base", "aligned"):
             state = {
-                f"model.layers.{i}.{part}.weight": torch.randn(shape, generator=generator)
+                f"model.layers.{i}.self_attn.{part}_proj.weight": torch.randn(shape, generator=generator)
+                * torch.arange(1, shape[1] + 1).pow(-0.4)
                 for i in range(layers)
-                for part, shape in shapes.items()
+                for part, shape in zip("qo", shapes, strict=True)
             }
             write_checkpoint(tmp_path / f"{side}{layers}", state, config=LLAMA)
         pair = tmp_path / f"base{layers}", tmp_path / f"aligned{layers}"
-        done = python(_MEASURED, *pair, tmp_path / f"cache{layers}")
+        done = python(_MEASURED.replace("OPTIONS", options), *pair, tmp_path / f"cache{layers}")
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) * 1024)
     # The larger pair is 80 MB a model and 80 MB of cache larger. Holding any of the three would show.

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from safelora_vllm.methods import judge, lowrank
-from safelora_vllm.methods.certified import Interval, interval
+from safelora_vllm.methods.certified import interval
 from safelora_vllm.methods.delta import InputStats
 from safelora_vllm.methods.input_removal import energy_that_keeps, largest_energy
 from safelora_vllm.methods.method import Option, Spread
+from safelora_vllm.methods.selection import Interval
 from safelora_vllm.projectors.projector import Projector, Spectrum
 
 SPECTRUM = Spectrum(torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64), 0.573, 0.0625)
