@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile
+from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, Forbidden, UsageError
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from safelora_vllm.tenants.principal import Principal
 from tests.tiny import Draft
@@ -81,3 +82,26 @@ def test_a_stored_adapter_with_the_base_models_name_is_not_served(
         changed, records = reconciler._read_changes()
         assert list(records) == [record.name for record, _ in changed] == ["chat"]
     assert caplog.text.count("'aligned' is not served: the server itself has that name") == 1
+
+
+def test_a_path_is_inside_of_one_of_the_operators_folders(managed: Manager, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert managed.check_root("/anywhere") == Path("/anywhere").resolve(), "where there are no such folders"
+    managed.roots = (one, two)
+    for inside in (one, two / "a", one / ".." / "two"):
+        assert managed.check_root(str(inside)) == inside.resolve()
+    for outside in (tmp_path, tmp_path / "one2", one / ".."):
+        with pytest.raises(Forbidden, match="outside of the server's --adapter-root folders"):
+            managed.check_root(str(outside))
+
+
+@pytest.mark.parametrize("path", ["/a\0b", "/" + "x" * 4096], ids=["zero byte", "too long"])
+def test_what_is_no_path(path: str, managed: Manager) -> None:
+    with pytest.raises(UsageError, match="a path has at most 4,096 characters and no zero byte"):
+        managed.check_root(path)
+    managed.check_root("/x" * 2048)
+
+
+def test_what_a_manager_allows_that_is_not_told(managed: Manager) -> None:
+    assert (managed.roots, managed.hub) == ((), False)
+    assert managed.max_adapter_bytes == ServerSettings.max_adapter_bytes == 2 * 2**30

@@ -26,7 +26,7 @@ from safelora_vllm.integration.plugin import register
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.seams.fixes import FIXES, SWITCH
 from safelora_vllm.integration.seams.fixes.fix import original
-from safelora_vllm.integration.seams.fixes.mixes import LatestLabelsGauge
+from safelora_vllm.integration.seams.fixes.mixes import LatestLabelsGauge, with_latest_labels
 from safelora_vllm.integration.seams.fixes.prefix_cache import PREFIX_CACHE, with_path
 from safelora_vllm.integration.seams.fixes.ranks import load_on_all_ranks, load_on_rank
 
@@ -94,6 +94,26 @@ def test_the_newest_mix_is_kept() -> None:
 def test_vllm_still_keeps_every_mix() -> None:
     """Fails when vLLM removes old series: then the fix can go."""
     assert series_after_two_mixes(lambda gauge: gauge) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("gauge", "shared", "wrapped"), [("a gauge", False, True), ("a gauge", True, False), (None, False, False)]
+)
+def test_which_gauges_keep_their_newest_mix_only(
+    gauge: str | None, shared: bool, wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of several API servers, whose series are in shared files, and none that is not there."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/metrics")
+    if not shared:
+        monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
+
+    def init(self: Any, given: str | None) -> None:
+        self.gauge_lora_info = given
+
+    logger = SimpleNamespace()
+    with_latest_labels(init)(logger, gauge)
+    assert isinstance(logger.gauge_lora_info, LatestLabelsGauge) == wrapped
+    assert wrapped or logger.gauge_lora_info == gauge
 
 
 class Queue:

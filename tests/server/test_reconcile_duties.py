@@ -1,0 +1,369 @@
+"""How an API server process begins, what it does by itself, and how it ends. No server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, Reason, StoreUnavailable
+from safelora_vllm.integration.server import reconcile, watchdog
+from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.published_copies import Copy
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.watchdog import Watchdog
+from safelora_vllm.policy import Policy
+from safelora_vllm.report import Report
+from safelora_vllm.store import AdapterRecord, NameStore, Version
+from tests.server.fake_engine import MODEL, FakeEngine
+from tests.server.fake_server import Place
+from tests.server.test_reconcile import save
+from tests.tiny import Draft, lora
+
+REPORT = Report("another name", "d" * 64, "p", Policy(), True, [], [])
+REFUSED = AdapterRefused([Reason("nan", "a NaN")])
+
+
+class Gated:
+    """Published copies of which none is found, and a gate that answers when the test lets it."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.go.set()
+        self.asked: list[str] = []
+        self.answer: Exception | None = None
+
+    def find(self, _: Version) -> Copy | None:
+        return None
+
+    async def make(self, entry: Entry) -> Copy:
+        self.asked.append(entry.name)
+        await self.go.wait()
+        if self.answer is not None:
+            raise self.answer
+        return Copy("k", REPORT, ())
+
+
+def run(tmp_path: Path, test: Callable[[Reconciler, Gated, FakeEngine], Awaitable[None]]) -> None:
+    """With one name in the store, which is not published."""
+
+    async def started() -> None:
+        save(NameStore(tmp_path), "chat", "1")
+        engine, copies = FakeEngine(), Gated()
+        made = Reconciler(Pool(engine, NameStore(tmp_path)), cast(Any, copies), 1, MODEL.__eq__)
+        try:
+            await test(made, copies, engine)
+        finally:
+            copies.go.set()
+            await made.stop()
+
+    asyncio.run(started())
+
+
+async def settle() -> None:
+    """Let everything run that can run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def start(
+    place: Place, static: dict[str, Path], test: Callable[[Reconciler, FakeEngine], Coroutine[Any, Any, None]]
+) -> None:
+    """An API server process on a store, with adapters from its command line and two workers."""
+
+    async def started() -> None:
+        engine = place.engine()
+        workers = engine.answers
+        engine.answers = lambda: [[*workers()[0], *workers()[0]]]  # type: ignore[misc]
+        given = {
+            name: LoRARequest(name, number, str(folder))
+            for number, (name, folder) in enumerate(static.items(), start=1)
+        }
+        models = SimpleNamespace(lora_requests=given, is_base_model=MODEL.__eq__)
+        made = await Reconciler.start(engine, models)
+        try:
+            await test(made, engine)
+        finally:
+            await made.stop()
+
+    asyncio.run(started())
+
+
+@pytest.fixture
+def static(tmp_path: Path) -> dict[str, Path]:
+    return {
+        name: Draft(tensors=lora(seed=seed)).write(tmp_path / name)
+        for seed, name in enumerate(("one", "two"))
+    }
+
+
+def test_adapters_of_the_command_line_are_served_from_their_published_copies(
+    place: Place, static: dict[str, Path]
+) -> None:
+    async def test(made: Reconciler, engine: FakeEngine) -> None:
+        requests = [entry.current().request for entry in made.registry.values()]
+        assert [request.lora_int_id for request in requests] == [2**19, 2**19 + 16]
+        assert made.names.next_id() > 2**19 + 16, "the store's ids are others"
+        assert all(request.lora_path.startswith("safelora://") for request in requests)
+        assert engine.loaded == requests, "under the new ids"
+        assert engine.removed == [1, 2], "those by which vLLM had loaded the folders"
+        assert [entry.current().report.adapter for entry in made.registry.values()] == ["one", "two"]
+        assert [entry.load_seconds for entry in made.registry.values()] == [0.0, 0.0]
+        assert place.kept() == set(), "the folders stay the operator's"
+        assert made.watchdog.workers == {"guarded": 2, "unguarded": 0}
+
+    start(place, static, test)
+
+
+def test_the_command_line_goes_before_a_name_of_the_store(
+    place: Place, static: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one", MODEL):
+        save(NameStore(place.store), name, "7")
+
+    async def test(made: Reconciler, _: FakeEngine) -> None:
+        await made.sync()
+        assert list(made.registry) == ["one", "two"]
+        assert made.registry["one"].folder == static["one"] and made.registry["one"].version is None
+
+    start(place, static, test)
+    assert caplog.text.count("'one' is not served: the server itself has that name") == 1
+
+
+def test_a_folder_of_the_command_line_that_is_gone_stops_the_start(place: Place, tmp_path: Path) -> None:
+    async def test(*_: Any) -> None:
+        pytest.fail("it has started")
+
+    with pytest.raises(GuardError, match=f"--lora-modules gone: there is no {tmp_path}/none"):
+        start(place, {"gone": tmp_path / "none"}, test)
+
+
+def test_a_start_serves_the_stores_names_and_watches_them(
+    place: Place, static: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[bool] = []
+    real = Reconciler._sync
+
+    async def sync(self: Reconciler) -> None:
+        watched.append(self._watch is not None)
+        await real(self)
+
+    monkeypatch.setattr(Reconciler, "_sync", sync)
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            assert manager.reconciler.names.folder.is_dir(), "there is something to watch"
+            watch = manager.reconciler._watch
+            assert watch is not None and not watch.changed()
+            await manager.add(place.tenant(), "acme/x", static["one"])
+            assert watch.changed() and not watch.changed()
+        assert watch._queue is None, "the end closes it"
+        assert not manager.reconciler._background, "and leaves no work"
+        async with place.manager() as (manager, _):
+            assert list(manager.reconciler.registry) == ["acme/x"]
+
+    asyncio.run(use())
+    assert watched[0], "a change during the first look would be missed"
+
+
+def test_a_beat_of_the_heart_looks_for_all_that_may_be_wrong_and_survives_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert reconcile._HEARTBEAT_SECONDS == 2.0, "as the documentation says"
+    monkeypatch.setattr(reconcile, "_HEARTBEAT_SECONDS", 0.005)
+    seen: list[str] = []
+
+    async def look(_: Watchdog) -> None:
+        seen.append("look")
+        if len(seen) == 1:
+            raise RuntimeError("what nobody expected")
+
+    async def catch_up(_: Reconciler) -> None:
+        seen.append("catch up")
+
+    monkeypatch.setattr(Watchdog, "look", look)
+    monkeypatch.setattr(Reconciler, "_catch_up", catch_up)
+    monkeypatch.setattr(Reconciler, "_prepare_again", lambda _: seen.append("prepare again"))
+
+    async def test(_: Reconciler, __: FakeEngine) -> None:
+        for _ in range(1000):
+            if len(seen) >= 7:
+                break
+            await asyncio.sleep(0.005)
+
+    start(place, {}, test)
+    assert seen[:7] == ["look", *["look", "catch up", "prepare again"] * 2]
+    assert "heartbeat: RuntimeError: what nobody expected" in caplog.text
+
+
+def test_what_is_not_published_is_made_by_the_gate_and_served(tmp_path: Path) -> None:
+    async def test(made: Reconciler, copies: Gated, _: FakeEngine) -> None:
+        copies.go.clear()
+        await made.sync()
+        await settle()
+        with pytest.raises(GateUnavailable, match="chat is being prepared"):
+            made.registry["chat"].current()
+        copies.go.set()
+        await settle()
+        assert made.registry["chat"].current().request.lora_path == "safelora://k"
+        assert made.registry["chat"].current().report.adapter == "chat"
+        assert copies.asked == ["chat"]
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("answer", [None, GateUnavailable("down")])
+def test_what_was_removed_while_the_gate_made_it_is_not_served(
+    answer: Exception | None, tmp_path: Path
+) -> None:
+    async def test(made: Reconciler, copies: Gated, _: FakeEngine) -> None:
+        copies.answer = answer
+        copies.go.clear()
+        await made.sync()
+        await settle()
+        made.names.update("chat", lambda _: None)
+        await made.sync()
+        copies.go.set()
+        await settle()
+        assert made.registry == {}
+
+    run(tmp_path, test)
+
+
+def test_what_could_not_be_served_is_tried_again_unless_it_was_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(made: Reconciler, copies: Gated, _: FakeEngine) -> None:
+        copies.answer = GateUnavailable("the gate is down")
+        await made.sync()
+        await settle()
+        with pytest.raises(GateUnavailable, match="the gate is down"):
+            made.registry["chat"].current()
+        assert "adapter 'chat' cannot be served now: the gate is down" in caplog.text
+        copies.go.clear()
+        for _ in range(3):  # the first is still at it
+            made._prepare_again()
+            await settle()
+        assert copies.asked == ["chat"] * 2 and len(made._background) == 1
+        copies.answer = REFUSED
+        copies.go.set()
+        await settle()
+        with pytest.raises(AdapterRefused):
+            made.registry["chat"].current()
+        made._prepare_again()
+        await settle()
+        assert copies.asked == ["chat"] * 2
+        made.registry["chat"] = dataclasses.replace(made.registry["chat"], problem=StoreUnavailable("full"))
+        copies.answer = None
+        made._prepare_again()
+        await settle()
+        assert made.registry["chat"].served is not None
+        assert not made._background, "tasks that have ended are not kept"
+
+    run(tmp_path, test)
+
+
+def test_a_copy_that_was_lost_too_often_is_not_served(tmp_path: Path) -> None:
+    async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
+        made.pool.mark_lost({f"safelora://k/{number}" for number in range(16)})
+        await made.sync()
+        await settle()
+        with pytest.raises(StoreUnavailable, match="copy of chat was lost 16 times"):
+            made.registry["chat"].current()
+
+    run(tmp_path, test)
+
+
+def test_weights_are_freed_once_nothing_serves_them(tmp_path: Path) -> None:
+    async def test(made: Reconciler, _: Gated, engine: FakeEngine) -> None:
+        await made.sync()
+        await settle()
+        entry = made.registry["chat"]
+        made._put(dataclasses.replace(entry, problem=None))  # the same weights
+        await settle()
+        assert engine.removed == []
+        other = LoRARequest("chat", 99, "safelora://other")
+        assert made._wanted(entry.current().request) and not made._wanted(other)
+        assert not made._wanted(LoRARequest("nobody", 16, "safelora://k"))
+        made.names.update("chat", lambda _: None)
+        await made.sync()
+        await settle()
+        assert engine.removed == [entry.current().request.lora_int_id]
+
+    run(tmp_path, test)
+
+
+def test_who_waits_for_the_store_and_goes_away_does_not_stop_the_look_at_it(tmp_path: Path) -> None:
+    go = threading.Event()
+
+    async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
+        real = made.names.all
+
+        def slow() -> dict[str, AdapterRecord]:
+            assert go.wait(30)
+            return real()
+
+        made.names.all = slow  # type: ignore[method-assign]
+        waiting = asyncio.create_task(made.sync())
+        await settle()
+        waiting.cancel()
+        await settle()
+        assert waiting.cancelled() and made._syncing is not None
+        go.set()
+        await made._syncing
+        assert list(made.registry) == ["chat"]
+
+    run(tmp_path, test)
+
+
+def test_a_store_that_hung_is_waited_for_again_once_it_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reconcile._PATIENCE_SECONDS == 1.0
+    monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.01)
+    go = threading.Event()
+
+    async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
+        real = made.names.all
+        made.names.all = lambda: go.wait(30) and real()  # type: ignore[method-assign,assignment,return-value]
+        made._start_sync()
+        await made.refresh()
+        assert made._store_hangs
+        go.set()
+        await made.sync()
+        assert not made._store_hangs
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize(("age", "trusted"), [(0, False), (50_000_000, False), (50_000_001, True)])
+def test_a_folder_that_just_changed_is_looked_at_again(
+    age: int, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time stamp is as coarse as the kernel's clock tick."""
+    now = 10**18
+    monkeypatch.setattr(reconcile, "time", SimpleNamespace(time_ns=lambda: now))
+
+    async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
+        looks: list[int] = []
+        real = made.names.all
+        made.names.all = lambda: looks.append(1) or real()  # type: ignore[method-assign,func-returns-value]
+        made.names.stamp = lambda: now - age  # type: ignore[method-assign]
+        for _ in range(3):
+            await made._catch_up()
+        assert len(looks) == (1 if trusted else 3)
+
+    run(tmp_path, test)
+
+
+def test_how_often_workers_are_asked() -> None:
+    """At each look, which comes every 2 s, a worker that is asked spins for a second."""
+    assert (watchdog._ATTEST_LOOKS, watchdog._ALERT_LOOKS) == (15, 30)
