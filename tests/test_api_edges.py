@@ -12,7 +12,7 @@ import pytest
 
 import safelora_vllm as sl
 from safelora_vllm import api
-from safelora_vllm.errors import UsageError
+from safelora_vllm.errors import PolicyError, UsageError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.tiny import Draft
@@ -108,3 +108,17 @@ def test_without_peft_nothing_is_a_live_model(
     monkeypatch.delitem(sys.modules, "peft")
     with pytest.raises(UsageError, match="an object of type PeftModel is not a valid adapter"):
         sl.inspect_adapter(model, cache)
+
+
+def test_a_policy_is_checked_before_the_adapter_is_read_and_every_method_works_with_a_thin_cache(
+    thin: ProjectorCache, tmp_path: Path
+) -> None:
+    adapter = Draft().write(tmp_path / "mine")
+    for call in (
+        sl.inspect_adapter,
+        lambda *given: sl.project_adapter(*given[:2], tmp_path / "out", given[2]),
+    ):
+        with pytest.raises(PolicyError, match="`number` has no effect with `select` 'threshold'"):
+            call(tmp_path / "none", thin, sl.Policy(method="safe-lora", number=3))
+        report = call(adapter, thin, sl.Policy(method="safe-lora"))
+        assert report.accepted and all(module.similarity_error > 0 for module in report.modules)

@@ -27,6 +27,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
     },
     "gate.admit": {"_FORMAT": 6, "_MIN_COHERENCE": 1.5e-3},
     "gate.client": {"_TIMEOUT_SECONDS": 120.0},
+    "gate.memory": {"_MARGIN": 8, "_LIBRARY_BYTES": 128 * MIB, "_RANKS": 512},
     "gate.metrics": {"_BUCKETS": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
     "gate.server": {
         "_MAX_LINE": 16 * MIB, "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0,
@@ -44,24 +45,41 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "AUDIT": "audit", "FOLDERS": ("incoming", "names", "published", "raw"),
     },
     "projectors.manifest": {
-        "FORMAT": "safelora-projectors", "FORMAT_VERSION": 2, "MANIFEST": "manifest.json",
-        "MODELS": "models.json", "THIN": "thin", "ENERGY_ROUNDING": 1e-9, "WHOLE": math.inf,
+        "FORMAT": "safelora-projectors", "FORMAT_VERSION": 3, "EXACT_VERSION": 2, "_VERSIONS": (2, 3),
+        "MANIFEST": "manifest.json", "MODELS": "models.json", "THIN": "thin", "ENERGY_ROUNDING": 1e-9,
+        "OPERATORS": {"dense": "projector", "factored": "delta"}, "WHOLE": math.inf,
     },
-    "projectors.checkpoint": {"_MAX_HEADER": 100 * MIB, "_SAMPLES": 8, "_SAMPLE_BYTES": 256},
-    "projectors.cache": {
-        "_SIDES": {"input_basis": 1, "output_basis": 0}, "_REMEMBERED": 100_000, "_SPECTRA": 256,
+    "projectors.checkpoint": {
+        "_MAX_HEADER": 100 * MIB, "_SAMPLES": 8, "_SAMPLE_BYTES": 256, "_PIECE": 8 * MIB,
     },
+    "projectors.cache": {"_REMEMBERED": 100_000, "_SPECTRA": 256},
+    "projectors.held": {"SIDES": {"input_basis": 1, "output_basis": 0}},
+    "projectors.placement": {"_BUFFERS": 2},
     "projectors.build": {
-        "MAX_ENERGY": 0.4, "EXACT_MAX_ENERGY": 0.95, "_SHARD_BYTES": 256 * MIB,
+        "MAX_ENERGY": 0.4, "EXACT_MAX_ENERGY": 0.95, "_SHARD_BYTES": 256 * MIB, "_DOMINANT_FROM": 512,
         "_OF_OPERATORS": ("dtype", "form"),
-        "_TRANSPOSED_FAMILIES": {"gpt2", "gpt_bigcode", "openai-gpt"},
     },
-    "projectors.plan": {"CONTEXT_BYTES": 1200 * MIB, "_BASIS": 4, "_SHARE": 8},
+    "projectors.partial_cache": {"_LOCK": ".lock", "_JOURNAL": ".journal"},
+    "projectors.selection": {"_TRANSPOSED_FAMILIES": {"gpt2", "gpt_bigcode", "openai-gpt"}},
+    "projectors.weight_change": {"_ELEMENTS": 2**22, "_PLAIN": 2.0**30},
+    "projectors.dominant": {
+        "_ROWS": 1024, "_SQUARED": 1e-6, "_SPARE": 4, "ROUNDING": 1e-9, "_OF_V": 2.0**-23,
+        "_OF_PRODUCTS": 2.0**-22,
+    },
+    "projectors.subspace": {
+        "_ROWS": 512, "_FIRST": 32, "_SPARE": 16, "_MORE": 1.3, "_LARGEST": 0.25, "_GROWTH": 1.5,
+        "_ROUNDS": 20, "CONVERGED": 1e-2, "_FILTER": math.log(1e7), "_HIGHEST_DEGREE": 8, "_PROBES": 32,
+        "_POWERS": 12, "_UNLIKELY": 0.044, "_ROUNDING": 2.0**-20, "_PRODUCTS": 1.001,
+    },
+    "projectors.sizes": {"_BASIS": 4},
+    "projectors.plan": {"CONTEXT_BYTES": 1200 * MIB},
     "projectors.assumed_spectrum": {
         "DECAY": 0.4, "_EXACT": 40, "_GROWTH": 1.1, "_POINTS": (1200, 300), "_APART": 0.02,
         "_QUARTERINGS": 12, "_STEPS": 2, "_SOLVED": 0.01,
     },
-    "projectors.build_time": {"_CPU_SIDE": 1024, "_DEVICE_SIDE": 4096, "_RUNS": 2, "_HASHED": 16 * MIB},
+    "projectors.build_time": {
+        "_CPU_SIDE": 1024, "_CPU_THIN_SIDE": 2048, "_DEVICE_SIDE": 4096, "_RUNS": 2, "_HASHED": 16 * MIB,
+    },
     "methods.judge": {"_CPU_BYTES": MIB, "_DEVICE_BYTES": 16 * MIB, "_BASES": 4},
     "methods.lowrank": {"_SHIFT": 2.0**-36},
     "methods.certified": {"_ROUNDING": 2.0**-23},
@@ -93,16 +111,16 @@ def test_a_bound_is_what_was_decided(module: str, name: str) -> None:
 
 def test_the_classes_of_linear_layers_of_which_projectors_are_built() -> None:
     """A layer that vLLM stacks, or one outside of the language model, would be named but never compared."""
-    build = importlib.import_module("safelora_vllm.projectors.build")
+    selection = importlib.import_module("safelora_vllm.projectors.selection")
     assert (
         re.compile(
             r"embed|norm|conv|lora_|router|experts|(^|\.)gate$|lm_head"
             r"|visual|vision|audio|tower|multi_modal|projector|connector|resampler|qformer|merger|aligner"
             r"|talker|token2wav|codec|tokenizer|(^|\.)(encoder|protein_encoder|vpm|apm|tts|mlp1)\."
         )
-        == build._NOT_LINEAR
+        == selection._NOT_LINEAR
     )
-    assert re.compile(r"\.\d+\.") == build._IN_BLOCK
+    assert re.compile(r"\.\d+\.") == selection._IN_BLOCK
 
 
 def test_the_class_of_each_error_that_a_caller_may_catch() -> None:

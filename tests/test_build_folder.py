@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 
 from safelora_vllm.errors import CheckpointError, UsageError
 from safelora_vllm.projectors import build as module
+from safelora_vllm.projectors import partial_cache
 from safelora_vllm.projectors.build import BuildOptions, build, select_modules
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.manifest import natural_order
 from tests.tiny import Pair, module_shapes, write_checkpoint
 
-ONE = ("q_proj",)
+ONE, NORM = ("q_proj",), "model.norm.weight"
 
 
 def test_it_appears_whole_below_folders_that_are_missing_and_others_can_read_it(
@@ -55,21 +57,38 @@ def test_whatever_ends_a_build_leaves_nothing(
 def test_while_it_is_built_its_name_says_whose_it_is(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next build knows by it what a killed one left; it is hidden, and never taken for a cache."""
+    """The next build knows by it what a killed one left; it is hidden, and never taken for a cache.
+
+    It differs for other modules, options and models. Nobody else may change what is in it.
+    """
     seen: list[str] = []
-    monkeypatch.setattr(module, "save_file", lambda _, file: seen.append(Path(file).parent.name) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        build(pair.base, pair.aligned, tmp_path / "cache", BuildOptions(modules=ONE))
-    assert seen[0].startswith(f".cache.partial-{os.getpid()}-")
+
+    def fail(_: object, file: Path) -> None:
+        assert file.parent.stat().st_mode & 0o7777 == 0o755
+        seen.append(file.parent.name)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(partial_cache, "save_file", fail)
+    other = write_checkpoint(tmp_path / "other", {**pair.after, NORM: pair.after[NORM] + 1})
+    first = pair.base, pair.aligned, BuildOptions(modules=ONE)
+    for base, aligned, options in (
+        first, first, (pair.base, pair.aligned, BuildOptions(modules=("v_proj",))),
+        (pair.base, pair.aligned, BuildOptions(modules=ONE, max_energy=0.5)), (pair.base, other, first[2]),
+    ):  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            build(base, aligned, tmp_path / "cache", options)
+    assert all(re.fullmatch(r"\.cache\.partial-[0-9a-f]{32}", name) for name in seen)
+    assert seen[0] == seen[1] and len(set(seen[1:])) == len(seen[1:]) == 4
 
 
 def test_folders_of_other_builds_stay(pair: Pair, tmp_path: Path) -> None:
-    dead = 2**22 + 1
-    others = {f".other.partial-{dead}-x", f"x.cache.partial-{dead}-x", f"cache.partial-{dead}-x"}
-    for name in (*others, f".cache.partial-{dead}-x", ".cache.partial-x"):
+    """Those of the same place, which no build goes on with, are removed. A file is not one of them."""
+    others = {".other.partial-x", "x.cache.partial-x", "cache.partial-x", ".cache.partialx"}
+    for name in (*others, f".cache.partial-{'0' * 32}", ".cache.partial-x"):
         (tmp_path / name).mkdir()
+    (file := tmp_path / ".cache.partial-file").touch()
     build(pair.base, pair.aligned, tmp_path / "cache", BuildOptions(modules=ONE))
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", *others}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", file.name, *others}
 
 
 def test_it_says_which_models_it_was_given(
@@ -96,17 +115,17 @@ def test_models_are_named_as_they_were_given_where_they_are_of_the_hub(
 
 
 @pytest.mark.parametrize(
-    ("form", "thin"), [("auto", False), ("dense", False), ("factored", False), ("auto", True)]
+    ("form", "exact"), [("auto", True), ("dense", True), ("factored", True), ("auto", False)]
 )
 def test_the_room_on_the_disk(
-    form: str, thin: bool, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, exact: bool, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An element of 2 bytes; both bases in float32, and a share in float64 for each of their columns."""
     needed = 0
     for rows, cols in module_shapes().values():
         operator = {"auto": rows * min(rows, cols), "dense": rows * rows, "factored": rows * cols}[form]
         columns = math.ceil(0.5 * min(rows, cols))
-        needed += (0 if thin else 2 * operator) + columns * (4 * (rows + cols) + 8)
+        needed += (2 * operator if exact else 0) + columns * (4 * (rows + cols) + 8)
     assert len(set(module_shapes().values())) > 2
 
     class Started(Exception):
@@ -120,7 +139,7 @@ def test_the_room_on_the_disk(
     for free, ends in ((needed, Started), (needed - 1, UsageError)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
         with pytest.raises(ends):
-            options = BuildOptions(exact=not thin, form=form, max_energy=0.5)
+            options = BuildOptions(form=form, exact=exact, max_energy=0.5)
             build(pair.base, pair.aligned, tmp_path / "cache", options)
 
 

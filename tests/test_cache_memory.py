@@ -17,6 +17,7 @@ import torch
 from safelora_vllm.errors import ProjectorCacheError
 from safelora_vllm.projectors import cache as module
 from safelora_vllm.projectors.cache import ProjectorCache, basis_bytes, columns_held
+from safelora_vllm.projectors.placement import Demand, place
 from safelora_vllm.projectors.projector import Parts
 from tests.tiny import Pair, module_shapes
 
@@ -27,44 +28,55 @@ def folder(build_cache: Callable[[str, str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(build_cache("float32", "auto"), tmp_path / "cache"))
 
 
-def held(cache: ProjectorCache) -> int:
-    return sum(tensor.nbytes for tensor in cache._resident.values())
+def held(cache: ProjectorCache) -> dict[str, torch.Tensor]:
+    assert cache._held is not None
+    return cache._held._tensors
 
 
-def test_a_bound_is_used_up_to_its_last_byte_and_nothing_comes_after_what_does_not_fit(folder: Path) -> None:
+def test_a_budget_is_used_up_to_its_last_byte_and_nothing_comes_after_what_does_not_fit(folder: Path) -> None:
     whole = ProjectorCache(folder)
     whole.load("cpu")
-    sizes = {key: tensor.nbytes for key, tensor in whole._resident.items()}
-    order, total = list(sizes), 0
-    parts = [key.rpartition(".")[2] for key in order]
+    sizes = {key: tensor.nbytes for key, tensor in held(whole).items()}
     kinds = ("energy", "input_basis", "output_basis", "projector", "delta")
-    assert [kinds.index(part) for part in parts[:42]] == sorted(kinds.index(part) for part in parts[:42])
-    assert len(order) == 4 * len(module_shapes())
-    for number in (0, 1, 14, 15, 16, 20, 28, 29, 41, 42, 43, len(order) - 1):
-        total = sum(sizes[key] for key in order[: number + 1])
-        for bound, count in ((total, number + 1), (total - 1, number)):
-            cache = ProjectorCache(folder)
-            cache.load("cpu", bound)
-            assert list(cache._resident) == order[:count]
-            disk = sum(sizes.values()) - held(cache)
-            assert cache.resident_bytes()["disk"] == disk
+    parts = [kinds.index(key.rpartition(".")[2]) for key in sizes]
+    modules, total = len(module_shapes()), sum(sizes.values())
+    assert len(sizes) == 4 * modules and parts[: 3 * modules] == sorted(parts[: 3 * modules])
+    assert min(parts[3 * modules :]) == 3
+    always, operators = list(sizes)[: 3 * modules], list(sizes)[3 * modules :]
+    by_module = {key.rpartition(".")[0]: sizes[key] for key in operators}
+    demand = Demand(sum(sizes[key] for key in always), by_module, working=0)
+    order, tried = sorted(operators, key=sizes.__getitem__), []
+    for number in range(modules):  # all of them fit sooner: then nothing needs a buffer
+        exactly = demand.fixed + demand.passing + sum(sizes[key] for key in order[:number])
+        for budget, count in ((exactly, number), (exactly - 1, number - 1)):
+            if demand.least <= budget < demand.whole:
+                cache = ProjectorCache(folder)
+                cache.load("cpu", place(demand, budget))
+                assert set(held(cache)) == {*always, *order[:count]}
+                disk = sum(sizes[key] for key in order[count:])
+                assert cache.resident_bytes() == {"device": total - disk, "host": 0, "disk": disk}
+                tried.append(count)
+    assert len(set(tried)) > modules // 2
+    last = ProjectorCache(folder)
+    last.load("cpu", place(demand, demand.whole))
+    assert set(held(last)) == set(sizes)
 
 
 def test_energies_stay_in_host_memory(folder: Path) -> None:
     cache = ProjectorCache(folder)
     cache.load("meta")
-    where = {key.rpartition(".")[2]: tensor.device.type for key, tensor in cache._resident.items()}
+    where = {key.rpartition(".")[2]: tensor.device.type for key, tensor in held(cache).items()}
     assert where.pop("energy") == "cpu" and set(where.values()) == {"meta"}
     tiers = cache.resident_bytes()
-    assert set(tiers) == {"cpu", "meta", "disk"} and tiers["disk"] == 0
-    assert tiers["cpu"] == 8 * sum(len(cache.projector(name).energies) for name in cache.modules)
+    assert set(tiers) == {"device", "host", "disk"} and tiers["disk"] == 0
+    assert tiers["host"] == 8 * sum(len(cache.projector(name).energies) for name in cache.modules)
 
 
 @pytest.mark.parametrize("columns", [None, 2])
 def test_what_is_read_has_memory_of_its_own_and_no_more(columns: int | None, folder: Path) -> None:
     cache = ProjectorCache(folder)
     name, entry = next(iter(cache.modules.items()))
-    tensor = cache._read(f"{name}.input_basis", entry.shard, columns)
+    tensor = cache._shards.read(f"{name}.input_basis", entry.shard, columns)
     assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert columns is None or tensor.shape[1] == columns
     mapped = Path("/proc/self/maps").read_text()

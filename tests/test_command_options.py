@@ -87,15 +87,18 @@ def test_plan_passes_on_its_options(calls: Fake, capsys: pytest.CaptureFixture[s
     made = calls("plan_projectors", refuse)
     assert main(["plan", "--aligned", "a"]) == 2
     options = ["--projectors", "p", "--modules", "q", "--max-energy", "0.5", "--exact", "--lora-rank", "8"]
+    options += ["--projector-memory", "2GiB", "--projector-host-memory", "1 KB"]
     assert main(["plan", "--aligned", "a", *options, "--gpu-memory", "1.5", "--device", "cuda"]) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "safelora-vllm: ends here\n" * 2)
     assert [args for args, _ in made] == [("a", Policy())] * 2
     nothing = {"projectors": None, "modules": [], "max_energy": None, "exact": False, "lora_rank": 16}
     given = {"projectors": "p", "modules": ["q"], "max_energy": 0.5, "exact": True, "lora_rank": 8}
+    no_memory = {"projector_memory": None, "projector_host_memory": 0}
+    memory = {"projector_memory": 2 * 2**30, "projector_host_memory": 1000}
     assert [options for _, options in made] == [
-        {**nothing, "gpu_memory": None, "device": "cpu"},
-        {**given, "gpu_memory": 3 * 2**29, "device": "cuda"},
+        {**nothing, **no_memory, "gpu_memory": None, "device": "cpu"},
+        {**given, **memory, "gpu_memory": 3 * 2**29, "device": "cuda"},
     ]
 
 

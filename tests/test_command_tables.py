@@ -17,7 +17,9 @@ from safelora_vllm.cli.main import main
 from safelora_vllm.errors import Reason
 from safelora_vllm.methods.method import Spread
 from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.plan import CacheBytes, ModuleGroup, Plan
+from safelora_vllm.projectors.placement import Placement
+from safelora_vllm.projectors.plan import Plan
+from safelora_vllm.projectors.sizes import CacheBytes, ModuleGroup
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import AdapterRecord, NameStore, Version
 
@@ -147,11 +149,15 @@ GROUP = ModuleGroup(
     ("a.q_proj", "a.v_proj", "b.q_proj"), (64, 96), "dense", (9, 7, 8), (3, 3, 3), (0, 2, 1),
     CacheBytes(MIB, MIB, MIB, 0), CacheBytes(),
 )  # fmt: skip
+PLACED = Placement(
+    budget=1 * GIB, device_bytes=240 * MIB, host_bytes=0, disk_bytes=0, transient=256 * MIB, passing=0,
+    on_device=frozenset(), on_host=frozenset(),
+)  # fmt: skip
 PLAN = Plan(
     groups=(GROUP,), assumed=True, max_energy=0.95, disk=CacheBytes(1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB),
     held=CacheBytes(16 * MIB, 32 * MIB, 64 * MIB, 128 * MIB), disk_at_most=3 * GIB, held_at_most=4 * GIB,
-    lora_rank=16, adapter_uploaded=8 * MIB, adapter_served=4 * MIB, transient_bytes=256 * MIB, on_gpu=False,
-    gpu_memory=None, weight_bytes=9 * GIB, build_device="cpu", build_seconds=90.0,
+    lora_rank=16, adapter_uploaded=8 * MIB, adapter_served=4 * MIB, placement=PLACED, least_bytes=300 * MIB,
+    on_gpu=False, gpu_memory=None, weight_bytes=9 * GIB, build_device="cpu", build_seconds=90.0,
 )  # fmt: skip
 
 
@@ -172,7 +178,8 @@ def test_the_rows_of_a_plan() -> None:
             ("  R", "32.0 MiB"),
             ("  L", "64.0 MiB"),
             ("  shares of energy", "128.0 MiB"),
-            ("  while it judges an adapter, about", "256.0 MiB"),
+            ("  for the work of an adapter", "256.0 MiB"),
+            ("smallest --projector-memory", "300.0 MiB"),
             ("  projectors at most, if V has no dominant directions", "4.0 GiB"),
         ],
         [
@@ -184,7 +191,8 @@ def test_the_rows_of_a_plan() -> None:
 
 
 def test_the_rows_of_a_plan_on_a_gpu() -> None:
-    gpu = dataclasses.replace(PLAN, on_gpu=True, gpu_memory=16 * GIB, assumed=False)
+    placed = dataclasses.replace(PLACED, device_bytes=112 * MIB)
+    gpu = dataclasses.replace(PLAN, on_gpu=True, gpu_memory=16 * GIB, assumed=False, placement=placed)
     cache, gate, _, _ = plan._sections(gpu)
     assert cache[-1][0] == "  shares of energy"
     assert gate == [
@@ -192,40 +200,60 @@ def test_the_rows_of_a_plan_on_a_gpu() -> None:
         ("  Ĉ or V", "16.0 MiB"),
         ("  R", "32.0 MiB"),
         ("  L", "64.0 MiB"),
-        ("  while it judges an adapter, about", "256.0 MiB"),
+        ("  for the work of an adapter", "256.0 MiB"),
         ("  allowance for CUDA's context and libraries, as on an H100", "1.2 GiB"),
+        ("smallest --projector-memory", "300.0 MiB"),
         ("the gate's share of the GPU's 16.0 GiB", "9.6%"),
     ]
 
 
+def test_the_rows_of_a_plan_where_the_device_does_not_hold_all() -> None:
+    """What is elsewhere is not the device's. Without Ĉ and V no smaller memory could be set."""
+    placed = dataclasses.replace(PLACED, host_bytes=9 * MIB, disk_bytes=5 * MIB)
+    gate = plan._sections(dataclasses.replace(PLAN, placement=placed, assumed=False))[1]
+    assert gate[1] == ("  Ĉ or V", "2.0 MiB")
+    assert gate[-3:] == [
+        ("Ĉ or V in pinned host memory", "9.0 MiB"),
+        ("Ĉ or V that it reads from disk at each use", "5.0 MiB"),
+        ("smallest --projector-memory", "300.0 MiB"),
+    ]
+    thin = dataclasses.replace(PLAN, held=dataclasses.replace(PLAN.held, operator=0), assumed=False)
+    assert plan._sections(thin)[1][-1] == ("  for the work of an adapter", "256.0 MiB")
+
+
+SAFE_LORA, SOME = Policy(method="safe-lora"), Policy(select="threshold")
+WITHOUT = "take --method input-removal and --select all, which read"
+REST = "so that it reads the rest from disk at each use, or take"
+
+
 @pytest.mark.parametrize(
-    ("policy", "held", "memory", "told"),
+    ("policy", "operator", "memory", "weights", "told"),
     [
-        (Policy(), CacheBytes(), 10, None),
-        (Policy(), CacheBytes(), 9, "model's 9.0 GiB of weights: set projector_bytes, so that it reads the "
-         "rest from disk at each use, or take a smaller --energy."),
-        (Policy(), CacheBytes(), 4.6, "3.0 GiB of weights on each of 2 GPUs"),
-        (Policy(method="safe-lora"), CacheBytes(operator=1), 9,
-         "or take --method input-removal and --select all, which read neither Ĉ nor V."),
-        (Policy(select="threshold"), CacheBytes(operator=1), 9,
-         "or take --select all, which reads neither Ĉ nor V."),
+        (Policy(), 0, 11, 9, None),
+        (Policy(), 0, 9, 9, "model's 9.0 GiB of weights: take a smaller --energy."),
+        (Policy(), 0, 4, 6, "3.0 GiB of weights on each of 2 GPUs: take a smaller"),
+        (SAFE_LORA, 0, 9, 9, f"weights: {WITHOUT} less of L."),
+        (SOME, 0, 9, 9, "weights: take --select all, which reads less of L."),
+        # No memory that could be set is small enough.
+        (SAFE_LORA, 1, 9, 9, f"weights: {WITHOUT} neither Ĉ nor V."),
+        (SOME, 1, 9, 9, "weights: take --select all, which reads neither Ĉ nor V."),
+        (SAFE_LORA, 1, 10.4648, 9, f"weights: {WITHOUT}"),
+        (SAFE_LORA, 1, 10.46484375, 9, f"set --projector-memory to {300 * MIB} or more, {REST} --method"),
+        (SOME, 1, 10.46484375, 9, f"set --projector-memory to {300 * MIB} or more, {REST} --select all,"),
+        (SOME, 1, 4.96484375, 7, f"of 2 GPUs: set --projector-memory to {300 * MIB} or more, {REST}"),
     ],
-)  # fmt: skip
+)
 def test_advice_where_a_gate_does_not_fit(
-    policy: Policy, held: CacheBytes, memory: float, told: str | None
+    policy: Policy, operator: int, memory: float, weights: int, told: str | None
 ) -> None:
-    weights = 6 * GIB if memory == 4.6 else 9 * GIB
-    memory = 4 * GIB if memory == 4.6 else int(memory * GIB)
+    """The gate with all of its projectors takes as much as there is; its smallest memory is 300 MiB."""
+    placed = dataclasses.replace(PLACED, device_bytes=500 * MIB, transient=0)
     found = dataclasses.replace(
-        PLAN, on_gpu=True, held=held, transient_bytes=0, gpu_memory=memory, weight_bytes=weights
-    )
-    if told is None:
-        found = dataclasses.replace(found, gpu_memory=11 * GIB)
-        assert plan._advice(found, policy) == []
-        return
-    if weights == 6 * GIB:
-        assert found.gpus == 2
-    assert [told in line for line in plan._advice(found, policy)] == [True]
+        PLAN, on_gpu=True, held=CacheBytes(operator=operator), placement=placed,
+        gpu_memory=int(memory * GIB), weight_bytes=weights * GIB,
+    )  # fmt: skip
+    assert [told in line for line in plan._advice(found, policy) if told] == [True] * (told is not None)
+    assert bool(plan._advice(found, policy)) == (told is not None)
 
 
 def test_spreads_and_figures_of_a_calibration() -> None:

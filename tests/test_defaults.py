@@ -21,8 +21,11 @@ from safelora_vllm.methods.method import Calibrator, Effect, Method, Option
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.projectors.plan import CacheBytes
-from safelora_vllm.projectors.projector import Parts
+from safelora_vllm.projectors.manifest import ModuleEntry
+from safelora_vllm.projectors.partial_cache import PartialCache
+from safelora_vllm.projectors.placement import Demand
+from safelora_vllm.projectors.projector import Parts, Spectrum
+from safelora_vllm.projectors.sizes import CacheBytes
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import housekeeping
 from safelora_vllm.store.audit_log import AuditLog
@@ -74,6 +77,10 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     Calibration: {"limited_by_cache": False},
     Parts: {"operator": True, "input_energy": 1.0, "output_energy": 1.0},
     CacheBytes: {"operator": 0, "input_basis": 0, "output_basis": 0, "energy": 0},
+    ModuleEntry: {"following": 1.0},
+    PartialCache: {},
+    Spectrum: {"residual": 0.0},
+    Demand: {"shares": 0},
     ModuleReport: {"similarity_error": 0.0, "uncertain": False},
     Report: {"total_norm": 0.0},
 }  # fmt: skip
@@ -90,10 +97,7 @@ def test_a_build_of_which_nothing_is_said() -> None:
     plain, exact = BuildOptions(), BuildOptions(exact=True)
     assert dataclasses.astuple(plain) == ((), "bfloat16", "auto", "cpu", 0.4, False)
     assert dataclasses.astuple(exact) == ((), "bfloat16", "auto", "cpu", 0.95, True)
-    assert (BuildOptions(max_energy=0.5).max_energy, BuildOptions(exact=True, max_energy=0.5).max_energy) == (
-        0.5,
-        0.5,
-    )
+    assert [BuildOptions(exact=exact, max_energy=0.5).max_energy for exact in (False, True)] == [0.5, 0.5]
 
 
 HOUR = 3600.0
@@ -109,7 +113,8 @@ ARGUMENTS: list[tuple[Any, dict[str, Any]]] = [
         api.plan_projectors,
         {
             "policy": None, "projectors": None, "modules": (), "max_energy": None, "exact": False,
-            "lora_rank": 16, "gpu_memory": None, "device": "cpu",
+            "lora_rank": 16, "gpu_memory": None, "device": "cpu", "projector_memory": None,
+            "projector_host_memory": 0,
         },
     ),
     (api.inspect_adapter, {"policy": None, "device": "cpu"}),
@@ -117,7 +122,7 @@ ARGUMENTS: list[tuple[Any, dict[str, Any]]] = [
     (api.calibrate_policy, {"policy": None, "keep_random": None}),
     (
         ProjectorCache.load,
-        {"max_bytes": None, "input_energy": 1.0, "output_energy": 1.0, "operator": True},
+        {"placement": None, "input_energy": 1.0, "output_energy": 1.0, "operator": True},
     ),
     (housekeeping.collect, {"min_age_seconds": HOUR}),
     (housekeeping.unreferenced_raw, {"min_age_seconds": HOUR}),
@@ -135,7 +140,7 @@ def test_defaults_of_arguments(function: Any, expected: dict[str, Any]) -> None:
     assert given == expected
 
 
-MUTABLE = {"Stages"}  # they add up while a gate works
+MUTABLE = {"Stages", "PartialCache"}  # they add up while a gate or a build works
 
 
 def test_dataclasses_are_frozen() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from safelora_vllm.methods import judge, lowrank
+from safelora_vllm.methods import lowrank
 from safelora_vllm.methods.certified import interval
 from safelora_vllm.methods.delta import InputStats
 from safelora_vllm.methods.input_removal import energy_that_keeps, largest_energy
 from safelora_vllm.methods.method import Option, Spread
 from safelora_vllm.methods.selection import Interval
+from safelora_vllm.projectors import exact_products as products
 from safelora_vllm.projectors.projector import Projector, Spectrum
 
 SPECTRUM = Spectrum(torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64), 0.573, 0.0625)
@@ -181,20 +182,20 @@ def test_the_largest_hundredth(kept: float, largest: float) -> None:
 
 
 def test_the_precision_of_the_process_is_its_own_again_and_one_at_a_time() -> None:
-    assert isinstance(judge._PRODUCTS, type(threading.RLock()))
+    assert isinstance(products._PRODUCTS, type(threading.RLock()))
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = {name: getattr(matmul, name) for name in names}
     held: list[bool] = []
 
     def try_it() -> None:
-        held.append(judge._PRODUCTS.acquire(blocking=False))
+        held.append(products._PRODUCTS.acquire(blocking=False))
 
     try:
         for value in (True, False):
             for name in names:
                 setattr(matmul, name, value)
-            with contextlib.suppress(ValueError), judge.exact_products():
+            with contextlib.suppress(ValueError), products.exact_products():
                 assert [getattr(matmul, name) for name in names] == [False, False]
                 held.clear()
                 other = threading.Thread(target=try_it)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -144,16 +145,18 @@ def test_a_start_reads_checks_and_cleans_before_it_answers(
     config: GateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    loaded: list[tuple[Any, ...]] = []
+    loaded: list[tuple[Any, Any]] = []
     monkeypatch.setattr(gate_server, "check_store", lambda store: done.append(f"store {store}"))
     monkeypatch.setattr(ProjectorCache, "verify", lambda _: done.append("shards"))
-    monkeypatch.setattr(ProjectorCache, "load", lambda _, *given: loaded.append(given))
+    monkeypatch.setattr(ProjectorCache, "load", lambda _, *given, **parts: loaded.append((given, parts)))
     monkeypatch.setattr(gate_server, "clean", lambda store: done.append(f"clean {store}"))
-    own = with_settings(config, projector_bytes=5, policy={"method": "csulora", "energy": 0.3})
+    own = with_settings(config, projector_memory=2**30, policy={"method": "csulora", "energy": 0.3})
     service = GateService(dataclasses.replace(own, dtype="bfloat16", max_rank=4))
     store = config.settings.store
     assert done == [f"store {store}", "shards", f"clean {store}"]
-    assert loaded == [("cpu", 5, 0.3, 0.3, False)]
+    parts = {"operator": False, "input_energy": 0.3, "output_energy": 0.3}
+    assert loaded == [((torch.device("cpu"), service._placement), parts)]
+    assert service._placement.budget == 2**30
     settings = service._settings
     assert (settings.dtype, settings.base_model, settings.limits.max_rank) == (torch.bfloat16, "served", 4)
 
@@ -171,6 +174,32 @@ def test_of_policies_that_cannot_be_compared_the_servers_own_stays(
     assert found.method == "input-removal" and "cannot be compared with the server's" in caplog.text
     found = service.admit(Admit(folder, "x", {"method": "csulora"}, override=True)).report.policy
     assert found.method == "csulora"
+
+
+def test_a_policy_that_reads_what_the_cache_lacks_is_warned_of_and_reads_no_operator(
+    config: GateConfig,
+    thin: ProjectorCache,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loaded: list[dict[str, Any]] = []
+    monkeypatch.setattr(ProjectorCache, "load", lambda _self, *_, **options: loaded.append(options))
+    own = with_settings(config, projectors=str(thin.folder), policy={"method": "safe-lora"})
+    assert GateService(own)._placement.disk_bytes == 0
+    assert loaded == [{"operator": False, "input_energy": 0.0, "output_energy": math.inf}]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("is thin, and `method` 'safe-lora' multiplies by Ĉ" in text for text in warnings) == 1
+
+
+def test_what_a_caller_hears_of_a_thin_cache_does_not_name_its_folder(
+    config: GateConfig, thin: ProjectorCache, tmp_path: Path
+) -> None:
+    service = GateService(with_settings(config, projectors=str(thin.folder)))
+    call = Admit(str(Draft().write(tmp_path / "adapter")), "x", {"method": "safe-lora"}, override=True)
+    answer = service.admit(call)
+    assert answer.accepted_key() and answer.report.policy.method == "safe-lora"
+    assert answer.report.uncertain == sum(module.uncertain for module in answer.report.modules) > 0
+    assert str(thin.folder).encode() not in encode(answer)
 
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])

@@ -15,35 +15,43 @@ import safelora_vllm as sl
 from safelora_vllm import api
 from safelora_vllm.errors import CheckpointError, PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.projectors import assumed_spectrum, build_time
-from safelora_vllm.projectors import plan as module
 from safelora_vllm.projectors.build import BuildOptions
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.projectors.plan import CacheBytes, Plan, groups_of_cache
+from safelora_vllm.projectors.placement import Placement
+from safelora_vllm.projectors.plan import Plan
 from safelora_vllm.projectors.projector import Parts
+from safelora_vllm.projectors.sizes import CacheBytes, groups_of_cache, total
 from tests.tiny import Pair, write_checkpoint
 
 MIB = 1024**2
-OPTIONS = BuildOptions(max_energy=0.5)
+PLACED = Placement(
+    budget=1000, device_bytes=240, host_bytes=3, disk_bytes=5, transient=256, passing=6,
+    on_device=frozenset(), on_host=frozenset(),
+)  # fmt: skip
 PLAN = Plan(
     groups=(), assumed=True, max_energy=0.95, disk=CacheBytes(1, 2, 4, 8), held=CacheBytes(16, 32, 64, 128),
-    disk_at_most=0, held_at_most=0, lora_rank=16, adapter_uploaded=0, adapter_served=0, transient_bytes=256,
-    on_gpu=False, gpu_memory=None, weight_bytes=1000 * MIB, build_device="cpu", build_seconds=1.0,
+    disk_at_most=0, held_at_most=0, lora_rank=16, adapter_uploaded=0, adapter_served=0, placement=PLACED,
+    least_bytes=300, on_gpu=False, gpu_memory=None, weight_bytes=1000 * MIB, build_device="cpu",
+    build_seconds=1.0,
 )  # fmt: skip
 
 
 def on_gpu(memory: int | None, **changes: Any) -> Plan:
-    return dataclasses.replace(PLAN, on_gpu=True, gpu_memory=memory, **changes)
+    """The shares of energy are in host memory then."""
+    placed = dataclasses.replace(PLACED, device_bytes=112)
+    return dataclasses.replace(PLAN, on_gpu=True, placement=placed, gpu_memory=memory, **changes)
 
 
 def test_sums_of_parts() -> None:
     assert (PLAN.disk.total, PLAN.held.total) == (15, 240)
     assert PLAN.disk + PLAN.held == CacheBytes(17, 34, 68, 136)
-    assert module.total([PLAN.disk, PLAN.held, PLAN.disk]) == CacheBytes(18, 36, 72, 144)
-    assert module.total([]) == CacheBytes()
+    assert total([PLAN.disk, PLAN.held, PLAN.disk]) == CacheBytes(18, 36, 72, 144)
+    assert total([]) == CacheBytes()
 
 
 def test_what_a_gate_takes_of_its_device() -> None:
-    """The shares of energy stay in host memory, which on a CPU is the device's."""
+    """As much as its placement says, and CUDA's context on a GPU. Host memory and disk are not its device."""
+    assert PLAN.transient_bytes == 256
     assert (PLAN.device_bytes, PLAN.context_bytes, PLAN.gate_bytes) == (240, 0, 496)
     gpu = on_gpu(10**10)
     assert (gpu.device_bytes, gpu.context_bytes) == (112, 1200 * MIB)
@@ -91,6 +99,21 @@ def test_arguments_that_cannot_be(changes: dict[str, Any], told: str, pair: Pair
 def test_the_smallest_arguments(pair: Pair) -> None:
     plan = sl.plan_projectors(pair.aligned, lora_rank=1, gpu_memory=1)
     assert (plan.lora_rank, plan.gpu_memory, plan.on_gpu, plan.fits) == (1, 1, True, False)
+
+
+def test_the_plan_of_a_thin_cache_for_a_policy_that_multiplies_by_an_operator(
+    thin: ProjectorCache, cache: ProjectorCache, pair: Pair
+) -> None:
+    """All of L in the place of Ĉ and V; with an exact cache these and no L."""
+    policy = sl.Policy(method="safe-lora")
+    found, exact = (sl.plan_projectors(pair.aligned, policy, projectors=kind) for kind in (thin, cache))
+    outputs = sum(
+        4 * shape[0] * columns for group in found.groups for columns in group.kept for shape in [group.shape]
+    )
+    assert (found.held.operator, found.held.input_basis, found.held.output_basis) == (0, 0, outputs)
+    assert found.disk.operator == 0 < exact.disk.operator == exact.held.operator
+    assert exact.held.output_basis == exact.held.input_basis == 0
+    assert found.least_bytes == found.placement.budget
 
 
 def test_a_cache_with_a_module_in_another_shape_is_another_models(
@@ -170,8 +193,9 @@ def test_a_module_is_built_twice_and_the_faster_one_counts(monkeypatch: pytest.M
     clock, built = iter([0.0, 5.0, 10.0, 12.0]), []
     monkeypatch.setattr(build_time, "build_module", lambda *given: built.append(given[3]))
     monkeypatch.setattr(build_time, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert build_time._module_seconds(8, OPTIONS) == 2.0
-    assert built == [OPTIONS] * 2
+    options = BuildOptions(max_energy=0.5)
+    assert build_time._module_seconds(8, options) == 2.0
+    assert built == [options] * 2
 
 
 def test_what_is_hashed_is_timed_by_16_mib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,16 +203,18 @@ def test_what_is_hashed_is_timed_by_16_mib(monkeypatch: pytest.MonkeyPatch) -> N
     sides: list[int] = []
     monkeypatch.setattr(build_time, "_module_seconds", lambda side, *_: sides.append(side) or 0.0)
     shapes = {(2000, 3000): 4, (10, 20): 5}
-    assert build_time.estimated_seconds(shapes, 32 * MIB, OPTIONS) == 1.0
-    build_time.estimated_seconds({(10, 20): 5}, 0, OPTIONS)
-    build_time.estimated_seconds({(9000, 9000): 5}, 0, dataclasses.replace(OPTIONS, device="cuda"))
-    assert sides == [1024, 10, 4096], "no larger than a module of the model"
+    thin, exact = BuildOptions(), BuildOptions(exact=True)
+    assert build_time.estimated_seconds(shapes, 32 * MIB, thin) == 1.0
+    for options in (thin, exact, BuildOptions(device="cuda"), BuildOptions(device="cuda", exact=True)):
+        build_time.estimated_seconds({(9000, 9000): 5}, 0, options)
+    build_time.estimated_seconds({(10, 20): 5}, 0, exact)
+    assert sides == [2000, 2048, 1024, 4096, 4096, 10], "no larger than a module of the model"
 
 
 def test_every_module_counts_by_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_time, "_module_seconds", lambda side, *_: 2.0 * side**3)
     shapes = {(100, 300): 4, (300, 100): 1}
-    assert build_time.estimated_seconds(shapes, 0, OPTIONS) == pytest.approx(5 * 100**2 * 400)
+    assert build_time.estimated_seconds(shapes, 0, BuildOptions()) == pytest.approx(5 * 100**2 * 400)
 
 
 def test_hashing_takes_time() -> None:
