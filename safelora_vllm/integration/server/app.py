@@ -26,6 +26,7 @@ from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
+from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.layout import AUDIT
@@ -51,7 +52,11 @@ class SafeLoRAEndpoint:
         inference = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         metrics_key = os.environ.get(METRICS_KEY) or None
         keys = KeyRing.open(
-            Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference, metrics_key
+            Path(settings.keys) if settings.keys else None,
+            _admin_key(args, settings),
+            inference,
+            metrics_key,
+            tenant_check(settings) if lora and settings.keys else None,
         )
         more = granted(settings.route_access)
         if getattr(args, "enable_offline_docs", False):
