@@ -89,9 +89,10 @@ class Place:
         """Another API server on this store, without its routes."""
         engine = self.engine()
         models = SimpleNamespace(lora_requests={}, is_base_model=MODEL.__eq__)
-        reconciler = await Reconciler.start(engine, models)
+        ring = KeyRing.open(self.keys if self.keys.exists() else None, None, [])
+        reconciler = await Reconciler.start(engine, models, ring.rules)
         try:
-            yield Manager(reconciler, AuditLog(self.store / "audit"), models.is_base_model), engine
+            yield Manager(reconciler, reconciler.audit, models.is_base_model), engine
         finally:
             await reconciler.stop()
 
