@@ -1,4 +1,4 @@
-"""What the servers of a store last said of how they serve it: ``serving.json``, for ``safelora-vllm store``."""
+"""What the servers of a store last said of how they serve it: ``serving.json``, for the command line."""
 
 from __future__ import annotations
 

@@ -118,8 +118,10 @@ class Manager:
             wanted.check_effective(field for field in values if values[field] != getattr(default, field))
             loosened = not wanted.at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
+                own = default != self._copies.state.policy
+                whose = "the tenant's in the keys file" if own else "the server's"
                 raise UsageError(
-                    f"this policy is less strict than the {_whose(name, default, self._copies)}, or cannot be "
+                    f"this policy is less strict than {whose}, or cannot be "
                     "compared with it (another method, or another energy of csulora); give both "
                     '"override": true and a "reason", '
                     "which the report and the audit log keep"

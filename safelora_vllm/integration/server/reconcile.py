@@ -10,9 +10,9 @@ Two mechanisms see changes. Each request asks the kernel's queue (`StoreWatch`),
 server of this machine has answered is in force. A look every 2 s sees all else: other hosts, damaged copies,
 workers that lost their guard, rules that changed, and what could not be served before.
 
-Rules change at a server's start or with the keys file. Then each adapter is judged anew in the background. What
-is served stays served by its old copy until the new one is loaded; `rejudge` writes what the gate decided
-into the adapter's record, from which all servers take it.
+Rules change at a server's start or with the keys file. Then each adapter is judged anew in the background.
+What is served stays served by its old copy until the new one is loaded; `rejudge` writes what the gate
+decided into the adapter's record, from which all servers take it.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Reconciler:
         ], records
 
     def _is_news(self, name: str, known: Version | None, live: Version) -> bool:
-        """Whether a record says what this process does not know. A decision by other rules is another host's."""
+        """Whether a record says something new. What was decided by other rules is another host's."""
         if known == live:
             return False
         if known is None or not _same_content(known, live):
@@ -341,7 +341,7 @@ class Reconciler:
 
 
 def _not_as_recorded(entry: Entry) -> bool:
-    """Whether neither the copy in the record is served, nor refused what it was made of: that never passes."""
+    """Whether neither the record's copy is served, nor its content refused, which does not pass."""
     if entry.served is None:
         return not isinstance(entry.problem, AdapterRefused)
     return entry.version is not None and published_key(entry.served.request.lora_path) != entry.version.key

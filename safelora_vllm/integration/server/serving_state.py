@@ -24,7 +24,7 @@ class ServingState:
         self._told: Serving | None = None
 
     async def tell(self, passed_over: Set[str]) -> None:
-        """Write what is the case now, if it is not what was written last. passed_over: names of the server."""
+        """Write what is the case, if it was not written last. passed_over: names of the server."""
         entries = [entry for entry in self._registry.values() if entry.version is not None]
         unavailable = {
             entry.name: str(entry.problem)
