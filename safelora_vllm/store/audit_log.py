@@ -22,6 +22,10 @@ from typing import Any, BinaryIO
 from safelora_vllm.errors import StoreUnavailable, UsageError
 
 logger = logging.getLogger("vllm.safelora.audit")
+SERVER = "server"  # the actor of decisions that no caller asked for
+OPERATOR = "operator"  # of ``safelora-vllm store`` on the machine
+REJUDGE, DELETE_VERSION = "rejudge", "delete-version"
+ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VERSION, REJUDGE)
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 _AGO = re.compile(r"([0-9]+)([smhd])")

@@ -17,11 +17,9 @@ from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.audit_log import REJUDGE, SERVER, AuditLog
 
 logger = logging.getLogger("vllm.safelora.reconcile")
-SERVER = "server"  # in the audit log: nobody's key
-ACTION = "rejudge"
 
 
 class Rejudge:
@@ -63,7 +61,7 @@ class Rejudge:
             logger.info("adapter %r was judged anew by the rules of today: %s", entry.name, decision)
             fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
             details = fields | version_fields(new, judged.override)
-            await log(self._audit, SERVER, ACTION, entry.name, **details)
+            await log(self._audit, SERVER, REJUDGE, entry.name, **details)
         return None
 
     async def _loaded(self, name: str, new: Version, judged: Judged) -> Version:
