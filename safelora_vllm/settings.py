@@ -28,6 +28,7 @@ ADMIN_KEY_MADE = "SAFELORA_ADMIN_API_KEY_MADE"  # set by a server that made the 
 METRICS_KEY = "SAFELORA_METRICS_KEY"
 WORKER = "worker"  # the gate's device is its worker's
 _GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
+TENANT_REPORTS = ("full", "summary")
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
     "was not built for; leave it out, and start a new server for a new model"
@@ -56,6 +57,8 @@ class ServerSettings:
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
         allow_hub: uploads may name a hub repository.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
+        tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
+            each module, or ``summary``, none of single modules. They help whoever tries out the gate.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
             section an object such as ``{"GET /x": "users"}``. A route without an entry needs an admin key.
     """
@@ -73,6 +76,7 @@ class ServerSettings:
     concurrent_uploads: int = 8
     allow_hub: bool = False
     private_docs: bool = False
+    tenant_reports: str = "full"
     route_access: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -110,6 +114,10 @@ class ServerSettings:
         if not _GATE_DEVICE.fullmatch(self.gate_device):
             raise GuardError(
                 f"gate_device is {self.gate_device!r:.80}: expected {WORKER}, cpu, or a device such as cuda:1"
+            )
+        if self.tenant_reports not in TENANT_REPORTS:
+            raise GuardError(
+                f"tenant_reports is {self.tenant_reports!r:.80}: expected {' or '.join(TENANT_REPORTS)}"
             )
 
     def to_section(self) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class SafeLoRAEndpoint:
             tuple(Path(root).resolve() for root in settings.adapter_roots),
             settings.max_adapter_bytes,
             settings.allow_hub,
+            lambda: door.keys.tenants,
+            settings.tenant_reports,
         )
 
 

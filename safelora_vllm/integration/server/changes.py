@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +30,16 @@ from safelora_vllm.integration.server.decisions import audit_fields, log, versio
 from safelora_vllm.integration.server.published_copies import Copies, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.schemas import report_of
+from safelora_vllm.integration.server.usage import usage_of
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.audit_log import DELETE_VERSION, AuditLog
+from safelora_vllm.tenants.keys_file import Tenant
 from safelora_vllm.tenants.principal import Principal, check_name
-from safelora_vllm.tenants.quotas import allowed, check_quota
+from safelora_vllm.tenants.quotas import allowed, check_quota, own_records
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Manager:
     """All changes that callers make, in one API server process.
 
     roots: folders that loads by path may read; none means every folder. max_adapter_bytes: largest file
-    that is received. hub: whether uploads may name a hub repository.
+    that is received. hub: whether uploads may name a hub repository. tenants: of the keys file, as it is now.
+    tenant_reports: whether others than admins see the figures of each module.
     """
 
     reconciler: Reconciler
@@ -53,6 +57,8 @@ class Manager:
     roots: tuple[Path, ...] = ()
     max_adapter_bytes: int = ServerSettings.max_adapter_bytes
     hub: bool = False
+    tenants: Callable[[], Mapping[str, Tenant]] = dict
+    tenant_reports: str = ServerSettings.tenant_reports
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     async def add(
@@ -150,6 +156,45 @@ class Manager:
             await self.reconciler.sync()
             await self._log(who, action, name, decision="removed")
 
+    async def remove_version(self, who: Principal, name: str, number: int) -> None:
+        """Forget an old version, so that it does not count any more.
+
+        Raises:
+            UnknownAdapter, Forbidden. UsageError: no such version, or the one that is served.
+        """
+        async with self._changing(who, name, DELETE_VERSION):
+            await self._known(who, name)
+
+            def change(record: AdapterRecord | None) -> AdapterRecord:
+                if record is None:
+                    raise unknown(name)
+                return record.without(number)
+
+            await asyncio.to_thread(self.reconciler.names.update, name, change)
+            await self.reconciler.sync()
+            await self._log(who, DELETE_VERSION, name, decision="removed", version=number)
+
+    async def usage(self, who: Principal, tenant: str | None) -> dict[str, Any]:
+        """The body of `TenantUsage`. tenant: whose an admin wants to see.
+
+        Raises:
+            UsageError: an admin names none, or one that does not exist. Forbidden: a tenant names another.
+        """
+        if who.kind == "tenant" and tenant not in (None, who.tenant):
+            raise Forbidden("this key sees the usage of its own tenant only: leave tenant out")
+        owner, known = who.tenant or tenant, self.tenants()
+        if owner is None:
+            raise UsageError("whose usage is not said: expected ?tenant=NAME with an admin's key")
+        records = await asyncio.to_thread(own_records, self.reconciler.names, owner)
+        if owner not in known and not records and who.kind == "admin":
+            raise UsageError(
+                f"{owner!r:.200} is not a tenant: the keys file has {', '.join(known) or 'none'}"
+            )
+        quota = known[owner].quota if owner in known else who.quota
+        policy = await asyncio.to_thread(self._copies.policy, f"{owner}/")
+        refusals = await asyncio.to_thread(self.audit.refusals, owner)
+        return usage_of(owner, quota, policy, records, self.reconciler.registry, refusals)
+
     def find(self, who: Principal, name: str) -> Entry:
         """A served adapter that the caller may see.
 
@@ -159,6 +204,10 @@ class Manager:
         entry = look_up(self.reconciler.registry, who, name)
         entry.current()
         return entry
+
+    def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
+        """The body of `AdapterReport` for a caller, of an adapter that is served."""
+        return report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
@@ -188,7 +237,8 @@ class Manager:
         """
         check_name(name)
         if not who.may_manage(name):
-            raise Forbidden(f"this key may not change {name!r:.200}; tenants change TENANT/NAME only")
+            own = f"{who.tenant}/NAME" if who.tenant else "TENANT/NAME"
+            raise Forbidden(f"this key may not change {name!r:.200}: expected a name of its own, {own}")
         if self.is_base_model(name):
             raise UsageError(f"{name!r:.200} is the base model's name; choose another")
         if self._static(name):
@@ -213,9 +263,11 @@ class Manager:
         async with lock:
             try:
                 yield time.perf_counter()
-            except QuotaExceeded:
+            except QuotaExceeded as error:
                 await self._log(who, action, name, decision="refused", reasons=["quota"])
-                raise
+                raise QuotaExceeded(
+                    f"{error}. What counts are the names {who.tenant}/...; GET /v1/usage lists them"
+                ) from None
 
     async def _record(self, name: str) -> AdapterRecord | None:
         return await asyncio.to_thread(self.reconciler.names.get, name)

@@ -121,12 +121,21 @@ class Copies:
         return Copy(version.key, report, self.file_states(version.key))
 
     async def adopt(self, entry: Entry) -> Copy:
-        """The published copy of an adapter of ``--lora-modules``, which the gate finds or makes.
+        """The published copy of an adapter of ``--lora-modules``, by the rules of its name.
 
         Raises:
             SafeLoRAError: it refuses, or cannot.
         """
-        return await self.copy_of(await self.ask(self.gate.admit, str(entry.folder), entry.name, keep=False))
+        rules = rules_of(self.state.policy, self._tenant_rules(entry.name), {}, False)
+        judgement = await self.ask(
+            self.gate.admit,
+            str(entry.folder),
+            entry.name,
+            rules.policy,
+            override=rules.override,
+            keep=False,
+        )
+        return await self.copy_of(judgement)
 
     async def copy_of(self, judgement: Judgement) -> Copy:
         """The published copy of what the gate accepted.
