@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safelora_vllm.cli import DONE, PROBLEMS
+from safelora_vllm.cli import DONE, PROBLEMS, preview
 from safelora_vllm.cli.options import STORE, UNITS, size
 from safelora_vllm.errors import UsageError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``store`` with its own commands: ls, gc, verify, rm."""
+    """``store`` with its own commands: ls, gc, verify, rm, preview."""
     store = commands.add_parser("store", allow_abbrev=False, help="list, check or shrink the adapter store")
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -55,7 +55,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     rm.add_argument("name", help="of the adapter; its upload stays until 'gc --unreferenced'")
     rm.set_defaults(run=_rm)
 
-    for action in (ls, gc, verify, rm):
+    before = preview.add_parser(actions)
+    before.set_defaults(run=lambda args: preview.run(args, _root(args)))
+
+    for action in (ls, gc, verify, rm, before):
         action.add_argument("--adapter-store", metavar="DIR", help=STORE)
 
 
