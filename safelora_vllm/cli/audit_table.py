@@ -54,7 +54,9 @@ def _print_lines(records: Iterable[Judged], console: Console) -> int:
         told = [f"{time}  {what}: {_cell(record.get('adapter'))}{number}, by {_cell(record.get('actor'))}"]
         told += [_INDENT + text for text in _below(record, before)]
         for line in told:
-            wrapped = textwrap.wrap(line, console.width, subsequent_indent=2 * _INDENT)
+            wrapped = textwrap.wrap(
+                line, console.width, subsequent_indent=2 * _INDENT, break_on_hyphens=False
+            )
             console.print("\n".join(wrapped), markup=False, highlight=False, soft_wrap=True)
     return count
 
