@@ -504,3 +504,31 @@ def test_an_unknown_action_is_refused(tmp_path: Path, run: Run, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         run("--adapter-store", str(tmp_path), "--action", "uplaod")
     assert ended.value.code == 2 and "rejudge" in capsys.readouterr().err
+
+
+def test_what_was_found_once_is_recorded_once(tmp_path: Path) -> None:
+    """By several servers and at each start; another content or other rules are news."""
+    for log in (AuditLog(tmp_path), AuditLog(tmp_path)):
+        for adapter, found in (("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("a", "2")):
+            log.record("server", "load", adapter, once=found)
+        log.record("server", "load", "a")
+    assert [record["adapter"] for record in AuditLog(tmp_path).read()] == ["a", "b", "a", "a", "a", "a", "a"]
+    (tmp_path / "found.json").write_text("[")
+    AuditLog(tmp_path).record("server", "load", "b", once="1")
+    assert len(list(AuditLog(tmp_path).read())) == 8
+
+
+def test_a_tenants_newest_refusals(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path)
+    for number in range(25):
+        log.record("acme/ci", "upload", f"acme/{number}", decision="refused", reasons=["rank"], digest="d")
+        log.record("acme/ci", "upload", f"acme/{number}", decision="accepted")
+        log.record("x/ci", "upload", "x/1", decision="refused", reasons=["quota"])
+    log.record("ops", "upload", "shared", decision="refused", reasons=["quota"])
+    found = log.refusals("acme")
+    assert [record["adapter"] for record in found] == [f"acme/{number}" for number in range(5, 25)]
+    assert [*found[0]] == ["time", "action", "adapter", "reasons"] and found[0]["reasons"] == ["rank"]
+    assert len(log.refusals("x")) == 20 and log.refusals("y") == log.refusals("../x") == []
+    assert sorted(path.name for path in (tmp_path / "refused").iterdir()) == ["acme.json", "x.json"]
+    (tmp_path / "refused" / "x.json").write_text("{")
+    assert log.refusals("x") == []

@@ -32,6 +32,7 @@ ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VE
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 _REFUSED, _REMEMBERED = "refused", 20  # a folder with each tenant's newest refusals
+_FOUND = "found.json"  # see `AuditLog.record`, once
 _AGO = re.compile(r"([0-9]+)([smhd])")
 _TOLD = ("time", "action", "adapter", "reasons")  # to a tenant
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -45,8 +46,12 @@ class AuditLog:
         self._file = folder / "audit.jsonl"
         self._max_bytes = max_bytes
 
-    def record(self, actor: str, action: str, adapter: str, **details: Any) -> None:
+    def record(self, actor: str, action: str, adapter: str, *, once: str = "", **details: Any) -> None:
         """Append one record; ``details`` are JSON values.
+
+        Args:
+            once: what was found. Where it is what the adapter's last record with a ``once`` was made for,
+                there is none: several servers, and each start, may say the same.
 
         Raises:
             StoreUnavailable: the disk is full or not writable; the record is not in the log.
@@ -55,11 +60,15 @@ class AuditLog:
         record = {"time": "", "actor": actor, "action": action, "adapter": adapter, **details}
         try:
             with self._locked():
+                if once and self._found().get(adapter) == once:
+                    return
                 now = datetime.now(UTC)  # under the lock, so that lines stand in the order of their times
                 record["time"] = now.isoformat(timespec="microseconds")
                 self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
                 if record.get("decision") == "refused" and "/" in adapter:
                     self._remember(adapter.partition("/")[0], record)
+                if once:
+                    replace_file(self.folder / _FOUND, json.dumps({**self._found(), adapter: once}).encode())
         except OSError as error:
             raise StoreUnavailable(
                 f"the audit log {self.folder} cannot be written ({error.strerror}); free space or fix "
@@ -95,6 +104,12 @@ class AuditLog:
             return [record for record in found if isinstance(record, dict)]
         except (OSError, ValueError, TypeError):
             return []
+
+    def _found(self) -> dict[str, str]:
+        """Adapter → what its last record with a ``once`` was made for."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((self.folder / _FOUND).read_bytes()))
+        return {}
 
     def _remember(self, tenant: str, record: dict[str, Any]) -> None:
         """Keep a refusal for its tenant. The log has it already: nothing is lost if this fails."""

@@ -39,6 +39,7 @@ from safelora_vllm.files import make_folder
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.seams import server as seams
+from safelora_vllm.integration.server.decisions import audit_fields, log
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
@@ -48,7 +49,7 @@ from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
-from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.audit_log import SERVER, AuditLog
 from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
@@ -289,7 +290,12 @@ class Reconciler:
             raise GuardError(f"--lora-modules {name}: there is no {path}")
         self._put(Entry(name, first_id, folder=path, problem=being_prepared(name)))
         await self._prepare(name)
-        await self.pool.load(self.registry[name].current().request)
+        served = self.registry[name].current()
+        await self.pool.load(served.request)
+        await log(
+            self.audit, SERVER, "load", name,
+            once=published_key(served.request.lora_path), **audit_fields(served.report, "accepted"),
+        )  # fmt: skip
         await self.pool.engine_client.remove_lora(request.lora_int_id)
 
     def _release(self, request: LoRARequest) -> None:
