@@ -57,10 +57,10 @@ class ServerSettings:
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
         allow_hub: uploads may name a hub repository.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
-        tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
-            each module, or ``summary``, none of single modules. They help whoever tries out the gate.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
             section an object such as ``{"GET /x": "users"}``. A route without an entry needs an admin key.
+        tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
+            each module, or ``summary``, none of single modules. They help whoever tries out the gate.
     """
 
     projectors: str
@@ -76,8 +76,8 @@ class ServerSettings:
     concurrent_uploads: int = 8
     allow_hub: bool = False
     private_docs: bool = False
-    tenant_reports: str = "full"
     route_access: dict[str, str] = field(default_factory=dict)
+    tenant_reports: str = "full"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:

@@ -161,6 +161,8 @@ def test_an_edit_of_the_keys_file_changes_what_is_served_on_all_servers(
                 "they agree on ids and paths"
             )
             assert after["shared"] == before["shared"]
+            seconds = {server.reconciler.registry["acme/x"].load_seconds for server in (one, two)}
+            assert len(seconds) == 1 and min(seconds) > 0, "that of the upload"
             for name in names[:2]:
                 assert after[name].lora_int_id != before[name].lora_int_id
                 assert after[name].lora_int_id in [request.lora_int_id for request in engine.loaded]

@@ -157,6 +157,7 @@ def test_no_route_loads_or_removes_without_a_key(server: Server) -> None:
                     for method in ("POST", "PUT", "DELETE", "PATCH"):
                         for body in bodies:
                             url = path.replace("{name}", "shared").replace("{response_id}", "x")
+                            url = url.replace("{number}", "1")
                             http.request(method, url.replace("{adapter_name}", "shared"), json=body)
         after = admin.get("/v1/adapters").json()
     assert after == before
@@ -167,5 +168,5 @@ def test_no_route_loads_or_removes_without_a_key(server: Server) -> None:
     }
     assert changing == {
         "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/adapters/{name}",
-        "/v1/adapters/{name}/rollback", "/v1/adapters/{name}/policy",
+        "/v1/adapters/{name}/rollback", "/v1/adapters/{name}/policy", "/v1/adapters/{name}/versions/{number}",
     }, json.dumps(sorted(changing))  # fmt: skip

@@ -286,6 +286,7 @@ class Manager:
         """A refusal goes to the audit log and to the caller."""
         if not judged.report.accepted:
             asked = {"override": override or judged.override, "reason": reason}
+            asked = {field: value for field, value in asked.items() if value}
             await self._log(who, action, name, **audit_fields(judged.report, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons)
 

@@ -253,7 +253,7 @@ class Reconciler:
         """
         async with self._preparing:
             entry = self.registry.get(name)
-            if entry is None or not (again or await self._is_open(entry)):
+            if entry is None or not (again or self._is_open(entry)):
                 return
             try:
                 if entry.version is None:
@@ -268,9 +268,11 @@ class Reconciler:
             elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
                 self._serve(entry, copy)
 
-    async def _is_open(self, entry: Entry) -> bool:
-        """Whether a name is not served and not refused, or by former rules."""
-        return _not_as_recorded(entry) or entry.name in await asyncio.to_thread(self._outdated, [entry])
+    def _is_open(self, entry: Entry) -> bool:
+        """Whether a name is not served and not refused, or by former rules. May read the keys file."""
+        if _not_as_recorded(entry):
+            return True
+        return entry.version is not None and entry.version.ruleset_digest != self.copies.ruleset(entry.name)
 
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
         """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
@@ -313,7 +315,7 @@ class Reconciler:
             try:
                 await self.watchdog.look()
                 await self._catch_up()
-                await self._prepare_again()
+                self._prepare_again()
                 await self._state.tell(self._passed_over)
             except Exception as error:  # whatever it is, the next beat may succeed
                 logger.warning("heartbeat: %s: %s", type(error).__name__, error)
@@ -326,19 +328,11 @@ class Reconciler:
             # A folder's time stamp is as coarse as the kernel's clock tick: a second change may not show.
             self._stamp = stamp if time.time_ns() - stamp > _SETTLED_NS else -1
 
-    async def _prepare_again(self) -> None:
+    def _prepare_again(self) -> None:
         """Try again what could not be served, and judge anew what was judged by former rules."""
         if not self._preparing.locked():
-            entries = list(self.registry.values())
-            outdated = await asyncio.to_thread(self._outdated, entries)
-            for entry in entries:
-                if entry.name in outdated or _not_as_recorded(entry):
-                    self._spawn(self._prepare(entry.name))
-
-    def _outdated(self, entries: list[Entry]) -> set[str]:
-        """Names whose rules have changed since they were judged. May read the keys file."""
-        judged = {entry.name: entry.version.ruleset_digest for entry in entries if entry.version}
-        return {name for name, ruleset in judged.items() if ruleset != self.copies.ruleset(name)}
+            for entry in filter(self._is_open, list(self.registry.values())):  # a refusal stays one
+                self._spawn(self._prepare(entry.name))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
