@@ -120,7 +120,7 @@ class Reconciler:
         made._watch = StoreWatch(made.names.folder)
         await made.sync()
         for name, entry in made.registry.items():
-            if isinstance(entry.problem, AdapterRefused):  # this release may accept it
+            if isinstance(entry.problem, AdapterRefused) and not made._is_open(entry):  # by another release
                 made._spawn(made._prepare(name, again=True))
         await made._state.tell(made._passed_over)
         made._spawn(made._heartbeat())
