@@ -51,6 +51,7 @@ from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from safelora_vllm.store.audit_log import SERVER, AuditLog
 from safelora_vllm.store.layout import AUDIT
+from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 logger = logging.getLogger("vllm.safelora.reconcile")
@@ -120,7 +121,8 @@ class Reconciler:
         made._watch = StoreWatch(made.names.folder)
         await made.sync()
         for name, entry in made.registry.items():
-            if isinstance(entry.problem, AdapterRefused) and not made._is_open(entry):  # by another release
+            refused = isinstance(entry.problem, AdapterRefused)  # perhaps by another release
+            if refused and not _is_open(entry, made.copies.ruleset(name)):
                 made._spawn(made._prepare(name, again=True))
         await made._state.tell(made._passed_over)
         made._spawn(made._heartbeat())
@@ -253,7 +255,7 @@ class Reconciler:
         """
         async with self._preparing:
             entry = self.registry.get(name)
-            if entry is None or not (again or self._is_open(entry)):
+            if entry is None or not (again or _is_open(entry, self.copies.ruleset(name))):
                 return
             try:
                 if entry.version is None:
@@ -267,12 +269,6 @@ class Reconciler:
                 await self.sync()
             elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
                 self._serve(entry, copy)
-
-    def _is_open(self, entry: Entry) -> bool:
-        """Whether a name is not served and not refused, or by former rules. May read the keys file."""
-        if _not_as_recorded(entry):
-            return True
-        return entry.version is not None and entry.version.ruleset_digest != self.copies.ruleset(entry.name)
 
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
         """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
@@ -331,8 +327,12 @@ class Reconciler:
     def _prepare_again(self) -> None:
         """Try again what could not be served, and judge anew what was judged by former rules."""
         if not self._preparing.locked():
-            for entry in filter(self._is_open, list(self.registry.values())):  # a refusal stays one
-                self._spawn(self._prepare(entry.name))
+            rulesets: dict[str, str] = {}  # of each tenant: adapters may be many
+            for name, entry in self.registry.items():  # a refusal stays one
+                if (owner := tenant_of(name)) not in rulesets:
+                    rulesets[owner] = self.copies.ruleset(name)
+                if _is_open(entry, rulesets[owner]):
+                    self._spawn(self._prepare(name))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -340,8 +340,10 @@ class Reconciler:
         task.add_done_callback(self._background.discard)
 
 
-def _not_as_recorded(entry: Entry) -> bool:
-    """Whether neither the record's copy is served, nor its content refused, which does not pass."""
+def _is_open(entry: Entry, ruleset: str) -> bool:
+    """Whether a name is still to be judged by these rules, or judged and not served as its record says."""
+    if entry.version is not None and entry.version.ruleset_digest != ruleset:
+        return True
     if entry.served is None:
         return not isinstance(entry.problem, AdapterRefused)
     return entry.version is not None and published_key(entry.served.request.lora_path) != entry.version.key

@@ -22,6 +22,7 @@ class ServingState:
     def __init__(self, registry: Registry, copies: Copies, root: Path) -> None:
         self._registry, self._copies, self._root = registry, copies, root
         self._told: Serving | None = None
+        self._complaint = ""
 
     async def tell(self, passed_over: Set[str]) -> None:
         """Write what is the case, if it was not written last. passed_over: names of the server."""
@@ -35,7 +36,11 @@ class ServingState:
         try:
             await asyncio.to_thread(self._tell, names, unavailable)
         except SafeLoRAError as error:  # nothing is served by this file
-            logger.warning("'safelora-vllm store ls' does not see what is served: %s", error)
+            if str(error) != self._complaint:
+                logger.warning("'safelora-vllm store ls' does not see what is served: %s", error)
+            self._complaint = str(error)
+        else:
+            self._complaint = ""
 
     def _tell(self, names: dict[str, str], unavailable: dict[str, str]) -> None:
         server = self._copies.state.ruleset_digest
