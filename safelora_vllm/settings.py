@@ -28,6 +28,7 @@ ADMIN_KEY_MADE = "SAFELORA_ADMIN_API_KEY_MADE"  # set by a server that made the 
 METRICS_KEY = "SAFELORA_METRICS_KEY"
 WORKER = "worker"  # the gate's device is its worker's
 _GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
+TENANT_REPORTS = ("full", "summary")
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
     "was not built for; leave it out, and start a new server for a new model"
@@ -61,6 +62,8 @@ class ServerSettings:
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
             section an object such as ``{"GET /x": "users"}``. A route without an entry needs an admin key.
+        tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
+            each module, or ``summary``, none of single modules. They help whoever tries out the gate.
     """
 
     projectors: str
@@ -78,6 +81,7 @@ class ServerSettings:
     allow_hub: bool = False
     private_docs: bool = False
     route_access: dict[str, str] = field(default_factory=dict)
+    tenant_reports: str = "full"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:
@@ -122,6 +126,10 @@ class ServerSettings:
             raise GuardError(
                 "projector_host_memory has no effect without projector_memory: all projectors are on the "
                 "gate's device. Leave it out, or set projector_memory"
+            )
+        if self.tenant_reports not in TENANT_REPORTS:
+            raise GuardError(
+                f"tenant_reports is {self.tenant_reports!r:.80}: expected {' or '.join(TENANT_REPORTS)}"
             )
 
     def to_section(self) -> dict[str, Any]:

@@ -33,7 +33,10 @@ KINDS: tuple[Kind, ...] = ("admin", "tenant", "inference", "metrics", "anonymous
 # Written down once more, as what has to hold, whatever the table says.
 OPEN = "GET /health, GET /ping, POST /ping, GET /version"
 DOCUMENTS = "GET /openapi.json, GET /docs, GET /docs/oauth2-redirect, GET /redoc"
-TENANTS = "POST /v1/adapters, DELETE /v1/adapters/{name:path}, POST /v1/adapters/{name:path}/rollback"
+TENANTS = (
+    "POST /v1/adapters, DELETE /v1/adapters/{name:path}, DELETE /v1/adapters/{name:path}/versions/{number}, "
+    "POST /v1/adapters/{name:path}/rollback, GET /v1/usage"
+)
 CHANGES_WEIGHTS = (
     "POST /collective_rpc", "POST /init_weight_transfer_engine", "POST /shutdown_weight_transfer_engine",
     "POST /start_weight_update", "POST /start_draft_weight_update", "POST /update_weights",

@@ -408,7 +408,7 @@ def test_the_table_shows_overrides(tmp_path: Path, run: Run, capsys: pytest.Capt
     assert run("--adapter-store", str(tmp_path)) == 0
     first, second = (line for line in capsys.readouterr().out.splitlines() if "ops" in line)
     assert f"{'d' * 12} " in first and "safe-lora all" in first and "OVERRIDE" not in first
-    assert "safe-lora all UNPROJECTED OVERRIDE" in second
+    assert "safe-lora all UNPROJECTED OVERRIDE (test)" in second
 
 
 def test_the_table_shows_the_figures_of_a_policy_and_what_changed(
@@ -431,14 +431,14 @@ def test_the_table_shows_the_figures_of_a_policy_and_what_changed(
     log.record("ops", "policy", "c", decision="accepted", policy={"method": "later", "select": "all"})
     log.record("ops", "delete", "c", decision="removed")
     expected = [
-        "input-removal all energy=0.2",
-        "input-removal all energy=0.2→0.5",
-        "input-removal all energy=0.5→0.9 max_total_norm=1→0.1",
-        "input-removal all energy=0.5→0.4 max_total_norm=1→0.25",
-        "input-removal all energy=0.4 max_total_norm=0.25→1",
-        "safe-lora threshold threshold=0.35 max_relative_norm=0.5",
-        "safe-lora threshold threshold=0.35→0.5 max_relative_norm=0.5",
-        "safe-lora number threshold=0.5→0.35 number=10→3 max_relative_norm=0.5→1",
+        "input-removal all energy=0.2 max_relative_norm=1 max_total_norm=1",
+        "input-removal all energy=0.2→0.5 max_relative_norm=1 max_total_norm=1",
+        "input-removal all energy=0.5→0.9 max_relative_norm=1 max_total_norm=1→0.1",
+        "input-removal all energy=0.5→0.4 max_relative_norm=1 max_total_norm=1→0.25",
+        "input-removal all energy=0.4 max_relative_norm=1 max_total_norm=0.25→1",
+        "safe-lora threshold threshold=0.35 max_relative_norm=0.5 max_total_norm=1",
+        "safe-lora threshold threshold=0.35→0.5 max_relative_norm=0.5 max_total_norm=1",
+        "safe-lora number threshold=0.5→0.35 number=10→3 max_relative_norm=0.5→1 max_total_norm=1",
         "later all",
         "",
     ]
@@ -477,3 +477,58 @@ def test_a_log_of_somebody_else(store: Path, run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "open", denied)  # the tests may run as root, who is never denied
     with pytest.raises(UsageError, match=r"audit\.jsonl cannot be read; run this as the server's user"):
         run("--adapter-store", str(store))
+
+
+def test_eighty_columns_are_enough(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = AuditLog(tmp_path / "audit")
+    policy = dataclasses.asdict(Policy(energy=0.1, max_total_norm=0.25))
+    log.record(
+        "admin/alice", "policy", "acme/an-adapter-with-a-name-of-some-length", decision="accepted",
+        digest="d" * 64, policy=policy, version=12, override=True, reason="measured on our own tasks",
+    )  # fmt: skip
+    log.record("server", "rejudge", "[red]\x1b[2J", decision="refused", reasons=["rank", "dora"])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("--adapter-store", str(tmp_path)) == 0
+    out, _ = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
+    text = " ".join(out.split())
+    assert "policy accepted: acme/an-adapter-with-a-name-of-some-length version 12, by admin/alice" in text
+    assert "policy: input-removal all energy=0.1 max_relative_norm=1 max_total_norm=0.25 OVERRIDE " in text
+    assert "(measured on our own tasks) digest: dddddddddddd" in text
+    assert r"rejudge refused: '[red]\x1b[2J', by server refused for: rank, dora" in text
+
+
+def test_an_unknown_action_is_refused(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--adapter-store", str(tmp_path), "--action", "uplaod")
+    assert ended.value.code == 2 and "rejudge" in capsys.readouterr().err
+
+
+def test_what_was_found_once_is_recorded_once(tmp_path: Path) -> None:
+    """By several servers and at each start; another content or other rules are news."""
+    for log in (AuditLog(tmp_path), AuditLog(tmp_path)):
+        for adapter, found in (("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("a", "2")):
+            log.record("server", "load", adapter, once=found)
+        log.record("server", "load", "a")
+    assert [record["adapter"] for record in AuditLog(tmp_path).read()] == ["a", "b", "a", "a", "a", "a", "a"]
+    (tmp_path / "found.json").write_text("[")
+    AuditLog(tmp_path).record("server", "load", "b", once="1")
+    assert len(list(AuditLog(tmp_path).read())) == 8
+
+
+def test_a_tenants_newest_refusals(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path)
+    for number in range(25):
+        log.record("acme/ci", "upload", f"acme/{number}", decision="refused", reasons=["rank"], digest="d")
+        log.record("acme/ci", "upload", f"acme/{number}", decision="accepted")
+        log.record("x/ci", "upload", "x/1", decision="refused", reasons=["quota"])
+    log.record("ops", "upload", "shared", decision="refused", reasons=["quota"])
+    found = log.refusals("acme")
+    assert [record["adapter"] for record in found] == [f"acme/{number}" for number in range(5, 25)]
+    assert [*found[0]] == ["time", "action", "adapter", "reasons"] and found[0]["reasons"] == ["rank"]
+    assert len(log.refusals("x")) == 20 and log.refusals("y") == log.refusals("../x") == []
+    assert sorted(path.name for path in (tmp_path / "refused").iterdir()) == ["acme.json", "x.json"]
+    (tmp_path / "refused" / "x.json").write_text("{")
+    assert log.refusals("x") == []

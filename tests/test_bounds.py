@@ -28,7 +28,10 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "gate.admit": {"_FORMAT": 6, "_MIN_COHERENCE": 1.5e-3},
     "gate.client": {"_TIMEOUT_SECONDS": 120.0},
     "gate.memory": {"_MARGIN": 8, "_LIBRARY_BYTES": 128 * MIB, "_RANKS": 512},
-    "gate.metrics": {"_BUCKETS": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
+    "gate.metrics": {
+        "_BUCKETS": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        "MAX_TENANTS": 200, "OTHERS": "(others)",
+    },
     "gate.server": {
         "_MAX_LINE": 16 * MIB, "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0,
         "_UNREFERENCED_SECONDS": 900.0,
@@ -99,7 +102,9 @@ BOUNDS: dict[str, dict[str, Any]] = {
     },
     "cli.serve": {"_NEEDED": ("vllm", "fastapi")},
     "cli.plan": {"_GIB": 1024 * MIB, "_MIB": MIB},
-    "cli.audit": {"_FILTERS": ("adapter", "actor", "action"), "_UNPROJECTED": ("report-only", "audit")},
+    "cli.audit": {"_FILTERS": ("adapter", "actor", "action")},
+    "cli.audit_table": {"_UNPROJECTED": ("report-only", "audit"), "_WIDE": 120},
+    "store.audit_log": {"_REMEMBERED": 20},
 }  # fmt: skip
 
 

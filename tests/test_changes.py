@@ -54,18 +54,20 @@ def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSett
     published, nothing = PublishedStore(tmp_path / "store"), cast(Any, None)
     key = admit(Draft().write(tmp_path / "adapter"), "chat", gate, published).key
     assert key is not None
-    state = cast(Any, SimpleNamespace(ruleset_digest="r"))
-    copies = Copies(nothing, state, published)
+    stricter = dataclasses.replace(gate.policy, max_total_norm=gate.policy.max_total_norm / 2)
+    state = SimpleNamespace(ruleset_digest="r", policy=gate.policy)
+    copies = Copies(nothing, cast(Any, state), published)
     plain = dataclasses.replace(version("1"), key=key, ruleset_digest="r")
     overridden = dataclasses.replace(plain, override=True)
-    found = copies.find(plain)
+    found = copies.find("chat", plain)
     assert found is not None and (found.key, found.report) == (key, published.find(key))
     assert found.state == published.state(key)
-    assert copies.find(overridden) is None
+    state.policy = stricter
+    assert copies.find("chat", overridden) is None
     published.mark_override(key)
-    found = copies.find(overridden)
+    found = copies.find("chat", overridden)
     assert found is not None and found.report == published.find(key)
-    assert copies.find(dataclasses.replace(overridden, ruleset_digest="other")) is None
+    assert copies.find("chat", dataclasses.replace(overridden, ruleset_digest="other")) is None
 
 
 def test_a_stored_adapter_with_the_base_models_name_is_not_served(
@@ -77,7 +79,7 @@ def test_a_stored_adapter_with_the_base_models_name_is_not_served(
         names.update(name, lambda _, name=name: AdapterRecord(name).with_version(version("1")))
     pool, state = cast(Any, SimpleNamespace(names=names)), cast(Any, SimpleNamespace(ruleset_digest="others"))
     copies = Copies(nothing, state, PublishedStore(tmp_path))
-    reconciler = Reconciler(pool, copies, 1, "aligned".__eq__)
+    reconciler = Reconciler(pool, copies, 1, "aligned".__eq__, cast(Any, None))
     for _ in range(2):
         changed, records = reconciler._read_changes()
         assert list(records) == [record.name for record, _ in changed] == ["chat"]

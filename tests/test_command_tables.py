@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from safelora_vllm.cli import audit, calibrate, plan, tables
+from safelora_vllm.cli import audit, audit_table, calibrate, plan, tables
 from safelora_vllm.cli import store as store_command
 from safelora_vllm.cli.main import main
 from safelora_vllm.errors import Reason
@@ -112,11 +112,11 @@ def test_the_names_of_a_store(
     names.update("plain", lambda _: AdapterRecord("plain").with_version(old))
     assert main(["store", "ls", "--adapter-store", str(tmp_path)]) == 0
     header, first, second = cells(capsys.readouterr().out)
-    assert header == ["name", "version", "digest", "size", "rank", "created", "by", "policy"]
-    assert first[:5] + first[6:] == [
-        "acme/x", "2", "b" * 12, "12.3 MB", "8", "acme/ci", "OVERRIDE energy=0.1",
+    assert header == ["name", "state", "version", "digest", "size", "rank", "created", "by", "policy"]
+    assert first[:6] + first[7:] == [
+        "acme/x", "unknown", "2", "b" * 12, "12.3 MB", "8", "acme/ci", "OVERRIDE energy=0.1",
     ]  # fmt: skip
-    assert second[:5] + second[6:] == ["plain", "1", "a" * 12, "1 B", "1", "admin/x", ""]
+    assert second[:6] + second[7:] == ["plain", "unknown", "1", "a" * 12, "1 B", "1", "admin/x", ""]
 
 
 @pytest.mark.parametrize(
@@ -261,22 +261,17 @@ def test_spreads_and_figures_of_a_calibration() -> None:
     assert calibrate._cell(Spread(0.1, 0.25, 1.0)) == "0.1000–0.2500–1.0000"
 
 
-COLUMNS = ("time", "actor", "action", "adapter", "version", "digest", "policy", "decision", "reasons")
-
-
-def test_a_line_of_the_audit_log_in_short() -> None:
-    record: dict[str, Any] = dict.fromkeys(COLUMNS)
-    record |= {"time": "t", "actor": "a", "digest": "d" * 64, "version": 3, "reasons": ["x", "y"]}
-    record["policy"] = {"method": "input-removal", "select": "all", "energy": 0.1, "mode": "report-only"}
-    short = audit._in_short({**record, "override": True}, {"energy": 0.2}, COLUMNS)
-    assert short == [
-        "t", "a", None, None, 3, "d" * 12,
-        "input-removal all energy=0.2→0.1 UNPROJECTED OVERRIDE", None, ["x", "y"],
-    ]  # fmt: skip
+def test_a_policy_of_the_audit_log_in_short() -> None:
+    policy = {"method": "input-removal", "select": "all", "energy": 0.1, "mode": "report-only"}
+    record = {"policy": policy, "override": True}
+    short = "input-removal all energy=0.2→0.1 UNPROJECTED OVERRIDE"
+    assert audit_table._policy(record, {"energy": 0.2}) == short
+    assert audit_table._policy({**record, "reason": "so\n"}, {"energy": 0.2}) == f"{short} ('so\\n')"
+    told = audit_table._policy({"policy": policy, "reason": "rollback to version 1"}, {})
+    assert told == "input-removal all energy=0.1 UNPROJECTED (rollback to version 1)"
     record["policy"] = {"mode": "audit", "method": "none of ours"}
-    assert audit._in_short(record, {}, COLUMNS)[6] == "none of ours UNPROJECTED"
-    record["policy"] = "damaged"
-    assert audit._in_short({**record, "digest": None}, {}, COLUMNS)[5:7] == ["", ""]
+    assert audit_table._policy(record, {}) == "none of ours UNPROJECTED OVERRIDE"
+    assert audit_table._policy({"policy": "damaged"}, {}) == audit_table._policy({}, {}) == ""
 
 
 @pytest.mark.parametrize(
@@ -285,7 +280,7 @@ def test_a_line_of_the_audit_log_in_short() -> None:
      ({"a": 1}, '{"a": 1}'), ([], "")],
 )  # fmt: skip
 def test_a_value_of_the_audit_log(value: Any, text: str) -> None:
-    assert audit._cell(value) == text
+    assert audit_table._cell(value) == text
 
 
 def test_the_policy_before_is_that_of_the_last_acceptance() -> None:

@@ -38,6 +38,7 @@ _PLACES = (ROOT, _PACKAGE, _PACKAGE / "integration", _PACKAGE / "integration" / 
 # Files that users have, and those that the server writes.
 _NOT_OURS = {
     "adapter_config.json", "config.json", "manifest.json", "models.json", "keys.toml", "report.json",
+    "serving.json", "found.json",
     "tokenizer.json",
     "model.safetensors.index.json", "dashboard.json", "prometheus.toml", "setup.py", "sitecustomize.py",
     "openai/api_server.py",

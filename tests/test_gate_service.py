@@ -20,6 +20,7 @@ from safelora_vllm.errors import (
     AdapterRefused,
     GateUnavailable,
     GuardError,
+    PolicyError,
     ProjectorCacheError,
     StoreUnavailable,
 )
@@ -141,6 +142,18 @@ def test_a_kept_policy_that_is_laxer_in_one_field_needs_an_override(
     overridden = service.admit(Admit(folder, "tenant", kept, override=True))
     assert overridden.report.policy == Policy(**kept)
     assert published.has_override(overridden.accepted_key())
+
+
+def test_a_policy_that_the_cache_cannot_serve_is_no_load_that_failed(
+    config: GateConfig, tmp_path: Path
+) -> None:
+    service, adapter = GateService(config), Draft().write(tmp_path / "a")
+    digest = service.admit(Admit(str(adapter), "acme/x")).report.digest
+    with pytest.raises(PolicyError):
+        service.ensure(Ensure(digest, "acme/x", {"energy": 1.0}))
+    text = service.answer(GetMetrics())
+    assert isinstance(text, Metrics) and 'result="error"' not in text.text
+    assert 'safelora_tenant_loads_total{result="accepted",tenant="acme"} 1.0' in text.text
 
 
 def test_one_adapter_is_judged_at_a_time(

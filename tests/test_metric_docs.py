@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from safelora_vllm.errors import refuse
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import GateMetrics
-from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector
+from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector, Kept
 from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import MODES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -45,7 +45,9 @@ def families(cache: ProjectorCache) -> list[Metric]:
     gate.record(Admission(refused, None, None, False, Stages()))
     gate.record_error("StoreUnavailable")
     entries = served("tenant")
-    return [*registry.collect(), *AdapterCollector(lambda: entries, lambda: WORKERS).collect()]
+    tenants = {"acme": Kept(1, 5)}
+    collector = AdapterCollector(lambda: entries, lambda: WORKERS, lambda: tenants)
+    return [*registry.collect(), *collector.collect()]
 
 
 def named(family: Metric) -> str:

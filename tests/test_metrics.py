@@ -11,14 +11,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.gate.admit import Admission, Stages
-from safelora_vllm.gate.metrics import GateMetrics
-from safelora_vllm.integration.server.metrics import MAX_ADAPTER_SERIES, AdapterCollector
+from safelora_vllm.gate.metrics import MAX_TENANTS, OTHERS, GateMetrics
+from safelora_vllm.integration.server.metrics import (
+    MAX_ADAPTER_SERIES,
+    AdapterCollector,
+    Kept,
+    kept_of_tenants,
+)
 from safelora_vllm.integration.server.registry import Entry, Served
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.report import ModuleReport, Report
-from safelora_vllm.store import Version
+from safelora_vllm.store import AdapterRecord, Version
 from tests.test_report import REPORT
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
@@ -129,6 +134,37 @@ def test_a_gate_counts_its_answers() -> None:
     assert value("stage_seconds_bucket", stage="project", le="0.1") == 0
     assert value("stage_seconds_bucket", stage="project", le="0.3") == 1
     assert parsed(metrics.expose())["safelora_loads_total", ("", "accepted")] == 2
+
+
+def test_series_of_tenants_are_bounded() -> None:
+    kept = {f"t{n:04}": Kept(1, n) for n in range(MAX_TENANTS + 50)}
+    samples = parsed(AdapterCollector(list, dict, lambda: kept).expose())
+    sizes = {labels[0]: value for (name, labels), value in samples.items() if name == "safelora_tenant_bytes"}
+    assert len(sizes) == MAX_TENANTS + 1 and sum(sizes.values()) == sum(range(MAX_TENANTS + 50))
+    assert sizes[OTHERS] == sum(range(50)) and samples["safelora_tenant_adapters", (OTHERS,)] == 50
+    registry = CollectorRegistry()
+    metrics = GateMetrics(registry)
+    for name in ("shared", *(f"t{n}/x" for n in range(MAX_TENANTS + 50)), "t0/y"):
+        metrics.record(Admission(REPORT.named(name), "k", None, False, Stages()))
+    metrics.record_error("StoreUnavailable", "t1/x")
+
+    def loads(tenant: str, result: str = "accepted") -> float | None:
+        labels = {"tenant": tenant, "result": result}
+        return registry.get_sample_value("safelora_tenant_loads_total", labels)
+
+    assert (loads(""), loads("t0"), loads("t1", "error"), loads(OTHERS)) == (1, 2, 1, 51)
+    assert loads("t240") is None
+
+
+def test_what_the_store_keeps_of_tenants() -> None:
+    version = Version(1, "a" * 64, 10, 4, 0.0, "ops")
+    other = dataclasses.replace(version, digest="b" * 64)
+    records = {
+        "a/x": AdapterRecord("a/x", 2, (version, dataclasses.replace(other, version=2))),
+        "a/y": AdapterRecord("a/y", 1, (version,)),
+        "b": AdapterRecord("b", 1, (version,)),
+    }
+    assert kept_of_tenants(records) == {"": Kept(1, 10), "a": Kept(2, 20)}
 
 
 def test_a_gate_describes_its_projectors(cache: ProjectorCache) -> None:

@@ -77,7 +77,22 @@ def test_an_answer_arrives_as_it_was_given(answer: Answer) -> None:
 
 def test_a_configuration_arrives_with_all_settings() -> None:
     settings = ServerSettings(
-        "p", "s", {"energy": 0.5}, True, "cpu", 1, 5, 2, 3, "k", ["a"], 4, True, True, {"GET /x": "users"}
+        "p",
+        "s",
+        {"energy": 0.5},
+        True,
+        "cpu",
+        1,
+        5,
+        2,
+        3,
+        "k",
+        ["a"],
+        4,
+        True,
+        True,
+        {"GET /x": "users"},
+        "summary",
     )
     assert not [f for f in dataclasses.fields(settings) if getattr(settings, f.name) == f.default]
     for config in (

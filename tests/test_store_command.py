@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from safelora_vllm.cli.main import main
-from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version
+from safelora_vllm.errors import Reason
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version, serving
+from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.name_record import to_dict
 from tests.test_store_housekeeping import age, digest_of, key_of, put
 
@@ -55,7 +57,7 @@ def test_ls_shows_what_each_name_serves(run: Run, root: Path) -> None:
     (x,) = [line.split() for line in out.splitlines() if "acme/x" in line]
     (b,) = [line.split() for line in out.splitlines() if digest[:12] in line]
     cells = [cell for cell in x if cell not in "│┃|"]
-    assert code == 0 and cells[:6] == ["acme/x", "2", digest_of(1)[:12], "1.0", "KB", "4"]
+    assert code == 0 and cells[:7] == ["acme/x", "unknown", "2", digest_of(1)[:12], "1.0", "KB", "4"]
     assert cells[-1] == "tenant" and digest[:13] not in out
     assert [cell for cell in b if cell not in "│┃|"][-3:] == ["ops", "OVERRIDE", "threshold=0.9"]
 
@@ -66,8 +68,9 @@ def test_ls_json_has_all_versions(run: Run, root: Path) -> None:
     assert code == 0 and [record["name"] for record in records] == ["acme/x", "b"]
     stored = NameStore(root).get("acme/x")
     assert stored is not None
-    assert records[0] == json.loads(json.dumps(to_dict(stored)))
-    assert list(records[0]) == ["name", "current", "versions"]
+    state = {"word": "unknown", "why": ""}
+    assert records[0] == json.loads(json.dumps({**to_dict(stored), "state": state}))
+    assert list(records[0]) == ["name", "current", "versions", "state"]
     assert list(records[0]["versions"][0])[:10] == [
         "version", "digest", "bytes", "rank", "created", "by", "policy", "override",
         "underlying", "reason",
@@ -218,3 +221,42 @@ def test_times_are_local(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1970-01-01 00:00" in run("ls")[1]
     monkeypatch.undo()
     time.tzset()
+
+
+def test_ls_says_what_is_served_and_why_the_rest_is_not(run: Run, root: Path) -> None:
+    names, why = NameStore(root), (Reason("total_norm", "too large"),)
+    for name, changes in (
+        ("served", {}),
+        ("refused", {"refused": why}),
+        ("acme/other", {"ruleset_digest": "acme's"}),
+        ("waits", {"ruleset_digest": "former"}),
+        ("lost", {}),
+    ):
+        new = Version(0, "a" * 64, 1, 1, 0.0, "ops", ruleset_digest="server's")
+        new = dataclasses.replace(new, **changes)
+        names.update(name, lambda _, name=name, new=new: AdapterRecord(name).with_version(new))
+    refused = json.loads(run("ls", "--json")[1])
+    assert {r["name"]: r["state"]["word"] for r in refused}["refused"] == "refused", "also without a server"
+    serving.save(root, serving.Serving("server's", {"acme": "acme's"}, {"lost": "its upload is damaged"}))
+    found = {r["name"]: tuple(r["state"].values()) for r in json.loads(run("ls", "--json")[1])}
+    assert found == {
+        "served": ("served", ""),
+        "refused": ("refused", "[total_norm] too large"),
+        "acme/other": ("served", ""),
+        "waits": ("being judged", "the rules have changed"),
+        "lost": ("unavailable", "its upload is damaged"),
+        "acme/x": ("being judged", "the rules have changed"),
+        "b": ("being judged", "the rules have changed"),
+    }
+    out = run("ls")[1]
+    assert "refused: [total_norm] too large" in out and "unavailable: its upload is damaged" in out
+    (root / "serving.json").write_text("{")
+    assert "unknown" in run("ls")[1]
+
+
+def test_rm_is_in_the_audit_log(run: Run, root: Path) -> None:
+    assert run("rm", "b")[0] == 0 and run("rm", "b")[0] == 2
+    (record,) = AuditLog(root / "audit").read()
+    assert {**record, "time": ""} == {
+        "time": "", "actor": "operator", "action": "delete", "adapter": "b", "decision": "removed",
+    }  # fmt: skip

@@ -437,3 +437,65 @@ def test_many_threads_while_the_file_is_replaced(write: Write) -> None:
         thread.join(30)
     assert wrong == []
     assert ring.identify(ALICE) == Principal("admin", "admin/alice")
+
+
+class Volume:
+    """A secret as Kubernetes mounts it: links through ``..data``, which is exchanged as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file, self._count = folder, folder / "keys.toml", 0
+
+    def write(self, text: str) -> None:
+        self._count += 1
+        data = self.folder / f"..2026_{self._count}"
+        data.mkdir()
+        (data / "keys.toml").write_text(text)
+        (data / "keys.toml").chmod(0o440)
+        new = self.folder / "..data_tmp"
+        new.symlink_to(data.name)
+        new.rename(self.folder / "..data")
+        if not self.file.is_symlink():
+            self.file.symlink_to("..data/keys.toml")
+
+
+def owned(monkeypatch: pytest.MonkeyPatch, uid: int, gid: int, groups: list[int]) -> None:
+    """Files are of this user and group, and this process is in these groups."""
+    real = os.fstat
+
+    def fstat(file: int) -> os.stat_result:
+        status = list(real(file))
+        status[4:6] = [uid, gid]
+        return os.stat_result(status)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(os, "getgroups", lambda: groups)
+
+
+def test_a_secret_of_kubernetes_is_read_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owned(monkeypatch, 0, 2000, [1, 2000])
+    volume = Volume(tmp_path)
+    volume.write(FILE)
+    ring = KeyRing.open(volume.file, None, [INFERENCE])
+    assert ring.identify(CI) == Principal("tenant", "acme/ci", "acme", QUOTA)
+    volume.write(FILE.replace(CI, OTHER[::-1]))
+    assert ring.identify(CI) == UNAUTHENTICATED and ring.identify(OTHER[::-1]).tenant == "acme"
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid"),
+    [
+        (0o444, 0, 2000), (0o460, 0, 2000), (0o450, 0, 2000),
+        (0o440, 0, 3000), (0o440, 1000, 2000), (0o640, 0, 0),
+    ],
+)  # fmt: skip
+def test_other_files_that_a_group_can_read_are_refused(
+    mode: int, uid: int, gid: int, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readable by all, writable or of another group, of another user, of root's own group."""
+    file = write(FILE)
+    file.chmod(mode)
+    owned(monkeypatch, uid, gid, [0, 2000])
+    with pytest.raises(KeysError, match=rf"mode {mode:04o}.*fsGroup and defaultMode: 0440"):
+        KeyRing.open(file, None, [])

@@ -18,7 +18,7 @@ from safelora_vllm.cli.options import (
     size_text,
 )
 from safelora_vllm.errors import UsageError
-from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, WORKER, ServerSettings
+from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, TENANT_REPORTS, WORKER, ServerSettings
 
 _NEEDED = ("vllm", "fastapi")
 
@@ -99,6 +99,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--private-docs",
         action="store_true",
         help="let /openapi.json, /docs and /redoc need a key, any of them",
+    )
+    parser.add_argument(
+        "--tenant-reports",
+        choices=TENANT_REPORTS,
+        help="whether callers other than admins are told the figures of each module; default: "
+        f"{ServerSettings.tenant_reports}",
     )
     parser.add_argument(
         "--route-access",

@@ -8,21 +8,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safelora_vllm.cli import DONE, PROBLEMS
+from safelora_vllm.cli import DONE, PROBLEMS, preview
 from safelora_vllm.cli.options import STORE, UNITS, size
 from safelora_vllm.errors import UsageError
 
 if TYPE_CHECKING:
     from safelora_vllm.store import AdapterRecord
     from safelora_vllm.store.housekeeping import Collected
+    from safelora_vllm.store.serving import State
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``store`` with its own commands: ls, gc, verify, rm."""
+    """``store`` with its own commands: ls, gc, verify, rm, preview."""
     store = commands.add_parser("store", allow_abbrev=False, help="list, check or shrink the adapter store")
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    ls = actions.add_parser("ls", allow_abbrev=False, help="list the names and what they serve")
+    ls = actions.add_parser(
+        "ls", allow_abbrev=False, help="list the names, whether they are served, and why not"
+    )
     ls.add_argument("--json", action="store_true", help="print all records, old versions too, as JSON")
     ls.set_defaults(run=_ls)
 
@@ -52,7 +55,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     rm.add_argument("name", help="of the adapter; its upload stays until 'gc --unreferenced'")
     rm.set_defaults(run=_rm)
 
-    for action in (ls, gc, verify, rm):
+    before = preview.add_parser(actions)
+    before.set_defaults(run=lambda args: preview.run(args, _root(args)))
+
+    for action in (ls, gc, verify, rm, before):
         action.add_argument("--adapter-store", metavar="DIR", help=STORE)
 
 
@@ -71,29 +77,40 @@ def _ls(args: argparse.Namespace) -> int:
     from safelora_vllm.store import NameStore
     from safelora_vllm.store.name_record import to_dict
 
-    records = sorted(NameStore(_root(args)).all().items())
+    found = _with_state(sorted(NameStore(root := _root(args)).all().items()), root)
     if args.json:
-        print(json.dumps([to_dict(record) for _, record in records], indent=1))
+        print(
+            json.dumps([{**to_dict(record), "state": state._asdict()} for record, state in found], indent=1)
+        )
     else:
-        _print_table([record for _, record in records])
+        _print_table(found)
     return 0
 
 
-def _print_table(records: list[AdapterRecord]) -> None:
+def _with_state(records: list[tuple[str, AdapterRecord]], root: Path) -> list[tuple[AdapterRecord, State]]:
+    """Each record, and what a server last said of whether it is served."""
+    from safelora_vllm.store.serving import load, unknown_state
+
+    serving = load(root)
+    return [(record, serving.state(record) if serving else unknown_state(record)) for _, record in records]
+
+
+def _print_table(records: list[tuple[AdapterRecord, State]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from safelora_vllm.cli.tables import terminal
 
     table = Table()
-    for column in ("name", "version", "digest", "size", "rank", "created", "by", "policy"):
+    for column in ("name", "state", "version", "digest", "size", "rank", "created", "by", "policy"):
         right = column in ("version", "size", "rank")
         table.add_column(column, overflow="fold", justify="right" if right else "left")
-    for record in records:
+    for record, state in records:
         live = record.live
         policy = [f"{field}={value}" for field, value in live.policy.items()]
         cells = (
             record.name,
+            f"{state.word}: {state.why}" if state.why else state.word,
             str(live.version),
             live.digest[:12],
             _in_words(live.bytes),
@@ -137,19 +154,26 @@ def _verify(args: argparse.Namespace) -> int:
     problems = verify(root, lambda checks: tqdm(checks, desc="Adapter store", unit="folder"))
     for problem in problems:
         print(problem)
-    counts = f"{len(NameStore(root).all())} names, {len(RawStore(root).all())} uploads"
+    found = _with_state(sorted(NameStore(root).all().items()), root)
+    refused = sum(state.word == "refused" for _, state in found)
+    counts = f"{len(found)} names, {len(RawStore(root).all())} uploads"
+    if refused:
+        counts += f"; {refused} of the names refused by the rules of the server: 'store ls' says why"
     print(f"{len(problems)} problems" if problems else f"the adapter store is sound: {counts}")
     return PROBLEMS if problems else DONE
 
 
 def _rm(args: argparse.Namespace) -> int:
     from safelora_vllm.store import NameStore
+    from safelora_vllm.store.audit_log import OPERATOR, AuditLog
+    from safelora_vllm.store.layout import AUDIT
 
-    names = NameStore(_root(args))
+    names = NameStore(root := _root(args))
     record = names.get(args.name)
     if record is None:
         raise UsageError(f"there is no adapter {args.name!r} in {names.root}; 'store ls' lists them")
     names.update(args.name, lambda _: None)
+    AuditLog(root / AUDIT).record(OPERATOR, "delete", args.name, decision="removed")
     print(f"{args.name} with {len(record.versions)} versions removed; 'gc --unreferenced' frees its space")
     return 0
 

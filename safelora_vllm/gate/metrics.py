@@ -8,6 +8,7 @@ from safelora_vllm.gate.admit import Admission
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
 
+MAX_TENANTS, OTHERS = 200, "(others)"  # the latter is no tenant's name
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -22,6 +23,13 @@ class GateMetrics:
             ["result", "reason"],
             registry=registry,
         )
+        self._tenant_loads = Counter(
+            "safelora_tenant_loads",
+            "Adapters judged by the gate, by the tenant that owns the name; empty for shared names",
+            ["tenant", "result"],
+            registry=registry,
+        )
+        self._tenants: set[str] = set()
         self._stages = Histogram(
             "safelora_stage_seconds",
             "Seconds that one adapter spent in a stage of the gate",
@@ -69,15 +77,24 @@ class GateMetrics:
         """Count one answer of the gate."""
         report = admission.report
         reason = "" if report.accepted else report.reasons[0].code
-        self._loads.labels("accepted" if report.accepted else "refused", reason).inc()
+        self._count("accepted" if report.accepted else "refused", reason, report.adapter)
         if report.digest:
             self._cache.labels("hit" if admission.cached else "miss").inc()
         for stage, seconds in admission.stages.seconds.items():
             self._stages.labels(stage).observe(seconds)
 
-    def record_error(self, reason: str) -> None:
-        """Count a load that failed without an answer, e.g. on a full disk."""
-        self._loads.labels("error", reason).inc()
+    def record_error(self, reason: str, name: str = "") -> None:
+        """Count a load that failed without an answer, e.g. on a full disk. name: of the adapter."""
+        self._count("error", reason, name)
+
+    def _count(self, result: str, reason: str, name: str) -> None:
+        owner, slash, _ = name.partition("/")
+        tenant = owner if slash else ""
+        if tenant not in self._tenants and len(self._tenants) >= MAX_TENANTS:
+            tenant = OTHERS
+        self._tenants.add(tenant)
+        self._loads.labels(result, reason).inc()
+        self._tenant_loads.labels(tenant, result).inc()
 
     def expose(self) -> str:
         """The exposition text of the registry."""

@@ -26,6 +26,7 @@ from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import (
     GateUnavailable,
     MalformedMessage,
+    PolicyError,
     ProjectorCacheError,
     QuotaExceeded,
     SafeLoRAError,
@@ -133,13 +134,13 @@ class GateService:
                     admission = admit(call.path, call.name, settings, self._published, raw, call.allowance)
                 finally:
                     give_back(self._allocator, self._placement)
-        except QuotaExceeded:
+        except (QuotaExceeded, PolicyError):  # the caller's mistake, not a load that failed
             raise
         except SafeLoRAError as error:
-            self._metrics.record_error(type(error).__name__)
+            self._metrics.record_error(type(error).__name__, call.name)
             raise
         except torch.OutOfMemoryError as error:
-            self._metrics.record_error(type(error).__name__)
+            self._metrics.record_error(type(error).__name__, call.name)
             raise GateUnavailable(_no_memory(str(self._settings.device), "this adapter")) from error
         self._metrics.record(admission)
         if call.override and admission.key is not None:

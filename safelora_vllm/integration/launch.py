@@ -13,6 +13,8 @@ from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
+from safelora_vllm.integration.tenant_check import tenant_check
+from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -52,7 +54,8 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     _check_rules(cache, settings)
     granted(settings.route_access)
     if settings.keys:
-        ring = KeyRing.open(Path(settings.keys), os.environ.get(ADMIN_KEY), [], os.environ.get(METRICS_KEY))
+        admin, metrics = os.environ.get(ADMIN_KEY), os.environ.get(METRICS_KEY)
+        ring = KeyRing.open(Path(settings.keys), admin, [], metrics, tenant_check(settings))
         if not ring.has_admin:
             print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
@@ -115,9 +118,7 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     Raises:
         PolicyError: more than the cache has. GuardError: a store or a variable opens a way around.
     """
-    policy = Policy.from_mapping(settings.policy)
-    if policy.has_effect("energy"):
-        cache.projector(next(iter(cache.modules))).directions(policy.energy)
+    check_energy(Policy.from_mapping(settings.policy), cache)
     check_store(settings.store)
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
         raise GuardError(

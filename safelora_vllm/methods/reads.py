@@ -32,6 +32,16 @@ def parts_read(policy: Policy, thin: bool) -> Parts:
     return Parts(operator, energy, energy if method.reads_output_bases or not operator else 0.0)
 
 
+def check_energy(policy: Policy, cache: ProjectorCache) -> None:
+    """Find out before anything is judged whether a cache has the energy of a policy. Reads one module of it.
+
+    Raises:
+        PolicyError: it has less.
+    """
+    if policy.has_effect("energy"):
+        cache.projector(next(iter(cache.modules))).directions(policy.energy)
+
+
 def truncation(policy: Policy, cache: ProjectorCache | None) -> str:
     """What a policy that multiplies by Ĉ loses with a thin cache, as a warning; empty if it loses nothing.
 

@@ -6,6 +6,7 @@ write at once. A record is in the file when `AuditLog.record` returns, but is no
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -18,13 +19,22 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from safelora_vllm.errors import StoreUnavailable, UsageError
+from safelora_vllm.files import replace_file
 
 logger = logging.getLogger("vllm.safelora.audit")
+SERVER = "server"  # the actor of decisions that no caller asked for
+OPERATOR = "operator"  # of ``safelora-vllm store`` on the machine
+REJUDGE, DELETE_VERSION = "rejudge", "delete-version"
+ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VERSION, REJUDGE)
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
+_REFUSED, _REMEMBERED = "refused", 20  # a folder with each tenant's newest refusals
+_FOUND = "found.json"  # see `AuditLog.record`, once
 _AGO = re.compile(r"([0-9]+)([smhd])")
+_TOLD = ("time", "action", "adapter", "reasons")  # to a tenant
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -36,8 +46,12 @@ class AuditLog:
         self._file = folder / "audit.jsonl"
         self._max_bytes = max_bytes
 
-    def record(self, actor: str, action: str, adapter: str, **details: Any) -> None:
+    def record(self, actor: str, action: str, adapter: str, *, once: str = "", **details: Any) -> None:
         """Append one record; ``details`` are JSON values.
+
+        Args:
+            once: what was found. Where it is what the adapter's last record with a ``once`` was made for,
+                there is none: several servers, and each start, may say the same.
 
         Raises:
             StoreUnavailable: the disk is full or not writable; the record is not in the log.
@@ -46,9 +60,15 @@ class AuditLog:
         record = {"time": "", "actor": actor, "action": action, "adapter": adapter, **details}
         try:
             with self._locked():
+                if once and self._found().get(adapter) == once:
+                    return
                 now = datetime.now(UTC)  # under the lock, so that lines stand in the order of their times
                 record["time"] = now.isoformat(timespec="microseconds")
                 self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
+                if record.get("decision") == "refused" and "/" in adapter:
+                    self._remember(adapter.partition("/")[0], record)
+                if once:
+                    replace_file(self.folder / _FOUND, json.dumps({**self._found(), adapter: once}).encode())
         except OSError as error:
             raise StoreUnavailable(
                 f"the audit log {self.folder} cannot be written ({error.strerror}); free space or fix "
@@ -73,6 +93,34 @@ class AuditLog:
                 yield record
         if damaged:
             logger.warning("audit log %s: passed over %d damaged lines", self.folder, damaged)
+
+    def refusals(self, tenant: str) -> list[dict[str, Any]]:
+        """The newest refusals of adapters that a tenant owns, oldest first: at most 20.
+
+        The time that this takes does not depend on what others did.
+        """
+        try:
+            found = json.loads(self._refused(tenant).read_bytes())
+            return [record for record in found if isinstance(record, dict)]
+        except (OSError, ValueError, TypeError):
+            return []
+
+    def _found(self) -> dict[str, str]:
+        """Adapter → what its last record with a ``once`` was made for."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((self.folder / _FOUND).read_bytes()))
+        return {}
+
+    def _remember(self, tenant: str, record: dict[str, Any]) -> None:
+        """Keep a refusal for its tenant. The log has it already: nothing is lost if this fails."""
+        kept = [*self.refusals(tenant), {name: record.get(name, []) for name in _TOLD}][-_REMEMBERED:]
+        file = self._refused(tenant)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            replace_file(file, json.dumps(kept).encode())
+
+    def _refused(self, tenant: str) -> Path:
+        return self.folder / _REFUSED / f"{quote(tenant, safe='')}.json"
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ published/<key>/           what the gate made of it; can be made again from raw
 names/<quoted name>.json   which content is served under a name, with its versions
 ids                        the next number by which vLLM may know an adapter
 audit/                     who changed what, and when
+serving.json               what the servers say of how they serve it
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from pathlib import Path
 
 INCOMING, RAW, PUBLISHED, NAMES, IDS, AUDIT = "incoming", "raw", "published", "names", "ids", "audit"
+SERVING = "serving.json"
 FOLDERS = (INCOMING, NAMES, PUBLISHED, RAW)  # of which all that is served is made
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
 
-from safelora_vllm.errors import UsageError
+from safelora_vllm.errors import Reason, UsageError
 from safelora_vllm.files import is_digest
 from safelora_vllm.policy import stored_values
 
@@ -24,8 +24,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
     "by": (str,), "policy": (dict,), "override": (bool,), "base_policy": (dict,),
     "reason": (str,), "key": (str,), "ruleset_digest": (str,), "id": (int,),
-    "load_seconds": (int, float),
+    "load_seconds": (int, float), "refused": (tuple,), "judged": (int, float),
 }  # fmt: skip
+_LATER = {"refused": (), "judged": 0.0}  # not written with these values, so that older releases read the rest
 _ON_DISK = {"ruleset_digest": "rules", "base_policy": "underlying"}  # fields with another name there
 _FIELDS = {name: field for field, name in _ON_DISK.items()}
 
@@ -56,6 +57,13 @@ class Version:
     ruleset_digest: str = ""
     id: int = 0
     load_seconds: float = 0.0
+    refused: tuple[Reason, ...] = ()
+    judged: float = 0.0
+
+    @property
+    def unjudged(self) -> Version:
+        """What a caller made of it: all but what judging anew changes."""
+        return dataclasses.replace(self, key="", ruleset_digest="", id=0, refused=(), judged=0.0)
 
     @property
     def next_policy(self) -> dict[str, Any]:
@@ -94,6 +102,30 @@ class AdapterRecord:
         new = dataclasses.replace(new, version=number)
         return AdapterRecord(self.name, number, (*self.versions, new)[-KEPT_VERSIONS:])
 
+    def with_live(self, live: Version) -> AdapterRecord:
+        """With what judging the live version anew made of it."""
+        return dataclasses.replace(
+            self, versions=tuple(live if old.version == self.current else old for old in self.versions)
+        )
+
+    def without(self, number: int) -> AdapterRecord:
+        """Without an old version.
+
+        Raises:
+            UsageError: there is none of this number, or it is the live one.
+        """
+        if self.version(number) == self.live:
+            raise UsageError(
+                f"version {number} of {self.name!r} is the one that is served: expected an older one. Remove "
+                "the adapter instead, or replace it first"
+            )
+        return dataclasses.replace(self, versions=tuple(v for v in self.versions if v.version != number))
+
+    @property
+    def unjudged(self) -> AdapterRecord:
+        """What callers made of it: see `Version.unjudged`."""
+        return dataclasses.replace(self, versions=tuple(version.unjudged for version in self.versions))
+
 
 def file_of(name: str) -> str:
     """The name of a record's file.
@@ -116,8 +148,14 @@ def file_of(name: str) -> str:
 def to_dict(record: AdapterRecord) -> dict[str, Any]:
     """A record as it is stored."""
     data = dataclasses.asdict(record)
-    data["versions"] = [{_ON_DISK.get(n, n): value for n, value in v.items()} for v in data["versions"]]
+    data["versions"] = [_stored(version) for version in data["versions"]]
     return data
+
+
+def _stored(version: dict[str, Any]) -> dict[str, Any]:
+    """A version as it is stored."""
+    later = {name for name, value in _LATER.items() if version[name] == value}
+    return {_ON_DISK.get(name, name): value for name, value in version.items() if name not in later}
 
 
 def to_json(record: AdapterRecord, file: str) -> bytes:
@@ -157,7 +195,14 @@ def _in_todays_words(version: Version) -> Version:
 
 
 def _version(stored: Any) -> Version:
-    return Version(**{_FIELDS.get(name, name): value for name, value in {**stored}.items()})
+    values = {_FIELDS.get(name, name): value for name, value in {**stored}.items()}
+    return Version(**{**values, "refused": tuple(map(_reason, values.get("refused", ())))})
+
+
+def _reason(stored: Any) -> Reason:
+    if not all(isinstance(text, str) for text in {**stored}.values()):
+        raise ValueError(f"a reason is {stored!r:.100}")
+    return Reason(**stored)
 
 
 def _no_number(name: str) -> float:

@@ -81,8 +81,8 @@ def check_quota(names: NameStore, who: Principal, record: AdapterRecord) -> None
         QuotaExceeded: it may not; admins have no quota.
     """
     if who.tenant is not None:
-        own = {**_own(names, who.tenant), record.name: record}
-        who.quota.check(len(own), sum(_sizes(own).values()), record.live.rank)
+        own = {**own_records(names, who.tenant), record.name: record}
+        who.quota.check(len(own), sum(content_sizes(own).values()), record.live.rank)
 
 
 def allowed(names: NameStore, who: Principal, name: str, previous: AdapterRecord | None) -> Allowance | None:
@@ -93,20 +93,21 @@ def allowed(names: NameStore, who: Principal, name: str, previous: AdapterRecord
     """
     if who.tenant is None:
         return None
-    own = _own(names, who.tenant)
+    own = own_records(names, who.tenant)
     if previous is not None:  # its oldest version goes when there is one more
         own[name] = AdapterRecord(name, 0, previous.versions[1 - KEPT_VERSIONS :])
     who.quota.check(len({*own, name}), 0, 0)
-    sizes = _sizes(own)
+    sizes = content_sizes(own)
     if who.quota.bytes is None:
         return Allowance(rank=who.quota.rank)
     return Allowance(who.quota.bytes - sum(sizes.values()), list(sizes), who.quota.rank)
 
 
-def _own(names: NameStore, tenant: str) -> dict[str, AdapterRecord]:
+def own_records(names: NameStore, tenant: str) -> dict[str, AdapterRecord]:
+    """The records of a tenant's names."""
     return {name: record for name, record in names.all().items() if name.startswith(f"{tenant}/")}
 
 
-def _sizes(records: Mapping[str, AdapterRecord]) -> dict[str, int]:
+def content_sizes(records: Mapping[str, AdapterRecord]) -> dict[str, int]:
     """Digest → bytes of all contents."""
     return {version.digest: version.bytes for record in records.values() for version in record.versions}

@@ -22,6 +22,7 @@ from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.gate.server import GateService, _Handler, _Server
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.audit_log import AuditLog
@@ -89,9 +90,11 @@ class Place:
         """Another API server on this store, without its routes."""
         engine = self.engine()
         models = SimpleNamespace(lora_requests={}, is_base_model=MODEL.__eq__)
-        reconciler = await Reconciler.start(engine, models)
+        keys = self.keys if self.keys.exists() else None
+        ring = KeyRing.open(keys, None, [], None, tenant_check(self.gate.settings))
+        reconciler = await Reconciler.start(engine, models, ring.rules)
         try:
-            yield Manager(reconciler, AuditLog(self.store / "audit"), models.is_base_model), engine
+            yield Manager(reconciler, reconciler.audit, models.is_base_model), engine
         finally:
             await reconciler.stop()
 

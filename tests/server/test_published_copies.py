@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server import published_copies
 from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
-from safelora_vllm.store import Version
+from safelora_vllm.tenants.rules import SERVERS, TenantRules
 from tests.server.test_reconcile import Published
 
 REPORT = Report("another name", "d" * 64, "p", Policy(), True, [], [])
@@ -29,28 +31,48 @@ class Gate:
 
     def ensure(self, *arguments: object, **named: object) -> Any:
         self.asked.append(("ensure", arguments, named))
-        return SimpleNamespace(accepted_key=lambda: "k", report=REPORT)
+        return Judgement(REPORT, "k", 1, "r")
 
     def admit(self, *arguments: object, **named: object) -> Any:
         self.asked.append(("admit", arguments, named))
-        return SimpleNamespace(accepted_key=lambda: "k", report=REPORT)
+        return Judgement(REPORT, "k", 1, "r")
 
 
-def test_a_copy_is_made_again_by_the_rules_of_its_version() -> None:
-    gate = Gate()
-    copies = Copies(cast(Any, gate), cast(Any, None), cast(Any, Published()))
-    policy = {"mode": "report-only"}
-    version = Version(1, "d" * 64, 1, 1, 0.0, "ops", policy=policy, override=True)
+def test_the_gate_is_asked_by_the_rules_of_a_name() -> None:
+    """The server's, the tenant's or the adapter's own, and a digest of those of the name."""
+    gate, strict = Gate(), TenantRules({"energy": 0.5})
+    friend = TenantRules({"energy": 0.1}, less_strict=True)
+    tenants = {"strict/x": strict, "friend/x": friend}
+    state = SimpleNamespace(policy=Policy(), ruleset_digest="r")
+    copies = Copies(
+        cast(Any, gate), cast(Any, state), cast(Any, Published()), lambda name: tenants.get(name, SERVERS)
+    )
 
-    async def make() -> None:
-        assert (await copies.make(Entry("x", 1, version))).key == "k"
-        await copies.make(Entry("y", 1, folder=Path("/adapters/y")))
+    async def ask() -> None:
+        unprojected = {"mode": "report-only"}
+        assert (await copies.ensure("d", "x", unprojected, True))[1:] == ("r", True)
+        assert (await copies.ensure("d", "x", unprojected, False))[1:] == ("r", False)
+        assert (await copies.ensure("d", "strict/x", {}, False))[1:] == (strict.ruleset("r"), False)
+        assert (await copies.admit("/a", "friend/x", {}, None))[1:] == (friend.ruleset("r"), True)
+        assert (await copies.adopt(Entry("y", 1, folder=Path("/adapters/y")))).key == "k"
+        await copies.adopt(Entry("friend/x", 1, folder=Path("/adapters/y")))
 
-    asyncio.run(make())
-    assert gate.asked == [
-        ("ensure", ("d" * 64, "x", policy), {"override": True}),
-        ("admit", ("/adapters/y", "y"), {"keep": False}),
+    asyncio.run(ask())
+    asked = [(call, arguments[:2], fields(arguments[2]), named) for call, arguments, named in gate.asked]
+    assert asked == [
+        ("ensure", ("d", "x"), {"mode": "report-only"}, {"override": True}),
+        ("ensure", ("d", "x"), {}, {"override": False}),
+        ("ensure", ("d", "strict/x"), {"energy": 0.5}, {"override": False}),
+        ("admit", ("/a", "friend/x"), {"energy": 0.1}, {"override": True, "allowance": None}),
+        ("admit", ("/adapters/y", "y"), {}, {"override": False, "keep": False}),
+        ("admit", ("/adapters/y", "friend/x"), {"energy": 0.1}, {"override": True, "keep": False}),
     ]
+
+
+def fields(policy: dict[str, Any]) -> dict[str, Any]:
+    """Those that differ from the server's."""
+    server = dataclasses.asdict(Policy())
+    return {field: value for field, value in policy.items() if value != server[field]}
 
 
 def test_files_that_cannot_be_seen_have_no_state() -> None:

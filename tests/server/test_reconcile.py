@@ -78,8 +78,13 @@ def run(names: HangingNames, test: Callable[[Reconciler, FakeEngine], Awaitable[
     async def started() -> None:
         engine = FakeEngine()
         nothing: Any = None
-        state, published = cast(Any, SimpleNamespace(ruleset_digest="r")), cast(Any, Published())
-        made = Reconciler(Pool(engine, names), Copies(nothing, state, published), 1, "aligned".__eq__)
+        state, published = (
+            cast(Any, SimpleNamespace(ruleset_digest="r", policy=Policy())),
+            cast(Any, Published()),
+        )
+        made = Reconciler(
+            Pool(engine, names), Copies(nothing, state, published), 1, "aligned".__eq__, nothing
+        )
         made._watch = StoreWatch(names.folder)
         await made.sync()
         try:

@@ -14,11 +14,11 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, Reason, StoreUnavailable
+from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server import reconcile, watchdog
 from safelora_vllm.integration.server.engine import Pool
-from safelora_vllm.integration.server.published_copies import Copy
+from safelora_vllm.integration.server.published_copies import Copy, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
-from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
@@ -41,15 +41,23 @@ class Gated:
         self.asked: list[str] = []
         self.answer: Exception | None = None
 
-    def find(self, _: Version) -> Copy | None:
+        self.state = SimpleNamespace(ruleset_digest="r")
+
+    def find(self, _: str, __: Version) -> Copy | None:
         return None
 
-    async def make(self, entry: Entry) -> Copy:
-        self.asked.append(entry.name)
+    def ruleset(self, _: str) -> str:
+        return "r"
+
+    async def ensure(self, _: str, name: str, *__: object) -> Judged:
+        self.asked.append(name)
         await self.go.wait()
         if self.answer is not None:
             raise self.answer
-        return Copy("k", REPORT, ())
+        return Judged(Judgement(REPORT, "1", 1, "r"), "r", False)
+
+    async def copy_of(self, judgement: Judgement) -> Copy:
+        return Copy(judgement.accepted_key(), REPORT, ())
 
 
 def run(tmp_path: Path, test: Callable[[Reconciler, Gated, FakeEngine], Awaitable[None]]) -> None:
@@ -58,7 +66,8 @@ def run(tmp_path: Path, test: Callable[[Reconciler, Gated, FakeEngine], Awaitabl
     async def started() -> None:
         save(NameStore(tmp_path), "chat", "1")
         engine, copies = FakeEngine(), Gated()
-        made = Reconciler(Pool(engine, NameStore(tmp_path)), cast(Any, copies), 1, MODEL.__eq__)
+        pool, nothing = Pool(engine, NameStore(tmp_path)), cast(Any, None)
+        made = Reconciler(pool, cast(Any, copies), 1, MODEL.__eq__, nothing)
         try:
             await test(made, copies, engine)
         finally:
@@ -213,7 +222,7 @@ def test_what_is_not_published_is_made_by_the_gate_and_served(tmp_path: Path) ->
             made.registry["chat"].current()
         copies.go.set()
         await settle()
-        assert made.registry["chat"].current().request.lora_path == "safelora://k"
+        assert made.registry["chat"].current().request.lora_path == "safelora://1"
         assert made.registry["chat"].current().report.adapter == "chat"
         assert copies.asked == ["chat"]
 
@@ -273,7 +282,7 @@ def test_what_could_not_be_served_is_tried_again_unless_it_was_refused(
 
 def test_a_copy_that_was_lost_too_often_is_not_served(tmp_path: Path) -> None:
     async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
-        made.pool.mark_lost({f"safelora://k/{number}" for number in range(16)})
+        made.pool.mark_lost({f"safelora://1/{number}" for number in range(16)})
         await made.sync()
         await settle()
         with pytest.raises(StoreUnavailable, match="copy of chat was lost 16 times"):
@@ -292,7 +301,7 @@ def test_weights_are_freed_once_nothing_serves_them(tmp_path: Path) -> None:
         assert engine.removed == []
         other = LoRARequest("chat", 99, "safelora://other")
         assert made._wanted(entry.current().request) and not made._wanted(other)
-        assert not made._wanted(LoRARequest("nobody", 16, "safelora://k"))
+        assert not made._wanted(LoRARequest("nobody", 16, "safelora://1"))
         made.names.update("chat", lambda _: None)
         await made.sync()
         await settle()

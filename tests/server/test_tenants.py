@@ -6,6 +6,7 @@ Who may change what is in `test_http_changes`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import httpx
 import pytest
 from server import Server
 
-from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, TENANT_KEYS, client, upload
+from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, TENANT_KEYS, client, first_token, upload
 
 KEYS = {"admin": ADMIN_KEY, "acme": TENANT_KEYS["acme"], "globex": TENANT_KEYS["globex"]}
 KEYS |= {"inference": INFERENCE_KEY, "wrong": "no-key-of-anybody"}
@@ -157,6 +158,7 @@ def test_no_route_loads_or_removes_without_a_key(server: Server) -> None:
                     for method in ("POST", "PUT", "DELETE", "PATCH"):
                         for body in bodies:
                             url = path.replace("{name}", "shared").replace("{response_id}", "x")
+                            url = url.replace("{number}", "1")
                             http.request(method, url.replace("{adapter_name}", "shared"), json=body)
         after = admin.get("/v1/adapters").json()
     assert after == before
@@ -167,5 +169,31 @@ def test_no_route_loads_or_removes_without_a_key(server: Server) -> None:
     }
     assert changing == {
         "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/adapters/{name}",
-        "/v1/adapters/{name}/rollback", "/v1/adapters/{name}/policy",
+        "/v1/adapters/{name}/rollback", "/v1/adapters/{name}/policy", "/v1/adapters/{name}/versions/{number}",
     }, json.dumps(sorted(changing))  # fmt: skip
+
+
+def test_an_edit_of_the_keys_file_reaches_the_weights_without_a_gap(
+    server: Server, admin: httpx.Client, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each answer is by the old rules or by the new ones: never an error, never the model alone."""
+    keys = tmp_path_factory.getbasetemp() / "keys.toml"
+    before = keys.read_text()
+    edited = f'{before}[tenants.globex]\nless_strict = true\npolicy = {{mode = "report-only"}}\n'
+    with client(server, TENANT_KEYS["globex"]) as globex:
+        for http, name in ((globex, "globex/x"), (admin, "unprojected")):
+            assert upload(http, name, adapters["qv"]).status_code == 201
+        body = {"policy": {"mode": "report-only"}, "override": True, "reason": "to compare"}
+        assert admin.put("/v1/adapters/unprojected/policy", json=body).status_code == 200
+        projected, unprojected = first_token(globex, "globex/x"), first_token(globex, "unprojected")
+        assert projected != unprojected
+        try:
+            for text, old, new in ((edited, projected, unprojected), (before, unprojected, projected)):
+                keys.write_text(text)
+                until = time.monotonic() + 60
+                while (found := first_token(globex, "globex/x")) != new and time.monotonic() < until:
+                    assert found == old
+                assert found == new
+        finally:
+            keys.write_text(before)
+        assert globex.get("/v1/usage").json()["used"]["adapters"] == 1

@@ -85,7 +85,9 @@ _LISTED: dict[Access, str] = {
     Access.TENANTS: """
         POST /v1/adapters
         DELETE /v1/adapters/{name:path}
+        DELETE /v1/adapters/{name:path}/versions/{number}
         POST /v1/adapters/{name:path}/rollback
+        GET /v1/usage
     """,
     Access.MONITORS: """
         GET /load

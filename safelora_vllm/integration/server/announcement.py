@@ -11,7 +11,7 @@ from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.server.access_check import RouteAccess, name_of
 from safelora_vllm.integration.server.access_rules import Access
 from safelora_vllm.settings import ADMIN_KEY, ADMIN_KEY_MADE
-from safelora_vllm.tenants.keys import ENVIRONMENT
+from safelora_vllm.tenants.keys_file import ENVIRONMENT
 from safelora_vllm.tenants.principal import Kind, Principal
 
 

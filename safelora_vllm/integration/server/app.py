@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import os
@@ -26,9 +25,8 @@ from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
+from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
-from safelora_vllm.store.audit_log import AuditLog
-from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
@@ -51,7 +49,11 @@ class SafeLoRAEndpoint:
         inference = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         metrics_key = os.environ.get(METRICS_KEY) or None
         keys = KeyRing.open(
-            Path(settings.keys) if settings.keys else None, _admin_key(args, settings), inference, metrics_key
+            Path(settings.keys) if settings.keys else None,
+            _admin_key(args, settings),
+            inference,
+            metrics_key,
+            tenant_check(settings) if lora and settings.keys else None,
         )
         more = granted(settings.route_access)
         if getattr(args, "enable_offline_docs", False):
@@ -89,7 +91,9 @@ class SafeLoRAEndpoint:
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
-        state.safelora = reconciler = await Reconciler.start(engine_client, models)
+        state.safelora = reconciler = await Reconciler.start(
+            engine_client, models, self._app.state.safelora_door.keys.rules
+        )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
@@ -97,11 +101,13 @@ class SafeLoRAEndpoint:
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
         state.safelora_manager = Manager(
             reconciler,
-            await asyncio.to_thread(AuditLog, reconciler.names.root / AUDIT),
+            reconciler.audit,
             models.is_base_model,
             tuple(Path(root).resolve() for root in settings.adapter_roots),
             settings.max_adapter_bytes,
             settings.allow_hub,
+            lambda: door.keys.tenants,
+            settings.tenant_reports,
         )
 
 

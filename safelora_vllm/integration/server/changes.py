@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,20 +26,20 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
-from safelora_vllm.gate.protocol import Judgement
-from safelora_vllm.integration.server.published_copies import Copies
+from safelora_vllm.integration.server.decisions import audit_fields, log, version_fields
+from safelora_vllm.integration.server.published_copies import Copies, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.schemas import report_of
+from safelora_vllm.integration.server.usage import usage_of
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.policy import CAPS
-from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.audit_log import DELETE_VERSION, AuditLog
+from safelora_vllm.tenants.keys_file import Tenant
 from safelora_vllm.tenants.principal import Principal, check_name
-from safelora_vllm.tenants.quotas import allowed, check_quota
-
-logger = logging.getLogger("vllm.safelora.management")
+from safelora_vllm.tenants.quotas import allowed, check_quota, own_records
 
 
 @dataclass
@@ -48,7 +47,8 @@ class Manager:
     """All changes that callers make, in one API server process.
 
     roots: folders that loads by path may read; none means every folder. max_adapter_bytes: largest file
-    that is received. hub: whether uploads may name a hub repository.
+    that is received. hub: whether uploads may name a hub repository. tenants: of the keys file, as it is now.
+    tenant_reports: whether others than admins see the figures of each module.
     """
 
     reconciler: Reconciler
@@ -57,6 +57,8 @@ class Manager:
     roots: tuple[Path, ...] = ()
     max_adapter_bytes: int = ServerSettings.max_adapter_bytes
     hub: bool = False
+    tenants: Callable[[], Mapping[str, Tenant]] = dict
+    tenant_reports: str = ServerSettings.tenant_reports
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     async def add(
@@ -78,12 +80,10 @@ class Manager:
                 raise _taken(name)
             policy = previous.live.next_policy if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
-            judgement = await self._copies.ask(
-                self._copies.gate.admit, str(source), name, policy, allowance=allowance
-            )
-            await self._check_accepted(who, name, action, judgement.report)
-            version = _version(judgement, who, policy)
-            return await self._commit(who, name, action, judgement, previous, version, start)
+            judged = await self._copies.admit(str(source), name, policy, allowance)
+            await self._check_accepted(who, name, action, judged)
+            version = _version(judged, who, policy)
+            return await self._commit(who, name, action, judged, previous, version, start)
 
     async def roll_back(self, who: Principal, name: str, number: int) -> Entry:
         """Serve an earlier version's content again, as a new version.
@@ -100,35 +100,36 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
-            judgement = await self._copies.ask(
-                self._copies.gate.ensure, earlier.digest, name, policy, override=override
-            )
-            await self._check_accepted(who, name, "rollback", judgement.report)
+            judged = await self._copies.ensure(earlier.digest, name, policy, override)
             reason = f"rollback to version {number}"
-            version = _version(judgement, who, policy, override, record.live.next_policy, reason)
-            return await self._commit(who, name, "rollback", judgement, record, version, start)
+            await self._check_accepted(who, name, "rollback", judged, override, reason)
+            version = _version(judged, who, policy, override, record.live.next_policy, reason)
+            return await self._commit(who, name, "rollback", judged, record, version, start)
 
     async def set_policy(
         self, who: Principal, name: str, values: dict[str, Any], override: bool, reason: str
     ) -> Entry:
-        """Judge an adapter by other rules than the server's. Empty ``values``: by the server's again.
+        """Judge an adapter by rules of its own. Empty ``values``: by its tenant's or the server's again.
 
         Raises:
             UnknownAdapter. PolicyError: values out of range, or without effect.
-            UsageError: less strict than the server's without ``override`` and a reason.
+            UsageError: less strict than those without ``override`` and a reason.
             AdapterRefused: refused under the new policy; the old one stays. ChangedMeanwhile: by another
             server.
         """
         async with self._changing(who, name, "policy") as start:
             record = await self._known(who, name)
-            default = self._copies.state.policy
+            default = await asyncio.to_thread(self._copies.policy, name)
             wanted = default.with_values(values)
             wanted.check_effective(field for field in values if values[field] != getattr(default, field))
             loosened = not wanted.at_least_as_strict(default)
             if loosened and not (override and reason.strip()):
+                own = default != self._copies.state.policy
+                whose = "the tenant's in the keys file" if own else "the server's"
                 raise UsageError(
-                    "this policy is less strict than the server's, or cannot be compared with it (another "
-                    'method, or another energy of csulora); give both "override": true and a "reason", '
+                    f"this policy is less strict than {whose}, or cannot be "
+                    "compared with it (another method, or another energy of csulora); give both "
+                    '"override": true and a "reason", '
                     "which the report and the audit log keep"
                 )
             # All of the rule, so that it means the same when the server's policy is another one. A cap that
@@ -136,12 +137,10 @@ class Manager:
             policy = dataclasses.asdict(wanted) if values else {}
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
-            judgement = await self._copies.ask(
-                self._copies.gate.ensure, record.live.digest, name, policy, override=loosened
-            )
-            await self._check_accepted(who, name, "policy", judgement.report)
-            version = _version(judgement, who, policy, loosened, record.live.next_policy, reason)
-            return await self._commit(who, name, "policy", judgement, record, version, start)
+            judged = await self._copies.ensure(record.live.digest, name, policy, loosened)
+            await self._check_accepted(who, name, "policy", judged, loosened, reason)
+            version = _version(judged, who, policy, loosened, record.live.next_policy, reason)
+            return await self._commit(who, name, "policy", judged, record, version, start)
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
         """Stop serving a name on every server; its weights are freed when its last request has ended.
@@ -157,6 +156,45 @@ class Manager:
             await self.reconciler.sync()
             await self._log(who, action, name, decision="removed")
 
+    async def remove_version(self, who: Principal, name: str, number: int) -> None:
+        """Forget an old version, so that it does not count any more.
+
+        Raises:
+            UnknownAdapter, Forbidden. UsageError: no such version, or the one that is served.
+        """
+        async with self._changing(who, name, DELETE_VERSION):
+            await self._known(who, name)
+
+            def change(record: AdapterRecord | None) -> AdapterRecord:
+                if record is None:
+                    raise unknown(name)
+                return record.without(number)
+
+            await asyncio.to_thread(self.reconciler.names.update, name, change)
+            await self.reconciler.sync()
+            await self._log(who, DELETE_VERSION, name, decision="removed", version=number)
+
+    async def usage(self, who: Principal, tenant: str | None) -> dict[str, Any]:
+        """The body of `TenantUsage`. tenant: whose an admin wants to see.
+
+        Raises:
+            UsageError: an admin names none, or one that does not exist. Forbidden: a tenant names another.
+        """
+        if who.kind == "tenant" and tenant not in (None, who.tenant):
+            raise Forbidden("this key sees the usage of its own tenant only: leave tenant out")
+        owner, known = who.tenant or tenant, self.tenants()
+        if owner is None:
+            raise UsageError("whose usage is not said: expected ?tenant=NAME with an admin's key")
+        records = await asyncio.to_thread(own_records, self.reconciler.names, owner)
+        if owner not in known and not records and who.kind == "admin":
+            raise UsageError(
+                f"{owner!r:.200} is not a tenant: the keys file has {', '.join(known) or 'none'}"
+            )
+        quota = known[owner].quota if owner in known else who.quota
+        policy = await asyncio.to_thread(self._copies.policy, f"{owner}/")
+        refusals = await asyncio.to_thread(self.audit.refusals, owner)
+        return usage_of(owner, quota, policy, records, self.reconciler.registry, refusals)
+
     def find(self, who: Principal, name: str) -> Entry:
         """A served adapter that the caller may see.
 
@@ -166,6 +204,10 @@ class Manager:
         entry = look_up(self.reconciler.registry, who, name)
         entry.current()
         return entry
+
+    def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
+        """The body of `AdapterReport` for a caller, of an adapter that is served."""
+        return report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
@@ -195,7 +237,8 @@ class Manager:
         """
         check_name(name)
         if not who.may_manage(name):
-            raise Forbidden(f"this key may not change {name!r:.200}; tenants change TENANT/NAME only")
+            own = f"{who.tenant}/NAME" if who.tenant else "TENANT/NAME"
+            raise Forbidden(f"this key may not change {name!r:.200}: expected a name of its own, {own}")
         if self.is_base_model(name):
             raise UsageError(f"{name!r:.200} is the base model's name; choose another")
         if self._static(name):
@@ -220,9 +263,11 @@ class Manager:
         async with lock:
             try:
                 yield time.perf_counter()
-            except QuotaExceeded:
+            except QuotaExceeded as error:
                 await self._log(who, action, name, decision="refused", reasons=["quota"])
-                raise
+                raise QuotaExceeded(
+                    f"{error}. What counts are the names {who.tenant}/...; GET /v1/usage lists them"
+                ) from None
 
     async def _record(self, name: str) -> AdapterRecord | None:
         return await asyncio.to_thread(self.reconciler.names.get, name)
@@ -235,28 +280,32 @@ class Manager:
             raise Forbidden(f"this key may use {name}, but not change it")
         return record
 
-    async def _check_accepted(self, who: Principal, name: str, action: str, report: Report) -> None:
+    async def _check_accepted(
+        self, who: Principal, name: str, action: str, judged: Judged, override: bool = False, reason: str = ""
+    ) -> None:
         """A refusal goes to the audit log and to the caller."""
-        if not report.accepted:
-            await self._log(who, action, name, **audit_fields(report, "refused"))
-            raise AdapterRefused(report.reasons)
+        if not judged.report.accepted:
+            asked = {"override": override or judged.override, "reason": reason}
+            asked = {field: value for field, value in asked.items() if value}
+            await self._log(who, action, name, **audit_fields(judged.report, "refused"), **asked)
+            raise AdapterRefused(judged.report.reasons)
 
     async def _commit(
         self,
         who: Principal,
         name: str,
         action: str,
-        judgement: Judgement,
+        judged: Judged,
         before: AdapterRecord | None,
         new: Version,
         start: float,
     ) -> Entry:
         """Load what was judged and make it the newest version of what ``before`` still is."""
-        pool, report = self.reconciler.pool, judgement.report
+        pool, report = self.reconciler.pool, judged.report
         new = dataclasses.replace(new, id=await pool.new_id())
         request = pool.request(name, new.key, new.id)
         try:
-            await pool.load(request, judgement.bytes)
+            await pool.load(request, judged.judgement.bytes)
         except AdapterRefused as error:
             await self._log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
             raise
@@ -267,17 +316,14 @@ class Manager:
             await pool.release(request, wanted=lambda _: False)
             raise
         await self.reconciler.sync()
-        live = record.live
-        await self._log(
-            who, action, name, version=live.version, override=live.override, reason=live.reason,
-            **audit_fields(report, "accepted"),
-        )  # fmt: skip
+        done = version_fields(record.live, judged.override)
+        await self._log(who, action, name, **done, **audit_fields(report, "accepted"))
         return self.find(who, name)
 
     def _update(self, who: Principal, name: str, before: AdapterRecord | None, new: Version) -> AdapterRecord:
         def change(record: AdapterRecord | None) -> AdapterRecord:
             """Under the store's lock: two servers cannot exceed a quota together, nor undo each other."""
-            if record != before:
+            if (record and record.unjudged) != (before and before.unjudged):
                 if before is None:
                     raise _taken(name)
                 raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
@@ -290,14 +336,11 @@ class Manager:
         return record
 
     async def _log(self, who: Principal, action: str, name: str, **details: Any) -> None:
-        try:
-            await asyncio.to_thread(self.audit.record, who.key_id, action, name, **details)
-        except SafeLoRAError as error:  # the change itself is made: say so loudly, do not undo it
-            logger.error("%s of %r by %s is not in the audit log: %s", action, name, who.key_id, error)
+        await log(self.audit, who.key_id, action, name, **details)
 
 
 def _version(
-    judgement: Judgement,
+    judged: Judged,
     who: Principal,
     policy: dict[str, Any],
     override: bool = False,
@@ -305,11 +348,11 @@ def _version(
     reason: str = "",
 ) -> Version:
     """before: the policy that held for the name's next content, which an override leaves in force."""
-    report = judgement.report
+    report = judged.report
     return Version(
         version=0,
         digest=report.digest,
-        bytes=judgement.bytes,
+        bytes=judged.judgement.bytes,
         rank=max((module.rank for module in report.modules), default=0),
         created=time.time(),
         by=who.key_id,
@@ -317,19 +360,9 @@ def _version(
         override=override,
         base_policy=before or {} if override else {},
         reason=reason,
-        key=judgement.accepted_key(),
-        ruleset_digest=judgement.ruleset_digest,
+        key=judged.judgement.accepted_key(),
+        ruleset_digest=judged.ruleset,
     )
-
-
-def audit_fields(report: Report, decision: str) -> dict[str, Any]:
-    return {
-        "decision": decision,
-        "digest": report.digest,
-        "projectors": report.projectors,
-        "policy": report.to_dict()["policy"],
-        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
-    }
 
 
 def _taken(name: str) -> AlreadyLoaded:

@@ -6,15 +6,19 @@ The series of an adapter that was unloaded is not built any more.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.gate.metrics import MAX_TENANTS, OTHERS
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.store import AdapterRecord
+from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.tenants.quotas import content_sizes
 
 if TYPE_CHECKING:
     from safelora_vllm.integration.server.reconcile import Reconciler
@@ -27,15 +31,17 @@ class AdapterCollector(Collector):
     """Series of the registry's adapters that are served now, and of the workers' states.
 
     At most ``MAX_ADAPTER_SERIES`` adapters get series, in the order of their loading;
-    ``safelora_adapters`` always counts all of them.
+    ``safelora_adapters`` always counts all of them. tenants: what the store keeps of each, of at most
+    ``MAX_TENANTS`` by itself.
     """
 
     def __init__(
         self,
         entries: Callable[[], Sequence[Entry]],
         workers: Callable[[], dict[str, int]],
+        tenants: Callable[[], Mapping[str, Kept]] = dict,
     ) -> None:
-        self._entries, self._workers = entries, workers
+        self._entries, self._workers, self._tenants = entries, workers, tenants
 
     def collect(self) -> Iterator[Metric]:
         """Metric families of a snapshot (prometheus_client's custom collector interface)."""
@@ -103,6 +109,13 @@ class AdapterCollector(Collector):
             ["adapter", "digest", "method", "mode"],
             [((r.adapter, r.digest, r.policy.method, r.policy.mode), 1.0) for r in reports],
         )
+        kept = _bounded(self._tenants())
+        for field, what in (
+            ("adapters", "Names of a tenant in the store, served or not"),
+            ("bytes", "Bytes of a tenant's uploads in the store, as its quota counts them"),
+        ):
+            values = {tenant: float(getattr(found, field)) for tenant, found in kept.items()}
+            yield _gauge(f"tenant_{field}", what, ["tenant"], [((t,), value) for t, value in values.items()])
         states = self._workers().items()
         yield _gauge("workers", "Workers by guard state", ["state"], [((s,), n) for s, n in states])
 
@@ -113,6 +126,30 @@ class AdapterCollector(Collector):
         return generate_latest(registry).decode()
 
 
+class Kept(NamedTuple):
+    """What the store keeps of a tenant."""
+
+    adapters: int = 0
+    bytes: int = 0
+
+
+def kept_of_tenants(records: Mapping[str, AdapterRecord]) -> dict[str, Kept]:
+    """Tenant → what is kept of it, from all records of a store; the empty name owns what is shared."""
+    owned: dict[str, dict[str, AdapterRecord]] = {}
+    for name, record in records.items():
+        owned.setdefault(tenant_of(name), {})[name] = record
+    return {owner: Kept(len(own), sum(content_sizes(own).values())) for owner, own in sorted(owned.items())}
+
+
+def _bounded(kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    """The largest, and all others together."""
+    largest = sorted(kept, key=lambda tenant: (-kept[tenant].bytes, tenant))
+    shown = {tenant: kept[tenant] for tenant in largest[:MAX_TENANTS]}
+    if rest := [kept[tenant] for tenant in largest[MAX_TENANTS:]]:
+        shown[OTHERS] = Kept(*map(sum, zip(*rest, strict=True)))
+    return shown
+
+
 def exposition(reconciler: Reconciler) -> str:
     """Exposition text: the served adapters and, unless it is down, the gate's counters. Waits for it."""
     entries, workers = reconciler.registry.values(), reconciler.watchdog.workers
@@ -121,7 +158,12 @@ def exposition(reconciler: Reconciler) -> str:
     except SafeLoRAError as error:
         logger.warning("no gate metrics: %s", error)
         counters = ""
-    return counters + AdapterCollector(lambda: list(entries), lambda: workers).expose()
+    try:
+        kept = kept_of_tenants(reconciler.names.all())
+    except SafeLoRAError as error:
+        logger.warning("no metrics of tenants: %s", error)
+        kept = {}
+    return counters + AdapterCollector(lambda: list(entries), lambda: workers, lambda: kept).expose()
 
 
 def _gauge(

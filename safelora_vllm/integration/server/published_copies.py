@@ -1,18 +1,21 @@
-"""Published copies, as an API server asks the gate for them."""
+"""Published copies, as an API server asks the gate for them, by the rules of their names."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from safelora_vllm.files import FileState
 from safelora_vllm.gate.client import GateClient
-from safelora_vllm.gate.protocol import GateState
+from safelora_vllm.gate.protocol import GateState, Judgement
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore, Version
+from safelora_vllm.tenants.quotas import Allowance
+from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +30,21 @@ class Copy(NamedTuple):
     state: tuple[FileState, ...]
 
 
+class Judged(NamedTuple):
+    """What the gate decided about a content of a name, and by which rules.
+
+    ruleset: a digest of them. override: they are less strict than the server's, as the operator allowed.
+    """
+
+    judgement: Judgement
+    ruleset: str
+    override: bool
+
+    @property
+    def report(self) -> Report:
+        return self.judgement.report
+
+
 class Copies:
     """What is published in the store, and the gate that publishes more.
 
@@ -35,9 +53,50 @@ class Copies:
         state: the gate's `state` answer.
     """
 
-    def __init__(self, gate: GateClient, state: GateState, published: PublishedStore) -> None:
-        self.gate, self.state, self._published = gate, state, published
+    def __init__(
+        self,
+        gate: GateClient,
+        state: GateState,
+        published: PublishedStore,
+        tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
+    ) -> None:
+        """tenant_rules: those of the tenant that owns a name, as they are now."""
+        self.gate, self.state, self._published, self._tenant_rules = gate, state, published, tenant_rules
         self._threads = ThreadPoolExecutor(_GATE_CALLS, thread_name_prefix="safelora-gate")
+
+    def ruleset(self, name: str) -> str:
+        """A digest of the rules that hold for a name today. May read the keys file."""
+        return self._tenant_rules(name).ruleset(self.state.ruleset_digest)
+
+    def policy(self, name: str) -> Policy:
+        """The server's policy, or that of the tenant that owns the name."""
+        return self._tenant_rules(name).over(self.state.policy)
+
+    async def admit(
+        self, source: str, name: str, own: Mapping[str, Any], allowance: Allowance | None
+    ) -> Judged:
+        """Let the gate judge a folder or archive and keep it. own: the policy of the name itself.
+
+        Raises:
+            QuotaExceeded: over the allowance. SafeLoRAError: the gate cannot.
+        """
+        tenant = self._tenant_rules(name)
+        rules = rules_of(self.state.policy, tenant, own, False)
+        judgement = await self.ask(
+            self.gate.admit, source, name, rules.policy, override=rules.override, allowance=allowance
+        )
+        return Judged(judgement, tenant.ruleset(judgement.ruleset_digest), rules.override)
+
+    async def ensure(self, digest: str, name: str, own: Mapping[str, Any], override: bool) -> Judged:
+        """Let the gate judge stored content. override: of an admin, for ``own``.
+
+        Raises:
+            SafeLoRAError: the gate cannot.
+        """
+        tenant = self._tenant_rules(name)
+        rules = rules_of(self.state.policy, tenant, own, override)
+        judgement = await self.ask(self.gate.ensure, digest, name, rules.policy, override=rules.override)
+        return Judged(judgement, tenant.ruleset(judgement.ruleset_digest), rules.override)
 
     async def ask(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """A call of ``gate`` that may take long, in threads of its own: asyncio's few are for the short ones.
@@ -48,29 +107,44 @@ class Copies:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: call(*arguments, **named))
 
-    def find(self, version: Version) -> Copy | None:
-        """The published copy of a stored version, if there is one by this gate's rules. Reads the store."""
-        if version.ruleset_digest != self.state.ruleset_digest:  # other projectors or another policy
+    def find(self, name: str, version: Version) -> Copy | None:
+        """The published copy of a stored version, if there is one by today's rules. Reads the store."""
+        if version.refused or version.ruleset_digest != self.ruleset(name):
             return None
-        if version.override and not self._published.has_override(version.key):
-            return None  # an older release made it: the gate adds that when it is asked for it
         report = self._published.report(version.key)
-        return None if report is None else Copy(version.key, report, self.file_states(version.key))
+        if report is None:
+            return None
+        if not report.policy.at_least_as_strict(self.state.policy) and not self._published.has_override(
+            version.key
+        ):
+            return None  # an older release made it: the gate adds that when it is asked for it
+        return Copy(version.key, report, self.file_states(version.key))
 
-    async def make(self, entry: Entry) -> Copy:
-        """The published copy that the gate finds or makes.
+    async def adopt(self, entry: Entry) -> Copy:
+        """The published copy of an adapter of ``--lora-modules``, by the rules of its name.
 
         Raises:
             SafeLoRAError: it refuses, or cannot.
         """
-        if version := entry.version:
-            judged = await self.ask(
-                self.gate.ensure, version.digest, entry.name, version.policy, override=version.override
-            )
-        else:
-            judged = await self.ask(self.gate.admit, str(entry.folder), entry.name, keep=False)
-        key = judged.accepted_key()
-        return Copy(key, judged.report, await asyncio.to_thread(self.file_states, key))
+        rules = rules_of(self.state.policy, self._tenant_rules(entry.name), {}, False)
+        judgement = await self.ask(
+            self.gate.admit,
+            str(entry.folder),
+            entry.name,
+            rules.policy,
+            override=rules.override,
+            keep=False,
+        )
+        return await self.copy_of(judgement)
+
+    async def copy_of(self, judgement: Judgement) -> Copy:
+        """The published copy of what the gate accepted.
+
+        Raises:
+            AdapterRefused: it did not.
+        """
+        key = judgement.accepted_key()
+        return Copy(key, judgement.report, await asyncio.to_thread(self.file_states, key))
 
     def file_states(self, key: str) -> tuple[FileState, ...]:
         """States of a published copy's files; none where they cannot be seen. Reads the store."""

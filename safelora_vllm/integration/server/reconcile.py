@@ -8,7 +8,11 @@ prefix-cache blocks of other weights can never be reused, a server without the p
 
 Two mechanisms see changes. Each request asks the kernel's queue (`StoreWatch`), so that what another API
 server of this machine has answered is in force. A look every 2 s sees all else: other hosts, damaged copies,
-workers that lost their guard, and what could not be served before.
+workers that lost their guard, rules that changed, and what could not be served before.
+
+Rules change at a server's start or with the keys file. Then each adapter is judged anew in the background.
+What is served stays served by its old copy until the new one is loaded; `rejudge` writes what the gate
+decided into the adapter's record, from which all servers take it.
 """
 
 from __future__ import annotations
@@ -23,17 +27,32 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import AdapterRefused, GuardError, SafeLoRAError, Unavailable, fresh_copy
+from safelora_vllm.errors import (
+    AdapterRefused,
+    GateUnavailable,
+    GuardError,
+    SafeLoRAError,
+    Unavailable,
+    fresh_copy,
+)
 from safelora_vllm.files import make_folder
 from safelora_vllm.gate.client import GateClient
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.seams import server as seams
+from safelora_vllm.integration.server.decisions import audit_fields, log
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
+from safelora_vllm.integration.server.rejudge import Rejudge
+from safelora_vllm.integration.server.serving_state import ServingState
 from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.integration.server.watchdog import Watchdog
-from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from safelora_vllm.store.audit_log import SERVER, AuditLog
+from safelora_vllm.store.layout import AUDIT
+from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 logger = logging.getLogger("vllm.safelora.reconcile")
 _STATIC_IDS = 2**19  # below the store's
@@ -47,15 +66,22 @@ class Reconciler:
     """The adapters of one API server process.
 
     pool: loads and frees weights. copies: what is published. workers: how many there are, all guarded.
-    is_base_model: whether a name is one of the model's own.
+    is_base_model: whether a name is one of the model's own. audit: what the server itself decides.
     """
 
     def __init__(
-        self, pool: Pool, copies: Copies, workers: int, is_base_model: Callable[[str], bool]
+        self,
+        pool: Pool,
+        copies: Copies,
+        workers: int,
+        is_base_model: Callable[[str], bool],
+        audit: AuditLog,
     ) -> None:
         self.registry: Registry = {}
-        self.pool, self.copies, self._is_base_model = pool, copies, is_base_model
+        self.pool, self.copies, self.audit, self._is_base_model = pool, copies, audit, is_base_model
         self.watchdog = Watchdog(self.registry, copies, pool, self._put, workers)
+        self._rejudge = Rejudge(copies, pool, audit)
+        self._state = ServingState(self.registry, copies, pool.names.root)
         self._passed_over: set[str] = set()
         self._stamp = -1
         self._watch: StoreWatch | None = None
@@ -65,8 +91,17 @@ class Reconciler:
         self._background: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def start(cls, engine_client: Any, models: Any) -> Reconciler:
+    async def start(
+        cls,
+        engine_client: Any,
+        models: Any,
+        tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
+    ) -> Reconciler:
         """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
+
+        Args:
+            engine_client, models: vLLM's.
+            tenant_rules: those of the tenant that owns a name, as they are now.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
@@ -75,14 +110,21 @@ class Reconciler:
         gate = GateClient(answers[0].socket)
         state = await asyncio.to_thread(gate.state)
         root = Path(state.store)
-        pool, copies = Pool(engine_client, NameStore(root)), Copies(gate, state, PublishedStore(root))
-        made = cls(pool, copies, len(answers), models.is_base_model)
+        pool = Pool(engine_client, NameStore(root))
+        copies = Copies(gate, state, PublishedStore(root), tenant_rules)
+        audit = await asyncio.to_thread(AuditLog, root / AUDIT)
+        made = cls(pool, copies, len(answers), models.is_base_model, audit)
         given = seams.replace_map(models, CallersRequests(made.registry))
         for position, request in enumerate(given.values()):
             await made._adopt_static(request, _STATIC_IDS + IDS_EACH * position)
         await asyncio.to_thread(make_folder, made.names.folder)
         made._watch = StoreWatch(made.names.folder)
         await made.sync()
+        for name, entry in made.registry.items():
+            refused = isinstance(entry.problem, AdapterRefused)  # perhaps by another release
+            if refused and not _is_open(entry, made.copies.ruleset(name)):
+                made._spawn(made._prepare(name, again=True))
+        await made._state.tell(made._passed_over)
         made._spawn(made._heartbeat())
         return made
 
@@ -142,12 +184,21 @@ class Reconciler:
             for name in [n for n, entry in self.registry.items() if entry.version and n not in records]:
                 self._drop(name)
             for record, copy in changed:
-                entry = Entry(record.name, record.live.id, record.live)
-                if copy is not None:
-                    self._serve(entry, copy)
-                else:
-                    self._put(replace(entry, problem=being_prepared(record.name)))
-                    self._spawn(self._prepare(record.name))
+                self._change(record, copy)
+
+    def _change(self, record: AdapterRecord, copy: Copy | None) -> None:
+        """Act on a record that is not in the registry as it is. copy: its published one by today's rules."""
+        name, live, before = record.name, record.live, self.registry.get(record.name)
+        entry = Entry(name, live.id, live)
+        if copy is not None:
+            return self._serve(entry, copy)
+        served = before.served if before and before.version and _same_content(before.version, live) else None
+        if live.refused:
+            self._put(replace(entry, problem=AdapterRefused(list(live.refused))))
+        else:  # what is served stays served until it was judged
+            self._put(replace(entry, served=served, problem=None if served else being_prepared(name)))
+        if not live.refused or live.ruleset_digest != self.copies.ruleset(name):
+            self._spawn(self._prepare(name))
 
     def _read_changes(self) -> tuple[list[tuple[AdapterRecord, Copy | None]], dict[str, AdapterRecord]]:
         """Records that are not in the registry as they are, each with its copy if it is published; all."""
@@ -160,10 +211,19 @@ class Reconciler:
                 logger.error("the store's adapter %r is not served: the server itself has that name", name)
         known = {name: entry.version for name, entry in list(self.registry.items())}
         return [
-            (record, self.copies.find(record.live))
+            (record, self.copies.find(name, record.live))
             for name, record in records.items()
-            if known.get(name) != record.live
+            if self._is_news(name, known.get(name), record.live)
         ], records
+
+    def _is_news(self, name: str, known: Version | None, live: Version) -> bool:
+        """Whether a record says something new. What was decided by other rules is another host's."""
+        if known == live:
+            return False
+        if known is None or not _same_content(known, live):
+            return True
+        today = self.copies.ruleset(name)
+        return live.ruleset_digest == today or known.ruleset_digest != today
 
     def _serve(self, entry: Entry, copy: Copy) -> None:
         """Serve a published copy under a name."""
@@ -188,21 +248,35 @@ class Reconciler:
         if entry.served is not None:
             self._release(entry.served.request)
 
-    async def _prepare(self, name: str) -> None:
-        """Let the gate find or make the published copy of a name again, then serve it."""
+    async def _prepare(self, name: str, again: bool = False) -> None:
+        """Let the gate find or make the published copy of a name, or refuse it, by the rules of today.
+
+        again: also where it is served by them, or refused.
+        """
         async with self._preparing:
             entry = self.registry.get(name)
-            if entry is None or entry.served is not None:
+            if entry is None or not (again or _is_open(entry, self.copies.ruleset(name))):
                 return
             try:
-                copy = await self.copies.make(entry)
+                if entry.version is None:
+                    copy: Copy | None = await self.copies.adopt(entry)
+                else:
+                    copy = await self._rejudge.decide(entry, entry.version)
             except SafeLoRAError as error:
-                logger.error("adapter %r cannot be served now: %s", name, error)
-                if self.registry.get(name) is entry:
-                    self._put(replace(entry, problem=fresh_copy(error)))
+                self._failed(entry, error)
                 return
-            if self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
+            if copy is None:  # the record has changed: by this decision, or by somebody else
+                await self.sync()
+            elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
                 self._serve(entry, copy)
+
+    def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
+        """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
+        logger.error("adapter %r cannot be served now: %s", entry.name, error)
+        if self.registry.get(entry.name) is entry and not (
+            entry.served and isinstance(error, GateUnavailable)
+        ):
+            self._put(replace(entry, served=None, problem=fresh_copy(error)))
 
     async def _adopt_static(self, request: LoRARequest, first_id: int) -> None:
         """Serve an adapter of ``--lora-modules`` from its published copy instead of its folder.
@@ -214,7 +288,12 @@ class Reconciler:
             raise GuardError(f"--lora-modules {name}: there is no {path}")
         self._put(Entry(name, first_id, folder=path, problem=being_prepared(name)))
         await self._prepare(name)
-        await self.pool.load(self.registry[name].current().request)
+        served = self.registry[name].current()
+        await self.pool.load(served.request)
+        await log(
+            self.audit, SERVER, "load", name,
+            once=published_key(served.request.lora_path), **audit_fields(served.report, "accepted"),
+        )  # fmt: skip
         await self.pool.engine_client.remove_lora(request.lora_int_id)
 
     def _release(self, request: LoRARequest) -> None:
@@ -233,6 +312,7 @@ class Reconciler:
                 await self.watchdog.look()
                 await self._catch_up()
                 self._prepare_again()
+                await self._state.tell(self._passed_over)
             except Exception as error:  # whatever it is, the next beat may succeed
                 logger.warning("heartbeat: %s: %s", type(error).__name__, error)
 
@@ -245,17 +325,33 @@ class Reconciler:
             self._stamp = stamp if time.time_ns() - stamp > _SETTLED_NS else -1
 
     def _prepare_again(self) -> None:
-        """Try again what could not be served."""
+        """Try again what could not be served, and judge anew what was judged by former rules."""
         if not self._preparing.locked():
-            for name, entry in self.registry.items():
-                # a refusal stays one, all else may pass
-                if entry.served is None and not isinstance(entry.problem, AdapterRefused):
+            rulesets: dict[str, str] = {}  # of each tenant: adapters may be many
+            for name, entry in self.registry.items():  # a refusal stays one
+                if (owner := tenant_of(name)) not in rulesets:
+                    rulesets[owner] = self.copies.ruleset(name)
+                if _is_open(entry, rulesets[owner]):
                     self._spawn(self._prepare(name))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _is_open(entry: Entry, ruleset: str) -> bool:
+    """Whether a name is still to be judged by these rules, or judged and not served as its record says."""
+    if entry.version is not None and entry.version.ruleset_digest != ruleset:
+        return True
+    if entry.served is None:
+        return not isinstance(entry.problem, AdapterRefused)
+    return entry.version is not None and published_key(entry.served.request.lora_path) != entry.version.key
+
+
+def _same_content(one: Version, other: Version) -> bool:
+    """Whether one was made of the other by judging it anew, if at all."""
+    return one.unjudged == other.unjudged
 
 
 def _same(one: LoRARequest, other: LoRARequest) -> bool:

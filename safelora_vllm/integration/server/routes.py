@@ -28,15 +28,16 @@ from safelora_vllm.integration.server.schemas import (
     LoadRequest,
     PolicyChange,
     Removed,
+    RemovedVersion,
     Rollback,
     UnloadRequest,
     UploadByPath,
     VersionList,
-    report_of,
     summary_of,
     version_info,
 )
 from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, read_with_timeout, receive
+from safelora_vllm.integration.server.usage import TenantUsage
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.tenants.principal import Principal
 
@@ -143,7 +144,9 @@ async def upload_adapter(who: Caller, managed: Managed, request: Request, replac
                 await asyncio.to_thread(download, hub_id, revision, folder, most, token)
             else:
                 source = received.adapter
-            return report_of(await managed.add(who, received.fields["name"], source, replace=replace))
+            return managed.report(
+                who, await managed.add(who, received.fields["name"], source, replace=replace)
+            )
 
 
 async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Any:
@@ -155,7 +158,7 @@ async def _add_by_path(who: Principal, managed: Manager, request: Request, repla
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
     source = managed.check_root(body.path)
-    return report_of(await managed.add(who, body.name, source, replace=replace))
+    return managed.report(who, await managed.add(who, body.name, source, replace=replace))
 
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))
@@ -183,13 +186,14 @@ async def list_versions(name: str, who: Caller, managed: Managed) -> Any:
 async def roll_back(name: str, body: Rollback, who: Caller, managed: Managed, request: Request) -> Any:
     """Serve an earlier version's content again, as a new version."""
     with request.app.state.safelora_upload_limiter.take(who.tenant):
-        return report_of(await managed.roll_back(who, name, body.version))
+        return managed.report(who, await managed.roll_back(who, name, body.version))
 
 
 @router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=_CHANGES)
 async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Managed) -> Any:
     """Judge an adapter by other rules than the server's, from what was uploaded."""
-    return report_of(await managed.set_policy(who, name, body.policy, body.override, body.reason))
+    entry = await managed.set_policy(who, name, body.policy, body.override, body.reason)
+    return managed.report(who, entry)
 
 
 @router.get(
@@ -197,7 +201,22 @@ async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Manage
 )
 async def get_adapter(name: str, who: Caller, managed: Managed) -> Any:
     """The report of one served adapter."""
-    return report_of(managed.find(who, name))
+    return managed.report(who, managed.find(who, name))
+
+
+@router.delete(
+    "/v1/adapters/{name:path}/versions/{number}", response_model=RemovedVersion, responses=_CHANGES
+)
+async def delete_version(name: str, number: int, who: Caller, managed: Managed) -> Any:
+    """Forget an old version of an adapter, which then does not count any more. Not the one that is served."""
+    await managed.remove_version(who, name, number)
+    return {"id": name, "version": number}
+
+
+@router.get("/v1/usage", response_model=TenantUsage, responses=documented(400, 401, 403, 503))
+async def get_usage(who: Caller, managed: Managed, tenant: str | None = None) -> Any:
+    """A tenant's quota, what it uses of it, and what was refused of late. Admins name the tenant."""
+    return await managed.usage(who, tenant)
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)

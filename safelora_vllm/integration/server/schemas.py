@@ -88,14 +88,14 @@ class AdapterSummary(BaseModel):
     reasons: list[Reason]
     total_norm: float = Field(description="of the upload, relative to the weights of all modules together")
     version: int | None = Field(description="null for an adapter of --lora-modules")
-    override: bool = Field(description="served by less strict rules than the server's")
+    override: bool = Field(description="an admin allowed rules that are less strict")
     reason: str = Field(description="why, as the admin said")
 
 
 class AdapterReport(AdapterSummary):
     """The same, module by module."""
 
-    modules: list[ModuleReport]
+    modules: list[ModuleReport] = Field(description="none for tenants where the operator keeps them")
 
 
 class AdapterList(BaseModel):
@@ -135,9 +135,18 @@ class Removed(BaseModel):
     deleted: bool = True
 
 
-def report_of(entry: Entry) -> dict[str, Any]:
-    """The body of `AdapterReport`, of an adapter that is served."""
-    return {**summary_of(entry), "modules": entry.current().report.to_dict()["modules"]}
+class RemovedVersion(BaseModel):
+    """Answer to the removal of an old version."""
+
+    id: str
+    version: int
+    object: str = "adapter.version"
+    deleted: bool = True
+
+
+def report_of(entry: Entry, by_module: bool = True) -> dict[str, Any]:
+    """The body of `AdapterReport`, of an adapter that is served. by_module: with each module's figures."""
+    return {**summary_of(entry), "modules": entry.current().report.to_dict()["modules"] if by_module else []}
 
 
 def summary_of(entry: Entry) -> dict[str, Any]:

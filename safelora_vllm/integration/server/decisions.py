@@ -1,0 +1,44 @@
+"""What the audit log says of a decision about an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.report import Report
+from safelora_vllm.store import Version
+from safelora_vllm.store.audit_log import AuditLog
+
+logger = logging.getLogger("vllm.safelora.management")
+BY_THE_KEYS_FILE = "less_strict in the keys file"
+
+
+async def log(audit: AuditLog, actor: str, action: str, name: str, **details: Any) -> None:
+    """Record what was done. A log that cannot be written undoes nothing."""
+    try:
+        await asyncio.to_thread(audit.record, actor, action, name, **details)
+    except SafeLoRAError as error:  # the change itself is made: say so loudly
+        logger.error("%s of %r by %s is not in the audit log: %s", action, name, actor, error)
+
+
+def audit_fields(report: Report, decision: str) -> dict[str, Any]:
+    """Of a report."""
+    return {
+        "decision": decision,
+        "digest": report.digest,
+        "projectors": report.projectors,
+        "policy": report.to_dict()["policy"],
+        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+    }
+
+
+def version_fields(version: Version, override: bool) -> dict[str, Any]:
+    """Of a version that is served or was refused. override: its rules are less strict than the server's."""
+    reason = BY_THE_KEYS_FILE if override and not version.override else ""
+    return {
+        "version": version.version,
+        "override": override or version.override,
+        "reason": version.reason or reason,
+    }

@@ -1,0 +1,89 @@
+"""Judging what is stored by the rules of today, and keeping what was decided in the adapter's record.
+
+All servers of a store read the record, so that they agree, and the one that wrote it writes the audit log:
+a decision is there once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.integration.server.decisions import audit_fields, log, version_fields
+from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.store import AdapterRecord, Version
+from safelora_vllm.store.audit_log import REJUDGE, SERVER, AuditLog
+
+logger = logging.getLogger("vllm.safelora.reconcile")
+
+
+class Rejudge:
+    """Decisions that no caller asked for. copies: asks the gate. pool: loads what is served already."""
+
+    def __init__(self, copies: Copies, pool: Pool, audit: AuditLog) -> None:
+        self._copies, self._pool, self._audit = copies, pool, audit
+
+    async def decide(self, entry: Entry, version: Version) -> Copy | None:
+        """Let the gate judge a stored version by today's rules.
+
+        Returns:
+            Its copy, where the record says the same already. None where the record has changed.
+
+        Raises:
+            AdapterRefused: refused, as the record says already. SafeLoRAError: the gate or the store cannot.
+        """
+        judged = await self._copies.ensure(version.digest, entry.name, version.policy, version.override)
+        reasons = tuple(judged.report.reasons) if judged.judgement.key is None else ()
+        key = judged.judgement.key or ""
+        decided = (judged.ruleset, key, _codes(reasons))
+        if decided == (version.ruleset_digest, version.key, _codes(version.refused)):
+            return await self._copies.copy_of(judged.judgement)
+        new = dataclasses.replace(
+            version,
+            key=key,
+            ruleset_digest=judged.ruleset,
+            id=await self._pool.new_id(),
+            refused=reasons,
+            judged=time.time(),
+        )
+        if key and entry.served is not None:
+            new = await self._loaded(entry.name, new, judged)
+        if not await self._write(entry.name, version, new):
+            if new.key and entry.served is not None:
+                await self._pool.release(self._pool.request(entry.name, key, new.id), wanted=lambda _: False)
+        else:
+            decision = "refused" if new.refused else "accepted"
+            logger.info("adapter %r was judged anew by the rules of today: %s", entry.name, decision)
+            fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
+            details = fields | version_fields(new, judged.override)
+            await log(self._audit, SERVER, REJUDGE, entry.name, **details)
+        return None
+
+    async def _loaded(self, name: str, new: Version, judged: Judged) -> Version:
+        """The version when the workers have its weights, so that no request waits for them; or refused."""
+        try:
+            await self._pool.load(self._pool.request(name, new.key, new.id), judged.judgement.bytes)
+        except AdapterRefused as error:
+            return dataclasses.replace(new, key="", refused=tuple(error.reasons))
+        return new
+
+    async def _write(self, name: str, old: Version, new: Version) -> bool:
+        """Put what was decided into the record, unless somebody has changed it. Whether it was done."""
+        written = False
+
+        def change(record: AdapterRecord | None) -> AdapterRecord | None:
+            nonlocal written
+            written = record is not None and record.live == old
+            return record.with_live(new) if written and record else record
+
+        await asyncio.to_thread(self._pool.names.update, name, change)
+        return written
+
+
+def _codes(reasons: tuple[Reason, ...]) -> list[str]:
+    return list(dict.fromkeys(reason.code for reason in reasons))

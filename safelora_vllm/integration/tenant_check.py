@@ -1,0 +1,23 @@
+"""Whether a server can judge by the rules that its keys file has for a tenant."""
+
+from __future__ import annotations
+
+import functools
+
+from safelora_vllm.methods.reads import check_energy
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.settings import ServerSettings
+from safelora_vllm.tenants.keys_file import RulesCheck
+from safelora_vllm.tenants.rules import TenantRules
+
+
+def tenant_check(settings: ServerSettings) -> RulesCheck:
+    """The check of a keys file for a server with these settings."""
+    server, cache = Policy.from_mapping(settings.policy), ProjectorCache(settings.projectors)
+    fits = functools.partial(check_energy, cache=cache)
+
+    def check(entry: str, rules: TenantRules) -> None:
+        rules.check(entry, server, fits)
+
+    return check
