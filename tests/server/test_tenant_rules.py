@@ -6,13 +6,14 @@ The gate, stores and audit log are real; the engine only notes what it is asked.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safelora_vllm.errors import AdapterRefused, GateUnavailable, UsageError
+from safelora_vllm.errors import AdapterRefused, GateUnavailable, StoreUnavailable, UsageError
 from safelora_vllm.integration.server import reconcile
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.registry import Entry
@@ -140,7 +141,7 @@ def test_an_edit_of_the_keys_file_changes_what_is_served_on_all_servers(
     write_keys(place, "[tenants.acme]\n")
 
     async def use() -> None:
-        async with place.manager() as (one, engine), place.manager() as (two, _):
+        async with place.manager() as (one, engine), place.manager() as (two, others):
             names = ["acme/x", "acme/y", "shared"]
             for name, folder in zip(names, [*adapters, adapters[0]], strict=True):
                 await one.add(ADMIN, name, folder)
@@ -165,7 +166,7 @@ def test_an_edit_of_the_keys_file_changes_what_is_served_on_all_servers(
             assert len(seconds) == 1 and min(seconds) > 0, "that of the upload"
             for name in names[:2]:
                 assert after[name].lora_int_id != before[name].lora_int_id
-                assert after[name].lora_int_id in [request.lora_int_id for request in engine.loaded]
+                assert after[name] in [*engine.loaded, *others.loaded], "before it is served"
                 live = one.reconciler.names.all()[name].live
                 assert (live.version, f"safelora://{live.key}") == (1, after[name].lora_path)
             await until(lambda: {before[n].lora_int_id for n in names[:2]} <= set(engine.removed))
@@ -318,3 +319,77 @@ def test_hosts_with_other_rules_do_not_undo_each_others_decisions_without_end(
     with Place.start(cache, tmp_path) as a, Place.start(cache, tmp_path / "b", select="all") as b:
         asyncio.run(use(a, b))
         assert len(records(a)) == 1
+
+
+def test_a_new_copy_that_vllm_cannot_load_is_a_refusal(
+    place: Place, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_keys(place, "[tenants.acme]\n")
+
+    async def use() -> None:
+        async with place.manager() as (manager, engine):
+            await manager.add(OTHER, "acme/x", adapters[0])
+
+            async def fails(_: object) -> bool:
+                raise ValueError("no room for it")
+
+            monkeypatch.setattr(engine, "add_lora", fails)
+            write_keys(place, '[tenants.acme.policy]\nselect = "all"\n')
+            await until(lambda: not selected(manager, "acme/x"))
+            with pytest.raises(AdapterRefused, match="vLLM cannot load the adapter: no room for it"):
+                manager.find(OTHER, "acme/x")
+
+    asyncio.run(use())
+    (record,) = records(place)
+    assert (record["decision"], record["reasons"]) == ("refused", ["not_loadable"])
+
+
+def test_an_adapter_whose_upload_is_lost_is_not_served_by_former_rules(
+    place: Place, adapters: list[Path]
+) -> None:
+    write_keys(place, "[tenants.acme]\n")
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            added = await manager.add(OTHER, "acme/x", adapters[0])
+            shutil.rmtree(place.store / "raw" / added.current().report.digest)
+            write_keys(place, '[tenants.acme.policy]\nselect = "all"\n')
+            await until(lambda: not selected(manager, "acme/x"))
+            with pytest.raises(StoreUnavailable, match="upload acme/x again"):
+                manager.find(OTHER, "acme/x")
+            await manager.add(OTHER, "acme/x", adapters[0], replace=True)
+            assert selected(manager, "acme/x") == "all"
+
+    asyncio.run(use())
+    assert not records(place), "nothing was decided"
+
+
+def test_a_change_by_a_caller_meanwhile_goes_first(
+    place: Place, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was judged anew is then not the newest: nothing of it is kept, loaded or recorded."""
+    write_keys(place, "[tenants.acme]\n")
+
+    async def use() -> None:
+        async with place.manager() as (manager, engine), place.manager() as (other, _):
+            await manager.add(OTHER, "acme/x", adapters[0])
+            await other.reconciler.refresh()
+            real, done = manager.reconciler.pool.new_id, asyncio.Event()
+
+            async def new_id() -> int:
+                if not done.is_set():
+                    await other.add(OTHER, "acme/x", adapters[1], replace=True)
+                    done.set()
+                return await real()
+
+            monkeypatch.setattr(manager.reconciler.pool, "new_id", new_id)
+            monkeypatch.setattr(other.reconciler, "_prepare_again", lambda: None)  # only one judges anew
+            write_keys(place, '[tenants.acme.policy]\nselect = "all"\n')
+            await until(lambda: done.is_set() and selected(manager, "acme/x") == "all")
+            record = manager.reconciler.names.all()["acme/x"]
+            assert [version.judged for version in record.versions] == [0.0, 0.0]
+            ids = {request.lora_int_id for request in engine.loaded} - {record.versions[0].id}
+            await until(lambda: ids <= set(engine.removed))
+
+    asyncio.run(use())
+    assert not records(place)
