@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,9 +142,13 @@ def judged_on(request: pytest.FixtureRequest) -> Generator[None]:
 
 
 @pytest.fixture(autouse=True)
-def logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """By pytest, which looks at the root logger. Once vLLM is imported, its logger keeps all to itself."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    gate = logging.getLogger("vllm.safelora.gate")
+    level = gate.level
+    yield
+    gate.setLevel(level)  # a process of `project --all` keeps it quiet, and tests run its code here
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import safelora_vllm as sl
-from safelora_vllm import api
+from safelora_vllm.api import adapters as api
 from safelora_vllm.errors import PolicyError, UsageError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore

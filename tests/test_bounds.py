@@ -53,8 +53,10 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "OPERATORS": {"dense": "projector", "factored": "delta"}, "WHOLE": math.inf,
     },
     "projectors.checkpoint": {
-        "_MAX_HEADER": 100 * MIB, "_SAMPLES": 8, "_SAMPLE_BYTES": 256, "_PIECE": 8 * MIB,
+        "_SAMPLES": 8, "_SAMPLE_BYTES": 256, "_PIECE": 8 * MIB,
     },
+    "projectors.weight_files": {"_MAX_HEADER": 100 * MIB},
+    "projectors.rounding": {"_MOST": 0.5},
     "projectors.cache": {"_REMEMBERED": 100_000, "_SPECTRA": 256},
     "projectors.held": {"SIDES": {"input_basis": 1, "output_basis": 0}},
     "projectors.placement": {"_BUFFERS": 2},

@@ -160,7 +160,9 @@ def test_a_cache_of_fp8_models_is_that_of_their_values(
             plain[name] = write_checkpoint(tmp_path / f"plain-{name}", double)
     caches = {}
     for kind, (base, aligned) in {"fp8": folders.values(), "plain": plain.values()}.items():
-        caches[kind] = sl.ProjectorCache(build(base, aligned, tmp_path / kind, BuildOptions(form="factored")))
+        caches[kind] = sl.ProjectorCache(
+            build(base, aligned, tmp_path / kind, BuildOptions(exact=True, form="factored"))
+        )
     found, expected = caches["fp8"], caches["plain"]
     assert found.modules == expected.modules and set(found.modules) == set(module_shapes())
     for name in found.modules:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import safelora_vllm as sl
-from safelora_vllm import api
+from safelora_vllm.api import opened, planning
 from safelora_vllm.errors import CheckpointError, PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.projectors import assumed_spectrum, build_time
 from safelora_vllm.projectors.build import BuildOptions
@@ -173,9 +173,9 @@ def test_the_gpu_that_is_meant_or_seen(device: str, asked: object, monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert api._gpu_memory(device) is None and seen == []
+    assert planning._gpu_memory(device) is None and seen == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert api._gpu_memory(device) == 7 and seen == [asked]
+    assert planning._gpu_memory(device) == 7 and seen == [asked]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError, NotImplementedError])
@@ -185,7 +185,7 @@ def test_a_device_that_torch_cannot_use(error: type[Exception], monkeypatch: pyt
 
     monkeypatch.setattr(torch, "empty", fail)
     with pytest.raises(UsageError, match="torch cannot use the `device` 'x' here; try cpu"):
-        api._device("x")
+        opened.usable_device("x")
 
 
 def test_a_module_is_built_twice_and_the_faster_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
