@@ -64,7 +64,7 @@ def test_while_it_is_built_its_name_says_whose_it_is(
     seen: list[str] = []
 
     def fail(_: object, file: Path) -> None:
-        assert file.parent.stat().st_mode & 0o7777 == 0o755
+        assert file.parent.stat().st_mode & 0o7777 == 0o700
         seen.append(file.parent.name)
         raise ZeroDivisionError
 
@@ -83,8 +83,14 @@ def test_while_it_is_built_its_name_says_whose_it_is(
 
 def test_folders_of_other_builds_stay(pair: Pair, tmp_path: Path) -> None:
     """Those of the same place, which no build goes on with, are removed. A file is not one of them."""
-    others = {".other.partial-x", "x.cache.partial-x", "cache.partial-x", ".cache.partialx"}
-    for name in (*others, f".cache.partial-{'0' * 32}", ".cache.partial-x"):
+    others = {
+        ".other.partial-x",
+        "x.cache.partial-x",
+        "cache.partial-x",
+        ".cache.partialx",
+        ".cache.partial-x",
+    }
+    for name in (*others, f".cache.partial-{'0' * 32}", ".cache.partial-123-abc", ".cache.partial-123"):
         (tmp_path / name).mkdir()
     (file := tmp_path / ".cache.partial-file").touch()
     build(pair.base, pair.aligned, tmp_path / "cache", BuildOptions(modules=ONE))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,3 +200,53 @@ def test_leftovers_are_found_whatever_the_folder_is_called(name: str, pair: Pair
     (tmp_path / f".{name}.partial-{2**22 + 1}").mkdir()
     build(pair.base, pair.aligned, out)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_others_may_write_to_is_not_continued(pair: Pair, tmp_path: Path) -> None:
+    """What is in it would become a part of the cache."""
+    started: list[Path] = []
+
+    def make() -> Path:
+        return build(pair.base, pair.aligned, tmp_path / "cache")
+
+    def stop(*_: object) -> None:
+        started.extend(tmp_path.glob(".cache.partial-*"))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(partial_cache.PartialCache, "add", stop)
+        make()
+    (folder,) = started
+    told = f"{re.escape(str(folder))} is not a folder that only this user can write to.* Remove it, or give"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(UsageError, match=told):
+        make()
+    folder.rmdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (elsewhere / "precious").touch()
+    folder.symlink_to(elsewhere)
+    with pytest.raises(UsageError, match=told):
+        make()
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+    folder.unlink()
+    (tmp_path / ".cache.partial-x").mkdir()  # of a build of `cache.partial-x`, or whatever it is
+    link = tmp_path / f".cache.partial-{'1' * 32}"
+    link.symlink_to(elsewhere)
+    ProjectorCache(make()).verify()
+    assert (
+        (tmp_path / ".cache.partial-x").is_dir() and link.is_symlink() and (elsewhere / "precious").exists()
+    )
+
+
+def test_an_edited_model_is_not_continued_with(pair: Pair, tmp_path: Path) -> None:
+    """Not even where the samples of its fingerprint are the same."""
+    keys, base = [], Path(shutil.copytree(pair.base, tmp_path / "base"))
+    file = next(base.glob("*.safetensors"))
+    for size in (0, 1, 0):
+        models = Checkpoint(base), Checkpoint(pair.aligned)
+        keys.append(module._key(models, ["x"], BuildOptions()))
+        os.utime(file, ns=(10**18 + size, 10**18 + size))
+    assert keys[0] != keys[1] != keys[2]
+    assert module._key(models, ["x"], BuildOptions()) != keys[2]

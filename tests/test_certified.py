@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
@@ -228,3 +230,36 @@ def test_a_report_of_the_default_policy_says_how_sure_its_similarities_are(
         assert exact.similarity_error == 0.0 < found.similarity_error < 0.5
         assert abs(found.similarity - exact.similarity) <= found.similarity_error
         assert dataclasses.replace(found, similarity=exact.similarity, similarity_error=0.0) == exact
+
+
+@given(
+    inside=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=6),
+    outside=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6),
+    loose=st.floats(1.0, 4.0),
+    data=st.data(),
+)
+def test_the_interval_holds_it_where_what_follows_is_only_bounded(
+    inside: list[float], outside: list[float], loose: float, data: st.DataObject
+) -> None:
+    """A bound on what follows may be above values of directions that are kept."""
+    whole = sum(inside) + sum(outside)
+    kept, rest = [x / whole for x in inside], [x / whole for x in outside]
+    shares = [data.draw(st.floats(0.0, 1.0)) for _ in (*kept, *rest)]
+    assume(sum(shares) > 1e-3)
+    pairs = [(w, x / sum(shares)) for w, x in zip([*kept, *rest], shares, strict=True)]
+    size = math.sqrt(sum(w * w * x for w, x in pairs))
+    assume(size > 1e-9)
+    similarity = sum(w * x for w, x in pairs) / size
+    known = [sum(w**power * x for w, x in pairs[: len(kept)]) for power in (1, 2, 0)]
+    sizes = torch.tensor(kept, dtype=torch.float64)
+    found = certified.interval(known, 1.0, 1.0, Spectrum(sizes, float(sizes.norm()), loose * max(rest)))
+    assert abs(similarity - found.middle) <= found.error + 1e-12
+
+
+def test_equal_values_and_a_loose_bound_do_not_lower_the_upper_end() -> None:
+    """Of a delta in directions of one value the similarity is 1."""
+    sizes = torch.full((4,), 0.24, dtype=torch.float64)
+    for inside in (1.0, 0.5):
+        known = [0.24 * inside, 0.24**2 * inside, inside]
+        found = certified.interval(known, 1.0, 1.0, Spectrum(sizes, float(sizes.norm()), 0.28))
+        assert found.middle + found.error >= 1.0 - 1e-12

@@ -243,3 +243,17 @@ def test_a_cache_without_approximate_directions_is_of_the_older_version(pair: Pa
     folder = build(pair.base, pair.aligned, tmp_path / "thin", BuildOptions())
     manifest = json.loads((folder / "manifest.json").read_bytes())
     assert manifest["version"] == 2 and not any("following" in module for module in manifest["modules"])
+
+
+def test_the_random_columns_depend_on_the_weights() -> None:
+    """Who knew them could make weights that hide their largest direction from them."""
+    generator, seeds = torch.Generator().manual_seed(0), []
+    weight, change = (torch.randn(64, 80, generator=generator) for _ in range(2))
+    bit = torch.zeros_like(change)
+    bit[0, 0] = 1e-3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_module, "dominant", lambda _v, _norm, _energy, seed: seeds.append(seed))
+        patch.setattr(one_module, "whole_module", lambda *_: None)
+        for name, v in (("a", change), ("a", change), ("b", change), ("a", change + bit)):
+            one_module.thin_module(name, [weight, weight + v], 0.4)
+    assert seeds[0] == seeds[1] and len(set(seeds)) == 3

@@ -2,13 +2,18 @@
 
 With w_i = σ_i²/‖V‖_F², U_k = L the first k left singular vectors and ‖BA‖_F = 1, let x_i = ‖u_iᵀBA‖² and
 
-    N = Σ_{i≤k} w_i x_i,  D² = Σ_{i≤k} w_i² x_i,  q = 1 − Σ_{i≤k} x_i,  t = w_{k+1}
+    N = Σ_{i≤k} w_i x_i,  D² = Σ_{i≤k} w_i² x_i,  q = 1 − Σ_{i≤k} x_i,  t ≥ w_i for all i > k
 
 The similarity is (N + δ)/√(D² + ε), where δ = Σ_{i>k} w_i x_i and ε = Σ_{i>k} w_i² x_i are unknown. But
-0 ≤ δ ≤ tq, and δ²/q ≤ ε ≤ tδ: the first by Cauchy and Schwarz, the second as no w_i is above t there. As
-D² ≥ tN, the least such quotient is at δ = 0, the largest at δ = tq with ε = δ²/q:
+0 ≤ δ ≤ tq, and δ²/q ≤ ε ≤ tδ: the first by Cauchy and Schwarz, the second as no w_i is above t there.
 
-    N/D ≤ similarity ≤ (N + tq)/√(D² + t²q)
+With the largest ε the quotient (N + δ)/√(D² + tδ) is least at δ = N − 2D²/t, or where [0, tq] ends before
+that. With the smallest ε the quotient (N + δ)/√(D² + δ²/q) is largest at δ = sq, s = min(t, D²/N):
+
+    (N + δ)/√(D² + tδ) ≤ similarity ≤ (N + sq)/√(D² + s²q)
+
+Where t is w_{k+1} itself, D² ≥ tN, and both are at the ends: δ = 0 and s = t. But t may be a bound that is
+larger than some w_i inside: see `projectors.dominant`.
 
 Where L is approximate, all of that holds for an operator C₀ beside C = V Vᵀ/‖V‖_F². C₀ is block diagonal in
 [L, L_⊥]: its first block is diag(w), the other has no eigenvalue above t. `projectors.dominant` derives t and
@@ -70,8 +75,13 @@ def interval(known: Sequence[float], norm_squared: float, coherence: float, spec
     q = min(1.0, max(0.0, 1.0 - inside) + slack_q)
     slack = (d * slack_q + slack_d) / (d - slack_d)
     slack += 2 * spectrum.residual / (d - slack_d - spectrum.residual)
-    low, t = max(0.0, n / d - slack), spectrum.following
-    high = min(1.0, (n + t * q) / math.sqrt(d_squared + t**2 * q) + slack)
+    t = spectrum.following
+    least = min(max(n - 2.0 * d_squared / t, 0.0), t * q) if t else 0.0
+    largest = min(t, d_squared / n) if n else t
+    low = max(0.0, (n + least) / math.sqrt(d_squared + t * least) - slack)
+    high = min(1.0, (n + largest * q) / math.sqrt(d_squared + largest**2 * q) + slack)
+    if not low <= high:  # by rounding
+        return Interval(0.5, 0.5)
     return Interval((low + high) / 2, (high - low) / 2)
 
 

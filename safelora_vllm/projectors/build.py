@@ -127,7 +127,7 @@ def build(
 
 def _key(pair: tuple[Checkpoint, Checkpoint], names: list[str], options: BuildOptions) -> str:
     """A digest of all that the bytes of a cache depend on."""
-    models = [model.fingerprint() for model in pair]
+    models = [[model.fingerprint(), model.file_states()] for model in pair]
     releases = [FORMAT_VERSION, version("safelora-vllm"), torch.__version__, _SHARD_BYTES]
     return hashlib.sha256(json.dumps([models, names, asdict(options), releases]).encode()).hexdigest()
 

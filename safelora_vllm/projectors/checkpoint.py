@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError
+from safelora_vllm.files import FileState, states
 from safelora_vllm.projectors import fp8
 from safelora_vllm.projectors.weight_files import (
     FLOAT_DTYPES,
@@ -239,6 +240,10 @@ class Checkpoint:
                 digest.update(piece[:count])
                 left -= count
         return digest.digest()
+
+    def file_states(self) -> list[FileState]:
+        """Of the files with its tensors: they tell an edit that the samples of `fingerprint` do not."""
+        return list(states(sorted({info.file for info in self.tensors.values()})))
 
     def fingerprint(self) -> str:
         """sha256 over every tensor's name, dtype, shape and a few sampled blocks of its bytes.

@@ -22,7 +22,7 @@ def thin_module(name: str, weights: list[Tensor], max_energy: float) -> Built | 
     """A module without Ĉ and V, or None where it has no projector.
 
     Args:
-        name: which the random numbers depend on.
+        name: of the module. The random numbers depend on it and on V.
         weights: W_base and W_aligned (d_out, d_in). The list is emptied as soon as V is there.
         max_energy: as in `BuildOptions`.
 
@@ -33,7 +33,9 @@ def thin_module(name: str, weights: list[Tensor], max_energy: float) -> Built | 
     weights.clear()
     if not _changed(name, change.norm, change.aligned_norm):
         return None
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    # Of the values too: whoever knew the random columns could make weights that hide a direction from them.
+    content = hashlib.sha256(name.encode() + change.v.cpu().contiguous().numpy().tobytes())
+    seed = int.from_bytes(content.digest()[:7])
     with exact_products():
         found = dominant(change.v, change.norm / change.scale, max_energy, seed)
     if found is None:

@@ -13,7 +13,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +71,7 @@ class PartialCache:
         for name, text in texts.items():
             (self.folder / name).write_text(text)
             _sync(self.folder / name)
+        self.folder.chmod(0o755)
         sync_folder(self.folder)
         self.folder.rename(out)
         sync_folder(out.parent)
@@ -114,12 +117,12 @@ def partial_cache(out: Path, key: str) -> Iterator[PartialCache]:
     """
     prefix = f".{out.name}.partial-"
     folder = out.parent / f"{prefix}{key[:32]}"
+    mine = re.compile(re.escape(prefix) + "([0-9a-f]{32}|[0-9]+(-.*)?)")  # the latter of older releases
     for other in out.parent.iterdir():
-        if other.name.startswith(prefix) and other != folder and other.is_dir():
+        if mine.fullmatch(other.name) and other != folder and other.is_dir() and not other.is_symlink():
             with _locked(other, out):
                 shutil.rmtree(other, ignore_errors=True)
     with _locked(folder, out):
-        folder.chmod(0o755)
         partial = PartialCache(folder)
         try:
             if out.exists():  # meanwhile
@@ -140,9 +143,12 @@ def partial_cache(out: Path, key: str) -> Iterator[PartialCache]:
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made where it is missing."""
     while True:
-        folder.mkdir(mode=0o755, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        _check_own(folder)
         try:
-            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(folder / _LOCK, flags, 0o600)
         except FileNotFoundError:  # another process has just removed the folder
             continue
         try:
@@ -160,6 +166,22 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
+
+
+def _check_own(folder: Path) -> None:
+    """What is in it is believed, and becomes a part of the cache.
+
+    Raises:
+        UsageError: it is a link, or somebody else may write to it.
+    """
+    with contextlib.suppress(FileNotFoundError):  # another process has just removed the folder
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+            return
+        raise UsageError(
+            f"{folder} is not a folder that only this user can write to, and a build would go on from what "
+            "is in it. Remove it, or give a folder elsewhere as `out`"
+        )
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -83,8 +83,8 @@ def largest_beyond(matrix: Tensor, basis: Tensor, generator: torch.Generator) ->
     """A bound on the largest eigenvalue of (I − X Xᵀ) C (I − X Xᵀ), X (n, k) orthonormal.
 
     With A that matrix, u its first eigenvector and Z (n, 32) Gaussian, ‖Aᵖ Z‖₂ is at least λᵖ ‖uᵀZ‖, where
-    ‖uᵀZ‖² is χ² with 32 degrees of freedom. So the bound fails with a probability of 1e-15, whatever C and X
-    are.
+    ‖uᵀZ‖² is χ² with 32 degrees of freedom. So the bound fails with a probability of 1e-15, for any C and X
+    that were chosen without knowledge of Z.
 
     Source: as Halko, Martinsson and Tropp, SIAM Review 53 (2011), section 4.3, with powers.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,3 +326,11 @@ def test_how_much_is_read_ahead() -> None:
     assert (read_ahead._KEPT, read_ahead._FORGOTTEN_SECONDS) == (4, 10.0)
     ahead = read_ahead.ReadAhead(lambda _: None, torch.device("cpu"))  # type: ignore[arg-type,return-value]
     assert ahead._thread._max_workers == 1
+
+
+def test_the_extension_class_installs_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM does not load plugins, the class is all that it imports of this package."""
+    installed: list[bool] = []
+    monkeypatch.setattr("safelora_vllm.integration.plugin.register", lambda: installed.append(True))
+    monkeypatch.delitem(sys.modules, "safelora_vllm.integration.required", raising=False)
+    assert importlib.import_module("safelora_vllm.integration.required").Guard and installed == [True]

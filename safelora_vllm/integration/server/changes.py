@@ -259,6 +259,8 @@ class Manager:
 
         What a quota stops goes to the audit log.
         """
+        if not who.may_use(name):  # before the lock: waiting for it would tell that there is such a name
+            raise unknown(name)
         lock = self._locks.setdefault(name, asyncio.Lock())
         async with lock:
             try:

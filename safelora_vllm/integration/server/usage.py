@@ -86,7 +86,11 @@ def usage_of(
         "used": {"adapters": len(records), "bytes": sum(content_sizes(records).values())},
         "policy": dataclasses.asdict(policy),
         "adapters": [_adapter(record, registry.get(name)) for name, record in sorted(records.items())],
-        "refusals": [{name: record[name] for name in Refused.model_fields} for record in refusals],
+        "refusals": [
+            {name: record[name] for name in Refused.model_fields}
+            for record in refusals
+            if Refused.model_fields.keys() <= record.keys()
+        ],
     }
 
 
