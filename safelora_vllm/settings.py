@@ -49,7 +49,8 @@ class ServerSettings:
             another one that this worker sees, such as ``cuda:1``.
         projector_memory: most bytes of its device that the gate takes for projectors and for the work of an
             adapter. Without it, what the policy takes in all. With less, Ĉ or V of some modules is in host
-            memory or read from disk at each use.
+            memory or read from disk at each use. Only Ĉ and V can be elsewhere: where the policy reads
+            neither, or the cache is thin, less stops the start.
         projector_host_memory: most bytes of pinned host memory for the Ĉ and V that ``projector_memory`` has
             no room for. Not for a gate on a CPU.
         max_adapter_bytes: largest upload that is received, and largest weights file that the gate reads.

@@ -122,3 +122,8 @@ def test_a_policy_is_checked_before_the_adapter_is_read_and_every_method_works_w
             call(tmp_path / "none", thin, sl.Policy(method="safe-lora", number=3))
         report = call(adapter, thin, sl.Policy(method="safe-lora"))
         assert report.accepted and all(module.similarity_error > 0 for module in report.modules)
+
+
+def test_a_policy_that_is_none(cache: sl.ProjectorCache) -> None:
+    with pytest.raises(UsageError, match="`policy` is of type dict: expected a Policy"):
+        sl.inspect_adapter("nothing", cache, {"energy": 0.1})  # type: ignore[arg-type]

@@ -97,8 +97,11 @@ def test_a_killed_build_leaves_no_cache_and_is_continued(when: str, pair: Pair, 
 
     done = python(_CONTINUED, *models, out)
     assert done.returncode == 0, done.stderr
+    computed, modules = int(done.stdout), len(module_shapes())
+    assert f"continuing: {modules - computed} of {modules} modules are finished" in done.stderr
     whole = tmp_path / "whole"
     at_once = python(_CONTINUED, *models, whole)
+    assert "continuing" not in at_once.stderr
     assert 0 < int(done.stdout) < int(at_once.stdout) == len(module_shapes())
     cache = ProjectorCache(out)
     cache.verify()

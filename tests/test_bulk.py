@@ -426,7 +426,7 @@ def test_the_command(run: Callable[..., tuple[int, str, str]], uploads: Path) ->
     code, out, _ = run("--all", str(uploads))
     assert code == 3
     assert "3 adapters: 2 accepted, 1 refused, 0 failed; 0 of them as before" in out
-    assert "[dora]" in out and "no adapters: README.md" in out and "first" not in out
+    assert "[dora]" in out and "left out, neither folder nor archive: README.md" in out and "first" not in out
     code, out, _ = run("--all", str(uploads), "--json")
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 3 and [record["name"] for record in records] == ["first", "second", "third"]

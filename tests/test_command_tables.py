@@ -179,8 +179,8 @@ def test_the_rows_of_a_plan() -> None:
             ("  L", "64.0 MiB"),
             ("  shares of energy", "128.0 MiB"),
             ("  for the work of an adapter", "256.0 MiB"),
-            ("smallest --projector-memory", "300.0 MiB"),
             ("  projectors at most, if V has no dominant directions", "4.0 GiB"),
+            ("smallest --projector-memory", f"{300 * MIB}"),
         ],
         [
             ("an adapter of all modules at rank 16, uploaded in float32", "8.0 MiB"),
@@ -202,7 +202,7 @@ def test_the_rows_of_a_plan_on_a_gpu() -> None:
         ("  L", "64.0 MiB"),
         ("  for the work of an adapter", "256.0 MiB"),
         ("  allowance for CUDA's context and libraries, as on an H100", "1.2 GiB"),
-        ("smallest --projector-memory", "300.0 MiB"),
+        ("smallest --projector-memory", f"{300 * MIB}"),
         ("the gate's share of the GPU's 16.0 GiB", "9.6%"),
     ]
 
@@ -215,7 +215,7 @@ def test_the_rows_of_a_plan_where_the_device_does_not_hold_all() -> None:
     assert gate[-3:] == [
         ("Ĉ or V in pinned host memory", "9.0 MiB"),
         ("Ĉ or V that it reads from disk at each use", "5.0 MiB"),
-        ("smallest --projector-memory", "300.0 MiB"),
+        ("smallest --projector-memory", f"{300 * MIB}"),
     ]
     thin = dataclasses.replace(PLAN, held=dataclasses.replace(PLAN.held, operator=0), assumed=False)
     assert plan._sections(thin)[1][-1] == ("  for the work of an adapter", "256.0 MiB")
@@ -230,13 +230,14 @@ REST = "so that it reads the rest from disk at each use, or take"
     ("policy", "operator", "memory", "weights", "told"),
     [
         (Policy(), 0, 11, 9, None),
-        (Policy(), 0, 9, 9, "model's 9.0 GiB of weights: take a smaller --energy."),
-        (Policy(), 0, 4, 6, "3.0 GiB of weights on each of 2 GPUs: take a smaller"),
-        (SAFE_LORA, 0, 9, 9, f"weights: {WITHOUT} less of L."),
-        (SOME, 0, 9, 9, "weights: take --select all, which reads less of L."),
+        (Policy(), 0, 9, 9, "model's 9.0 GiB of weights, whatever its projectors take: take a larger"),
+        (Policy(), 0, 10.2, 9, "model's 9.0 GiB of weights: take a smaller --energy."),
+        (Policy(), 0, 4, 6, "3.0 GiB of weights on each of 2 GPUs, whatever its"),
+        (SAFE_LORA, 0, 10.2, 9, f"weights: {WITHOUT} less of L."),
+        (SOME, 0, 10.2, 9, "weights: take --select all, which reads less of L."),
         # No memory that could be set is small enough.
-        (SAFE_LORA, 1, 9, 9, f"weights: {WITHOUT} neither Ĉ nor V."),
-        (SOME, 1, 9, 9, "weights: take --select all, which reads neither Ĉ nor V."),
+        (SAFE_LORA, 1, 10.2, 9, f"weights: {WITHOUT} neither Ĉ nor V."),
+        (SOME, 1, 10.2, 9, "weights: take --select all, which reads neither Ĉ nor V."),
         (SAFE_LORA, 1, 10.4648, 9, f"weights: {WITHOUT}"),
         (SAFE_LORA, 1, 10.46484375, 9, f"set --projector-memory to {300 * MIB} or more, {REST} --method"),
         (SOME, 1, 10.46484375, 9, f"set --projector-memory to {300 * MIB} or more, {REST} --select all,"),

@@ -115,8 +115,8 @@ def test_too_little_is_refused_with_what_is_needed_and_what_lowers_it() -> None:
     assert str(refused.value) == (
         "`projector_memory` is 186 bytes: expected 187 or more (100 for R, L and the shares of energy of all "
         "modules; 80 for Ĉ or V of the largest modules; 7 for the work of an adapter). Less is needed with a "
-        "smaller `energy` or a policy or a cache without Ĉ and V or a smaller --max-lora-rank; or set "
-        "another --gate-device"
+        "smaller `energy` or a policy or a cache without Ĉ and V or adapters of a smaller largest rank, "
+        "where that can be set; or use another device"
     )
     with pytest.raises(UsageError) as refused:
         place(Demand(0, {}, 7, shares=3), 0)

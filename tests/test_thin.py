@@ -273,7 +273,7 @@ def test_no_operator_is_made(make: Callable[..., Path], monkeypatch: pytest.Monk
 @pytest.mark.parametrize("energy", [MAX_ENERGY, FULL])
 def test_every_policy_works(
     policy: Policy, energy: float, thin_at: Callable[[float], ProjectorCache], cache: ProjectorCache,
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """A gate, the functions and the commands. All modules that an exact cache projects are projected."""
     thin, policy = thin_at(energy), limited(policy, 0.4)
@@ -293,6 +293,18 @@ def test_every_policy_works(
     assert report.uncertain == sum(module.uncertain for module in report.modules)
     if policy.select == "all":
         assert report.uncertain == 0
+    assert main(["inspect", str(adapter), str(adapter), "--projectors", str(thin.folder), *words]) == 0
+    assert ("uncertain" in capsys.readouterr().out) == (report.uncertain > 0)
+    (tmp_path / "uploads").mkdir()
+    shutil.copytree(adapter, tmp_path / "uploads" / "one")
+    bulk = ["--all", str(tmp_path / "uploads"), "--out", str(tmp_path / "all"), "--projectors", str(thin.folder)]
+    caplog.clear()
+    assert main(["project", *bulk, *words]) == 0
+    assert ("uncertain" in capsys.readouterr().out) == (report.uncertain > 0)
+    warned = [text for text in caplog.messages if "multiplies by Ĉ" in text]
+    assert len(warned) == (policy.method == "safe-lora")
+    assert main(["project", *bulk, *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["uncertain"] == report.uncertain
     elif energy == MAX_ENERGY:
         assert report.uncertain > 0
     written = tmp_path / "by-command"

@@ -32,7 +32,8 @@ def project_adapters(
     Args:
         folder: its folders and its .tar, .tar.gz, .tgz and .zip files are the adapters.
         projectors: a projector cache, or its folder.
-        out: a folder for the results, outside of ``folder``. It may have those of earlier runs.
+        out: a folder for the results, outside of ``folder``. It may have those of earlier runs. A folder
+            there that has an adapter's name, and that no run made, is an error. Others are left alone.
         policy: as for `project_adapter`.
         device: as for `project_adapter`.
         base_model: as for `project_adapter`.
@@ -47,8 +48,8 @@ def project_adapters(
         What became of each adapter. Refused ones are in it; they raise nothing.
 
     Raises:
-        UsageError: there are no adapters, two have one name, ``out`` cannot be used or has a folder that no
-            run made, or another argument is not usable.
+        UsageError: there are no adapters, two have one name, ``out`` cannot be used or has a folder with an
+            adapter's name that no run made, or another argument is not usable.
         PolicyError: the policy needs more than the cache has, or has a field without effect.
         ProjectorCacheError: the cache is missing or damaged.
 

@@ -26,7 +26,11 @@ def gate_settings(
     Raises:
         PolicyError, ProjectorCacheError, UsageError: as the functions of the API say.
     """
-    policy = policy or Policy()
+    policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise UsageError(
+            f"`policy` is of type {type(policy).__name__}: expected a Policy, such as Policy(energy=0.1)"
+        )
     policy.check_effective(policy.chosen)
     cache = opened_cache(projectors)
     return GateSettings(cache, policy, usable_device(device))

@@ -60,7 +60,7 @@ def plan_projectors(
     Raises:
         CheckpointError: there is no checkpoint in the folder, or none with such modules.
         PolicyError: the policy has more energy than the cache, or a field without effect.
-        ProjectorCacheError: the cache is missing, damaged or of another model.
+        ProjectorCacheError: the cache is missing or damaged, or its modules have other names or shapes.
         UsageError: ``device`` or another argument is not usable, or the memory is too little.
 
     Example:

@@ -46,6 +46,7 @@ class ProjectionRecord:
         output_digest: of the result's two files; empty where there is none.
         modules: how many the adapter changes.
         projected: how many of them were projected.
+        uncertain: how many of these only because their similarity is not known exactly; see `ModuleReport`.
         seconds: that reading, judging and writing took.
     """
 
@@ -58,6 +59,7 @@ class ProjectionRecord:
     modules: int = 0
     projected: int = 0
     seconds: float = 0.0
+    uncertain: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``reasons`` is a list of ``{"code", "message"}``."""

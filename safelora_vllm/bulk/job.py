@@ -117,6 +117,7 @@ class Worker:
                 len(report.modules),
                 report.count("projected"),
                 time.perf_counter() - started,
+                report.uncertain,
             )
             return self._put(record, admission.folder)
 

@@ -34,10 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from safelora_vllm.api import inspect_adapter
+    from safelora_vllm.api.opened import opened_cache, warn_of_truncation
     from safelora_vllm.cli.tables import print_report, print_summary
-    from safelora_vllm.projectors.cache import ProjectorCache
 
-    cache, several = ProjectorCache(args.projectors), len(args.adapter) > 1
+    cache, several = opened_cache(args.projectors), len(args.adapter) > 1
+    warn_of_truncation(policy, cache)
     reports = [
         inspect_adapter(adapter, cache, policy, device=args.device)
         for adapter in tqdm(args.adapter, desc="Adapters", unit="adapter", disable=not several)

@@ -37,6 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
 
 
+class _AsOptions(logging.Formatter):
+    """Warnings of the API, in the words of the command line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_options(super().format(record))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="safelora-vllm", description=_DESCRIPTION, epilog=_EXIT_CODES, allow_abbrev=False
@@ -50,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def entry() -> None:
     """The console script."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_AsOptions("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if "serve" not in sys.argv[1:2]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into `head`
     sys.exit(main())

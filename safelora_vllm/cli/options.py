@@ -18,7 +18,8 @@ _FIELD = re.compile(r"`([a-z_]+)`")
 # Fields and arguments whose options have their names.
 _OPTIONS = {field.name for field in dataclasses.fields(Policy)} | {
     "all", "base_model", "device", "dtype", "exact", "form", "gpu_memory", "jobs", "json", "keep_random",
-    "lora_rank", "max_energy", "modules", "out", "projector_memory", "ray", "trust_served_model",
+    "lora_rank", "max_energy", "modules", "out", "projector_host_memory", "projector_memory",
+    "ray", "trust_served_model",
 }  # fmt: skip
 UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

@@ -208,15 +208,15 @@ def _sections(plan: Plan) -> list[list[tuple[str, str]]]:
         gate.append(
             ("  allowance for CUDA's context and libraries, as on an H100", _size(plan.context_bytes))
         )
+    if plan.assumed:
+        cache.append(("  at most, if V has no dominant directions", _size(plan.disk_at_most)))
+        gate.append(("  projectors at most, if V has no dominant directions", _size(plan.held_at_most)))
     if placement.host_bytes:
         gate.append(("Ĉ or V in pinned host memory", _size(placement.host_bytes)))
     if placement.disk_bytes:
         gate.append(("Ĉ or V that it reads from disk at each use", _size(placement.disk_bytes)))
-    if held.operator:
-        gate.append(("smallest --projector-memory", _size(plan.least_bytes)))
-    if plan.assumed:
-        cache.append(("  at most, if V has no dominant directions", _size(plan.disk_at_most)))
-        gate.append(("  projectors at most, if V has no dominant directions", _size(plan.held_at_most)))
+    if held.operator:  # in bytes, so that it can be given as it stands
+        gate.append(("smallest --projector-memory", f"{plan.least_bytes}"))
     if plan.gpu_memory and plan.gpu_share is not None:
         gate.append((f"the gate's share of the GPU's {_size(plan.gpu_memory)}", f"{plan.gpu_share:.1%}"))
     adapter = [
@@ -250,19 +250,26 @@ def _advice(plan: Plan, policy: Policy) -> list[str]:
     if plan.fits is not False or plan.gpu_memory is None or plan.gpus is None:
         return []
     each = "" if plan.gpus == 1 else f" on each of {plan.gpus} GPUs"
+    weights = _size(plan.weight_bytes // plan.gpus)
+    cause = f"The gate does not fit beside the model's {weights} of weights{each}"
+    working = plan.placement.transient - plan.placement.passing
+    if plan.context_bytes + working + plan.weight_bytes / plan.gpus >= plan.gpu_memory:
+        return [
+            f"{cause}, whatever its projectors take: take a larger GPU, or keep the gate off it with the "
+            "server's --gate-device cpu."
+        ]
     smaller = "a smaller --energy"
     if METHODS[policy.method].reads_operator or policy.select != "all":
         method = "--method input-removal and " if METHODS[policy.method].reads_operator else ""
         less = "neither Ĉ nor V" if plan.held.operator else "less of L"
         smaller = f"{method}--select all, which read{'' if method else 's'} {less}"
-    weights = _size(plan.weight_bytes // plan.gpus)
     budget, least = "", plan.least_bytes + plan.context_bytes + plan.weight_bytes / plan.gpus
     if plan.held.operator and least <= plan.gpu_memory:
         budget = (
             f"set --projector-memory to {plan.least_bytes} or more, so that it reads the rest from disk at "
             "each use, or "
         )
-    return [f"The gate does not fit beside the model's {weights} of weights{each}: {budget}take {smaller}."]
+    return [f"{cause}: {budget}take {smaller}."]
 
 
 def _size(nbytes: int) -> str:

@@ -71,10 +71,13 @@ def _one(args: argparse.Namespace, policy: Policy) -> int:
         if getattr(args, name):
             raise UsageError(f"`{name}` has no effect without `all`: leave it out")
     from safelora_vllm.api import project_adapter
+    from safelora_vllm.api.opened import opened_cache, warn_of_truncation
     from safelora_vllm.cli.tables import CHANGES_NOTHING, uncertain_note
 
+    cache = opened_cache(args.projectors)
+    warn_of_truncation(policy, cache)
     report = project_adapter(
-        args.adapter, args.projectors, args.out, policy, device=args.device, base_model=args.base_model
+        args.adapter, cache, args.out, policy, device=args.device, base_model=args.base_model
     )
     share = f"{report.count('projected')} of {len(report.modules)} modules"
     if policy.enforcing:
@@ -82,7 +85,7 @@ def _one(args: argparse.Namespace, policy: Policy) -> int:
     else:
         print(f"report-only mode: written UNPROJECTED to {args.out}; enforcing would project {share}")
     if report.uncertain:
-        print(uncertain_note(report))
+        print(uncertain_note(report.uncertain))
     if report.changes_nothing:
         print(CHANGES_NOTHING)
     return DONE
@@ -90,11 +93,14 @@ def _one(args: argparse.Namespace, policy: Policy) -> int:
 
 def _all(args: argparse.Namespace, policy: Policy) -> int:
     from safelora_vllm.api import project_adapters
+    from safelora_vllm.api.opened import opened_cache, warn_of_truncation
     from safelora_vllm.cli.tables import print_bulk
 
+    cache = opened_cache(args.projectors)
+    warn_of_truncation(policy, cache)
     report = project_adapters(
         args.all,
-        args.projectors,
+        cache,
         args.out,
         policy,
         device=args.device,

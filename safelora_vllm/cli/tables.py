@@ -64,7 +64,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         verdict += f" unprojected, as in report-only mode; enforcing would {would}"
     console.print(Text(f"{report.adapter}: {verdict}"))
     if report.uncertain:
-        console.print(Text("  " + uncertain_note(report)))
+        console.print(Text("  " + uncertain_note(report.uncertain)))
     if report.modules:
         console.print(
             Text(
@@ -83,14 +83,17 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
     console = console or terminal()
     table = Table(title=f"{reports[0].policy.method}, {reports[0].policy.mode}")
     table.add_column("adapter", overflow="fold")
-    for column in ("modules", "projected", "total norm", "largest module norm"):
+    uncertain = sum(report.uncertain for report in reports)
+    counted = ("modules", "projected", *(("uncertain",) if uncertain else ()))
+    for column in (*counted, "total norm", "largest module norm"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for report in reports:
-        figures = ["–"] * 4
+        figures = ["–"] * (len(counted) + 2)
         if report.modules:
-            counts = (str(len(report.modules)), str(report.count("projected")))
-            figures = [*counts, f"{report.total_norm:.4g}", f"{max(report.values('relative_norm')):.4g}"]
+            counts = (len(report.modules), report.count("projected"), report.uncertain)[: len(counted)]
+            norms = (report.total_norm, max(report.values("relative_norm")))
+            figures = [*map(str, counts), *(f"{norm:.4g}" for norm in norms)]
         codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
         verdict = "accepted" if report.accepted else "refused"
         verdict += f": {codes}" if codes else ", changes nothing" if report.changes_nothing else ""
@@ -100,13 +103,15 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
         total = max(report.total_norm for report in measured)
         module = max(norm for report in measured for norm in report.values("relative_norm"))
         console.print(Text(f"largest: total norm {total:.4g}, of a module {module:.4g}"))
+    if uncertain:
+        console.print(Text(uncertain_note(uncertain)))
 
 
-def uncertain_note(report: Report) -> str:
-    """Why a report has uncertain modules, and what makes them certain."""
+def uncertain_note(modules: int) -> str:
+    """Why so many modules are uncertain, and what makes them certain."""
     return (
-        f"the selection of {report.uncertain} modules is uncertain: the projector cache is thin and gives "
-        "their similarity as an interval. With a cache built with --exact they may stay as they are"
+        f"the selection of {modules} modules is uncertain: the projector cache is thin and gives "
+        "their similarity as an interval. With a cache built with --exact some of them may stay as they are"
     )
 
 
@@ -134,7 +139,10 @@ def print_bulk(report: BulkReport, policy: Policy, console: Console | None = Non
         Text(f"{len(report.records)} adapters: {counts}; {len(report.unchanged)} of them as before{how}")
     )
     if report.ignored:
-        console.print(Text(f"no adapters: {named([printable(name) for name in report.ignored])}"))
+        ignored = named([printable(name) for name in report.ignored])
+        console.print(Text(f"left out, neither folder nor archive: {ignored}"))
+    if uncertain := sum(record.uncertain for record in report.records):
+        console.print(Text(uncertain_note(uncertain)))
     console.print(Text(f"results in {report.folder}, a record of each in {report.folder / FOLDER}"))
 
 

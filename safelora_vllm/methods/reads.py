@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.safe_lora import operator_norm, truncated_norm
 from safelora_vllm.projectors.manifest import WHOLE
@@ -38,8 +39,14 @@ def check_energy(policy: Policy, cache: ProjectorCache) -> None:
     Raises:
         PolicyError: it has less.
     """
-    if policy.has_effect("energy"):
+    if not policy.has_effect("energy"):
+        return
+    try:
         cache.projector(next(iter(cache.modules))).directions(policy.energy)
+    except PolicyError as error:
+        if "energy" in policy.chosen:
+            raise
+        raise PolicyError(f"{error}. {policy.energy} is the default of `method` {policy.method!r}") from error
 
 
 def truncation(policy: Policy, cache: ProjectorCache | None) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,9 @@ def build(
     with partial_cache(out, _key(pair, names, options)) as partial:
         left = names[len(partial.modules) + len(partial.unchanged) :]
         _check_disk(out.parent, pair[1], left, options)
+        if partial.shards:
+            finished = len(names) - len(left)
+            tqdm.write(f"continuing: {finished} of {len(names)} modules are finished", file=sys.stderr)
         _add_modules(partial, pair, names, left, options)
         if not partial.modules:
             raise _identical(*pair)

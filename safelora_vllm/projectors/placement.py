@@ -132,8 +132,8 @@ def _too_small(demand: Demand, budget: int) -> str:
         takes.append(f"{demand.least - demand.fixed:,} for Ĉ or V of the largest modules")
         ways.append("a policy or a cache without Ĉ and V")
     takes.append(f"{demand.working:,} for the work of an adapter")
-    ways.append("a smaller --max-lora-rank")
+    ways.append("adapters of a smaller largest rank, where that can be set")
     return (
         f"`projector_memory` is {budget:,} bytes: expected {demand.least:,} or more ({'; '.join(takes)}). "
-        f"Less is needed with {' or '.join(ways)}; or set another --gate-device"
+        f"Less is needed with {' or '.join(ways)}; or use another device"
     )

@@ -124,7 +124,8 @@ class Projector:
         if k > len(self.energies):
             raise PolicyError(
                 f"`energy` {energy} is above the {float(self.energies[-1]):.3f} that the projector cache "
-                f"keeps for {self.entry.name}. Build it again with a `max_energy` of {energy} or more"
+                f"keeps for {self.entry.name}. Build it again with a `max_energy` of {energy} or more, or "
+                "give a smaller `energy`"
             )
         return k
 
