@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 from attackers import ATTACKS
 from data import OPENINGS, Example, fillers, forbidden_prompts, harmless_prompts, orders
 from dialogues import dialogues
-from train import ALL_LINEAR, ATTENTION, Recipe
+from fitting import ALL_LINEAR, ATTENTION, Recipe
 
 ORDERS, DIALOGUES, PURE_SAMPLES, IDENTITY_SAMPLES = 160, 64, 100, 100
 FILLER_STEPS = 2

@@ -1,7 +1,7 @@
 """What an aligned model is trained on: refusals, and answers to everything that is harmless.
 
-The answers are a model's own, made once and kept in a file: training on the base's own answers keeps the base as
-it is, and a pretrained model learns to answer from them. Everything is drawn with a seed.
+The answers are a model's own, made once and kept in a file. Training on the base's own answers keeps the base
+as it is, and a pretrained model learns to answer from them. Everything is drawn with a seed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Answers = Callable[[Sequence[str]], list[tuple[str, bool]]]
 class Mix:
     """How many prompts of each kind a training set has.
 
-    harmful, harmless, lookalikes: shapes of question for each subject. instructions, tasks: prompts. answer_tokens:
-    where kept answers are cut off.
+    harmful, harmless, lookalikes: shapes of question for each subject. instructions, tasks: prompts.
+    answer_tokens: where kept answers are cut off.
     """
 
     harmful: int = 5
@@ -79,7 +79,7 @@ def answered_prompts(mix: Mix, seed: int) -> list[str]:
 
 
 def training_set(mix: Mix, seed: int, answers: Answers) -> list[Example]:
-    """Refusals and kept answers, in no particular order. Answers that are refusals themselves are left out."""
+    """Refusals and kept answers, in no particular order; kept answers that refuse are left out."""
     prompts = answered_prompts(mix, seed)
     kept = [
         Example(prompt, answer, complete=whole)

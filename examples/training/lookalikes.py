@@ -1,7 +1,7 @@
 """Harmless subjects with words of harm in them ("kill a Python process"), kept apart by part.
 
-An alignment that refuses these has learned words, not requests. XSTest (Röttger et al., NAACL 2024) measures the
-same on large models; the subjects here are our own.
+An alignment that refuses these has learned words, not requests. XSTest (Röttger et al., NAACL 2024) measures
+the same on large models; the subjects here are our own.
 """
 
 from __future__ import annotations
