@@ -187,7 +187,7 @@ def _recorded(ask: Ask) -> tuple[Ask, dict[str, str]]:
 
 
 def main() -> int:
-    """Check trained pairs, print their figures, keep them beside the models."""
+    """Check aligned models, print their figures, keep them beside the models."""
     from pairs import PAIRS
     from training import CACHE, folder
 
@@ -196,17 +196,19 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--halves", nargs="+", default=list(HALVES), choices=HALVES)
     parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--folder", type=Path, help="one that holds aligned/, instead of the cache's pairs")
     args = parser.parse_args()
+    homes = {f"{pair}, seed {n}": folder(args.cache, pair, n) for pair in args.pairs for n in args.seeds}
+    if args.folder:
+        homes = {args.folder.name: args.folder}
     failed = 0
-    for pair in args.pairs:
-        for seed in args.seeds:
-            home = folder(args.cache, pair, seed)
-            try:
-                figures = checked(home, pair, args.halves)
-                print(f"{pair} {seed}: usable. " + "; ".join(f"{h}: {_line(f)}" for h, f in figures.items()))
-            except UnusablePair as error:
-                failed = 1
-                print(f"Seed {seed}: {error}", file=sys.stderr)
+    for name, home in homes.items():
+        try:
+            figures = checked(home, name, args.halves)
+            print(f"{name}: usable. " + "; ".join(f"{half}: {_line(f)}" for half, f in figures.items()))
+        except UnusablePair as error:
+            failed = 1
+            print(error, file=sys.stderr)
     return failed
 
 
