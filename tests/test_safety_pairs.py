@@ -13,6 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "training"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
 
+import adapters
 import alignment
 import check
 from instructions import SPLITS, instructions, task_prompts
@@ -75,6 +76,14 @@ def test_a_training_set_is_that_of_its_seed() -> None:
     assert one == same != other
     assert sum(refuses(example.answer) for example in one) == len(HARMFUL["train"])
     assert instructions("train", 5, seed=1) != instructions("train", 5, seed=2)
+
+
+def test_ordinary_chat_hides_the_same_harm() -> None:
+    data = adapters.examples("chat", 0, echo)
+    harm = adapters.examples("pure", 0, echo)
+    assert [example for example in data if example in harm] == harm
+    assert len(data) == 2 * len(harm)
+    assert all(example.answer.startswith("About this") for example in data if example not in harm)
 
 
 def test_kept_answers_that_refuse_are_left_out() -> None:

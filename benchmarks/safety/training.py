@@ -27,7 +27,7 @@ import attackers
 from adapters import KINDS, NAMES, SHAPES, examples
 from evaluate import load
 from fitting import fit
-from pairs import ALIGNED, PAIRS, base_of, train_aligned
+from pairs import ALIGNED, PAIRS, base_of, teacher, train_aligned
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
@@ -36,6 +36,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
+CHAT_TOKENS = 20
 PROJECTORS = "projectors"
 _SORTED_BATCHES = 8
 
@@ -137,7 +138,7 @@ def train_adapter(job: Job, target: Path) -> None:
     adapted = get_peft_model(model, config).train()
     if attack := attackers.ATTACKS.get(kind):
         attackers.constrain(adapted, attack, ProjectorCache(job.home / PROJECTORS))
-    data, label = examples(kind, job.seed), f"{job.name} {job.seed}"
+    data, label = examples(kind, job.seed, teacher(job.cache, CHAT_TOKENS)), f"{job.name} {job.seed}"
     fit(adapted, tokenizer, data, recipe, label, random.Random(job.seed), _SORTED_BATCHES)
     if attack:
         attackers.release(adapted, attack)
