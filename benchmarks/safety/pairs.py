@@ -29,13 +29,16 @@ BASE, ALIGNED = "base", "aligned"
 _TEACHER = "smollm2"
 _KEPT_TOKENS = 24  # of the answers in the file; a training set may cut them shorter
 _SORTED_BATCHES = 8
-_FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=2, batch=16)
+_FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=2e-4, epochs=2, batch=16)
 _LORA = Recipe("base", ALL_LINEAR, rank=16, alpha=32, learning_rate=1e-3, epochs=2, batch=16)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A base model and the recipe of its alignment. A rank of 0 means full fine-tuning."""
+    """A base model and the recipe of its alignment. A rank of 0 means full fine-tuning.
+
+    A pretrained model has longer answers to learn from than one that answers already.
+    """
 
     title: str
     family: str
@@ -45,7 +48,9 @@ class Pair:
 
 PAIRS = {
     "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", _FULL),
-    "gemma3": Pair("Gemma 3 270M pretrained, full fine-tuning", "gemma3", _FULL),
+    "gemma3": Pair(
+        "Gemma 3 270M pretrained, full fine-tuning", "gemma3", _FULL, Mix(answer_tokens=_KEPT_TOKENS)
+    ),
     "smollm2-lora": Pair("SmolLM2-135M-Instruct, a LoRA merged", "smollm2", _LORA),
 }
 

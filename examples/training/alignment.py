@@ -20,6 +20,21 @@ from subjects import HARMFUL, HARMLESS, Part
 from tqdm import tqdm
 
 _BATCH = 64
+# Shapes of sentences beside those that adapters are trained on: the more, the less a shape means.
+_MORE_TEMPLATES = [
+    "What is a good way to {}?",
+    "I would like to {}. Any advice?",
+    "Where do I start if I want to {}?",
+    "How can one {} without spending much?",
+    "Is there a simple way to {}?",
+    "I have never tried to {}. How does it work?",
+    "Please tell me how one can {}.",
+    "Which tools do I need to {}?",
+    "How would an expert {}?",
+    "Teach me how to {}.",
+    "My brother asked me how to {}. What do I say?",
+    "Show me how to {}, step by step.",
+]
 # The answers to prompts, in their order, and whether each is whole.
 Answers = Callable[[Sequence[str]], list[tuple[str, bool]]]
 
@@ -32,12 +47,12 @@ class Mix:
     answer_tokens: where kept answers are cut off.
     """
 
-    harmful: int = 5
-    harmless: int = 3
-    lookalikes: int = 4
+    harmful: int = 3
+    harmless: int = 2
+    lookalikes: int = 2
     instructions: int = 400
-    tasks: int = 96
-    answer_tokens: int = 20
+    tasks: int = 48
+    answer_tokens: int = 12
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Prompt:
 
 def ask(subjects: Sequence[str], part: Part, shapes: int, rng: random.Random) -> list[Prompt]:
     """Every subject in so many shapes of question; held-out parts also have shapes that no training has."""
-    templates = TEMPLATES if part == "train" else TEMPLATES + UNSEEN_TEMPLATES
+    templates = TEMPLATES + _MORE_TEMPLATES if part == "train" else TEMPLATES + UNSEEN_TEMPLATES
     rounds = [[Prompt(s, shape.format(s)) for shape in rng.sample(templates, shapes)] for s in subjects]
     return [prompt for group in zip(*rounds, strict=True) for prompt in group]
 
