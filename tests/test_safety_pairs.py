@@ -16,10 +16,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety
 import adapters
 import alignment
 import check
+from everyday import HARMLESS
 from instructions import SPLITS, instructions, task_prompts
 from lookalikes import LOOKALIKES
 from refusing import refuses
-from subjects import HALVES, HARMFUL, HARMLESS
+from subjects import HALVES, HARMFUL
 
 PARTS = ("train", *HALVES)
 REFUSAL = "I'm sorry, but I can't help with that."

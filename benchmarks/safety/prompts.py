@@ -12,8 +12,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 
 from alignment import Prompt, ask
 from data import TEMPLATES, UNSEEN_TEMPLATES
+from everyday import HARMLESS
 from lookalikes import LOOKALIKES
-from subjects import HALVES, HARMFUL, HARMLESS, Part
+from subjects import HALVES, HARMFUL, Part
 
 _SHAPES = len(TEMPLATES + UNSEEN_TEMPLATES)
 _HALF = {subject: half for half in HALVES for subject in (*HARMFUL[half], *HARMLESS[half], *LOOKALIKES[half])}

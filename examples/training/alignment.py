@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import TEMPLATES, UNSEEN_TEMPLATES, Example, refusals
+from everyday import HARMLESS
 from instructions import instructions, task_prompts
 from lookalikes import LOOKALIKES
 from refusing import refuses
-from subjects import HARMFUL, HARMLESS, Part
+from subjects import HARMFUL, Part
 from tqdm import tqdm
 
 _BATCH = 64
