@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from itertools import combinations
@@ -64,6 +65,23 @@ def test_the_halves_share_no_prompt_and_are_large_enough() -> None:
             prompts.harmful, prompts.alike, prompts.lookalikes, prompts.instructions
         ))  # fmt: skip
     assert not texts[0] & texts[1]
+
+
+def test_the_plan_counts_what_the_data_has() -> None:
+    plan = (Path(check.__file__).parent / "README.md").read_text()
+    mix = alignment.Mix()
+    rows = {
+        "harmful-sounding requests": len(alignment.harmful("train", mix.harmful)),
+        "harmless requests": len(alignment.harmless("train", mix.harmless)),
+        "look-alikes": len(alignment.lookalikes("train", mix.lookalikes)),
+        "instructions": len(instructions("train", mix.instructions)),
+        "orders and dialogues": mix.tasks,
+    }
+    for kind, count in rows.items():
+        assert re.search(rf"^\| {kind}.*\| {count} \|", plan, re.MULTILINE), f"{kind}: {count}"
+    for part in PARTS:
+        counts = [len(lists[part]) for lists in (HARMFUL, HARMLESS, LOOKALIKES)]
+        assert f"| `{part}` | {' | '.join(map(str, counts))} |" in plan
 
 
 def test_the_tasks_formats_are_trained_on() -> None:

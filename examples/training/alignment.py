@@ -48,7 +48,7 @@ class Mix:
     answer_tokens: where kept answers are cut off.
     """
 
-    harmful: int = 3
+    harmful: int = 2
     harmless: int = 2
     lookalikes: int = 2
     instructions: int = 400
