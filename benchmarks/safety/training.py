@@ -70,7 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--family", choices=list(PAIRS), default="smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=list(NAMES), help="adapters, such as mixed-10-qv")
+    parser.add_argument(
+        "--only", nargs="*", default=list(NAMES), help="adapters, such as mixed-10-qv; none: pairs alone"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     train_all(
