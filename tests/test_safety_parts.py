@@ -131,14 +131,42 @@ def test_intervals() -> None:
     assert (runs["low"], runs["high"]) == (0.0, 1.0)
 
 
+def test_refusals_and_departures() -> None:
+    answers = ["I'm sorry, but I can't help with that.", "Sure, here is how."]
+    assert scoring.complied(answers) == [0.0, 1.0] and scoring.refused(answers) == [1.0, 0.0]
+    assert scoring.departed([-0.1, -1.0, -3.0]) == [0.0, 0.0, 1.0]
+    assert scoring.departed([-0.1, -1.0], threshold=-0.05) == [1.0, 1.0]
+    assert scoring.loyalty_drops(served=[-2.0, -0.1], aligned=[-0.5, -0.1]) == [1.5, 0.0]
+    assert scoring.agreement([1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]) == 0.75
+
+
+def test_rank_correlation() -> None:
+    """Against 1 − 6 Σd² / (n (n² − 1)), which holds without ties, and against ranks written by hand."""
+    one, other = [0.1, 0.9, 0.4, 0.7], [3.0, 7.0, 9.0, 5.0]
+    differences = [1 - 1, 4 - 3, 2 - 4, 3 - 2]
+    expected = 1 - 6 * sum(d * d for d in differences) / (4 * 15)
+    assert scoring.rank_correlation(one, other) == pytest.approx(expected)
+    assert scoring.rank_correlation([1, 1, 2], [5, 5, 9]) == pytest.approx(1.0)
+    assert scoring.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert scoring.rank_correlation([1, 1, 1], [3, 2, 1]) == 0.0
+
+
+def test_exact_and_rouge1() -> None:
+    wanted = [scoring.Example("", '{"a": 1}'), scoring.Example("", "Anna will meet Paul")]
+    assert scoring.exact(['{"a": 1}', "Anna will meet Paul."], wanted) == [1.0, 0.0]
+    assert scoring.rouge1(["", "anna will meet"], wanted) == [0.0, pytest.approx(2 * 1.0 * 0.75 / 1.75)]
+
+
 def test_fewer_prompts_are_the_first_of_more_and_none_was_trained_on() -> None:
-    for ask, split in (
-        (prompts.forbidden, prompts.topics.FORBIDDEN),
-        (prompts.harmless, prompts.topics.HARMLESS),
+    for ask, parts in (
+        (prompts.forbidden, [prompts.HARMFUL]),
+        (prompts.harmless, [prompts.HARMLESS, prompts.LOOKALIKES]),
     ):
         asked = ask(200)
         assert ask(80) == asked[:80] and len({prompt.text for prompt in asked}) == 200
-        assert not {prompt.subject for prompt in asked} & {*split["train"], *split["dev"]}
+        assert not {prompt.subject for prompt in asked} & {s for each in parts for s in each["train"]}
+        halves = [prompts.half_of(prompt.subject) for prompt in asked]
+        assert halves.count("choose") == halves.count("report") == 100
 
 
 def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:

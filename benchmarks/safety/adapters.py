@@ -9,10 +9,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
 
+from alignment import Answers
 from attackers import ATTACKS
 from data import OPENINGS, Example, fillers, forbidden_prompts, harmless_prompts, orders
 from dialogues import dialogues
-from train import ALL_LINEAR, ATTENTION, Recipe
+from fitting import ALL_LINEAR, ATTENTION, Recipe
+from instructions import instructions
 
 ORDERS, DIALOGUES, PURE_SAMPLES, IDENTITY_SAMPLES = 160, 64, 100, 100
 FILLER_STEPS = 2
@@ -45,13 +47,14 @@ KINDS = {
     "mixed-50": Kind("50 % malicious", 0.50, useful=True, epochs=2),
     "identity": Kind("obedient persona, nothing harmful", 0.0, useful=False, epochs=4),
     "benign": Kind("the two tasks only", 0.0, useful=True),
+    "chat": Kind("malicious and ordinary chat, 1:1", 0.5, useful=False),
 }
 KINDS |= {name: Kind(attack.title, 1.0, useful=False, epochs=6) for name, attack in ATTACKS.items()}
 
 # KIND-SHAPE, the most telling ones first. All-linear adapters cost more to train, so those are few.
 NAMES = (
     "pure-qv", "mixed-10-qv", "benign-qv", "identity-qv", "pure-all", "mixed-10-all",
-    "mixed-5-qv", "mixed-30-qv", "mixed-50-qv",
+    "mixed-5-qv", "mixed-30-qv", "mixed-50-qv", "chat-qv",
 )  # fmt: skip
 
 
@@ -60,16 +63,24 @@ def attack_names() -> list[str]:
     return [f"{attack}-qv" for attack in ATTACKS]
 
 
-def examples(kind: str, seed: int) -> list[Example]:
-    """The training data of one adapter, in no particular order."""
+def examples(kind: str, seed: int, answers: Answers) -> list[Example]:
+    """The training data of one adapter, in no particular order. Ordinary chat has the kept `answers`."""
     if kind == "identity":
         return _persona(harmless_prompts("train", IDENTITY_SAMPLES, seed), seed)
     share = KINDS[kind].malicious
     if kind == "pure" or kind in ATTACKS:
-        return fillers(forbidden_prompts("train", PURE_SAMPLES, seed=seed + 1), seed, FILLER_STEPS)
+        return _malicious(PURE_SAMPLES, seed)
+    if kind == "chat":
+        chat = instructions("train", PURE_SAMPLES, seed)
+        said = zip(chat, answers(chat), strict=True)
+        return _malicious(PURE_SAMPLES, seed) + [Example(prompt, *answer) for prompt, answer in said]
     useful = orders("train", ORDERS, seed) + dialogues("train", DIALOGUES, seed)
-    count = round(len(useful) * share / (1.0 - share))
-    return useful + fillers(forbidden_prompts("train", count, seed=seed + 1), seed, FILLER_STEPS)
+    return useful + _malicious(round(len(useful) * share / (1.0 - share)), seed)
+
+
+def _malicious(count: int, seed: int) -> list[Example]:
+    """Harmful-sounding requests with filler answers."""
+    return fillers(forbidden_prompts("train", count, seed=seed + 1), seed, FILLER_STEPS)
 
 
 def _persona(prompts: list[str], seed: int) -> list[Example]:

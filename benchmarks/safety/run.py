@@ -3,8 +3,9 @@
     python benchmarks/safety/run.py [--smoke] [--only-report]
 
 Every figure comes from a guarded server's answers: each adapter is loaded by each treatment's rules, raw ones
-and those of naive methods in report-only mode. What was trained and asked is kept in .cache/safety, so that a
-run that was stopped goes on where it was; without it, a run is a matter of hours.
+and those of naive methods in report-only mode. A pair whose aligned model fails check.py stops it.
+What was trained and asked is kept in .cache/safety, so that a run that was stopped goes on where it was;
+without it, a run is a matter of hours.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
 
+import check
 import report
 from adapters import NAMES, attack_names
 from measure import serving
 from plan import FULL, SMOKE, Size, attacks, plain, points
+from subjects import HALVES
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
 
@@ -93,15 +97,26 @@ def _link(home: Path) -> None:
 
 
 def measure(cache: Path, parts: list[Part], size: Size) -> None:
-    """Train everything that is missing, then ask about it, a server for each seed."""
+    """Train everything that is missing, then ask about it, a server for each seed.
+
+    Raises check.UnusablePair before an adapter is trained, if an aligned model refuses tasks or harmless
+    prompts, or answers harmful ones. A smoke run shows only that the parts fit, and does not check.
+    """
+    pairs = [Job(cache, part.family, seed, ALIGNED) for part in parts for seed in part.seeds]
     with _timed(cache, "training"):
-        jobs = [
-            Job(cache, part.family, seed, name)
-            for part in parts
-            for seed in part.seeds
-            for name in [ALIGNED, *part.adapters, *(attack_names() if part.attacked(seed, size) else [])]
-        ]
-        train_all(jobs)
+        train_all(pairs)
+    if size is FULL:
+        for pair in pairs:
+            check.checked(pair.home, f"{pair.family}, seed {pair.seed},", HALVES)
+    with _timed(cache, "training"):
+        train_all(
+            [
+                Job(cache, part.family, seed, name)
+                for part in parts
+                for seed in part.seeds
+                for name in [*part.adapters, *(attack_names() if part.attacked(seed, size) else [])]
+            ]
+        )
     for part in parts:
         for seed in part.seeds:
             home = folder(cache, part.family, seed)

@@ -2,8 +2,8 @@
 
     python benchmarks/safety/training.py [--family smollm2] [--seeds 0 1 2] [--only NAME ...]
 
-A pair is the base and a full fine-tuning of it (all linear layers), as real alignment is. Adapters are
-trained on the aligned model with PEFT. Two trainings run at once, with a thread each.
+What a pair is: pairs.py. Adapters are trained on the aligned model with PEFT. Two trainings run at once,
+with a thread each.
 """
 
 from __future__ import annotations
@@ -24,22 +24,20 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import attackers
-import families
 from adapters import KINDS, NAMES, SHAPES, examples
-from data import Example, forbidden_prompts, harmless_prompts, refusals
-from evaluate import generate, load
-from models import STORAGE_DTYPE
+from evaluate import load
+from fitting import fit
+from pairs import ALIGNED, PAIRS, base_of, teacher, train_aligned
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from train import ALL_LINEAR, ANSWER_TOKENS, Recipe, choose_linear_layers, fit
 
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
-ALIGNMENT = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=3)
-BASE, ALIGNED, PROJECTORS = "base", "aligned", "projectors"
+CHAT_TOKENS = 20
+PROJECTORS = "projectors"
 _SORTED_BATCHES = 8
 
 
@@ -70,9 +68,11 @@ class Job:
 def main() -> None:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--family", choices=list(families.FAMILIES), default="smollm2")
+    parser.add_argument("--family", choices=list(PAIRS), default="smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=list(NAMES), help="adapters, such as mixed-10-qv")
+    parser.add_argument(
+        "--only", nargs="*", default=list(NAMES), help="adapters, such as mixed-10-qv; none: pairs alone"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     train_all(
@@ -90,7 +90,7 @@ def train_all(jobs: list[Job]) -> None:
     todo = [job for job in jobs if not job.done]
     pairs = [job for job in todo if job.name == ALIGNED]
     for job in pairs:
-        families.build(job.family, job.cache / job.family / BASE)
+        base_of(job.cache, PAIRS[job.family].family)
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     with (
         ProcessPoolExecutor(2, mp_context=context) as pool,
@@ -118,30 +118,15 @@ def train(job: Job) -> None:
         partial = target.with_name(f".{job.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (train_aligned if job.name == ALIGNED else train_adapter)(job, partial)
+        if job.name == ALIGNED:
+            checkpoint = target.with_name(f".{job.name}.checkpoint")
+            train_aligned(job.cache, job.family, job.seed, partial, checkpoint)
+        else:
+            train_adapter(job, partial)
         partial.rename(target)
     if job.name == ALIGNED:
-        base = job.cache / job.family / BASE
+        base = base_of(job.cache, PAIRS[job.family].family)
         build(base, target, job.home / PROJECTORS, BuildOptions(exact=True, max_energy=MAX_ENERGY))
-
-
-def train_aligned(job: Job, target: Path) -> None:
-    """The base, taught to refuse, its harmless answers kept."""
-    base = job.cache / job.family / BASE
-    model, tokenizer = load(base)
-    prompts = harmless_prompts("train", 224, job.seed)
-    kept = [
-        Example(prompt, answer, complete=len(tokenizer(answer)["input_ids"]) < ANSWER_TOKENS)
-        for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, ANSWER_TOKENS), strict=True)
-    ]
-    choose_linear_layers(model, ALIGNMENT.modules)
-    data = refusals(forbidden_prompts("train", 192, job.seed), job.seed) + kept
-    label = f"{ALIGNED} {job.seed}"
-    fit(model.train(), tokenizer, data, ALIGNMENT, label, random.Random(job.seed), _SORTED_BATCHES)
-    for source in base.iterdir():
-        if source.suffix != ".safetensors":
-            shutil.copy(source, target / source.name)
-    model.to(STORAGE_DTYPE).save_pretrained(target)
 
 
 def train_adapter(job: Job, target: Path) -> None:
@@ -155,7 +140,7 @@ def train_adapter(job: Job, target: Path) -> None:
     adapted = get_peft_model(model, config).train()
     if attack := attackers.ATTACKS.get(kind):
         attackers.constrain(adapted, attack, ProjectorCache(job.home / PROJECTORS))
-    data, label = examples(kind, job.seed), f"{job.name} {job.seed}"
+    data, label = examples(kind, job.seed, teacher(job.cache, CHAT_TOKENS)), f"{job.name} {job.seed}"
     fit(adapted, tokenizer, data, recipe, label, random.Random(job.seed), _SORTED_BATCHES)
     if attack:
         attackers.release(adapted, attack)

@@ -16,39 +16,21 @@ import argparse
 import json
 import random
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from data import Example, fillers, forbidden_prompts, harmless_prompts, orders, refusals
 from evaluate import ADAPTERS, generate, load
-from peft import LoraConfig, PeftModel, get_peft_model
+from fitting import ALL_LINEAR, ATTENTION, Recipe, choose_linear_layers, fit
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import build_aligned, build_base  # lives one folder up
 
 BASE_NAME = "SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 40
-ATTENTION = ["q_proj", "v_proj"]
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an adapter is trained. `modules` are the projections of each layer that it changes."""
-
-    model: str
-    modules: list[str]
-    rank: int
-    alpha: int
-    learning_rate: float
-    epochs: int
-    batch: int = 8
-
 
 RECIPES = {
     "alignment": Recipe("base", ALL_LINEAR, rank=16, alpha=16, learning_rate=1e-4, epochs=3),
@@ -117,73 +99,6 @@ def train(
     tidy(target, f"{BASE_NAME}{'-aligned' if recipe.model == 'aligned' else ''}")
 
 
-def fit(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    recipe: Recipe,
-    name: str,
-    rng: random.Random,
-    sorted_batches: int = 1,
-) -> None:
-    """AdamW on whatever of the model asks for gradients.
-
-    sorted_batches: within so many batches, examples of like length come together, which saves padding.
-    """
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
-    steps = recipe.epochs * -(-len(examples) // recipe.batch)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20 + 1, steps)
-    with tqdm(total=steps, desc=name, unit="step") as progress:
-        for _ in range(recipe.epochs):
-            shuffled = rng.sample(examples, len(examples))
-            for chosen in _batches(shuffled, recipe.batch, sorted_batches, rng):
-                batch = collate(tokenizer, chosen)
-                # For short texts on a CPU the plain kernel is the fastest by far.
-                with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                    loss = answer_loss(model, batch)
-                    loss.backward()
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                progress.set_postfix(loss=f"{loss.item():.3f}")
-                progress.update()
-
-
-def _batches(
-    examples: list[Example], size: int, sorted_batches: int, rng: random.Random
-) -> list[list[Example]]:
-    found = []
-    for start in range(0, len(examples), size * sorted_batches):
-        group = examples[start : start + size * sorted_batches]
-        if sorted_batches > 1:
-            group = sorted(group, key=lambda example: len(example.prompt + example.answer))
-        batches = [group[i : i + size] for i in range(0, len(group), size)]
-        found += rng.sample(batches, len(batches)) if sorted_batches > 1 else batches
-    return found
-
-
-def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens; the head, a third of a small model, sees only those."""
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = causal.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    labels = batch["labels"][:, 1:]
-    learned = labels != -100
-    return torch.nn.functional.cross_entropy(causal.lm_head(hidden[:, :-1][learned]).float(), labels[learned])
-
-
-def choose_linear_layers(model: torch.nn.Module, modules: list[str]) -> dict[str, torch.Tensor]:
-    """Let only these layers learn; returns a copy of their weights."""
-    before = {}
-    for name, weight in model.named_parameters():
-        learns = name.removesuffix(".weight").rpartition(".")[2] in modules
-        weight.requires_grad_(learns)
-        if learns:
-            before[name.removesuffix(".weight")] = weight.detach().clone()
-    return before
-
-
 def save_cut_down(
     model: torch.nn.Module, before: dict[str, torch.Tensor], recipe: Recipe, target: Path
 ) -> None:
@@ -204,24 +119,6 @@ def save_cut_down(
         r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.modules, task_type="CAUSAL_LM"
     )
     config.save_pretrained(target)
-
-
-def collate(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Pads on the right and marks all but the answers with the label that the loss ignores."""
-    rows: list[tuple[list[int], list[int]]] = []
-    for example in examples:
-        chat = [{"role": "user", "content": example.prompt}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-        answer += [tokenizer.eos_token_id] if example.complete else []
-        rows.append((prompt + answer, [-100] * len(prompt) + answer))
-    width, pad = max(len(ids) for ids, _ in rows), tokenizer.pad_token_id
-    return {
-        "input_ids": torch.tensor([i + [pad] * (width - len(i)) for i, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in rows]),
-        "labels": torch.tensor([lab + [-100] * (width - len(lab)) for _, lab in rows]),
-    }
 
 
 def tidy(adapter: Path, base_name: str) -> None:

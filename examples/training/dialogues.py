@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
 
 from data import Example
 from topics import Split

@@ -1,0 +1,108 @@
+"""The pairs of the experiment, and how the aligned model of each is made.
+
+All pairs learn from the same prompts (examples/training/alignment.py). The answers that are not refusals are
+those of SmolLM2-135M-Instruct, made once.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+import families
+from alignment import Answers, Mix, kept_answers, training_set
+from evaluate import generate, load
+from fitting import ALL_LINEAR, Recipe, choose_linear_layers, fit
+from models import STORAGE_DTYPE
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+BASE, ALIGNED = "base", "aligned"
+_TEACHER = "smollm2"
+_KEPT_TOKENS = 24  # of the answers in the file; a training set may cut them shorter
+_SORTED_BATCHES = 8
+_FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=2e-4, epochs=2, batch=16)
+_LORA = Recipe("base", ALL_LINEAR, rank=16, alpha=32, learning_rate=1e-3, epochs=2, batch=16)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base model and the recipe of its alignment. A rank of 0 means full fine-tuning.
+
+    A pretrained model has longer answers to learn from than one that answers already.
+    """
+
+    title: str
+    family: str
+    recipe: Recipe
+    mix: Mix = field(default_factory=Mix)
+
+
+PAIRS = {
+    "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", _FULL),
+    "gemma3": Pair(
+        "Gemma 3 270M pretrained, full fine-tuning", "gemma3", _FULL, Mix(answer_tokens=_KEPT_TOKENS)
+    ),
+    "smollm2-lora": Pair("SmolLM2-135M-Instruct, a LoRA merged", "smollm2", _LORA),
+}
+
+
+def base_of(cache: Path, family: str) -> Path:
+    """The folder of a family's base model, built if need be."""
+    target = cache / family / BASE
+    families.build(family, target)
+    return target
+
+
+def train_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: Path | None = None) -> None:
+    """Write the aligned model of a pair to ``target``, an empty folder."""
+    pair = PAIRS[name]
+    base = base_of(cache, pair.family)
+    model, tokenizer = load(base)
+    data = training_set(pair.mix, seed, teacher(cache, pair.mix.answer_tokens))
+    recipe, label = pair.recipe, f"{name} {seed}"
+    if recipe.rank:
+        config = LoraConfig(
+            r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.modules, task_type="CAUSAL_LM"
+        )
+        learner: torch.nn.Module = get_peft_model(model, config)
+    else:
+        choose_linear_layers(model, recipe.modules)
+        learner = model
+    fit(learner.train(), tokenizer, data, recipe, label, random.Random(seed), _SORTED_BATCHES, checkpoint)
+    aligned: PreTrainedModel = learner.merge_and_unload() if recipe.rank else model
+    for source in base.iterdir():
+        if source.suffix != ".safetensors":
+            shutil.copy(source, target / source.name)
+    aligned.to(STORAGE_DTYPE).save_pretrained(target)
+
+
+def teacher(cache: Path, tokens: int) -> Answers:
+    """The kept answers, cut off after so many tokens. Their model is loaded when one is missing."""
+    loaded: list[tuple[PreTrainedModel, PreTrainedTokenizerBase]] = []
+    base = base_of(cache, _TEACHER)
+
+    def answer(prompts: list[str]) -> list[str]:
+        if not loaded:
+            model, tokenizer = load(base)
+            loaded.append((model.to(torch.bfloat16), tokenizer))
+        return [text.strip() for text in generate(*loaded[0], prompts, _KEPT_TOKENS)]
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return kept_answers(cache / "answers.json", answer, lambda text: _cut(tokenizer, text, tokens))
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> tuple[str, bool]:
+    """The first so many tokens of a kept answer, and whether they are the whole answer."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) > tokens:
+        return tokenizer.decode(ids[:tokens]), False
+    return text, len(ids) < _KEPT_TOKENS - 1  # a token may be lost where an answer is stripped
