@@ -102,6 +102,14 @@ def test_plan_passes_on_its_options(calls: Fake, capsys: pytest.CaptureFixture[s
     ]
 
 
+@pytest.fixture
+def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projector cache that is given stays what was given."""
+    monkeypatch.setattr("safelora_vllm.api.opened.opened_cache", lambda given: given)
+    monkeypatch.setattr("safelora_vllm.api.opened.warn_of_truncation", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unopened")
 def test_project_passes_on_its_options(calls: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     made = calls("project_adapter", lambda *_, **__: report(similarity=None))
     assert main(["project", "a", "--projectors", "p", "--out", "o"]) == 0
@@ -115,6 +123,7 @@ def test_project_passes_on_its_options(calls: Fake, capsys: pytest.CaptureFixtur
     ]
 
 
+@pytest.mark.usefixtures("unopened")
 def test_a_refusal_of_project_is_3_and_told_on_standard_error(
     calls: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +260,7 @@ def test_other_sizes_are_refused(text: str) -> None:
         size(text)
 
 
+@pytest.mark.usefixtures("unopened")
 def test_report_only_of_a_refused_adapter_says_what_enforcing_would_do(
     calls: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,7 +74,10 @@ def test_one_that_was_set_before_holds_when_the_cache_changes(
         answer = settled(acme, ROUTE).json()
         assert answer["policy"]["method"] == "safe-lora" and exact <= projected(answer)
         assert settled(acme, "/v1/adapters/acme/other").json()["policy"]["method"] == "input-removal"
-        assert NameStore(tmp_path / "store").get("acme/own") == record
+        now = NameStore(tmp_path / "store").get("acme/own")
+        assert record and now and now.current == record.current
+        for kept in ("digest", "policy", "override", "base_policy", "reason"):
+            assert getattr(now.live, kept) == getattr(record.live, kept)
     with serving(cache, tmp_path) as (_, acme):
         assert projected(settled(acme, ROUTE).json()) == exact
     with serving(thin, tmp_path) as (_, acme):  # an override is for its content
