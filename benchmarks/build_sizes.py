@@ -116,7 +116,9 @@ def judged(
         def tensor(self, *_: object) -> Tensor:
             return tensors["energy"]
 
-    projector = Projector(ModuleEntry(_NAME, shard="", **figures), Cache(), torch.device("cpu"))  # type: ignore[arg-type]
+    entry = ModuleEntry(_NAME, shard="", **figures)
+    # `Cache` has only what a projector asks of a cache.
+    projector = Projector(entry, Cache(), torch.device("cpu"))  # type: ignore[arg-type]
     row: dict[str, Any] = {"directions": len(projector.energies), "energy": float(projector.energies[-1])}
     row["energy_in_r"] = float((v @ tensors["input_basis"].double()).norm() ** 2 / v.norm() ** 2)
     for energy in _ENERGIES:

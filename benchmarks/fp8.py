@@ -13,7 +13,6 @@ with one for each tile of 128 × 128. The aligned model is rounded, or both are.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,7 +81,10 @@ def main() -> None:
 
 def summary(found: list[dict[str, float]]) -> dict[str, float]:
     """Medians over the modules, and the least that is kept."""
-    of: Callable[[str], list[float]] = lambda key: [row[key] for row in found]  # noqa: E731
+
+    def of(key: str) -> list[float]:
+        return [row[key] for row in found]
+
     return {
         "norm_median": round(median(of("norm")), 2),
         "k_median": round(median(of("k")), 2),
