@@ -35,17 +35,17 @@ def version(digit: str, **policy: object) -> Version:
 
 
 def test_a_change_of_what_is_no_longer_there(managed: Manager) -> None:
-    first = managed._update(ADMIN, "chat", None, version("1"))
+    first = managed._commits.update(ADMIN, "chat", None, version("1"))
     assert first.live.digest == "1" * 64
-    tightened = managed._update(ADMIN, "chat", first, version("1", select="all"))
+    tightened = managed._commits.update(ADMIN, "chat", first, version("1", select="all"))
     with pytest.raises(ChangedMeanwhile, match="chat was changed meanwhile"):
-        managed._update(ADMIN, "chat", first, version("2"))  # judged before the policy was tightened
+        managed._commits.update(ADMIN, "chat", first, version("2"))  # judged before the policy was tightened
     with pytest.raises(AlreadyLoaded):
-        managed._update(ADMIN, "chat", None, version("2"))
+        managed._commits.update(ADMIN, "chat", None, version("2"))
     assert managed.reconciler.names.get("chat") == tightened
     managed.reconciler.names.update("chat", lambda _: None)
     with pytest.raises(ChangedMeanwhile):
-        managed._update(ADMIN, "chat", tightened, version("2"))
+        managed._commits.update(ADMIN, "chat", tightened, version("2"))
     assert managed.reconciler.names.get("chat") is None
 
 
@@ -81,7 +81,7 @@ def test_a_stored_adapter_with_the_base_models_name_is_not_served(
     copies = Copies(nothing, state, PublishedStore(tmp_path))
     reconciler = Reconciler(pool, copies, 1, "aligned".__eq__, cast(Any, None))
     for _ in range(2):
-        changed, records = reconciler._read_changes()
+        changed, records = reconciler.store.read_changes()
         assert list(records) == [record.name for record, _ in changed] == ["chat"]
     assert caplog.text.count("'aligned' is not served: the server itself has that name") == 1
 

@@ -23,6 +23,7 @@ from safelora_vllm.errors import (
     StoreUnavailable,
 )
 from safelora_vllm.integration.server.engine import IDS_EACH
+from safelora_vllm.integration.server.views import Views
 from safelora_vllm.policy import Policy
 from safelora_vllm.store import Version
 from safelora_vllm.store.audit_log import AuditLog
@@ -58,7 +59,7 @@ def test_the_version_of_each_change(place: Place, adapters: list[Path]) -> None:
             await manager.add(tenant, "acme/x", adapters[0])
             await manager.add(ADMIN, "acme/x", adapters[1], replace=True)
             await manager.roll_back(tenant, "acme/x", 1)
-            return (await manager.versions(tenant, "acme/x")).versions
+            return (await Views(manager.reconciler).versions(tenant, "acme/x")).versions
 
     versions = asyncio.run(use())
     first, second, third = versions
@@ -127,11 +128,14 @@ def test_what_vllm_cannot_load_is_refused_recorded_and_not_kept(
             with pytest.raises(AdapterRefused, match="greater than max_lora_rank 2") as refused:
                 await manager.add(ADMIN, "x", adapters[0], replace=True)
             assert refused.value.codes == ["not_loadable"]
-            assert manager.find(ADMIN, "x").version == (await manager.versions(ADMIN, "x")).live
+            assert (
+                Views(manager.reconciler).find(ADMIN, "x").version
+                == (await Views(manager.reconciler).versions(ADMIN, "x")).live
+            )
             monkeypatch.setattr(engine, "errored", True)
             with pytest.raises(EngineUnavailable, match="the engine has ended: LoRA rank 4"):
                 await manager.add(ADMIN, "x", adapters[0], replace=True)
-            assert (await manager.versions(ADMIN, "x")).current == 1
+            assert (await Views(manager.reconciler).versions(ADMIN, "x")).current == 1
 
     asyncio.run(use())
     _, refused = entries(place)
@@ -167,7 +171,7 @@ def test_changes_of_one_name_in_one_process_wait_for_each_other(place: Place, ad
                 *(manager.add(ADMIN, "x", folder, replace=True) for folder in adapters),
                 manager.set_policy(ADMIN, "x", {"max_relative_norm": 0.9}, False, ""),
             )
-            assert (await manager.versions(ADMIN, "x")).current == 4
+            assert (await Views(manager.reconciler).versions(ADMIN, "x")).current == 4
 
     asyncio.run(use())
 
@@ -181,12 +185,12 @@ def test_a_policy_is_stored_whole_and_a_stricter_one_has_none_behind_it(
             default: Policy = manager.reconciler.copies.state.policy
             for cap in (0.9, 0.8):
                 await manager.set_policy(ADMIN, "x", {"max_relative_norm": cap}, False, "")
-                live = (await manager.versions(ADMIN, "x")).live
+                live = (await Views(manager.reconciler).versions(ADMIN, "x")).live
                 assert live.policy == dataclasses.asdict(default.with_values({"max_relative_norm": cap}))
                 assert (live.override, live.base_policy) == (False, {})
             with pytest.raises(PolicyError, match="number"):
                 await manager.set_policy(ADMIN, "x", {"number": 3}, False, "")
-            assert (await manager.versions(ADMIN, "x")).current == 3
+            assert (await Views(manager.reconciler).versions(ADMIN, "x")).current == 3
 
     asyncio.run(use())
 
@@ -201,16 +205,16 @@ def test_a_tenants_rollback_is_no_override_though_the_same_policy_is_in_force(
         async with place.manager() as (manager, _):
             await manager.add(tenant, "acme/x", adapters[0])
             await manager.set_policy(ADMIN, "acme/x", {"max_relative_norm": 0.9}, False, "")
-            live = (await manager.versions(tenant, "acme/x")).live
+            live = (await Views(manager.reconciler).versions(tenant, "acme/x")).live
             overridden = dataclasses.replace(live, override=True)
             names = manager.reconciler.names
             for version in (overridden, live):  # 3 and 4
                 names.update("acme/x", lambda record, version=version: record.with_version(version))  # type: ignore[misc,union-attr]
             await manager.reconciler.sync()
             await manager.roll_back(tenant, "acme/x", 3)
-            assert not (await manager.versions(tenant, "acme/x")).live.override
+            assert not (await Views(manager.reconciler).versions(tenant, "acme/x")).live.override
             await manager.roll_back(ADMIN, "acme/x", 3)
-            assert (await manager.versions(tenant, "acme/x")).live.override
+            assert (await Views(manager.reconciler).versions(tenant, "acme/x")).live.override
 
     asyncio.run(use())
 
@@ -224,6 +228,6 @@ def test_an_adapter_that_cannot_be_served_now_is_not_found_as_if_it_were(
             lost = dataclasses.replace(entry, served=None, problem=GateUnavailable("the gate is down"))
             manager.reconciler.registry["x"] = lost
             with pytest.raises(GateUnavailable, match="the gate is down"):
-                manager.find(ADMIN, "x")
+                Views(manager.reconciler).find(ADMIN, "x")
 
     asyncio.run(use())

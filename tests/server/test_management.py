@@ -14,6 +14,7 @@ import pytest
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded, UsageError
 from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.views import Views
 from safelora_vllm.store.name_record import KEPT_VERSIONS
 from safelora_vllm.tenants.principal import Principal
 from tests.server.fake_server import Place
@@ -128,7 +129,7 @@ def test_the_oldest_of_ten_versions_makes_room_for_another(place: Place, tmp_pat
         async with place.manager() as (manager, _):
             for folder in folders:
                 await manager.add(tenant, "acme/x", folder, replace=True)
-            record = await manager.versions(tenant, "acme/x")
+            record = await Views(manager.reconciler).versions(tenant, "acme/x")
             assert [version.version for version in record.versions] == list(range(2, KEPT_VERSIONS + 2))
             back = await manager.roll_back(tenant, "acme/x", 2)
             assert back.version is not None and back.version.version == KEPT_VERSIONS + 2

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, StoreDamaged
-from safelora_vllm.integration.server import reconcile
+from safelora_vllm.integration.server import store_sync
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
@@ -85,7 +85,7 @@ def run(names: HangingNames, test: Callable[[Reconciler, FakeEngine], Awaitable[
         made = Reconciler(
             Pool(engine, names), Copies(nothing, state, published), 1, "aligned".__eq__, nothing
         )
-        made._watch = StoreWatch(names.folder)
+        made.store.watch = StoreWatch(names.folder)
         await made.sync()
         try:
             await test(made, engine)
@@ -134,7 +134,7 @@ def test_requests_ask_the_store_only_when_it_changed(names: HangingNames) -> Non
 def test_a_store_that_hangs_does_not_stall_what_is_served(
     names: HangingNames, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(store_sync, "_PATIENCE_SECONDS", 0.2)
 
     async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")
@@ -164,7 +164,7 @@ def test_a_store_that_hangs_does_not_stall_what_is_served(
 def test_files_of_a_copy_that_hang_do_not_stop_the_event_loop(
     names: HangingNames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(store_sync, "_PATIENCE_SECONDS", 0.2)
 
     async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")
@@ -205,13 +205,13 @@ def test_without_a_watch_the_heartbeat_sees_changes(
     names: HangingNames, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(made: Reconciler, _: FakeEngine) -> None:
-        cast(StoreWatch, made._watch).close()
-        made._watch = StoreWatch(names.root / "none")
+        cast(StoreWatch, made.store.watch).close()
+        made.store.watch = StoreWatch(names.root / "none")
         assert "cannot be watched (No such file or directory)" in caplog.text
         save(NameStore(names.root), "new", "2")
         await made.refresh()
         assert set(paths(made)) == {"chat"}
-        await made._catch_up()
+        await made.store.catch_up()
         assert set(paths(made)) == {"chat", "new"}
 
     run(names, test)

@@ -15,10 +15,11 @@ from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, Reason, StoreUnavailable
 from safelora_vllm.gate.protocol import Judgement
-from safelora_vllm.integration.server import reconcile, watchdog
+from safelora_vllm.integration.server import reconcile, store_sync, watchdog
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copy, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.store_sync import StoreSync
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
@@ -159,23 +160,23 @@ def test_a_start_serves_the_stores_names_and_watches_them(
     place: Place, static: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: list[bool] = []
-    real = Reconciler._sync
+    real = StoreSync._sync
 
-    async def sync(self: Reconciler) -> None:
-        watched.append(self._watch is not None)
+    async def sync(self: StoreSync) -> None:
+        watched.append(self.watch is not None)
         await real(self)
 
-    monkeypatch.setattr(Reconciler, "_sync", sync)
+    monkeypatch.setattr(StoreSync, "_sync", sync)
 
     async def use() -> None:
         async with place.manager() as (manager, _):
             assert manager.reconciler.names.folder.is_dir(), "there is something to watch"
-            watch = manager.reconciler._watch
+            watch = manager.reconciler.store.watch
             assert watch is not None and not watch.changed()
             await manager.add(place.tenant(), "acme/x", static["one"])
             assert watch.changed() and not watch.changed()
         assert watch._queue is None, "the end closes it"
-        assert not manager.reconciler._background, "and leaves no work"
+        assert not manager.reconciler.background.tasks, "and leaves no work"
         async with place.manager() as (manager, _):
             assert list(manager.reconciler.registry) == ["acme/x"]
 
@@ -195,11 +196,11 @@ def test_a_beat_of_the_heart_looks_for_all_that_may_be_wrong_and_survives_it(
         if len(seen) == 1:
             raise RuntimeError("what nobody expected")
 
-    async def catch_up(_: Reconciler) -> None:
+    async def catch_up(_: StoreSync) -> None:
         seen.append("catch up")
 
     monkeypatch.setattr(Watchdog, "look", look)
-    monkeypatch.setattr(Reconciler, "_catch_up", catch_up)
+    monkeypatch.setattr(StoreSync, "catch_up", catch_up)
     monkeypatch.setattr(Reconciler, "_prepare_again", lambda _: seen.append("prepare again"))
 
     async def test(_: Reconciler, __: FakeEngine) -> None:
@@ -261,7 +262,7 @@ def test_what_could_not_be_served_is_tried_again_unless_it_was_refused(
         for _ in range(3):  # the first is still at it
             made._prepare_again()
             await settle()
-        assert copies.asked == ["chat"] * 2 and len(made._background) == 1
+        assert copies.asked == ["chat"] * 2 and len(made.background.tasks) == 1
         copies.answer = REFUSED
         copies.go.set()
         await settle()
@@ -275,7 +276,7 @@ def test_what_could_not_be_served_is_tried_again_unless_it_was_refused(
         made._prepare_again()
         await settle()
         assert made.registry["chat"].served is not None
-        assert not made._background, "tasks that have ended are not kept"
+        assert not made.background.tasks, "tasks that have ended are not kept"
 
     run(tmp_path, test)
 
@@ -296,12 +297,12 @@ def test_weights_are_freed_once_nothing_serves_them(tmp_path: Path) -> None:
         await made.sync()
         await settle()
         entry = made.registry["chat"]
-        made._put(dataclasses.replace(entry, problem=None))  # the same weights
+        made.served.put(dataclasses.replace(entry, problem=None))  # the same weights
         await settle()
         assert engine.removed == []
         other = LoRARequest("chat", 99, "safelora://other")
-        assert made._wanted(entry.current().request) and not made._wanted(other)
-        assert not made._wanted(LoRARequest("nobody", 16, "safelora://1"))
+        assert made.served._wanted(entry.current().request) and not made.served._wanted(other)
+        assert not made.served._wanted(LoRARequest("nobody", 16, "safelora://1"))
         made.names.update("chat", lambda _: None)
         await made.sync()
         await settle()
@@ -325,9 +326,9 @@ def test_who_waits_for_the_store_and_goes_away_does_not_stop_the_look_at_it(tmp_
         await settle()
         waiting.cancel()
         await settle()
-        assert waiting.cancelled() and made._syncing is not None
+        assert waiting.cancelled() and made.store._syncing is not None
         go.set()
-        await made._syncing
+        await made.store._syncing
         assert list(made.registry) == ["chat"]
 
     run(tmp_path, test)
@@ -336,19 +337,19 @@ def test_who_waits_for_the_store_and_goes_away_does_not_stop_the_look_at_it(tmp_
 def test_a_store_that_hung_is_waited_for_again_once_it_has_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert reconcile._PATIENCE_SECONDS == 1.0
-    monkeypatch.setattr(reconcile, "_PATIENCE_SECONDS", 0.01)
+    assert store_sync._PATIENCE_SECONDS == 1.0
+    monkeypatch.setattr(store_sync, "_PATIENCE_SECONDS", 0.01)
     go = threading.Event()
 
     async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
         real = made.names.all
         made.names.all = lambda: go.wait(30) and real()  # type: ignore[method-assign,assignment,return-value]
-        made._start_sync()
+        made.store._start_sync()
         await made.refresh()
-        assert made._store_hangs
+        assert made.store._store_hangs
         go.set()
         await made.sync()
-        assert not made._store_hangs
+        assert not made.store._store_hangs
 
     run(tmp_path, test)
 
@@ -359,7 +360,7 @@ def test_a_folder_that_just_changed_is_looked_at_again(
 ) -> None:
     """Its time stamp is as coarse as the kernel's clock tick."""
     now = 10**18
-    monkeypatch.setattr(reconcile, "time", SimpleNamespace(time_ns=lambda: now))
+    monkeypatch.setattr(store_sync, "time", SimpleNamespace(time_ns=lambda: now))
 
     async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
         looks: list[int] = []
@@ -367,7 +368,7 @@ def test_a_folder_that_just_changed_is_looked_at_again(
         made.names.all = lambda: looks.append(1) or real()  # type: ignore[method-assign,func-returns-value]
         made.names.stamp = lambda: now - age  # type: ignore[method-assign]
         for _ in range(3):
-            await made._catch_up()
+            await made.store.catch_up()
         assert len(looks) == (1 if trusted else 3)
 
     run(tmp_path, test)

@@ -17,6 +17,7 @@ from safelora_vllm.errors import AdapterRefused, GateUnavailable, StoreUnavailab
 from safelora_vllm.integration.server import reconcile
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.views import Views
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import serving
 from safelora_vllm.store.audit_log import AuditLog
@@ -101,7 +102,7 @@ def test_a_tenants_rules_hold_for_all_that_it_does(place: Place, adapters: list[
         async with place.manager() as (manager, _):  # after a restart
             for who, wanted in expected.items():
                 for name in ("x", "admins"):
-                    assert rules(manager.find(who, f"{who.tenant}/{name}")) == wanted
+                    assert rules(Views(manager.reconciler).find(who, f"{who.tenant}/{name}")) == wanted
 
     asyncio.run(use())
     told = {record["adapter"]: record for record in AuditLog(place.store / "audit").read()}
@@ -196,8 +197,8 @@ def test_rules_that_refuse_withdraw_an_adapter_and_say_why(place: Place, adapter
             await until(lambda: not (selected(one, "acme/x") or selected(two, "acme/x")))
             for server in (one, two):
                 with pytest.raises(AdapterRefused, match=r"\[total_norm\] all modules together"):
-                    server.find(OTHER, "acme/x")
-            record = (await one.versions(OTHER, "acme/x")).live
+                    Views(server.reconciler).find(OTHER, "acme/x")
+            record = (await Views(one.reconciler).versions(OTHER, "acme/x")).live
             assert [reason.code for reason in record.refused] == ["total_norm"] and record.judged
             with pytest.raises(AdapterRefused):  # a tenant cannot shed it
                 await one.roll_back(OTHER, "acme/x", 1)
@@ -212,7 +213,7 @@ def test_rules_that_refuse_withdraw_an_adapter_and_say_why(place: Place, adapter
             await until(lambda: not (selected(one, "acme/x") or selected(two, "acme/x")))
         async with place.manager() as (one, _):  # after a restart, still
             with pytest.raises(AdapterRefused, match="total_norm"):
-                one.find(OTHER, "acme/x")
+                Views(one.reconciler).find(OTHER, "acme/x")
             await asyncio.sleep(0.2)  # it was judged again and that is no news
             write_keys(place, "[tenants.acme]\n")
             await until(lambda: selected(one, "acme/x") == "threshold")
@@ -337,7 +338,7 @@ def test_a_new_copy_that_vllm_cannot_load_is_a_refusal(
             write_keys(place, '[tenants.acme.policy]\nselect = "all"\n')
             await until(lambda: not selected(manager, "acme/x"))
             with pytest.raises(AdapterRefused, match="vLLM cannot load the adapter: no room for it"):
-                manager.find(OTHER, "acme/x")
+                Views(manager.reconciler).find(OTHER, "acme/x")
 
     asyncio.run(use())
     (record,) = records(place)
@@ -356,7 +357,7 @@ def test_an_adapter_whose_upload_is_lost_is_not_served_by_former_rules(
             write_keys(place, '[tenants.acme.policy]\nselect = "all"\n')
             await until(lambda: not selected(manager, "acme/x"))
             with pytest.raises(StoreUnavailable, match="upload acme/x again"):
-                manager.find(OTHER, "acme/x")
+                Views(manager.reconciler).find(OTHER, "acme/x")
             await manager.add(OTHER, "acme/x", adapters[0], replace=True)
             assert selected(manager, "acme/x") == "all"
 

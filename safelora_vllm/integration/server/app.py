@@ -25,6 +25,7 @@ from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
+from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.tenants.keys import KeyRing
@@ -106,9 +107,8 @@ class SafeLoRAEndpoint:
             tuple(Path(root).resolve() for root in settings.adapter_roots),
             settings.max_adapter_bytes,
             settings.allow_hub,
-            lambda: door.keys.tenants,
-            settings.tenant_reports,
         )
+        state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

@@ -21,6 +21,7 @@ from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
 from safelora_vllm.integration.server.metrics import exposition
+from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
@@ -38,6 +39,7 @@ from safelora_vllm.integration.server.schemas import (
 )
 from safelora_vllm.integration.server.uploads import TooLarge, download, incoming, read_with_timeout, receive
 from safelora_vllm.integration.server.usage import TenantUsage
+from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.tenants.principal import Principal
 
@@ -70,8 +72,20 @@ def manager(request: Request) -> Manager:
     return current
 
 
+def answers(request: Request) -> Views:
+    """What this process shows of what it serves.
+
+    Raises:
+        NotServing: the server runs without LoRA.
+    """
+    manager(request)
+    found: Views = request.app.state.safelora_views
+    return found
+
+
 Caller = Annotated[Principal, Depends(identified)]
 Managed = Annotated[Manager, Depends(manager)]
+Shown = Annotated[Views, Depends(answers)]
 
 
 class BoundedRoute(APIRoute):
@@ -126,12 +140,15 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
     responses={**_CHANGES, **documented(408, 413, 429)},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
-async def upload_adapter(who: Caller, managed: Managed, request: Request, replace: bool = False) -> Any:
+async def upload_adapter(
+    who: Caller, managed: Managed, shown: Shown, request: Request, replace: bool = False
+) -> Any:
     """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
     the old weights, later ones use the new."""
     with request.app.state.safelora_upload_limiter.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
-            return await _add_by_path(who, managed, request, replace)
+            entry = await _add_by_path(who, managed, request, replace)
+            return shown.report(who, entry)
         async with incoming(managed.reconciler.names.root) as folder:
             may_use = functools.partial(managed.check, who)
             received = await receive(request, folder, managed.max_adapter_bytes, may_use)
@@ -144,12 +161,10 @@ async def upload_adapter(who: Caller, managed: Managed, request: Request, replac
                 await asyncio.to_thread(download, hub_id, revision, folder, most, token)
             else:
                 source = received.adapter
-            return managed.report(
-                who, await managed.add(who, received.fields["name"], source, replace=replace)
-            )
+            return shown.report(who, await managed.add(who, received.fields["name"], source, replace=replace))
 
 
-async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Any:
+async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Entry:
     if who.kind != "admin" or not managed.roots:
         raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
     text = b"".join([chunk async for chunk in read_with_timeout(request)])
@@ -158,22 +173,22 @@ async def _add_by_path(who: Principal, managed: Manager, request: Request, repla
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
     source = managed.check_root(body.path)
-    return managed.report(who, await managed.add(who, body.name, source, replace=replace))
+    return await managed.add(who, body.name, source, replace=replace)
 
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))
-async def list_adapters(who: Caller, managed: Managed) -> Any:
+async def list_adapters(who: Caller, shown: Shown) -> Any:
     """All adapters that the caller may use; the modules of each are in its own report."""
-    entries = visible(managed.reconciler.registry, who).values()
+    entries = visible(shown.reconciler.registry, who).values()
     return {"data": [summary_of(entry) for entry in entries if entry.served]}
 
 
 @router.get(
     "/v1/adapters/{name:path}/versions", response_model=VersionList, responses=documented(401, 404, 503)
 )
-async def list_versions(name: str, who: Caller, managed: Managed) -> Any:
+async def list_versions(name: str, who: Caller, shown: Shown) -> Any:
     """What has been served under a name."""
-    record = await managed.versions(who, name)
+    record = await shown.versions(who, name)
     versions = [version_info(version) for version in record.versions]
     return {"name": name, "current": record.current, "versions": versions}
 
@@ -183,25 +198,27 @@ async def list_versions(name: str, who: Caller, managed: Managed) -> Any:
     response_model=AdapterReport,
     responses={**_CHANGES, **documented(429)},
 )
-async def roll_back(name: str, body: Rollback, who: Caller, managed: Managed, request: Request) -> Any:
+async def roll_back(
+    name: str, body: Rollback, who: Caller, managed: Managed, shown: Shown, request: Request
+) -> Any:
     """Serve an earlier version's content again, as a new version."""
     with request.app.state.safelora_upload_limiter.take(who.tenant):
-        return managed.report(who, await managed.roll_back(who, name, body.version))
+        return shown.report(who, await managed.roll_back(who, name, body.version))
 
 
 @router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=_CHANGES)
-async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Managed) -> Any:
+async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Managed, shown: Shown) -> Any:
     """Judge an adapter by other rules than the server's, from what was uploaded."""
     entry = await managed.set_policy(who, name, body.policy, body.override, body.reason)
-    return managed.report(who, entry)
+    return shown.report(who, entry)
 
 
 @router.get(
     "/v1/adapters/{name:path}", response_model=AdapterReport, responses=documented(401, 404, 422, 503)
 )
-async def get_adapter(name: str, who: Caller, managed: Managed) -> Any:
+async def get_adapter(name: str, who: Caller, shown: Shown) -> Any:
     """The report of one served adapter."""
-    return managed.report(who, managed.find(who, name))
+    return shown.report(who, shown.find(who, name))
 
 
 @router.delete(
@@ -214,9 +231,9 @@ async def delete_version(name: str, number: int, who: Caller, managed: Managed) 
 
 
 @router.get("/v1/usage", response_model=TenantUsage, responses=documented(400, 401, 403, 503))
-async def get_usage(who: Caller, managed: Managed, tenant: str | None = None) -> Any:
+async def get_usage(who: Caller, shown: Shown, tenant: str | None = None) -> Any:
     """A tenant's quota, what it uses of it, and what was refused of late. Admins name the tenant."""
-    return await managed.usage(who, tenant)
+    return await shown.usage(who, tenant)
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)

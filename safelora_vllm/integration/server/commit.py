@@ -1,0 +1,175 @@
+"""The frame of every change: one at a time of a name, and from what was judged to what is served.
+
+What fails before the store's name is changed leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+from safelora_vllm.errors import (
+    AdapterRefused,
+    AlreadyLoaded,
+    ChangedMeanwhile,
+    Forbidden,
+    QuotaExceeded,
+    SafeLoRAError,
+)
+from safelora_vllm.integration.server.decisions import audit_fields, log, version_fields
+from safelora_vllm.integration.server.published_copies import Judged
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.visibility import look_up, unknown
+from safelora_vllm.store import AdapterRecord, Version
+from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.tenants.principal import Principal
+from safelora_vllm.tenants.quotas import check_quota
+
+
+class Commits:
+    """Makes what was judged the newest version of a name, in one API server process."""
+
+    def __init__(self, reconciler: Reconciler, audit: AuditLog) -> None:
+        self._reconciler, self._audit = reconciler, audit
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def changing(self, who: Principal, name: str, action: str) -> AsyncIterator[float]:
+        """One change of a name at a time in this process, from the moment that it gives on.
+
+        What a quota stops goes to the audit log.
+        """
+        if not who.may_use(name):  # before the lock: waiting for it would tell that there is such a name
+            raise unknown(name)
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        async with lock:
+            try:
+                yield time.perf_counter()
+            except QuotaExceeded as error:
+                await self.log(who, action, name, decision="refused", reasons=["quota"])
+                raise QuotaExceeded(
+                    f"{error}. What counts are the names {who.tenant}/...; GET /v1/usage lists them"
+                ) from None
+
+    async def record(self, name: str) -> AdapterRecord | None:
+        """The record of a name, None where there is none."""
+        return await asyncio.to_thread(self._reconciler.names.get, name)
+
+    async def known(self, who: Principal, name: str) -> AdapterRecord:
+        """The record of a name that the caller may change.
+
+        Raises:
+            UnknownAdapter, Forbidden.
+        """
+        record = await self.record(name) if who.may_use(name) else None
+        if record is None:
+            raise unknown(name)
+        if not who.may_manage(name):
+            raise Forbidden(f"this key may use {name}, but not change it")
+        return record
+
+    async def check_accepted(
+        self, who: Principal, name: str, action: str, judged: Judged, override: bool = False, reason: str = ""
+    ) -> None:
+        """A refusal goes to the audit log and to the caller."""
+        if not judged.report.accepted:
+            asked = {"override": override or judged.override, "reason": reason}
+            asked = {field: value for field, value in asked.items() if value}
+            await self.log(who, action, name, **audit_fields(judged.report, "refused"), **asked)
+            raise AdapterRefused(judged.report.reasons)
+
+    async def commit(
+        self,
+        who: Principal,
+        name: str,
+        action: str,
+        judged: Judged,
+        before: AdapterRecord | None,
+        new: Version,
+        start: float,
+    ) -> Entry:
+        """Load what was judged and make it the newest version of what ``before`` still is."""
+        pool, report = self._reconciler.pool, judged.report
+        new = dataclasses.replace(new, id=await pool.new_id())
+        request = pool.request(name, new.key, new.id)
+        try:
+            await pool.load(request, judged.judgement.bytes)
+        except AdapterRefused as error:
+            await self.log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
+            raise
+        try:
+            timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
+            record = await asyncio.to_thread(self.update, who, name, before, timed)
+        except SafeLoRAError:
+            await pool.release(request, wanted=lambda _: False)
+            raise
+        await self._reconciler.sync()
+        done = version_fields(record.live, judged.override)
+        await self.log(who, action, name, **done, **audit_fields(report, "accepted"))
+        entry = look_up(self._reconciler.registry, who, name)
+        entry.current()
+        return entry
+
+    def update(self, who: Principal, name: str, before: AdapterRecord | None, new: Version) -> AdapterRecord:
+        """Add a version to a name's record, if that still is ``before``.
+
+        Raises:
+            AlreadyLoaded, ChangedMeanwhile, QuotaExceeded, SafeLoRAError: the store cannot be changed.
+        """
+
+        def change(record: AdapterRecord | None) -> AdapterRecord:
+            """Under the store's lock: two servers cannot exceed a quota together, nor undo each other."""
+            if (record and record.unjudged) != (before and before.unjudged):
+                if before is None:
+                    raise taken(name)
+                raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
+            after = (record or AdapterRecord(name)).with_version(new)
+            check_quota(self._reconciler.names, who, after)
+            return after
+
+        record = self._reconciler.names.update(name, change)
+        assert record is not None
+        return record
+
+    async def log(self, who: Principal, action: str, name: str, **details: Any) -> None:
+        """Record what a caller did."""
+        await log(self._audit, who.key_id, action, name, **details)
+
+
+def version_of(
+    judged: Judged,
+    who: Principal,
+    policy: dict[str, Any],
+    override: bool = False,
+    before: dict[str, Any] | None = None,
+    reason: str = "",
+) -> Version:
+    """The version that a change makes.
+
+    before: the policy that held for the name's next content, which an override leaves in force."""
+    report = judged.report
+    return Version(
+        version=0,
+        digest=report.digest,
+        bytes=judged.judgement.bytes,
+        rank=max((module.rank for module in report.modules), default=0),
+        created=time.time(),
+        by=who.key_id,
+        policy=policy,
+        override=override,
+        base_policy=before or {} if override else {},
+        reason=reason,
+        key=judged.judgement.accepted_key(),
+        ruleset_digest=judged.ruleset,
+    )
+
+
+def taken(name: str) -> AlreadyLoaded:
+    """The answer where a name has an adapter that shall stay."""
+    return AlreadyLoaded(f"{name} is already loaded; replace it (?replace=true, load_inplace) or remove it")

@@ -1,0 +1,57 @@
+"""Changes of the registry: what an entry had before is freed when nobody uses it any more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllm.lora.request import LoRARequest
+
+from safelora_vllm.errors import Unavailable, fresh_copy
+from safelora_vllm.integration.server.background import Background
+from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.published_copies import Copy
+from safelora_vllm.integration.server.registry import Entry, Registry, Served
+
+
+class ServedNames:
+    """The names that one API server process knows. The only writer of its registry."""
+
+    def __init__(self, pool: Pool, background: Background) -> None:
+        self.registry: Registry = {}
+        self._pool, self._background = pool, background
+
+    def serve(self, entry: Entry, copy: Copy) -> None:
+        """Serve a published copy under a name."""
+        try:
+            request = self._pool.request(entry.name, copy.key, entry.first_id)
+        except Unavailable as error:
+            return self.put(replace(entry, served=None, problem=fresh_copy(error)))
+        served = Served(request, copy.report.named(entry.name), copy.state)
+        self.put(replace(entry, served=served, problem=None))
+
+    def put(self, entry: Entry) -> None:
+        """Change what is known of a name. Weights that it had before are freed when nobody uses them."""
+        before = self.registry.get(entry.name)
+        self.registry[entry.name] = entry
+        if before is not None and before.served is not None:
+            kept = entry.served is not None and _same(entry.served.request, before.served.request)
+            if not kept:
+                self._release(before.served.request)
+
+    def drop(self, name: str) -> None:
+        """Forget a name, and free its weights."""
+        entry = self.registry.pop(name)
+        if entry.served is not None:
+            self._release(entry.served.request)
+
+    def _release(self, request: LoRARequest) -> None:
+        self._background.spawn(self._pool.release(request, self._wanted))
+
+    def _wanted(self, request: LoRARequest) -> bool:
+        """Whether this very version is served."""
+        entry = self.registry.get(request.lora_name)
+        return entry is not None and entry.served is not None and _same(entry.served.request, request)
+
+
+def _same(one: LoRARequest, other: LoRARequest) -> bool:
+    return bool(one.lora_int_id == other.lora_int_id)

@@ -1,0 +1,76 @@
+"""What callers are shown of adapters and of their tenant's use of the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safelora_vllm.errors import Forbidden, UsageError
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.schemas import report_of
+from safelora_vllm.integration.server.usage import usage_of
+from safelora_vllm.integration.server.visibility import look_up, unknown
+from safelora_vllm.settings import ServerSettings
+from safelora_vllm.store import AdapterRecord
+from safelora_vllm.tenants.keys_file import Tenant
+from safelora_vllm.tenants.principal import Principal
+from safelora_vllm.tenants.quotas import own_records
+
+
+@dataclass(frozen=True)
+class Views:
+    """Answers that change nothing.
+
+    tenants: of the keys file, as it is now. tenant_reports: whether others than admins see the figures of
+    each module.
+    """
+
+    reconciler: Reconciler
+    tenants: Callable[[], Mapping[str, Tenant]] = dict
+    tenant_reports: str = ServerSettings.tenant_reports
+
+    def find(self, who: Principal, name: str) -> Entry:
+        """A served adapter that the caller may see.
+
+        Raises:
+            UnknownAdapter. Unavailable or AdapterRefused: it cannot be served at the moment.
+        """
+        entry = look_up(self.reconciler.registry, who, name)
+        entry.current()
+        return entry
+
+    def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
+        """The body of `AdapterReport` for a caller, of an adapter that is served."""
+        return report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
+
+    async def versions(self, who: Principal, name: str) -> AdapterRecord:
+        """All versions that the store keeps of a name that the caller may see."""
+        names = self.reconciler.names
+        record = await asyncio.to_thread(names.get, name) if who.may_use(name) else None
+        if record is None:
+            raise unknown(name)
+        return record
+
+    async def usage(self, who: Principal, tenant: str | None) -> dict[str, Any]:
+        """The body of `TenantUsage`. tenant: whose an admin wants to see.
+
+        Raises:
+            UsageError: an admin names none, or one that does not exist. Forbidden: a tenant names another.
+        """
+        if who.kind == "tenant" and tenant not in (None, who.tenant):
+            raise Forbidden("this key sees the usage of its own tenant only: leave tenant out")
+        owner, known = who.tenant or tenant, self.tenants()
+        if owner is None:
+            raise UsageError("whose usage is not said: expected ?tenant=NAME with an admin's key")
+        records = await asyncio.to_thread(own_records, self.reconciler.names, owner)
+        if owner not in known and not records and who.kind == "admin":
+            raise UsageError(
+                f"{owner!r:.200} is not a tenant: the keys file has {', '.join(known) or 'none'}"
+            )
+        quota = known[owner].quota if owner in known else who.quota
+        policy = await asyncio.to_thread(self.reconciler.copies.policy, f"{owner}/")
+        refusals = await asyncio.to_thread(self.reconciler.audit.refusals, owner)
+        return usage_of(owner, quota, policy, records, self.reconciler.registry, refusals)
