@@ -71,11 +71,11 @@ function versionsOf(item, { current, versions }, act) {
     () => api.removeVersion(item.name, v.version), `Version ${v.version} of ${item.name} is removed.`) },
     "Remove", el("span", { class: "hidden-text" }, ` version ${v.version}`));
     const why = v.reason ? el("bdi", {}, printable(v.reason)) : Object.keys(v.policy).length ? policyText(v.policy) : "–";
-    return [[String(v.version), "number"], [live ? badge(item.state) : "kept"], [timeOf(v.created)], [nameOf(v.by), "mid"],
+    return [[String(v.version)], [live ? badge(item.state) : "kept"], [timeOf(v.created)], [nameOf(v.by), "mid"],
       [bytesText(v.bytes), "number mid"], [v.rank, "number wide"], [el("code", { title: v.digest }, v.digest.slice(0, 8)), "wide"], [why, "wide"],
       [item.changeable && !live ? el("span", { class: "buttons" }, back, drop) : ""]];
   });
-  return section("Versions", table("Versions", [["Version", "number"], ["State"], ["Made"], ["By", "mid"], ["Size", "number mid"],
+  return section("Versions", table("Versions", [["Version"], ["State"], ["Made"], ["By", "mid"], ["Size", "number mid"],
     ["Rank", "number wide"], ["Digest", "wide"], ["Why", "wide"], [item.changeable ? "Change" : ""]], rows));
 }
 

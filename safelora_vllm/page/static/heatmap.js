@@ -6,6 +6,9 @@ import { el, figure, printable } from "./dom.js";
 const SEQUENTIAL = ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"];
 const DIVERGING = ["#08519c", "#5a9bd0", "#e9e9e9", "#e8983e", "#9c4a00"];
 
+// The order in which a layer computes them.
+const USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
 const signed = (value) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${figure(Math.abs(value), 2)}`);
 const short = (value) => (value === null ? "–" : figure(value, value < 0.0995 ? 3 : 2));
 
@@ -14,7 +17,7 @@ export const MEASURES = [
     id: "similarity", label: "Similarity over chance", colours: DIVERGING, text: signed,
     value: (m) => (m.similarity === null ? null : m.similarity - m.null_similarity),
     range: (values) => { const most = Math.max(0.05, ...values.map(Math.abs)); return [-most, most]; },
-    meaning: "How much the projected change resembles the uploaded one, less what a random change of the same shape scores. At 0 it is like a random one.",
+    meaning: "How much the projected change resembles the uploaded one, less what a random change of the same shape scores. At 0 it scores like a random one.",
   },
   {
     id: "retained", label: "Retained norm", colours: SEQUENTIAL, text: short,
@@ -40,7 +43,8 @@ export function arranged(modules) {
     rows.get(key).cells.set(column, module);
   }
   const sorted = [...rows.values()].sort((a, b) => Number(a.row === "–") - Number(b.row === "–") || a.row - b.row);
-  return { rows: sorted, columns: [...columns] };
+  const place = (name) => { const at = USUAL.indexOf(name.slice(name.lastIndexOf(".") + 1)); return at < 0 ? USUAL.length : at; };
+  return { rows: sorted, columns: [...columns].sort((a, b) => place(a) - place(b)) };
 }
 
 /** The map with its choice of measure, legend and the figures of the module that is pointed at. */
@@ -62,7 +66,7 @@ export function heatMap(modules) {
     MEASURES.map((measure, index) => el("label", {},
       el("input", { type: "radio", name: "measure", value: measure.id, checked: index === 0, onchange: () => show(measure) }),
       el("span", {}, measure.label))));
-  frame.append(choice, meaning, grid, readout, legend);
+  frame.append(choice, meaning, grid, legend, readout);
   show(MEASURES[0]);
   return frame;
 }

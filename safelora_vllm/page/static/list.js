@@ -2,7 +2,7 @@
 
 import { badge, bytesText, counted, el, figure, nameOf, printable, section, table, timeOf } from "./dom.js";
 
-const PAGE = 200; // rows that are shown at first: a thousand adapters stay quick
+const PAGE = 100; // rows that are shown at once: a thousand adapters stay quick
 const ORDER = { refused: 0, unavailable: 1, served: 2 };
 export const linkTo = (name) => `#/adapter/${encodeURIComponent(name)}`;
 
@@ -27,9 +27,9 @@ function stateCell(adapter) {
 
 /** The view of the list. Its `update(overview, refusals)` shows what is new. */
 export function listView({ upload }) {
-  let adapters = [], found = [], shown = PAGE, by = COLUMNS[0], down = false, mayUpload = false;
-  const search = el("input", { type: "search", id: "search", placeholder: "name, reason or policy", autocomplete: "off", spellcheck: "false", oninput: () => { shown = PAGE; render(); } });
-  const state = el("select", { id: "state", onchange: () => { shown = PAGE; render(); } },
+  let adapters = [], found = [], from = 0, by = COLUMNS[0], down = false, mayUpload = false;
+  const search = el("input", { type: "search", id: "search", placeholder: "name, reason or policy", autocomplete: "off", spellcheck: "false", oninput: () => { from = 0; render(); } });
+  const state = el("select", { id: "state", onchange: () => { from = 0; render(); } },
     ["all", "served", "refused", "unavailable"].map((value) => el("option", { value }, value)));
   const count = el("p", { class: "count", role: "status" });
   const head = el("tr"), body = el("tbody"), more = el("p", { class: "more" }), empty = el("div", { class: "empty" });
@@ -45,6 +45,7 @@ export function listView({ upload }) {
       el("button", { type: "button", class: "sort", onclick: () => sort(column) }, column.label,
         el("span", { class: "arrow", "aria-hidden": "true" }, column === by ? (down ? " ▾" : " ▴") : "")))));
   const sort = (column) => {
+    from = 0;
     down = column === by ? !down : Boolean(column.newest);
     by = column;
     heads();
@@ -59,15 +60,16 @@ export function listView({ upload }) {
   };
   const text = (a) => [a.name, a.state, a.method, a.mode, a.by, ...a.reasons.map((r) => r.code)].join(" ").toLowerCase();
   const row = (adapter) => el("tr", {}, COLUMNS.map((column) => el("td", { class: column.kind }, column.cell(adapter))));
+  const turn = (label, step) => el("button", { type: "button", disabled: from + step < 0 || from + step >= found.length,
+    onclick: () => { from += step; render(); frame.scrollIntoView(); frame.focus({ preventScroll: true }); } }, label);
   const render = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     found = adapters.filter((a) => (state.value === "all" || a.state === state.value) && words.every((word) => text(a).includes(word))).sort(compare);
+    if (from >= found.length) from = 0;
     const focused = document.activeElement?.closest?.("tbody") === body ? document.activeElement.getAttribute("href") : null;
-    body.replaceChildren(...found.slice(0, shown).map(row));
+    body.replaceChildren(...found.slice(from, from + PAGE).map(row));
     if (focused) body.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
-    const rest = found.length - shown;
-    more.replaceChildren(...(rest > 0 ? [el("button", { type: "button", onclick: () => { shown += PAGE; render(); } },
-      `Show ${Math.min(PAGE, rest)} more of ${rest}`)] : []));
+    more.replaceChildren(...(found.length > PAGE ? [turn("Previous", -PAGE), ` ${from + 1} to ${Math.min(found.length, from + PAGE)} of ${found.length} `, turn("Next", PAGE)] : []));
     frame.hidden = tools.hidden = !adapters.length;
     frame.hidden ||= !found.length;
     empty.replaceChildren(...(found.length ? [] : emptyText()));

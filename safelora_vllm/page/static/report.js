@@ -3,16 +3,16 @@
 import { badge, counted, el, figure, printable, reasonList, section } from "./dom.js";
 import { heatMap } from "./heatmap.js";
 
-/** The decision as a sentence. */
+/** What follows the word of the decision. */
 export function verdict(report) {
   const projected = report.modules.filter((module) => module.decision === "projected").length;
   const share = `${projected} of ${counted(report.modules.length, "module")}`;
-  if (!report.accepted) return report.modules.length ? "Refused" : "Refused before it could be measured";
+  if (!report.accepted) return report.modules.length ? "" : " before it could be measured";
   if (report.policy.mode !== "enforce") {
     const would = report.reasons.length ? "would refuse it" : `would project ${share}`;
-    return `Accepted UNPROJECTED, as in report-only mode; enforcing ${would}`;
+    return ` and UNPROJECTED, as in report-only mode; enforcing ${would}`;
   }
-  return report.modules.length ? `Accepted, ${share} projected` : "Accepted";
+  return report.modules.length ? `: ${share} projected` : "";
 }
 
 /** A policy in few words. */
@@ -36,7 +36,7 @@ export function reportView(report, more = []) {
   const nothing = report.modules.length && report.modules.every((module) => module.similarity === null);
   const unprojected = report.accepted && report.policy.mode !== "enforce";
   return [
-    el("p", { class: unprojected ? "verdict warn" : "verdict" }, badge(report.accepted ? "accepted" : "refused"), " ", verdict(report)),
+    el("p", { class: unprojected ? "verdict warn" : "verdict" }, badge(report.accepted ? "accepted" : "refused"), verdict(report)),
     nothing ? el("p", { class: "note" }, "The adapter changes nothing: each of its modules has an A or a B of zeros.") : null,
     uncertain ? el("p", { class: "note" }, `${counted(uncertain, "module is", "modules are")} projected only because a thin projector cache leaves their similarity open.`) : null,
     report.reasons.length ? reasonList(report.reasons) : null,
