@@ -23,10 +23,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--json", action="store_true", help="print the report as JSON; several reports one a line"
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="also write the page's view of one adapter as a file that needs no server"
+        "--html",
+        metavar="FILE",
+        help="also write the page's view of one adapter as a file that needs no server",
     )
     parser.add_argument(
-        "--png", metavar="FILE", help="also draw the heat maps of one adapter; needs matplotlib (extra picture)"
+        "--png",
+        metavar="FILE",
+        help="also draw the heat maps of one adapter; needs matplotlib (extra picture)",
     )
     add_gate_options(parser)
     parser.set_defaults(run=run)

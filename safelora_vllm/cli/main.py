@@ -8,7 +8,19 @@ import signal
 import sys
 
 from safelora_vllm import __version__
-from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, plan, project, serve, store, top
+from safelora_vllm.cli import (
+    REFUSED,
+    USAGE,
+    audit,
+    build,
+    calibrate,
+    inspect,
+    plan,
+    project,
+    serve,
+    store,
+    top,
+)
 from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 

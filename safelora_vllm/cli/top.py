@@ -36,7 +36,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=f"The key is taken from {API_KEY}, or else from {ADMIN_KEY}. Ctrl-C ends it.",
     )
     parser.add_argument(
-        "url", nargs="?", default="http://localhost:8000", help="of the server; default: http://localhost:8000"
+        "url",
+        nargs="?",
+        default="http://localhost:8000",
+        help="of the server; default: http://localhost:8000",
     )
     parser.add_argument(
         "--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks; default: 2"
@@ -100,7 +103,9 @@ class Server:
         except urllib.error.HTTPError as error:
             raise self._refused(error) from error
         except (OSError, HTTPException, ValueError) as error:
-            raise NoAnswer(f"no answer from {self._url}: {error}. Check the URL, and that the server runs") from error
+            raise NoAnswer(
+                f"no answer from {self._url}: {error}. Check the URL, and that the server runs"
+            ) from error
         if not isinstance(found, dict):
             raise UsageError(f"{self._url} is not a guarded server: its answer to {path} is not an object")
         return found

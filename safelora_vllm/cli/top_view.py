@@ -45,7 +45,8 @@ class Frame:
 
     def _group(self, height: int | None) -> Group:
         adapters = sorted(
-            self._answer["adapters"], key=lambda a: (_ORDER.get(a["state"], 0), -(a["created"] or 0), a["name"])
+            self._answer["adapters"],
+            key=lambda a: (_ORDER.get(a["state"], 0), -(a["created"] or 0), a["name"]),
         )
         refusals = self._answer.get("refusals", [])
         parts: list[RenderableType] = [self._head(), self._counts(adapters)]
@@ -82,7 +83,13 @@ class Frame:
         table = Table(expand=True, pad_edge=False)
         table.add_column("adapter", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 22)
-        for name in ("version", "changed", "projected", *(("least retained", "rank") if wide else ()), "norm"):
+        for name in (
+            "version",
+            "changed",
+            "projected",
+            *(("least retained", "rank") if wide else ()),
+            "norm",
+        ):
             table.add_column(name, justify="right", no_wrap=True)
         for a in adapters:
             figures = a["figures"] or {}

@@ -35,14 +35,18 @@ def write_png(report: Report, file: Path) -> None:
         ) from None
     if not report.modules:
         codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
-        raise UsageError(f"there is nothing to draw: {report.adapter!r:.200} was refused before it was measured ({codes})")
+        raise UsageError(
+            f"there is nothing to draw: {report.adapter!r:.200} was refused before it was measured ({codes})"
+        )
     rows, columns, cells = arranged(report.modules)
     wide, high = max(3.2, 0.55 * len(columns)), max(2.2, 0.2 * len(rows))
     figure = Figure(figsize=(3 * wide + 1, high + 1.6), dpi=120, layout="constrained")
     projected = f"{report.count('projected')} of {len(report.modules)} modules projected"
     answer = "accepted" if report.accepted else "refused"
     unprojected = "" if report.policy.enforcing else f", UNPROJECTED ({report.policy.mode})"
-    figure.suptitle(f"{_plain(report.adapter)}: {answer}{unprojected}; {projected}\n{report.policy.summary}", fontsize=10)
+    figure.suptitle(
+        f"{_plain(report.adapter)}: {answer}{unprojected}; {projected}\n{report.policy.summary}", fontsize=10
+    )
     for axes, (title, values, colours, centred) in zip(figure.subplots(1, 3), _measures(cells), strict=True):
         _draw(figure, axes, title, values, colours, centred, rows, columns)
     target = io.BytesIO()
@@ -92,10 +96,16 @@ def _draw(
 ) -> None:  # fmt: skip
     known = [value for row in values for value in row if value == value]
     most = max(map(abs, known), default=0.0) or 1e-9
-    low, high = (-max(0.05, most), max(0.05, most)) if centred else (0.0, max(1.0, most) if "retained" in title else most)
+    low, high = (
+        (-max(0.05, most), max(0.05, most))
+        if centred
+        else (0.0, max(1.0, most) if "retained" in title else most)
+    )
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     axes.set_title(title, fontsize=9)
-    axes.set_xticks(range(len(columns)), [_plain(name) for name in columns], rotation=60, ha="right", fontsize=7)
+    axes.set_xticks(
+        range(len(columns)), [_plain(name) for name in columns], rotation=60, ha="right", fontsize=7
+    )
     step = max(1, len(rows) // 40)
     axes.set_yticks(range(0, len(rows), step), rows[::step], fontsize=7)
     axes.set_ylabel("layer", fontsize=8)
@@ -105,8 +115,18 @@ def _draw(
                 if value == value:
                     red, green, blue, _ = image.cmap(image.norm(value))
                     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-                    text = f"{value:+.2f}" if centred else f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}"
-                    axes.text(x, y, text, ha="center", va="center", fontsize=5.5, color="black" if bright else "white")
+                    text = (
+                        f"{value:+.2f}" if centred else f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}"
+                    )
+                    axes.text(
+                        x,
+                        y,
+                        text,
+                        ha="center",
+                        va="center",
+                        fontsize=5.5,
+                        color="black" if bright else "white",
+                    )
     figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
 
 

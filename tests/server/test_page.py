@@ -87,7 +87,9 @@ def faults(page: Page) -> list[str]:
     pytest.importorskip("axe_playwright_python", reason="no axe: pip install axe-playwright-python")
     axe = (resources.files("axe_playwright_python") / "axe.min.js").read_text()
     page.evaluate(axe)
-    found = page.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.impact, v.nodes.map(n => n.html)]))")
+    found = page.evaluate(
+        "axe.run().then(r => r.violations.map(v => [v.id, v.impact, v.nodes.map(n => n.html)]))"
+    )
     return [str(fault) for fault in found if fault[1] in ("serious", "critical")]
 
 
@@ -102,7 +104,10 @@ def test_an_adapter_s_life(page: Page, admin: httpx.Client, tmp_path: Path) -> N
     assert dialog.get_by_label("Name", exact=True).input_value() == "acme/"
     dialog.get_by_label("Name", exact=True).fill("acme/orders")
     dialog.get_by_label("Files of the adapter").set_input_files(files(first)[:1])
-    assert "expected adapter_config.json and adapter_model.safetensors" in dialog.get_by_role("alert").inner_text()
+    assert (
+        "expected adapter_config.json and adapter_model.safetensors"
+        in dialog.get_by_role("alert").inner_text()
+    )
     dialog.get_by_label("Files of the adapter").set_input_files(files(dora))
     dialog.get_by_role("button", name="Upload").click()
     dialog.locator(".reasons code").wait_for()
@@ -189,7 +194,9 @@ def test_who_sees_what(page: Page, url: str, admin: httpx.Client, tmp_path: Path
     assert page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
 
     sign_in(page, ADMIN_KEY)
-    assert row(page, HOSTILE).locator("a").inner_text() == HOSTILE and "fixed" in row(page, HOSTILE).inner_text()
+    assert (
+        row(page, HOSTILE).locator("a").inner_text() == HOSTILE and "fixed" in row(page, HOSTILE).inner_text()
+    )
     row(page, HOSTILE).locator("a").click()
     page.get_by_role("heading", name=HOSTILE).wait_for()
     assert page.evaluate("window.hurt") is None
@@ -203,7 +210,13 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
     many = [{**item, "name": f"tenant{i % 20}/adapter-{i:04d}", "version": i % 7 + 1} for i in range(998)]
     reasons = [{"code": "total_norm", "message": f"{HOSTILE} {TURNED}"}]
     many += [
-        {**item, "name": TURNED, "state": "refused", "reasons": reasons, "problem": "today's rules refuse it"},
+        {
+            **item,
+            "name": TURNED,
+            "state": "refused",
+            "reasons": reasons,
+            "problem": "today's rules refuse it",
+        },
         {**item, "name": "<img src=x onerror=window.hurt=1>", "mode": "report-only", "override": True},
     ]
     text = json.dumps({**body, "adapters": many})
@@ -234,7 +247,9 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
     page.locator("#search").fill("total_norm")
     assert page.locator("table.adapters tbody tr").count() == 1
     link = page.locator("table.adapters tbody a")
-    assert link.inner_text() == TURNED.replace("\u202e", "\\u202e"), "what turns the text is shown as its code"
+    assert link.inner_text() == TURNED.replace("\u202e", "\\u202e"), (
+        "what turns the text is shown as its code"
+    )
     page.locator("#search").fill("onerror")
     assert "unprojected" in page.locator("table.adapters tbody").inner_text()
     link.click()
@@ -292,7 +307,9 @@ def _check_files(http: httpx.Client) -> None:
     assert http.get("/v1/overview").status_code == 401
 
 
-def test_a_server_without_the_page(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_the_page(
+    cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "safelora")
     monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
     with Place.start(cache, tmp_path) as place, place.server(no_page=True) as server:

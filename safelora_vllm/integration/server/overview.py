@@ -50,7 +50,9 @@ class OverviewItem(BaseModel):
     by: str | None = Field(description="id of the key that made the version")
     bytes: int | None
     rank: int | None
-    method: str | None = Field(description="of the policy by which it was judged; null while it is not served")
+    method: str | None = Field(
+        description="of the policy by which it was judged; null while it is not served"
+    )
     mode: str | None
     override: bool
     figures: Figures | None = Field(

@@ -23,6 +23,13 @@ from safelora_vllm.integration.server.http_errors import NotServing, documented
 from safelora_vllm.integration.server.metrics import exposition
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.overview import MOST_RECORDS, AuditTrail, Overview, audit_of, overview_of
+from safelora_vllm.integration.server.overview import (
+    MOST_RECORDS,
+    AuditTrail,
+    Overview,
+    audit_of,
+    overview_of,
+)
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,

@@ -48,7 +48,7 @@ export function arranged(modules) {
 }
 
 /** The map with its choice of measure, legend and the figures of the module that is pointed at. */
-export function heatMap(modules) {
+export function heatMap(modules, enforced) {
   const frame = el("div", { class: "heat" });
   const readout = el("p", { class: "readout" });
   const grid = el("div", { class: "scroll" }), legend = el("div", { class: "legend" });
@@ -60,7 +60,7 @@ export function heatMap(modules) {
     const values = modules.map(measure.value).filter((value) => value !== null);
     const range = measure.range(values.length ? values : [0]);
     grid.replaceChildren(gridOf(kinds, measure, range, (module) => { readout.textContent = sentence(module); }));
-    legend.replaceChildren(...legendOf(measure, range, modules));
+    legend.replaceChildren(...legendOf(measure, range, modules, enforced));
   };
   const choice = el("fieldset", { class: "choice" }, el("legend", { class: "hidden-text" }, "What the colours show"),
     MEASURES.map((measure, index) => el("label", {},
@@ -117,7 +117,7 @@ function gridOf({ rows, columns }, measure, range, pointed) {
       el("th", { scope: "row", role: "rowheader" }, several ? printable(row.key) : String(row.row)), cells[y]))));
 }
 
-function legendOf(measure, [low, high], modules) {
+function legendOf(measure, [low, high], modules, enforced) {
   const ramp = el("span", { class: "ramp", "aria-hidden": "true" });
   for (let at = 0; at < 40; at += 1) {
     const step = el("i");
@@ -127,8 +127,8 @@ function legendOf(measure, [low, high], modules) {
   const kept = modules.filter((module) => module.decision === "kept").length;
   return [
     el("span", {}, measure.text(low)), ramp, el("span", {}, measure.text(high)),
-    kept ? el("span", { class: "key" }, el("i", { class: "cell kept sample", "aria-hidden": "true" }), "corner cut: kept as uploaded") : null,
-    el("span", { class: "key" }, kept ? `projected: ${modules.length - kept} of ${modules.length}` : `all ${modules.length} modules projected`),
+    kept ? el("span", { class: "key" }, el("i", { class: "cell kept sample", "aria-hidden": "true" }), `corner cut: ${enforced ? "" : "would be "}kept as uploaded`) : null,
+    el("span", { class: "key" }, `${enforced ? "" : "would be "}projected: ${kept ? modules.length - kept : "all"} of ${modules.length}`),
   ].filter(Boolean);
 }
 

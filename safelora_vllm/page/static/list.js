@@ -13,14 +13,20 @@ const COLUMNS = [
   { id: "created", label: "Changed", kind: "wide", value: (a) => a.created, cell: (a) => timeOf(a.created), newest: true },
   { id: "rank", label: "Rank", kind: "number wide", value: (a) => a.rank, cell: (a) => a.rank ?? "–" },
   { id: "bytes", label: "Size", kind: "number wide", value: (a) => a.bytes, cell: (a) => bytesText(a.bytes), newest: true },
-  { id: "projected", label: "Projected", kind: "number mid", value: (a) => a.figures?.projected, cell: (a) => (a.figures ? `${a.figures.projected} of ${a.figures.modules}` : "–") },
-  { id: "retained", label: "Least retained", kind: "number wide", value: (a) => a.figures?.least_retained, cell: (a) => figure(a.figures?.least_retained) },
+  { id: "projected", label: "Projected", kind: "number mid", value: (a) => a.figures?.projected, cell: projectedCell },
+  { id: "retained", label: "Least retained", kind: "number wide", value: (a) => a.figures?.least_retained, cell: (a) => (unprojected(a) ? "all" : figure(a.figures?.least_retained)) },
   { id: "norm", label: "Total norm", kind: "number mid", value: (a) => a.figures?.total_norm, cell: (a) => figure(a.figures?.total_norm, 4), newest: true },
 ];
 
+const unprojected = (adapter) => Boolean(adapter.mode) && adapter.mode !== "enforce";
+
+function projectedCell({ figures, ...adapter }) {
+  if (!figures) return "–";
+  return unprojected(adapter) ? `none of ${figures.modules}` : `${figures.projected} of ${figures.modules}`;
+}
+
 function stateCell(adapter) {
-  const unprojected = adapter.mode && adapter.mode !== "enforce";
-  return [badge(adapter.state), unprojected ? el("span", { class: "tag warn" }, "unprojected") : null,
+  return [badge(adapter.state), unprojected(adapter) ? el("span", { class: "tag warn" }, "unprojected") : null,
     adapter.override ? el("span", { class: "tag", title: "an admin allowed rules that are less strict" }, "override") : null,
     adapter.reasons.length ? el("span", { class: "codes" }, [...new Set(adapter.reasons.map((r) => r.code))].join(", ")) : null];
 }

@@ -49,7 +49,7 @@ export function reportView(report, more = []) {
       ["Projector cache", report.projectors ? el("code", { title: report.projectors }, report.projectors.slice(0, 16)) : ""],
     ]),
     report.modules.length
-      ? section("Layers and modules", heatMap(report.modules))
+      ? section("Layers and modules", heatMap(report.modules, report.policy.mode === "enforce"))
       : report.accepted ? el("p", { class: "note" }, "The operator keeps the figures of single modules.") : null,
   ].filter(Boolean);
 }
