@@ -1,4 +1,4 @@
-"""`safelora-vllm top` against a small HTTP server: what it shows at 80 columns, its errors, and how it ends."""
+"""`safelora-vllm top` against a small HTTP server: what it shows, its errors, and how it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
@@ -57,7 +57,7 @@ def answer(count: int = 30) -> dict[str, Any]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
     status = 200
 
     def do_GET(self) -> None:
@@ -100,9 +100,8 @@ def test_it_fits_the_terminal(width: int, height: int) -> None:
         assert len(lines) <= height and max(map(len, lines)) <= width, "\n".join(lines)
         text = "\n".join(lines)
         assert "33 adapters: 31 served, 1 refused, 1 unavailable; 1 UNPROJECTED" in text or width < 80
-        assert "refused: total_norm" in text and "more; a taller terminal" in text, (
-            "what is not served comes first"
-        )
+        assert "refused: total_norm" in text, "what is not served comes first"
+        assert ("acme/orders-00" in text) == (height == 50) != ("more; a taller terminal" in text)
         assert "\x1b" not in text
         if trouble:
             assert "no answer from" in text
@@ -110,7 +109,7 @@ def test_it_fits_the_terminal(width: int, height: int) -> None:
 
 def test_columns(capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(shown(80, 40, count=2))
-    assert all(word in text for word in ("41/60", "0.0312", "3 min ago", "fixed", "Newest refusals", "dora"))
+    assert all(word in text for word in ("41/60", "0.0312", "3 min", "fixed", "Newest refusals", "dora"))
     assert "least retained" not in text and "least retained" in "\n".join(shown(120, 40, count=2))
     assert not capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import time
 from datetime import datetime
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -15,8 +16,15 @@ from safelora_vllm.cli.tables import printable, terminal
 
 _STYLES = {"served": "green", "refused": "red", "unavailable": "yellow"}
 _ORDER = {"refused": 0, "unavailable": 1, "served": 2}
-_WIDE = 110  # columns from which on there are more of them
-_LEAST_ROWS, _REFUSALS = 3, 5
+_PLAIN: dict[str, Any] = {
+    "expand": True,
+    "pad_edge": False,
+    "box": SIMPLE_HEAD,
+    "show_edge": False,
+    "padding": (0, 1, 0, 0),
+}
+_NARROW, _WIDE = 70, 110  # columns of the terminal below which there are fewer, and from which on more
+_LEAST_ROWS, _REFUSALS, _HEAD = 3, 5, 2
 
 
 class Frame:
@@ -56,7 +64,7 @@ class Frame:
         if height is not None:
             if height < 18:
                 kept = []
-            used = len(parts) + 4 + (len(kept) + 5 if kept else 0) + 1
+            used = len(parts) + _HEAD + 1 + (len(kept) + _HEAD + 2 if kept else 0)
             shown = adapters[: max(_LEAST_ROWS, height - used)]
         parts.append(self._adapters(shown) if adapters else _line("No adapters yet.", "dim"))
         if len(shown) < len(adapters):
@@ -80,16 +88,12 @@ class Frame:
 
     def _adapters(self, adapters: list[dict[str, Any]]) -> Table:
         wide = self._console.width >= _WIDE
-        table = Table(expand=True, pad_edge=False)
+        table = Table(**_PLAIN)
         table.add_column("adapter", ratio=1, no_wrap=True, overflow="ellipsis")
-        table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 22)
-        for name in (
-            "version",
-            "changed",
-            "projected",
-            *(("least retained", "rank") if wide else ()),
-            "norm",
-        ):
+        table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 20)
+        names = ("version", "age", "projected", *(("least retained", "rank") if wide else ()), "norm")
+        names = names[:2] if self._console.width < _NARROW else names
+        for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         for a in adapters:
             figures = a["figures"] or {}
@@ -98,12 +102,18 @@ class Frame:
             cells = [
                 str(a["version"] or "fixed"),
                 _ago(a["created"]),
-                f"{figures['projected']}/{figures['modules']}" if figures else "–",
+                _projected(a, figures),
                 *more,
                 f"{figures['total_norm']:.4f}" if figures else "–",
             ]
-            table.add_row(Text(printable(a["name"])), _state(a), *map(Text, cells))
+            table.add_row(Text(printable(a["name"])), _state(a), *map(Text, cells[: len(names)]))
         return table
+
+
+def _projected(adapter: dict[str, Any], figures: dict[str, Any]) -> str:
+    if not figures:
+        return "–"
+    return f"{figures['projected'] if adapter['mode'] == 'enforce' else 0}/{figures['modules']}"
 
 
 def _state(adapter: dict[str, Any]) -> Text:
@@ -117,8 +127,8 @@ def _state(adapter: dict[str, Any]) -> Text:
 
 
 def _refusals(records: list[dict[str, Any]]) -> Table:
-    table = Table(title="Newest refusals", title_justify="left", expand=True, pad_edge=False)
-    table.add_column("time", no_wrap=True)
+    table = Table(title="Newest refusals", title_justify="left", **_PLAIN)
+    table.add_column("age", justify="right", no_wrap=True)
     table.add_column("adapter", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("action", no_wrap=True)
     table.add_column("reasons", ratio=1, no_wrap=True, overflow="ellipsis")
@@ -135,8 +145,8 @@ def _ago(created: float | None) -> str:
     seconds = max(0.0, time.time() - created)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            return f"{int(seconds // length)} {unit} ago"
-    return "just now"
+            return f"{int(seconds // length)} {unit}"
+    return "now"
 
 
 def _line(text: str, style: str = "") -> Text:

@@ -109,7 +109,7 @@ class AuditLog:
     def newest(
         self, wanted: Callable[[dict[str, Any]], bool], most: int, adapter: str | None = None
     ) -> tuple[list[dict[str, Any]], bool]:
-        """The newest records that are wanted, the newest first; searches at most ``SEARCHED`` bytes of the log.
+        """The newest records that are wanted, newest first, in the last ``SEARCHED`` bytes of the log.
 
         Args:
             wanted: whether a record is.
@@ -222,7 +222,7 @@ class AuditLog:
 
 
 def _last_lines(path: Path, most: int) -> tuple[list[bytes], int, bool]:
-    """Whole lines of at most ``most`` bytes at a file's end, what is left of ``most``, and whether it is all."""
+    """Whole lines in a file's last ``most`` bytes, what is left of ``most``, and whether they are all."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""The page in a real browser, against a fake engine: upload, watch, replace, roll back, remove; keys, names, size."""
+"""The page in a real browser, against a fake engine: an adapter's life, keys, hostile names, size."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_an_adapter_s_life(page: Page, admin: httpx.Client, tmp_path: Path) -> N
 
 
 def test_who_sees_what(page: Page, url: str, admin: httpx.Client, tmp_path: Path) -> None:
-    """Keys: wrong ones, kept or not; a tenant has its own, inference keys change nothing; hostile names are text."""
+    """Keys: wrong ones, kept or not; a tenant sees its own only; hostile names are text."""
     draft = Draft().write(tmp_path / "a")
     for name in ("acme/x", "globex/secret", "shared"):
         assert upload(admin, name, draft).status_code == 201
@@ -228,7 +228,9 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
         """async () => {
             const search = document.querySelector("#search"), times = {};
             const frame = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
-            const timed = async (name, act) => { const t = performance.now(); act(); await frame(); times[name] = performance.now() - t; };
+            const timed = async (name, act) => {
+                const began = performance.now(); act(); await frame(); times[name] = performance.now() - began;
+            };
             const type = text => { search.value = text; search.dispatchEvent(new Event("input")); };
             await timed("filter", () => type("tenant7 adapter-09"));
             times.rows = document.querySelectorAll("table.adapters tbody tr").length;
@@ -277,8 +279,10 @@ def test_dark_and_small(started: Browser, url: str, admin: httpx.Client, tmp_pat
         assert not faults(page)
     page.evaluate(
         """() => { const transfer = new DataTransfer();
-        for (const name of ["adapter_config.json", "adapter_model.safetensors"]) transfer.items.add(new File(["x"], name));
-        document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true})); }"""
+        for (const name of ["adapter_config.json", "adapter_model.safetensors"])
+            transfer.items.add(new File(["x"], name));
+        const given = {dataTransfer: transfer, bubbles: true, cancelable: true};
+        document.body.dispatchEvent(new DragEvent("drop", given)); }"""
     )
     page.get_by_text("Chosen: adapter_config.json (1 B) and adapter_model.safetensors (1 B)").wait_for()
     assert not faults(page)
@@ -286,7 +290,7 @@ def test_dark_and_small(started: Browser, url: str, admin: httpx.Client, tmp_pat
 
 
 def test_the_page_s_files(url: str) -> None:
-    """Open to anybody, as they hold no data; a strict policy; not sent twice; not there if it is switched off."""
+    """Open to anybody, as they hold no data; under a strict policy; not sent twice."""
     with httpx.Client(base_url=url) as http:
         _check_files(http)
 

@@ -1,4 +1,4 @@
-"""What a caller may see of all adapters at a glance, served or not, and of the audit log: for the page and `top`."""
+"""What a caller may see of all adapters, served or not, and of the audit log: for the page and `top`."""
 
 from __future__ import annotations
 

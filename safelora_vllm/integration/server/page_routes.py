@@ -1,4 +1,4 @@
-"""The routes of the page: its files, which hold no data. The page asks the API with the key of whoever uses it."""
+"""The routes of the page: its files, which hold no data. The page asks the API with its reader's key."""
 
 from __future__ import annotations
 
