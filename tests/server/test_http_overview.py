@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_who_sees_which_adapters(fake: FakeServer, drafts: dict[str, Path]) -> N
 def test_figures_that_the_operator_keeps(
     fake: FakeServer, drafts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake.app.state.safelora_manager, "tenant_reports", "summary")
+    views = fake.app.state.safelora_views
+    monkeypatch.setattr(fake.app.state, "safelora_views", replace(views, tenant_reports="summary"))
     assert upload(fake.client(ADMIN_KEY), "acme/x", drafts["qv"]).status_code == 201
     figures = [
         fake.client(key).get("/v1/overview").json()["adapters"][0]["figures"]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.policy import Policy
 from safelora_vllm.tenants.principal import Kind, Principal
-
-if TYPE_CHECKING:
-    from safelora_vllm.integration.server.changes import Manager
 
 State = Literal["served", "refused", "unavailable"]
 MOST_RECORDS = 200
@@ -93,18 +91,18 @@ class AuditTrail(BaseModel):
     complete: bool = Field(description="false where older records may exist: only the log's end is searched")
 
 
-async def overview_of(managed: Manager, who: Principal) -> dict[str, Any]:
+async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> dict[str, Any]:
     """The body of `Overview`."""
-    figures = who.kind == "admin" or managed.tenant_reports == "full"
+    figures = who.kind == "admin" or views.tenant_reports == "full"
     policy: Policy | None = None
     if who.kind in ("admin", "tenant"):
         owner = f"{who.tenant}/" if who.tenant else ""
-        policy = await asyncio.to_thread(managed.reconciler.copies.policy, owner)
-    entries = sorted(visible(managed.reconciler.registry, who).items())
+        policy = await asyncio.to_thread(views.reconciler.copies.policy, owner)
+    entries = sorted(visible(views.reconciler.registry, who).items())
     return {
         "caller": {"kind": who.kind, "key": who.key_id, "tenant": who.tenant},
         "may_upload": policy is not None,
-        "max_adapter_bytes": managed.max_adapter_bytes,
+        "max_adapter_bytes": max_adapter_bytes,
         "policy": vars(policy) if policy else None,
         "adapters": [_item(entry, who, figures) for _, entry in entries],
     }
@@ -142,7 +140,7 @@ def _problem(entry: Entry, who: Principal) -> str:
 
 
 async def audit_of(
-    managed: Manager, who: Principal, adapter: str | None, decision: str | None, limit: int
+    views: Views, who: Principal, adapter: str | None, decision: str | None, limit: int
 ) -> dict[str, Any]:
     """The body of `AuditTrail`: of the names that the caller may change, also of those that are gone."""
     wanted = {"adapter": adapter, "decision": decision}
@@ -152,7 +150,7 @@ async def audit_of(
             value is None or record.get(name) == value for name, value in wanted.items()
         )
 
-    found, complete = await asyncio.to_thread(managed.audit.newest, matches, limit, adapter)
+    found, complete = await asyncio.to_thread(views.reconciler.audit.newest, matches, limit, adapter)
     return {"records": [_record(record) for record in found], "complete": complete}
 
 

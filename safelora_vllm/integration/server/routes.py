@@ -21,8 +21,6 @@ from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
 from safelora_vllm.integration.server.metrics import exposition
-from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.overview import MOST_RECORDS, AuditTrail, Overview, audit_of, overview_of
 from safelora_vllm.integration.server.overview import (
     MOST_RECORDS,
     AuditTrail,
@@ -30,6 +28,7 @@ from safelora_vllm.integration.server.overview import (
     audit_of,
     overview_of,
 )
+from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
@@ -246,21 +245,21 @@ async def get_usage(who: Caller, shown: Shown, tenant: str | None = None) -> Any
 
 
 @router.get("/v1/overview", response_model=Overview, responses=documented(401, 503))
-async def get_overview(who: Caller, managed: Managed) -> Any:
+async def get_overview(who: Caller, managed: Managed, shown: Shown) -> Any:
     """All adapters that the caller may use, served or not, and what the caller may do."""
-    return await overview_of(managed, who)
+    return await overview_of(shown, who, managed.max_adapter_bytes)
 
 
 @router.get("/v1/audit", response_model=AuditTrail, responses=documented(400, 401, 403, 503))
 async def get_audit(
     who: Caller,
-    managed: Managed,
+    shown: Shown,
     adapter: str | None = None,
     decision: Decision | None = None,
     limit: Annotated[int, Query(ge=1, le=MOST_RECORDS)] = 50,
 ) -> Any:
     """The newest decisions about adapters that the caller may change."""
-    return await audit_of(managed, who, adapter, decision, limit)
+    return await audit_of(shown, who, adapter, decision, limit)
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)
