@@ -108,7 +108,10 @@ async function show(moved) {
 
 async function changed(sentence, gone = false) {
   tell(sentence);
-  if (gone) location.hash = "#/";
+  if (gone) {
+    overview.adapters = overview.adapters.filter((adapter) => adapter.name !== route());
+    location.hash = "#/";
+  }
   try { await look(true); } catch (error) { failed(error); }
 }
 
