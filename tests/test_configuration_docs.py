@@ -29,7 +29,7 @@ BLOCK = re.compile(
 )
 COMMANDS = (
     "build", "inspect", "project", "plan", "calibrate", "store ls", "store gc", "store verify", "store rm",
-    "store preview", "audit",
+    "store preview", "audit", "top",
 )  # fmt: skip
 POLICY = tuple(field.name for field in dataclasses.fields(Policy))
 STORE = "`~/.local/share/safelora-vllm`"  # see default_root, which reads XDG_DATA_HOME

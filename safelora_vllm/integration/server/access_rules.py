@@ -30,6 +30,8 @@ _LISTED: dict[Access, str] = {
         GET /ping
         POST /ping
         GET /version
+        GET /safelora/
+        GET /safelora/page/{file}
     """,
     Access.DOCS: """
         GET /openapi.json
@@ -81,6 +83,7 @@ _LISTED: dict[Access, str] = {
         GET /v1/adapters
         GET /v1/adapters/{name:path}
         GET /v1/adapters/{name:path}/versions
+        GET /v1/overview
     """,
     Access.TENANTS: """
         POST /v1/adapters
@@ -88,6 +91,7 @@ _LISTED: dict[Access, str] = {
         DELETE /v1/adapters/{name:path}/versions/{number}
         POST /v1/adapters/{name:path}/rollback
         GET /v1/usage
+        GET /v1/audit
     """,
     Access.MONITORS: """
         GET /load

@@ -22,6 +22,7 @@ from safelora_vllm.integration.server.announcement import access_line, rules_lin
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
+from safelora_vllm.integration.server.page_routes import page_router
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
@@ -73,6 +74,8 @@ class SafeLoRAEndpoint:
         app.state.safelora_door = door
         app.state.safelora_upload_limiter = UploadLimiter(settings.concurrent_uploads)
         seams.attach_first(app, router)
+        if not settings.no_page:
+            seams.attach_first(app, page_router)
         self._app = app
 
         @app.exception_handler(SafeLoRAError)
