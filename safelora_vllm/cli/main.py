@@ -14,6 +14,7 @@ from safelora_vllm.cli import (
     audit,
     build,
     calibrate,
+    exam,
     inspect,
     plan,
     project,
@@ -29,7 +30,7 @@ _EXIT_CODES = (
     "Exit codes: 0 done, 1 problems found (store verify) or an adapter failed (project --all), 2 wrong usage "
     "or missing input, 3 adapter refused."
 )
-_COMMANDS = (build, inspect, project, serve, plan, calibrate, store, audit, top)
+_COMMANDS = (build, inspect, project, serve, plan, calibrate, exam, store, audit, top)
 
 
 def main(arguments: list[str] | None = None) -> int:
