@@ -59,8 +59,11 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.sizes import groups_of_cache
+from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore, RawStore
+from safelora_vllm.store.audit_log import SERVER, AuditLog, audit_fields
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
+from safelora_vllm.store.layout import AUDIT
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
@@ -105,6 +108,7 @@ class GateService:
             give_back(self._allocator, self._placement)
         logger.info(described(self._placement, device))
         self._published, self._raw = PublishedStore(given.store), RawStore(given.store)
+        self._audit = AuditLog(Path(given.store) / AUDIT)
         self._store_bytes = given.store_bytes
         clean(given.store)
         self._metrics = GateMetrics(CollectorRegistry())
@@ -147,7 +151,17 @@ class GateService:
             self._published.mark_override(admission.key)
         if self._store_bytes is not None and not admission.cached:
             self._collect(self._store_bytes)
+        if not call.keep and admission.key is None:
+            self._log_refusal(call.name, admission.report, settings)
         return Judgement(admission.report, admission.key, admission.nbytes, self._settings.ruleset_digest)
+
+    def _log_refusal(self, name: str, report: Report, settings: GateSettings) -> None:
+        """Of a folder that no caller sent: vLLM's server ends then, so that nobody else can say it."""
+        once = f"refused {settings.key(report.digest)}"
+        try:
+            self._audit.record(SERVER, "load", name, once=once, **audit_fields(report, "refused"))
+        except StoreUnavailable as error:
+            logger.error("%s", error)
 
     def ensure(self, call: Ensure) -> Judgement:
         """The published copy of stored content under a policy, made again where it is missing."""

@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.files import replace_file
+from safelora_vllm.report import Report
 
 logger = logging.getLogger("vllm.safelora.audit")
 SERVER = "server"  # the actor of decisions that no caller asked for
@@ -185,6 +186,17 @@ class AuditLog:
             return self._file.open("rb")
         except FileNotFoundError:
             return io.BytesIO()
+
+
+def audit_fields(report: Report, decision: str) -> dict[str, Any]:
+    """What a record says of a report. decision: accepted or refused."""
+    return {
+        "decision": decision,
+        "digest": report.digest,
+        "projectors": report.projectors,
+        "policy": report.to_dict()["policy"],
+        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+    }
 
 
 def parse_since(text: str) -> datetime:
