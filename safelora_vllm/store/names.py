@@ -85,7 +85,7 @@ class NameStore:
         Args:
             name: of the adapter.
             change: gets the record as it is, None where there is none, and gives what it shall be.
-            around: what is done under the lock before and after the file is written. It gets the file's digest
+            around: done under the lock before and after the file is written. It gets the file's digest
                 and the new record.
 
         Raises:

@@ -22,7 +22,7 @@ class RefusalLimit:
         self._more: dict[str, tuple[str, str, str, int]] = {}
 
     async def refused(self, tenant: str, actor: str, action: str, adapter: str) -> None:
-        """Write a line, or count the refusal. actor, action, adapter: of the line; of a count, the last ones."""
+        """Write a line, or count the refusal. A count has the last one's actor, action and adapter."""
         await self.flush()
         if tenant not in self._began:
             self._began[tenant], self._lines[tenant] = time.monotonic(), 0
