@@ -62,7 +62,7 @@ def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSett
     key = admit(Draft().write(tmp_path / "adapter"), "chat", gate, published).key
     assert key is not None
     stricter = dataclasses.replace(gate.policy, max_total_norm=gate.policy.max_total_norm / 2)
-    state = SimpleNamespace(ruleset_digest="r", policy=gate.policy)
+    state = SimpleNamespace(ruleset_digest="r", policy=gate.policy, frame=[])
     copies = Copies(nothing, cast(Any, state), published)
     plain = dataclasses.replace(version("1"), key=key, ruleset_digest="r")
     overridden = dataclasses.replace(plain, override=True)

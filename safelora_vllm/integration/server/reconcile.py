@@ -157,14 +157,18 @@ class Reconciler:
         """Act on a record that is not in the registry as it is. copy: its published one by today's rules."""
         name, live, before = record.name, record.live, self.registry.get(record.name)
         entry = Entry(name, live.id, live)
+        is_judged = live.ruleset_digest == self.copies.ruleset(name)
         if copy is not None:
-            return self.served.serve(entry, copy)
+            self.served.serve(entry, copy)
+            if not is_judged:
+                self.background.spawn(self._prepare(name))
+            return
         served = before.served if before and before.version and same_content(before.version, live) else None
         if live.refused:
             self.served.put(replace(entry, problem=AdapterRefused(list(live.refused))))
         else:  # what is served stays served until it was judged
             self.served.put(replace(entry, served=served, problem=None if served else being_prepared(name)))
-        if not live.refused or live.ruleset_digest != self.copies.ruleset(name):
+        if not (live.refused and is_judged):
             self.background.spawn(self._prepare(name))
 
     async def _prepare(self, name: str, again: bool = False) -> None:
