@@ -84,3 +84,23 @@ def test_what_is_left_when_the_server_stops() -> None:
     refuse(limit, LINES + 2)
     asyncio.run(limit.flush(all_of_them=True))
     assert lines[-1][3] == 2
+
+
+def test_counts_that_are_written_at_the_same_time_are_written_once(clock: SimpleNamespace) -> None:
+    lines: Lines = []
+
+    async def write(*line: object) -> None:
+        await asyncio.sleep(0)
+        lines.append(line)  # type: ignore[arg-type]
+
+    async def use() -> None:
+        limit = RefusalLimit(write)
+        for tenant in ("acme", "globex", "third"):
+            for _ in range(LINES + 2):
+                await limit.refused(tenant, "ci", "upload", tenant)
+        clock.now += SECONDS
+        await asyncio.gather(limit.flush(), limit.flush(), limit.refused("third", "ci", "upload", "third"))
+
+    asyncio.run(use())
+    assert [count for *_, count in lines if count > 1] == [2, 2, 2]
+    assert sum(count for *_, count in lines) == 3 * (LINES + 2) + 1

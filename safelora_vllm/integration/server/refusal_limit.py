@@ -36,8 +36,9 @@ class RefusalLimit:
     async def flush(self, all_of_them: bool = False) -> None:
         """Write the counts whose time is over, or all."""
         now = time.monotonic()
-        for tenant in list(self._began):
-            if all_of_them or now - self._began[tenant] >= SECONDS:
+        for tenant, began in list(self._began.items()):
+            over = all_of_them or now - began >= SECONDS
+            if over and self._began.get(tenant) == began:  # nobody else wrote it while we did another
                 del self._began[tenant], self._lines[tenant]
                 if more := self._more.pop(tenant, None):
                     await self._write(*more)
