@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.files import replace_file
+from safelora_vllm.report import Report
 
 logger = logging.getLogger("vllm.safelora.audit")
 SERVER = "server"  # the actor of decisions that no caller asked for
@@ -232,6 +233,17 @@ def _last_lines(path: Path, most: int) -> tuple[list[bytes], int, bool]:
     except FileNotFoundError:
         return [], most, True  # none yet, or it was rotated meanwhile
     return lines[1:] if begin else lines, most - (size - begin), not begin
+
+
+def audit_fields(report: Report, decision: str) -> dict[str, Any]:
+    """What a record says of a report. decision: accepted or refused."""
+    return {
+        "decision": decision,
+        "digest": report.digest,
+        "projectors": report.projectors,
+        "policy": report.to_dict()["policy"],
+        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+    }
 
 
 def parse_since(text: str) -> datetime:

@@ -103,7 +103,7 @@ class SafeLoRAEndpoint:
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
-        state.safelora_manager = Manager(
+        state.safelora_manager = manager = Manager(
             reconciler,
             reconciler.audit,
             models.is_base_model,
@@ -111,6 +111,7 @@ class SafeLoRAEndpoint:
             settings.max_adapter_bytes,
             settings.allow_hub,
         )
+        manager.start()
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
 
 
