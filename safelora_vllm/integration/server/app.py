@@ -23,6 +23,7 @@ from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.remote_sources import RemoteSources
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
@@ -73,6 +74,7 @@ class SafeLoRAEndpoint:
         app.state.safelora_door = door
         app.state.safelora_upload_limiter = UploadLimiter(settings.concurrent_uploads)
         seams.attach_first(app, router)
+        app.state.safelora_remote_sources = RemoteSources.of(settings, lambda: keys.tenants)
         self._app = app
 
         @app.exception_handler(SafeLoRAError)
