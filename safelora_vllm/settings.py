@@ -63,7 +63,7 @@ class ServerSettings:
         remote_sources: prefixes of ``s3://``, ``gs://``, ``az://`` and ``https://`` addresses that an admin's
             loads may read. Each tenant has its own in the keys file. Without one, none is read.
         remote_endpoints: origins, such as ``http://minio.storage:9000``, that remote sources may be read from
-            although their network address is private or they have no TLS. Others need a public address and TLS.
+            although their network address is private or they have no TLS.
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
         allow_hub: uploads may name a hub repository.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.

@@ -65,15 +65,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         dest="remote_sources",
         action="append",
         metavar="PREFIX",
-        help="s3://, gs://, az:// or https:// prefix that an admin's loads may read; may be given several times",
+        help="s3://, gs://, az:// or https:// prefix that an admin's loads may read; several times",
     )
     parser.add_argument(
         "--remote-endpoint",
         dest="remote_endpoints",
         action="append",
         metavar="ORIGIN",
-        help="http://HOST:PORT or https://HOST:PORT that remote sources may be read from although its address is "
-        "private; may be given several times",
+        help="http://HOST:PORT or https://HOST:PORT that remote sources may be read from although its "
+        "address is private; may be given several times",
     )
     parser.add_argument(
         "--max-adapter-bytes",

@@ -88,6 +88,7 @@ def get(url: str, headers: Mapping[str, str], reach: Reach, shown: str, end: flo
     addresses = reach.resolve(scheme, host, port, shown)
     connection = http.client.HTTPConnection(host, port)
     connection.default_port = _PORTS[scheme]  # Host has no port then
+    response = None
     watch = _Watch(_connected(addresses), max(0.0, min(ANSWER_SECONDS, end - time.monotonic())))
     try:
         try:
@@ -110,8 +111,12 @@ def get(url: str, headers: Mapping[str, str], reach: Reach, shown: str, end: flo
             raise (_slow(shown) if watch.late else Broken()) from None
         finally:
             watch.stop()
+        if watch.late:  # headers that were cut off look like headers that ended
+            raise _slow(shown)
         yield Answer(response, watch.sock, shown, end)
     finally:
+        if response is not None:
+            response.close()
         connection.close()
         watch.sock.close()
 

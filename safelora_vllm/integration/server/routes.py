@@ -123,9 +123,9 @@ router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
 
 @router.post("/v1/load_lora_adapter", response_model=None, responses={**_PLAIN, **documented(429, 502)})
 async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed, request: Request) -> Response:
-    """Vet and project an adapter folder on the server or in a bucket, keep it, and serve it. vLLM's own call."""
+    """Vet and project an adapter on the server or in a bucket, keep it, and serve it. vLLM's own call."""
     if is_remote(body.lora_path):
-        wanted = UploadFromSource(name=body.lora_name, source=body.lora_path)
+        wanted = UploadFromSource.model_construct(name=body.lora_name, source=body.lora_path, digest=None)
         with request.app.state.safelora_upload_limiter.take(who.tenant):
             await add_from_source(request, who, managed, wanted, replace=body.load_inplace, action="load")
     else:

@@ -42,7 +42,7 @@ class UploadByPath(BaseModel):
 
 
 class UploadFromSource(BaseModel):
-    """An adapter in object storage, or behind a presigned URL, that the operator allows the caller to read."""
+    """An adapter in object storage or behind a presigned URL, which the operator lets the caller read."""
 
     model_config = ConfigDict(extra="forbid")
 
