@@ -267,9 +267,7 @@ def test_a_name_that_leads_inside(
 
 @pytest.mark.usefixtures("far")
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost"])
-def test_an_address_inside_that_is_written_out(
-    host: str, far: Hostile, inside: Listener, tmp_path: Path
-) -> None:
+def test_an_address_inside_that_is_written_out(host: str, inside: Listener, tmp_path: Path) -> None:
     with pytest.raises(AdapterRefused) as refused:
         fetching.fetch(parse(f"https://{host}:{inside.port}/a.tar"), tmp_path, 10, Reach())
     assert refused.value.codes == ["source_address"]
