@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+pytest.importorskip("obstore", reason="signs the URLs")
+import s3_upload
+
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.remote import clouds
@@ -217,6 +220,16 @@ def test_what_the_bucket_refuses(
     for secret in ("X-Amz", "Signature", "127.0.0.1", *CREDENTIALS.values()):
         assert secret not in told
     assert place.kept() == set() and not list(place.store.glob("incoming/*"))
+
+
+def test_the_example(
+    api: FakeServer, storage: tuple[str, Any], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert files
+    source = "s3://bucket/shared/example"
+    digest = s3_upload.put(tmp_path / "adapter", source)
+    report = s3_upload.load(api.client(ADMIN_KEY), "example", source, digest)
+    assert (report["adapter"], report["digest"]) == ("example", digest)
 
 
 def _zipped(name: str, content: bytes) -> bytes:
