@@ -222,10 +222,8 @@ def test_what_the_bucket_refuses(
     assert place.kept() == set() and not list(place.store.glob("incoming/*"))
 
 
-def test_the_example(
-    api: FakeServer, storage: tuple[str, Any], files: dict[str, bytes], tmp_path: Path
-) -> None:
-    assert files
+@pytest.mark.usefixtures("files")
+def test_the_example(api: FakeServer, tmp_path: Path) -> None:
     source = "s3://bucket/shared/example"
     digest = s3_upload.put(tmp_path / "adapter", source)
     report = s3_upload.load(api.client(ADMIN_KEY), "example", source, digest)

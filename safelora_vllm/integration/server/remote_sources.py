@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from safelora_vllm.remote.refusals import forbidden
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.tenants.keys_file import Tenant
 from safelora_vllm.tenants.principal import Principal
+
+logger = logging.getLogger("vllm.safelora.remote")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ async def add_from_source(
             refused = {"decision": "refused", "reasons": error.codes}
             await log(managed.audit, who.key_id, action, wanted.name, **refused)
             raise
+        logger.info("%s was downloaded from %s for %s", wanted.name, source, who.key_id)
         return await managed.add(who, wanted.name, path, replace=replace, action=action)
 
 
