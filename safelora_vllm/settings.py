@@ -44,6 +44,8 @@ class ServerSettings:
     Attributes:
         projectors: folder of the projector cache.
         store: folder of the adapter store.
+        store_mirror: address of a bucket, such as ``s3://bucket/prefix``, that decides which names there are.
+            Servers with stores on several disks and one bucket serve the same.
         policy: fields of the policy, by their names there.
         trust_served_model: do not compare the served model with the cache's aligned model. For a quantised
             or converted copy of it.
@@ -75,6 +77,7 @@ class ServerSettings:
 
     projectors: str
     store: str = field(default_factory=lambda: str(default_root()))
+    store_mirror: str | None = None
     policy: dict[str, Any] = field(default_factory=dict)
     trust_served_model: bool = False
     gate_device: str = WORKER

@@ -26,6 +26,7 @@ from safelora_vllm.store.layout import default_root
 OPTIONS: dict[str, tuple[list[str], Any]] = {
     "projectors": (["--projectors", "/p"], "/p"),
     "store": (["--adapter-store", "/s"], "/s"),
+    "store_mirror": (["--store-mirror", "s3://bucket/x"], "s3://bucket/x"),
     "trust_served_model": (["--trust-served-model"], True),
     "max_adapter_bytes": (["--max-adapter-bytes", "1KB"], 1000),
     "store_bytes": (["--store-bytes", "2KB"], 2000),
@@ -50,9 +51,11 @@ SECTION_ONLY = {"policy"}
 GIB = 1024**3
 # Golden: a change here changes what servers do that are started with the same command as before.
 SERVER: dict[str, Any] = {
-    "policy": {}, "trust_served_model": False, "gate_device": "worker", "projector_memory": None,
+    "store_mirror": None, "policy": {}, "trust_served_model": False, "gate_device": "worker",
+    "projector_memory": None,
     "projector_host_memory": 0, "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None,
-    "adapter_roots": [], "remote_sources": [], "remote_endpoints": [], "concurrent_uploads": 8, "allow_hub": False, "private_docs": False,
+    "adapter_roots": [], "remote_sources": [], "remote_endpoints": [],
+    "concurrent_uploads": 8, "allow_hub": False, "private_docs": False,
     "tenant_reports": "full", "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {

@@ -41,6 +41,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "~/.local/share/safelora-vllm",
     )
     parser.add_argument(
+        "--store-mirror",
+        metavar="URL",
+        help="bucket, such as s3://bucket/prefix, whose names and uploads several stores share; default: none",
+    )
+    parser.add_argument(
         "--admin-api-key",
         metavar="KEY",
         help=f"key for managing adapters; prefer {ADMIN_KEY}, since ps shows options; default: a random key, "

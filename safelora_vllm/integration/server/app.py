@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -29,6 +30,7 @@ from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
+from safelora_vllm.store.mirror import attach
 from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
@@ -94,6 +96,7 @@ class SafeLoRAEndpoint:
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
+        await asyncio.to_thread(attach, settings.store, settings.store_mirror)
         state.safelora = reconciler = await Reconciler.start(
             engine_client, models, self._app.state.safelora_door.keys.rules
         )
