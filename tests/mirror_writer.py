@@ -1,4 +1,4 @@
-"""Adds and removes names on a mirrored store until it is killed: ``python -m tests.mirror_writer ROOT SEED``."""
+"""Changes names of a mirrored store until it is killed: ``python -m tests.mirror_writer ROOT SEED``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def main() -> None:
     root, chance, number = Path(sys.argv[1]), random.Random(sys.argv[2]), 0
     print("ready", flush=True)
     while True:
-        name, number = f"n{chance.randrange(6)}", number + 1
+        number += 1
+        name = f"{root.name}{chance.randrange(3)}" if chance.random() < 0.8 else "shared"
         if chance.random() < 0.2:
+            print(f"try {name} none", flush=True)
             open_names(root).update(name, lambda _: None)
         else:
+            print(f"try {name} {content_digest(*files(name, number).values())}", flush=True)
             add(root, name, number)
         print("done", flush=True)
 

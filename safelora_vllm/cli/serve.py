@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--store-mirror",
         metavar="URL",
-        help="bucket, such as s3://bucket/prefix, whose names and uploads several stores share; default: none",
+        help="bucket, such as s3://bucket/prefix, whose names and uploads stores share; default: none",
     )
     parser.add_argument(
         "--admin-api-key",

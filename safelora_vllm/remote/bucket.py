@@ -1,10 +1,11 @@
 """A bucket of the operator's: objects read, listed, and written on condition.
 
-The bucket and its credentials are the operator's configuration, never a caller's, so obstore's own client does it.
+Bucket and credentials are the operator's configuration, never a caller's, so obstore's own client is used.
 """
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +23,8 @@ class Conflict(Exception):
 class Bucket:
     """Objects under one prefix. Safe for several threads.
 
-    What the storage must guarantee: after a write, every read and every list sees it or a later one; a write on
-    condition (``If-Match``, ``If-None-Match: *``) happens if and only if the condition holds.
+    What the storage must guarantee: after a write, every read and every list sees it or a later one; a write
+    on condition (``If-Match``, ``If-None-Match: *``) happens if and only if the condition holds.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,9 +43,11 @@ class Bucket:
                 "a store's mirror needs obstore, which is not installed: pip install 'safelora-vllm[remote]'"
             ) from None
         self.url = url.rstrip("/")
+        # Options that are given take the place of the environment's.
+        options = {**_CLIENT, "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")}
         self._obstore: Any = obstore
         try:
-            self._store: Any = from_url(self.url, client_options=_CLIENT, retry_config=_RETRY)  # type: ignore[call-overload]
+            self._store: Any = from_url(self.url, client_options=options, retry_config=_RETRY)  # type: ignore[call-overload]
         except Exception as error:
             raise GuardError(f"the bucket {self.url} cannot be used ({type(error).__name__})") from None
 
@@ -83,7 +86,7 @@ class Bucket:
         Raises:
             Conflict: the condition does not hold. StoreUnavailable: the bucket does not answer.
         """
-        mode = "create" if etag is None else {"e_tag": etag, "version": None}
+        mode = "create" if etag is None else {"e_tag": etag}
         try:
             return str(self._obstore.put(self._store, path, content, mode=mode, use_multipart=False)["e_tag"])
         except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):

@@ -100,6 +100,9 @@ class MirroredNames(NameStore):
         if self._bucket.etags(NAMES) == self._etags:
             return
         with self._locked():
+            if ids := self._bucket.get(IDS):
+                with writing(self.root):
+                    replace_file(self.root / IDS, ids[0])
             for file, etag in self._bucket.etags(NAMES).items():
                 if self._etags.get(file) == etag or not (found := self._bucket.get(f"{NAMES}/{file}")):
                     continue
@@ -189,15 +192,15 @@ def attach(root: str | Path, url: str | None) -> None:
         return
     if before is not None:
         raise GuardError(
-            f"the adapter store {root} mirrors {before}, not {wanted}: start with --store-mirror {before}, or "
-            "with a new --adapter-store"
+            f"the adapter store {root} mirrors {before}, not {wanted}: start with --store-mirror {before}, "
+            "or with a new --adapter-store"
         )
     assert wanted is not None
     bucket, store = Bucket(wanted), NameStore(root)
     if store.all():
         raise GuardError(
-            f"the adapter store {root} has names already, and its ids could be those of others in {wanted}: start "
-            "with a new --adapter-store and upload the adapters again"
+            f"the adapter store {root} has names already, and its ids could be those of others in {wanted}: "
+            "start with a new --adapter-store and upload the adapters again"
         )
     bucket.etags(NAMES)  # it answers
     with writing(Path(root)):
