@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.errors import ChangedMeanwhile, GuardError, StoreUnavailable
+from safelora_vllm.errors import ChangedMeanwhile, GuardError, StoreDamaged, StoreUnavailable
 from safelora_vllm.remote.bucket import Bucket, Conflict
 from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest
 from safelora_vllm.store.housekeeping import verify
@@ -133,15 +133,24 @@ def test_a_bucket_that_does_not_answer(
     assert set(names.all()) == {"a"}, "nothing is changed"
 
 
-def test_content_that_is_not_what_its_name_says(disks: tuple[Path, Path], url: str, storage: Any) -> None:
+def test_content_that_is_not_what_its_name_says(
+    disks: tuple[Path, Path], url: str, storage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     add(disks[0], "a", 1)
     digest = content_digest(*files("a", 1).values())
     key = f"{url.removeprefix('s3://bucket/')}/raw/{digest}/adapter_model.safetensors"
     storage[1].put_object(Bucket="bucket", Key=key, Body=b"other bytes")
+    add(disks[0], "b", 2)
     names = mirrored(disks[1])
-    with pytest.raises(StoreUnavailable, match="other content"):
-        names.pull()
-    assert names.all() == {} and not RawStore(disks[1]).has(digest)
+    names.pull()
+    names.pull()
+    assert set(names.all()) == {"b"} and not RawStore(disks[1]).has(digest)
+    assert caplog.text.count("has other content") == 1
+    with pytest.raises(StoreDamaged, match="other content"):
+        names.update("a", lambda record: record)
+    add(disks[0], "a", 3)  # the old version's upload is still wrong
+    names.pull()
+    assert set(names.all()) == {"a", "b"}
 
 
 def test_a_record_that_is_none_is_left_out(
@@ -154,7 +163,9 @@ def test_a_record_that_is_none_is_left_out(
     names = mirrored(disks[1])
     names.pull()
     names.pull()
-    assert set(names.all()) == {"a"} and caplog.text.count("is no record of a name") == 2
+    assert set(names.all()) == {"a"} and caplog.text.count("is left out") == 2
+    with pytest.raises(StoreDamaged, match="is no record of a name"):
+        names.update("b", lambda _: None)
 
 
 def test_a_store_keeps_to_its_bucket(url: str, tmp_path: Path) -> None:

@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
-from safelora_vllm.errors import GuardError, StoreUnavailable, UsageError
+from safelora_vllm.errors import GuardError, StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.files import locked, make_folder, replace_file, sync_folder, writing
 from safelora_vllm.remote.bucket import Bucket, Conflict
 from safelora_vllm.store.layout import IDS, MIRROR, NAMES, RAW
 from safelora_vllm.store.name_record import AdapterRecord, file_of, from_json, to_json
-from safelora_vllm.store.names import FIRST_ID, LAST_ID, NameStore
+from safelora_vllm.store.names import FIRST_ID, LAST_ID, REMEDY, NameStore
 from safelora_vllm.store.raw import RawStore
 
 logger = logging.getLogger("vllm.safelora.store")
 _TRIES = 20
+_NO_RECORD = (ValueError, KeyError, TypeError, RecursionError, UsageError)
 _REMOVED = json.dumps({"removed": True}).encode()
 
 
@@ -37,6 +38,7 @@ class MirroredNames(NameStore):
         super().__init__(root)
         self._bucket, self._raw = bucket, RawStore(root)
         self._etags: dict[str, str] = {}  # of what the local records are
+        self._complaints: dict[str, str] = {}  # of which records
         self._kept: set[str] = set()  # digests that are in the bucket
         self._out = False
 
@@ -48,7 +50,7 @@ class MirroredNames(NameStore):
         with self._locked():
             for _ in range(_TRIES):
                 found = self._bucket.get(f"{NAMES}/{file}")
-                before = _record(found[0], file) if found else None
+                before = _sound(found[0], file) if found else None
                 after = change(before)
                 if after != before:
                     self._upload(after)
@@ -95,7 +97,7 @@ class MirroredNames(NameStore):
         """Make the local records those of the bucket, with the uploads that they refer to.
 
         Raises:
-            StoreUnavailable: the bucket does not answer, or lacks an upload.
+            StoreUnavailable: the bucket does not answer.
         """
         if self._bucket.etags(NAMES) == self._etags:
             return
@@ -107,18 +109,22 @@ class MirroredNames(NameStore):
                 if self._etags.get(file) == etag or not (found := self._bucket.get(f"{NAMES}/{file}")):
                     continue
                 try:
-                    record = _record(found[0], file)
-                except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
-                    if self._etags.get(file) != found[1]:
-                        logger.error("%s/%s in the bucket is no record of a name (%s)", NAMES, file, error)
-                    self._etags[file] = found[1]
-                    continue
-                self._follow(file, record, found[1])
+                    self._follow(file, _record(found[0], file), found[1])
+                except (StoreDamaged, *_NO_RECORD) as error:  # one bad name must not keep the others away
+                    if self._complaints.get(file) != found[1]:
+                        logger.error("%s/%s of the bucket is left out: %s", NAMES, file, error)
+                    self._complaints[file] = found[1]
 
     def _follow(self, file: str, record: AdapterRecord | None, etag: str) -> None:
-        """Take over what another server wrote."""
-        for digest in sorted({version.digest for version in record.versions} if record else ()):
-            self._download(digest)
+        """Take over what another server wrote.
+
+        Raises:
+            StoreDamaged: its upload is not in the bucket as it was.
+        """
+        for version in record.versions if record else ():
+            live = record is not None and version.digest == record.live.digest
+            with contextlib.nullcontext() if live else contextlib.suppress(StoreDamaged):
+                self._download(version.digest)
         self._write(file, record, etag)
 
     def _write(self, file: str, record: AdapterRecord | None, etag: str) -> None:
@@ -206,6 +212,15 @@ def attach(root: str | Path, url: str | None) -> None:
     with writing(Path(root)):
         make_folder(Path(root))
         replace_file(marker, wanted.encode())
+
+
+def _sound(content: bytes, file: str) -> AdapterRecord | None:
+    try:
+        return _record(content, file)
+    except _NO_RECORD as error:
+        raise StoreDamaged(
+            f"{NAMES}/{file} in the bucket is no record of a name ({type(error).__name__}); {REMEDY}"
+        ) from error
 
 
 def _content(file: Path) -> bytes:
