@@ -156,14 +156,10 @@ class MirroredNames(NameStore):
         files: dict[str, bytes] = {}
         for name in (CONFIG, WEIGHTS):
             if (found := self._bucket.get(f"{RAW}/{digest}/{name}")) is None:
-                raise StoreUnavailable(
-                    f"{RAW}/{digest}/{name} is not in the bucket; upload the adapter again"
-                )
+                raise StoreDamaged(f"{RAW}/{digest}/{name} is not in the bucket; upload the adapter again")
             files[name] = found[0]
         if content_digest(files[CONFIG], files[WEIGHTS]) != digest:
-            raise StoreUnavailable(
-                f"{RAW}/{digest} in the bucket has other content; upload the adapter again"
-            )
+            raise StoreDamaged(f"{RAW}/{digest} in the bucket has other content; upload the adapter again")
         self._raw.keep(digest, files)
         self._kept.add(digest)
 
