@@ -77,7 +77,6 @@ class ServerSettings:
 
     projectors: str
     store: str = field(default_factory=lambda: str(default_root()))
-    store_mirror: str | None = None
     policy: dict[str, Any] = field(default_factory=dict)
     trust_served_model: bool = False
     gate_device: str = WORKER
@@ -89,6 +88,7 @@ class ServerSettings:
     adapter_roots: list[str] = field(default_factory=list)
     remote_sources: list[str] = field(default_factory=list)
     remote_endpoints: list[str] = field(default_factory=list)
+    store_mirror: str | None = None
     concurrent_uploads: int = 8
     allow_hub: bool = False
     private_docs: bool = False
