@@ -17,8 +17,10 @@ from typing import Any, get_type_hints
 import msgspec
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import GuardError
+from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.policy import Policy
+from safelora_vllm.remote.address import parse_prefix
+from safelora_vllm.remote.reach import Reach
 from safelora_vllm.store.layout import default_root
 
 SECTION = "safelora"
@@ -42,6 +44,8 @@ class ServerSettings:
     Attributes:
         projectors: folder of the projector cache.
         store: folder of the adapter store.
+        store_mirror: address of a bucket, such as ``s3://bucket/prefix``, that decides which names there are.
+            Servers with stores on several disks and one bucket serve the same.
         policy: fields of the policy, by their names there.
         trust_served_model: do not compare the served model with the cache's aligned model. For a quantised
             or converted copy of it.
@@ -58,6 +62,10 @@ class ServerSettings:
         keys: TOML file with admin and tenant keys.
         adapter_roots: folders that loads by path may read. Without one, ``load_lora_adapter`` reads any
             folder and ``POST /v1/adapters`` none.
+        remote_sources: prefixes of ``s3://``, ``gs://``, ``az://`` and ``https://`` addresses that an admin's
+            loads may read. Each tenant has its own in the keys file. Without one, none is read.
+        remote_endpoints: origins, such as ``http://minio.storage:9000``, that remote sources may be read from
+            although their network address is private or they have no TLS.
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
         allow_hub: uploads may name a hub repository.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
@@ -79,6 +87,9 @@ class ServerSettings:
     store_bytes: int | None = None
     keys: str | None = None
     adapter_roots: list[str] = field(default_factory=list)
+    remote_sources: list[str] = field(default_factory=list)
+    remote_endpoints: list[str] = field(default_factory=list)
+    store_mirror: str | None = None
     concurrent_uploads: int = 8
     allow_hub: bool = False
     private_docs: bool = False
@@ -130,6 +141,12 @@ class ServerSettings:
                 "projector_host_memory has no effect without projector_memory: all projectors are on the "
                 "gate's device. Leave it out, or set projector_memory"
             )
+        try:
+            Reach.to(self.remote_endpoints)
+            for prefix in self.remote_sources:
+                parse_prefix(prefix)
+        except UsageError as error:
+            raise GuardError(str(error)) from None
         if self.tenant_reports not in TENANT_REPORTS:
             raise GuardError(
                 f"tenant_reports is {self.tenant_reports!r:.80}: expected {' or '.join(TENANT_REPORTS)}"

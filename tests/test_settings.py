@@ -26,6 +26,7 @@ from safelora_vllm.store.layout import default_root
 OPTIONS: dict[str, tuple[list[str], Any]] = {
     "projectors": (["--projectors", "/p"], "/p"),
     "store": (["--adapter-store", "/s"], "/s"),
+    "store_mirror": (["--store-mirror", "s3://bucket/x"], "s3://bucket/x"),
     "trust_served_model": (["--trust-served-model"], True),
     "max_adapter_bytes": (["--max-adapter-bytes", "1KB"], 1000),
     "store_bytes": (["--store-bytes", "2KB"], 2000),
@@ -34,6 +35,11 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "gate_device": (["--gate-device", "cuda:1"], "cuda:1"),
     "projector_memory": (["--projector-memory", "3KB"], 3000),
     "projector_host_memory": (["--projector-host-memory", "4KB", "--projector-memory", "3KB"], 4000),
+    "remote_sources": (
+        ["--remote-source", "s3://aaa", "--remote-source", "gs://bbb/c"],
+        ["s3://aaa", "gs://bbb/c"],
+    ),
+    "remote_endpoints": (["--remote-endpoint", "http://minio:9000"], ["http://minio:9000"]),
     "concurrent_uploads": (["--concurrent-uploads", "3"], 3),
     "allow_hub": (["--allow-hub"], True),
     "private_docs": (["--private-docs"], True),
@@ -46,9 +52,11 @@ SECTION_ONLY = {"policy"}
 GIB = 1024**3
 # Golden: a change here changes what servers do that are started with the same command as before.
 SERVER: dict[str, Any] = {
-    "policy": {}, "trust_served_model": False, "gate_device": "worker", "projector_memory": None,
+    "store_mirror": None, "policy": {}, "trust_served_model": False, "gate_device": "worker",
+    "projector_memory": None,
     "projector_host_memory": 0, "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None,
-    "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False, "private_docs": False, "no_page": False,
+    "adapter_roots": [], "remote_sources": [], "remote_endpoints": [],
+    "concurrent_uploads": 8, "allow_hub": False, "private_docs": False, "no_page": False,
     "tenant_reports": "full", "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {
@@ -125,6 +133,8 @@ def test_an_option_of_the_command_changes_its_setting_only(
         ({"nonsense": 1}, "nonsense"), ({"private_docs": 1}, "private_docs"),
         ({"gate_device": 0}, "gate_device"),
         ({"route_access": {"GET /x": 1}}, "route_access"),
+        ({"remote_sources": ["/srv"]}, "not a valid prefix of remote sources"),
+        ({"remote_endpoints": ["minio:9000"]}, "not a valid endpoint"),
     ],
     ids=str,
 )  # fmt: skip

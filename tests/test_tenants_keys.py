@@ -210,6 +210,8 @@ def test_a_limit_of_nothing_is_a_limit(write: Write) -> None:
     ("text", "words"),
     [
         ("[admin", "is not valid TOML"),
+        ('[tenants.a]\nremote_sources = "s3://bucket"\n', "tenants.a.remote_sources is 's3://bucket'"),
+        ('[tenants.a]\nremote_sources = ["/srv"]\n', "tenants.a.remote_sources: '/srv' is not a valid"),
         (f'[admin]\na = {ALICE}\n', "is not valid TOML"),
         (f'[admin]\na = "{ALICE}"\na = "{BOB}"\n', "is not valid TOML"),
         (f'[user]\na = "{ALICE}"\n', "unknown entries ['user']; known are admin, tenants"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from safelora_vllm.cli import DONE, REFUSED
 from safelora_vllm.cli.options import ADAPTER, add_gate_options, chosen_policy
+from safelora_vllm.cli.remote import REMOTE, on_disk, shown_name
 from safelora_vllm.errors import UsageError
+from safelora_vllm.remote.address import is_remote
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "inspect", allow_abbrev=False, help="show what the gate would do with an adapter"
     )
     parser.add_argument(
-        "adapter", nargs="+", help=f"{ADAPTER}; several get one line each and their largest norms"
+        "adapter", nargs="+", help=f"{ADAPTER}, {REMOTE}; several get one line each and their largest norms"
     )
     parser.add_argument(
         "--json", action="store_true", help="print the report as JSON; several reports one a line"
@@ -39,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print the report of each adapter."""
     policy = chosen_policy(args)
-    if missing := [adapter for adapter in args.adapter if not Path(adapter).exists()]:
+    if missing := [adapter for adapter in args.adapter if not (is_remote(adapter) or Path(adapter).exists())]:
         raise UsageError(f"there is nothing at {', '.join(map(repr, missing))}: expected a {ADAPTER}")
     if (args.html or args.png) and len(args.adapter) > 1:
         raise UsageError("--html and --png show one adapter: give one, or leave them out")
@@ -53,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
 
     cache, several = opened_cache(args.projectors), len(args.adapter) > 1
     warn_of_truncation(policy, cache)
-    reports = [
-        inspect_adapter(adapter, cache, policy, device=args.device)
-        for adapter in tqdm(args.adapter, desc="Adapters", unit="adapter", disable=not several)
-    ]
+    reports = []
+    for adapter in tqdm(args.adapter, desc="Adapters", unit="adapter", disable=not several):
+        with on_disk(adapter) as path:
+            report = inspect_adapter(path, cache, policy, device=args.device)
+        reports.append(replace(report, adapter=shown_name(adapter)) if is_remote(adapter) else report)
     if args.json and several:
         for report in reports:
             print(json.dumps(report.to_dict(), allow_nan=False))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from safelora_vllm.cli import DONE, PROBLEMS, REFUSED
 from safelora_vllm.cli.options import ADAPTER, add_gate_options, chosen_policy, size
+from safelora_vllm.cli.remote import REMOTE, on_disk
 from safelora_vllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "project", allow_abbrev=False, help="pass adapters through the gate and write the results"
     )
-    parser.add_argument("adapter", nargs="?", help=f"{ADAPTER}; default: required without --all")
+    parser.add_argument("adapter", nargs="?", help=f"{ADAPTER}, {REMOTE}; default: required without --all")
     parser.add_argument("--all", metavar="FOLDER", help="project all folders and archives in FOLDER")
     parser.add_argument(
         "--out",
@@ -76,9 +77,10 @@ def _one(args: argparse.Namespace, policy: Policy) -> int:
 
     cache = opened_cache(args.projectors)
     warn_of_truncation(policy, cache)
-    report = project_adapter(
-        args.adapter, cache, args.out, policy, device=args.device, base_model=args.base_model
-    )
+    with on_disk(args.adapter) as path:
+        report = project_adapter(
+            path, cache, args.out, policy, device=args.device, base_model=args.base_model
+        )
     share = f"{report.count('projected')} of {len(report.modules)} modules"
     if policy.enforcing:
         print(f"{share} projected, written to {args.out}")

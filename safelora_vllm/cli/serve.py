@@ -41,6 +41,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "~/.local/share/safelora-vllm",
     )
     parser.add_argument(
+        "--store-mirror",
+        metavar="URL",
+        help="bucket, such as s3://bucket/prefix, whose names and uploads stores share; default: none",
+    )
+    parser.add_argument(
         "--admin-api-key",
         metavar="KEY",
         help=f"key for managing adapters; prefer {ADMIN_KEY}, since ps shows options; default: a random key, "
@@ -59,6 +64,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_absolute,
         metavar="DIR",
         help="folder that loads by path may read; may be given several times",
+    )
+    parser.add_argument(
+        "--remote-source",
+        dest="remote_sources",
+        action="append",
+        metavar="PREFIX",
+        help="s3://, gs://, az:// or https:// prefix that an admin's loads may read; several times",
+    )
+    parser.add_argument(
+        "--remote-endpoint",
+        dest="remote_endpoints",
+        action="append",
+        metavar="ORIGIN",
+        help="http://HOST:PORT or https://HOST:PORT that remote sources may be read from although its "
+        "address is private; may be given several times",
     )
     parser.add_argument(
         "--max-adapter-bytes",

@@ -164,12 +164,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _rm(args: argparse.Namespace) -> int:
-    from safelora_vllm.store import NameStore
     from safelora_vllm.store.audit_log import OPERATOR, AuditLog
     from safelora_vllm.store.layout import AUDIT
+    from safelora_vllm.store.mirror import open_names
     from safelora_vllm.store.recorded import Line, RecordedNames
 
-    names = NameStore(root := _root(args))
+    names = open_names(root := _root(args))
     record = names.get(args.name)
     if record is None:
         raise UsageError(f"there is no adapter {args.name!r} in {names.root}; 'store ls' lists them")

@@ -7,6 +7,7 @@ names/<quoted name>.json   which content is served under a name, with its versio
 ids                        the next number by which vLLM may know an adapter
 audit/                     who changed what, and when
 serving.json               what the servers say of how they serve it
+mirror                     address of the bucket that decides, if there is one
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 INCOMING, RAW, PUBLISHED, NAMES, IDS, AUDIT = "incoming", "raw", "published", "names", "ids", "audit"
 SERVING = "serving.json"
+MIRROR = "mirror"
 FOLDERS = (INCOMING, NAMES, PUBLISHED, RAW)  # of which all that is served is made
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.errors import KeysError
+from safelora_vllm.errors import KeysError, UsageError
+from safelora_vllm.remote.address import Source, parse_prefix
 from safelora_vllm.tenants.principal import PART, PART_RULE, Principal
 from safelora_vllm.tenants.quotas import LIMITS, Quota
 from safelora_vllm.tenants.rules import TenantRules
@@ -29,6 +30,7 @@ class Tenant:
 
     quota: Quota
     rules: TenantRules
+    remote_sources: tuple[Source, ...] = ()  # prefixes that its uploads may name
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
         if name == "admin":
             raise KeysError("admin is not a valid tenant name: its keys would look like the operator's")
         entry = f"tenants.{name}"
-        _check_known(entry, _table(entry, table), (*LIMITS, "less_strict", "policy", "keys"))
+        _check_known(
+            entry, _table(entry, table), (*LIMITS, "less_strict", "policy", "remote_sources", "keys")
+        )
         limits = {LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in LIMITS if key in table}
         policy, less_strict = (
             _table(f"{entry}.policy", table.get("policy", {})),
@@ -133,7 +137,8 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
         )
         if not isinstance(less_strict, bool):
             raise KeysError(f"{entry}.less_strict is {less_strict!r:.40}; give true or false")
-        yield name, Tenant(Quota(**limits), TenantRules(policy, less_strict))
+        sources = tuple(_sources(f"{entry}.remote_sources", table.get("remote_sources", [])))
+        yield name, Tenant(Quota(**limits), TenantRules(policy, less_strict), sources)
 
 
 def _entries(tables: dict[str, Any], tenants: Mapping[str, Tenant]) -> Iterator[tuple[bytes, Principal]]:
@@ -175,6 +180,16 @@ def _check_known(entry: str, table: dict[str, Any], known: tuple[str, ...]) -> N
 def _check_part(entry: str, name: str) -> None:
     if not PART.fullmatch(name):
         raise KeysError(f"{entry} has an entry called {name!r:.200}; a name is {PART_RULE}")
+
+
+def _sources(entry: str, value: object) -> Iterator[Source]:
+    if not isinstance(value, list) or not all(isinstance(prefix, str) for prefix in value):
+        raise KeysError(f'{entry} is {value!r:.40}; give a list of prefixes such as "s3://BUCKET/FOLDER/"')
+    for prefix in value:
+        try:
+            yield parse_prefix(prefix)
+        except UsageError as error:
+            raise KeysError(f"{entry}: {error}") from None
 
 
 def _limit(entry: str, value: object) -> int:

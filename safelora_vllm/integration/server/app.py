@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -24,11 +25,13 @@ from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.page_routes import page_router
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.remote_sources import RemoteSources
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
+from safelora_vllm.store.mirror import attach
 from safelora_vllm.tenants.keys import KeyRing
 
 logger = logging.getLogger("vllm.safelora.endpoint")
@@ -76,6 +79,7 @@ class SafeLoRAEndpoint:
         seams.attach_first(app, router)
         if not settings.no_page:
             seams.attach_first(app, page_router)
+        app.state.safelora_remote_sources = RemoteSources.of(settings, lambda: keys.tenants)
         self._app = app
 
         @app.exception_handler(SafeLoRAError)
@@ -95,6 +99,7 @@ class SafeLoRAEndpoint:
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
+        await asyncio.to_thread(attach, settings.store, settings.store_mirror)
         state.safelora = reconciler = await Reconciler.start(
             engine_client, models, self._app.state.safelora_door.keys.rules
         )

@@ -29,6 +29,7 @@ from safelora_vllm.integration.server.access_check import MethodNotAllowed
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.schemas import ErrorBody
 from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
+from safelora_vllm.remote.refusals import SourceForbidden, SourceUnavailable
 
 logger = logging.getLogger("vllm.safelora.http")
 
@@ -49,6 +50,8 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     AlreadyLoaded: (409, "ConflictError"),
     ChangedMeanwhile: (409, "ConflictError"),
     TooLarge: (413, "RequestTooLargeError"),
+    SourceForbidden: (403, "PermissionDeniedError"),
+    SourceUnavailable: (502, "BadGatewayError"),
     AdapterRefused: (422, "AdapterRefusedError"),
     TooManyUploads: (429, "RateLimitError"),
     UsageError: (400, "InvalidUserInput"),
@@ -76,7 +79,8 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
         (500, "InternalServerError"),
     )
     message = str(error)
-    if status >= 500 and not ((who := caller()) and who.kind == "admin"):
+    refused = isinstance(error, AdapterRefused)
+    if status >= 500 and not refused and not ((who := caller()) and who.kind == "admin"):
         logger.error("%s", message)
         message = _PATH.sub(r"\g<quote>(a path)\g<quote>", message)
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}

@@ -51,6 +51,7 @@ from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore
 from safelora_vllm.store.audit_log import SERVER, AuditLog, audit_fields
 from safelora_vllm.store.layout import AUDIT
+from safelora_vllm.store.mirror import open_names
 from safelora_vllm.store.recorded import RecordedNames
 from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
@@ -106,7 +107,7 @@ class Reconciler:
         gate = GateClient(answers[0].socket)
         state = await asyncio.to_thread(gate.state)
         root = Path(state.store)
-        pool = Pool(engine_client, NameStore(root))
+        pool = Pool(engine_client, await asyncio.to_thread(open_names, root))
         copies = Copies(gate, state, PublishedStore(root), tenant_rules)
         audit = await asyncio.to_thread(AuditLog, root / AUDIT)
         await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
@@ -116,6 +117,7 @@ class Reconciler:
             await made._adopt_static(request, _STATIC_IDS + IDS_EACH * position)
         await asyncio.to_thread(make_folder, made.names.folder)
         made.store.watch = StoreWatch(made.names.folder)
+        await asyncio.to_thread(made.names.stamp)  # a look into the store's bucket, if it has one
         await made.sync()
         for name, entry in made.registry.items():
             refused = isinstance(entry.problem, AdapterRefused)  # perhaps by another release

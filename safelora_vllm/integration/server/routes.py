@@ -29,6 +29,7 @@ from safelora_vllm.integration.server.overview import (
     overview_of,
 )
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.remote_sources import add_from_source, source_named
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
@@ -40,6 +41,7 @@ from safelora_vllm.integration.server.schemas import (
     Rollback,
     UnloadRequest,
     UploadByPath,
+    UploadFromSource,
     VersionList,
     summary_of,
     version_info,
@@ -48,6 +50,7 @@ from safelora_vllm.integration.server.uploads import TooLarge, download, incomin
 from safelora_vllm.integration.server.usage import TenantUsage
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
+from safelora_vllm.remote.address import is_remote
 from safelora_vllm.tenants.principal import Principal
 
 _MAX_JSON = 64 * 1024
@@ -126,11 +129,16 @@ class BoundedRoute(APIRoute):
 router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
 
 
-@router.post("/v1/load_lora_adapter", response_model=None, responses=_PLAIN)
-async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed) -> Response:
-    """Vet and project an adapter folder on the server, keep it, and serve it. vLLM's own call."""
-    path = managed.check_root(body.lora_path)
-    await managed.add(who, body.lora_name, path, replace=body.load_inplace, action="load")
+@router.post("/v1/load_lora_adapter", response_model=None, responses={**_PLAIN, **documented(429, 502)})
+async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed, request: Request) -> Response:
+    """Vet and project an adapter on the server or in a bucket, keep it, and serve it. vLLM's own call."""
+    if is_remote(body.lora_path):
+        wanted = UploadFromSource.model_construct(name=body.lora_name, source=body.lora_path, digest=None)
+        with request.app.state.safelora_upload_limiter.take(who.tenant):
+            await add_from_source(request, who, managed, wanted, replace=body.load_inplace, action="load")
+    else:
+        path = managed.check_root(body.lora_path)
+        await managed.add(who, body.lora_name, path, replace=body.load_inplace, action="load")
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -145,7 +153,7 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
     "/v1/adapters",
     status_code=201,
     response_model=AdapterReport,
-    responses={**_CHANGES, **documented(408, 413, 429)},
+    responses={**_CHANGES, **documented(408, 413, 429, 502)},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
 async def upload_adapter(
@@ -155,7 +163,7 @@ async def upload_adapter(
     the old weights, later ones use the new."""
     with request.app.state.safelora_upload_limiter.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
-            entry = await _add_by_path(who, managed, request, replace)
+            entry = await _add_named(who, managed, request, replace)
             return shown.report(who, entry)
         async with incoming(managed.reconciler.names.root) as folder:
             may_use = functools.partial(managed.check, who)
@@ -172,10 +180,13 @@ async def upload_adapter(
             return shown.report(who, await managed.add(who, received.fields["name"], source, replace=replace))
 
 
-async def _add_by_path(who: Principal, managed: Manager, request: Request, replace: bool) -> Entry:
+async def _add_named(who: Principal, managed: Manager, request: Request, replace: bool) -> Entry:
+    """An upload whose JSON body says where the adapter is."""
+    text = b"".join([chunk async for chunk in read_with_timeout(request)])
+    if wanted := source_named(text):
+        return await add_from_source(request, who, managed, wanted, replace=replace)
     if who.kind != "admin" or not managed.roots:
         raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
-    text = b"".join([chunk async for chunk in read_with_timeout(request)])
     try:
         body = UploadByPath.model_validate_json(text)
     except ValidationError as error:

@@ -41,6 +41,23 @@ class UploadByPath(BaseModel):
     path: str = Field(description="folder that PEFT saved, or a .tar, .tar.gz or .zip of it")
 
 
+class UploadFromSource(BaseModel):
+    """An adapter in object storage or behind a presigned URL, which the operator lets the caller read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = _NAME
+    source: str = Field(
+        description="s3://, gs://, az:// or https:// address of the folder that PEFT saved, or of an archive",
+        max_length=4096,
+    )
+    digest: str | None = Field(
+        None,
+        description="what is expected: of a folder the digest that `inspect` shows, of an archive sha256:HEX",
+        max_length=80,
+    )
+
+
 class Rollback(BaseModel):
     """Which version's content to serve again."""
 
@@ -188,6 +205,8 @@ UPLOAD_BODY = {
                 },
             }
         },
-        "application/json": {"schema": UploadByPath.model_json_schema()},
+        "application/json": {
+            "schema": {"anyOf": [UploadByPath.model_json_schema(), UploadFromSource.model_json_schema()]}
+        },
     },
 }

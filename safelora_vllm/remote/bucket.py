@@ -1,0 +1,101 @@
+"""A bucket of the operator's: objects read, listed, and written on condition.
+
+Bucket and credentials are the operator's configuration, never a caller's, so obstore's own client is used.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+from safelora_vllm.errors import GuardError, StoreUnavailable
+from safelora_vllm.remote.address import CLOUDS, is_remote
+
+_RETRY = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
+_CLIENT = {"timeout": "30s", "connect_timeout": "5s"}
+
+
+class Conflict(Exception):
+    """Somebody else wrote the object first."""
+
+
+class Bucket:
+    """Objects under one prefix. Safe for several threads.
+
+    What the storage must guarantee: after a write, every read and every list sees it or a later one; a write
+    on condition (``If-Match``, ``If-None-Match: *``) happens if and only if the condition holds.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises:
+        GuardError: obstore is missing, or the address is not one of a bucket.
+        """
+        if not is_remote(url) or url.partition("://")[0] not in CLOUDS or "?" in url:
+            raise GuardError(
+                f"{url!r:.200} is not a valid bucket: expected s3://BUCKET/PREFIX, gs:// or az://"
+            )
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise GuardError(
+                "a store's mirror needs obstore, which is not installed: pip install 'safelora-vllm[remote]'"
+            ) from None
+        self.url = url.rstrip("/")
+        # Options that are given take the place of the environment's.
+        options = {**_CLIENT, "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")}
+        self._obstore: Any = obstore
+        try:
+            self._store: Any = from_url(self.url, client_options=options, retry_config=_RETRY)  # type: ignore[call-overload]
+        except Exception as error:
+            raise GuardError(f"the bucket {self.url} cannot be used ({type(error).__name__})") from None
+
+    def get(self, path: str) -> tuple[bytes, str] | None:
+        """An object's content and ETag, None where there is none.
+
+        Raises:
+            StoreUnavailable: the bucket does not answer.
+        """
+        try:
+            found = self._obstore.get(self._store, path)
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise self._unavailable(error) from None
+
+    def etags(self, folder: str) -> dict[str, str]:
+        """The objects of a folder by their names in it, with their ETags.
+
+        Raises:
+            StoreUnavailable: the bucket does not answer.
+        """
+        try:
+            return {
+                str(meta["path"]).rpartition("/")[2]: str(meta["e_tag"])
+                for batch in self._obstore.list(self._store, folder)
+                for meta in batch
+            }
+        except Exception as error:
+            raise self._unavailable(error) from None
+
+    def put(self, path: str, content: bytes, etag: str | None) -> str:
+        """Write an object if it still has this ETag, or is still not there; the new ETag.
+
+        Raises:
+            Conflict: the condition does not hold. StoreUnavailable: the bucket does not answer.
+        """
+        mode = "create" if etag is None else {"e_tag": etag}
+        try:
+            return str(self._obstore.put(self._store, path, content, mode=mode, use_multipart=False)["e_tag"])
+        except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
+            raise Conflict from None
+        except Exception as error:
+            raise self._unavailable(error) from None
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        """Without the error's text, which may hold a signature."""
+        return StoreUnavailable(
+            f"the bucket {self.url} cannot be read or written ({type(error).__name__}); try again later"
+        )
