@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
@@ -43,7 +44,10 @@ class MirroredNames(NameStore):
         self._out = False
 
     def update(
-        self, name: str, change: Callable[[AdapterRecord | None], AdapterRecord | None]
+        self,
+        name: str,
+        change: Callable[[AdapterRecord | None], AdapterRecord | None],
+        around: Callable[[str, AdapterRecord | None], AbstractContextManager[None]] | None = None,
     ) -> AdapterRecord | None:
         """As in `NameStore`, of the bucket's record: of two servers, one sees what the other wrote."""
         file = file_of(name)
@@ -56,10 +60,11 @@ class MirroredNames(NameStore):
                     self._upload(after)
                     content = to_json(after, file) if after else _REMOVED
                     try:
-                        etag = self._bucket.put(f"{NAMES}/{file}", content, found[1] if found else None)
+                        with around(self.file_digest(name), after) if around else contextlib.nullcontext():
+                            etag = self._bucket.put(f"{NAMES}/{file}", content, found[1] if found else None)
+                            self._write(file, after, etag)
                     except Conflict:
                         continue
-                    self._write(file, after, etag)
                 elif found:
                     self._follow(file, after, found[1])
                 return after

@@ -21,6 +21,7 @@ from typing import Any
 
 from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.files import locked, make_folder, replace_file
+from safelora_vllm.remote.bucket import Conflict
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.name_record import AdapterRecord
 from safelora_vllm.store.names import NameStore
@@ -74,7 +75,11 @@ class RecordedNames:
             begun = datetime.now(UTC).isoformat(timespec="microseconds")
             intent = _Intent(line.actor, line.action, name, line.details(after), before, begun)
             self._intend(intent)
-            yield
+            try:
+                yield
+            except Conflict:  # another server was first: the change is not made
+                self._path(intent).unlink(missing_ok=True)
+                raise
             try:
                 self._write(intent)
             except StoreUnavailable as error:  # the change itself is made: say so loudly
