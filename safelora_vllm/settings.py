@@ -59,7 +59,10 @@ class ServerSettings:
         adapter_roots: folders that loads by path may read. Without one, ``load_lora_adapter`` reads any
             folder and ``POST /v1/adapters`` none.
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
-        allow_hub: uploads may name a hub repository.
+        allow_hub: uploads and ``load_lora_adapter`` may name a hub repository.
+        admin_socket: Unix socket of callers that cannot send a key. Whoever may connect to it is an admin: it
+            has mode 0600, in a folder of the server's user that others cannot write to. A folder that is not
+            there is made.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
         no_page: the server has no page at ``/safelora/``.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
@@ -81,6 +84,7 @@ class ServerSettings:
     adapter_roots: list[str] = field(default_factory=list)
     concurrent_uploads: int = 8
     allow_hub: bool = False
+    admin_socket: str | None = None
     private_docs: bool = False
     no_page: bool = False
     route_access: dict[str, str] = field(default_factory=dict)

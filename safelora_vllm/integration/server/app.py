@@ -18,6 +18,7 @@ from safelora_vllm.gate.socket_folder import remove_unowned
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
+from safelora_vllm.integration.server.admin_socket import AdminSocket
 from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
@@ -86,8 +87,8 @@ class SafeLoRAEndpoint:
         """Start serving adapters, if this server has an engine with LoRA.
 
         Raises:
-            GuardError: a worker is not guarded, the middleware is not where it has to be, or the server's
-            routes cannot be told apart; the server does not start.
+            GuardError: a worker is not guarded, the middleware is not where it has to be, the server's
+            routes cannot be told apart, or its admin socket could be another's; the server does not start.
         """
         seams.check_middleware(self._app, AccessMiddleware)
         check_routes(self._app.router.routes)
@@ -113,6 +114,8 @@ class SafeLoRAEndpoint:
         )
         manager.start()
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
+        if settings.admin_socket:
+            state.safelora_admin_socket = AdminSocket.start(self._app, Path(settings.admin_socket))
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

@@ -1,0 +1,173 @@
+"""A Unix socket for callers that cannot send a key: whoever may connect to it is an admin.
+
+The kernel decides who may connect, by the permissions of the socket's file and of its folder. The same
+application answers, with the same routes and the same gate. Imports no vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from safelora_vllm.errors import GuardError
+from safelora_vllm.tenants.principal import Principal
+
+logger = logging.getLogger("vllm.safelora.admin_socket")
+_MARK = "safelora.admin_socket"  # a key of the ASGI scope, which no request can set
+_ADMIN = Principal("admin", "admin-socket")
+_LOCK = ".lock"
+
+
+def by_socket(scope: Scope) -> Principal | None:
+    """The admin that a request over the socket comes from; None for all other requests."""
+    return _ADMIN if scope.get(_MARK) is True else None
+
+
+class AdminSocket:
+    """The socket of one API server process.
+
+    Of several API servers of one server, one listens: a change that it makes is in force on all of them.
+
+    Attributes:
+        server: what listens; None where another API server of the same server does.
+    """
+
+    def __init__(self, server: uvicorn.Server | None, task: asyncio.Task[None] | None) -> None:
+        self.server, self._task = server, task
+
+    @classmethod
+    def start(cls, app: ASGIApp, path: Path) -> AdminSocket:
+        """Listen at ``path``, in the event loop that runs.
+
+        Raises:
+            GuardError: others could put a socket there, something else is there, or another server listens.
+        """
+        folder = _open_folder(path)
+        if not _take_lock(folder, path):
+            logger.info("admin socket %s: another API server of this server listens", path)
+            os.close(folder)
+            return cls(None, None)
+        listening = _bind(folder, path)
+        atexit.register(_remove, folder, path.name, os.stat(path.name, dir_fd=folder).st_ino)
+        config = uvicorn.Config(_Marked(app), lifespan="off", log_config=None, access_log=False)
+        server = _Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        logger.warning("admin socket %s: user %d may change all adapters without a key", path, os.geteuid())
+        return cls(server, task)
+
+    async def stop(self) -> None:
+        """Stop listening. The file is removed when the process ends."""
+        if self.server is not None and self._task is not None:
+            self.server.should_exit = True
+            await self._task
+
+
+class _Marked:
+    """The application, told that a request came over the socket."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, _MARK: True}, receive, send)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to vLLM's own server."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _open_folder(path: Path) -> int:
+    """The socket's folder, which all later steps use: nobody can put another in its place meanwhile.
+
+    Raises:
+        GuardError: it is a link or no folder, or others may write to it.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise GuardError(
+            f"--admin-socket {path}: {folder} cannot be used ({error.strerror}). Expected a folder of the "
+            "server's user, no link"
+        ) from error
+    status = os.fstat(found)
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        os.close(found)
+        raise GuardError(
+            f"--admin-socket {path}: others may write to {folder} (mode {stat.S_IMODE(status.st_mode):04o}, "
+            f"user {status.st_uid}), and so put a socket of their own there. Name a folder below it that does "
+            f"not exist, which the server makes, or give it to user {os.geteuid()} with 'chmod 700 {folder}'"
+        )
+    return found
+
+
+def _take_lock(folder: int, path: Path) -> bool:
+    """Whether this process is the one that listens, from now until it ends.
+
+    Raises:
+        GuardError: a process of another server is.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        lock = os.open(path.name + _LOCK, flags, 0o600, dir_fd=folder)
+    except OSError as error:
+        raise GuardError(f"--admin-socket {path}: {path}{_LOCK} cannot be opened ({error.strerror})") from error
+    mine = str(os.getppid()).encode()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0)
+        os.close(lock)
+        if holder != mine:
+            raise GuardError(
+                f"--admin-socket {path}: another server listens there. Give each server a path of its own"
+            ) from None
+        return False
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, mine, 0)
+    return True  # the descriptor stays open, and with it the lock
+
+
+def _bind(folder: int, path: Path) -> socket.socket:
+    """A socket that only this user can connect to. One that a former server left is replaced.
+
+    Raises:
+        GuardError: something else than a socket is there, or the socket cannot be made.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise GuardError(
+                    f"--admin-socket {path}: something else than a socket is there. Remove it, or name "
+                    "another path"
+                )
+            os.unlink(path.name, dir_fd=folder)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.bind(f"/proc/self/fd/{folder}/{path.name}")
+        os.chmod(path.name, 0o600, dir_fd=folder)  # nobody can connect yet: it does not listen
+    except OSError as error:
+        raise GuardError(f"--admin-socket {path} cannot be made ({error.strerror or error})") from error
+    return made
+
+
+def _remove(folder: int, name: str, inode: int) -> None:
+    """Remove the socket's file at the process's end, if it still is this process's."""
+    with contextlib.suppress(OSError):
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino == inode:
+            os.unlink(name, dir_fd=folder)
