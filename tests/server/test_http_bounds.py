@@ -182,7 +182,7 @@ def test_a_name_of_the_command_line_is_not_changed(
 ) -> None:
     before = admin.get("/v1/adapters/static").json()
     assert upload(admin, "static", drafts["qv"], replace=True).status_code == 409
-    assert load(admin, "static", drafts["qv"], load_inplace=True).status_code == 409
+    assert load(admin, "static", drafts["qv"], load_inplace=True).status_code == 400
     assert admin.delete("/v1/adapters/static").status_code == 400
     assert admin.get("/v1/adapters/static").json() == before and before["version"] is None
     acme = fake.client(TENANT_KEYS["acme"])

@@ -61,7 +61,7 @@ def _copy(source: Path, target: Path, roots: Sequence[Path], most: int) -> None:
         raise UsageError(f"{source} is missing, or a link to nothing: download the adapter again") from error
     except OSError as error:
         raise UsageError(f"{source} cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as opened:
+    try:
         found, status = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor)
         if not any(found.is_relative_to(root) for root in roots):
             raise Forbidden(f"{source} is a link that leads outside of the server's --adapter-root folders")
@@ -69,5 +69,7 @@ def _copy(source: Path, target: Path, roots: Sequence[Path], most: int) -> None:
             raise UsageError(f"{source} does not lead to a regular file")
         if status.st_size > most:
             raise TooLarge(f"{source.name} has {status.st_size:,} bytes; this server accepts {most:,}")
-        with target.open("xb") as written:
+        with os.fdopen(descriptor, "rb", closefd=False) as opened, target.open("xb") as written:
             shutil.copyfileobj(opened, written, 1024 * 1024)
+    finally:
+        os.close(descriptor)

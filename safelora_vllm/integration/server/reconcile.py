@@ -43,6 +43,7 @@ from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 from safelora_vllm.integration.server.rejudge import Rejudge
 from safelora_vllm.integration.server.served_names import ServedNames
+from safelora_vllm.integration.server.retries import Retries
 from safelora_vllm.integration.server.serving_state import ServingState
 from safelora_vllm.integration.server.store_sync import StoreSync, same_content
 from safelora_vllm.integration.server.store_watch import StoreWatch
@@ -85,6 +86,7 @@ class Reconciler:
         self._rejudge = Rejudge(copies, pool, audit)
         self._state = ServingState(self.registry, copies, pool.names.root)
         self._preparing = asyncio.Lock()
+        self._retries = Retries()
 
     @classmethod
     async def start(
@@ -171,6 +173,10 @@ class Reconciler:
         if not (live.refused and is_judged):
             self.background.spawn(self._prepare(name))
 
+    async def prepare(self, name: str) -> None:
+        """Try now to serve a name that is not served, however often that has failed."""
+        await self._prepare(name, again=True)
+
     async def _prepare(self, name: str, again: bool = False) -> None:
         """Let the gate find or make the published copy of a name, or refuse it, by the rules of today.
 
@@ -188,6 +194,8 @@ class Reconciler:
             except SafeLoRAError as error:
                 self._failed(entry, error)
                 return
+            if self._retries.served(name):
+                logger.info("adapter %r could be judged again", name)
             if copy is None:  # the record has changed: by this decision, or by somebody else
                 await self.sync()
             elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
@@ -195,7 +203,8 @@ class Reconciler:
 
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
         """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
-        logger.error("adapter %r cannot be served now: %s", entry.name, error)
+        if self._retries.failed(entry.name, str(error)):
+            logger.error("adapter %r cannot be served now: %s; it is tried again", entry.name, error)
         if self.registry.get(entry.name) is entry and not (
             entry.served and isinstance(error, GateUnavailable)
         ):
@@ -238,7 +247,7 @@ class Reconciler:
             for name, entry in self.registry.items():  # a refusal stays one
                 if (owner := tenant_of(name)) not in rulesets:
                     rulesets[owner] = self.copies.ruleset(name)
-                if _is_open(entry, rulesets[owner]):
+                if self._retries.is_due(name) and _is_open(entry, rulesets[owner]):
                     self.background.spawn(self._prepare(name))
 
 
