@@ -64,15 +64,10 @@ def test_rules_that_cannot_hold(
     def check(**policy: object) -> None:
         _check_rules(cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), policy))
 
-    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     for method in set(METHOD_NAMES) - {"safe-lora"}:
         check(method=method, energy=0.9)
         with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.9999"):
             check(method=method, energy=0.9999)
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    with pytest.raises(GuardError, match="unset it"):
-        check()
-    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
     (tmp_path / "store" / "raw").mkdir(parents=True)
     (tmp_path / "store" / "raw").chmod(0o777)
     with pytest.raises(GuardError, match="chmod o-w"):

@@ -38,39 +38,54 @@ class AdminSocket:
     """The socket of one API server process.
 
     Of several API servers of one server, one listens: a change that it makes is in force on all of them.
-
-    Attributes:
-        server: what listens; None where another API server of the same server does.
     """
 
-    def __init__(self, server: uvicorn.Server | None, task: asyncio.Task[None] | None) -> None:
-        self.server, self._task = server, task
-
-    @classmethod
-    def start(cls, app: ASGIApp, path: Path) -> AdminSocket:
-        """Listen at ``path``, in the event loop that runs.
+    def __init__(self, path: Path) -> None:
+        """Take the path; `serve` begins to listen.
 
         Raises:
             GuardError: others could put a socket there, something else is there, or another server listens.
         """
-        folder = _open_folder(path)
-        if not _take_lock(folder, path):
-            logger.info("admin socket %s: another API server of this server listens", path)
-            os.close(folder)
-            return cls(None, None)
-        listening = _bind(folder, path)
-        atexit.register(_remove, folder, path.name, os.stat(path.name, dir_fd=folder).st_ino)
+        self._path = path
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._folder = _open_folder(path)
+        self._lock = _take_lock(self._folder, path)
+        self._socket = None if self._lock is None else _bind(self._folder, path)
+
+    @property
+    def listens(self) -> bool:
+        """Whether this API server does; another one of the same server may."""
+        return self._socket is not None
+
+    def serve(self, app: ASGIApp) -> None:
+        """Answer at the path, in the event loop that runs."""
+        if self._socket is None:
+            logger.info("admin socket %s: another API server of this server listens", self._path)
+            return
         config = uvicorn.Config(_Marked(app), lifespan="off", log_config=None, access_log=False)
-        server = _Server(config)
-        task = asyncio.create_task(server.serve(sockets=[listening]))
-        logger.warning("admin socket %s: user %d may change all adapters without a key", path, os.geteuid())
-        return cls(server, task)
+        self._server = _Server(config)
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        atexit.register(self._remove)  # vLLM ends its API servers without a word to plugins
+        logger.warning(
+            "admin socket %s: user %d may change all adapters without a key", self._path, os.geteuid()
+        )
 
     async def stop(self) -> None:
-        """Stop listening. The file is removed when the process ends."""
-        if self.server is not None and self._task is not None:
-            self.server.should_exit = True
+        """Stop listening, and remove the socket's file."""
+        if self._server is not None and self._task is not None:
+            self._server.should_exit = True
             await self._task
+            atexit.unregister(self._remove)
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the file while the lock says that it is this process's."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path.name, dir_fd=self._folder)
+        if self._lock is not None:
+            os.close(self._lock)
+        os.close(self._folder)
 
 
 class _Marked:
@@ -117,8 +132,8 @@ def _open_folder(path: Path) -> int:
     return found
 
 
-def _take_lock(folder: int, path: Path) -> bool:
-    """Whether this process is the one that listens, from now until it ends.
+def _take_lock(folder: int, path: Path) -> int | None:
+    """The lock of the process that listens; None where another of this server has it.
 
     Raises:
         GuardError: a process of another server is.
@@ -138,10 +153,10 @@ def _take_lock(folder: int, path: Path) -> bool:
             raise GuardError(
                 f"--admin-socket {path}: another server listens there. Give each server a path of its own"
             ) from None
-        return False
+        return None
     os.ftruncate(lock, 0)
     os.pwrite(lock, mine, 0)
-    return True  # the descriptor stays open, and with it the lock
+    return lock
 
 
 def _bind(folder: int, path: Path) -> socket.socket:
@@ -164,10 +179,3 @@ def _bind(folder: int, path: Path) -> socket.socket:
     except OSError as error:
         raise GuardError(f"--admin-socket {path} cannot be made ({error.strerror or error})") from error
     return made
-
-
-def _remove(folder: int, name: str, inode: int) -> None:
-    """Remove the socket's file at the process's end, if it still is this process's."""
-    with contextlib.suppress(OSError):
-        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino == inode:
-            os.unlink(name, dir_fd=folder)

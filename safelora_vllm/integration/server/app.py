@@ -95,6 +95,8 @@ class SafeLoRAEndpoint:
         if engine_client is None or not getattr(args, "enable_lora", False):
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
+        listening = AdminSocket(Path(settings.admin_socket)) if settings.admin_socket else None
+        state.safelora_admin_socket = listening
         models = state.openai_serving_models
         state.safelora = reconciler = await Reconciler.start(
             engine_client, models, self._app.state.safelora_door.keys.rules
@@ -114,8 +116,8 @@ class SafeLoRAEndpoint:
         )
         manager.start()
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
-        if settings.admin_socket:
-            state.safelora_admin_socket = AdminSocket.start(self._app, Path(settings.admin_socket))
+        if listening is not None:
+            listening.serve(self._app)
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

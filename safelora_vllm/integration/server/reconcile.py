@@ -243,6 +243,7 @@ class Reconciler:
     def _prepare_again(self) -> None:
         """Try again what could not be served, and judge anew what was judged by former rules."""
         if not self._preparing.locked():
+            self._retries.keep(self.registry)
             rulesets: dict[str, str] = {}  # of each tenant: adapters may be many
             for name, entry in self.registry.items():  # a refusal stays one
                 if (owner := tenant_of(name)) not in rulesets:

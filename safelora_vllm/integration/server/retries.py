@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 
-_FIRST_SECONDS, _LONGEST_SECONDS = 2.0, 60.0
+_FIRST_SECONDS, _LONGEST_SECONDS = 2.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,10 @@ class _Failure:
 
 
 class Retries:
-    """The failures of names. The pause doubles from 2 s to a minute, and starts anew with another cause."""
+    """The failures of names.
+
+    The first try again has no pause. Then the pause doubles from 2 s to 30 s, until the cause is another one.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[str, _Failure] = {}
@@ -32,10 +36,14 @@ class Retries:
         """Note a failure. Whether its cause is another one than before, and so worth a line in the log."""
         before = self._failures.get(name)
         known = before is not None and before.message == message
-        pause = min(2 * before.pause, _LONGEST_SECONDS) if before and known else _FIRST_SECONDS
+        pause = min(max(2 * before.pause, _FIRST_SECONDS), _LONGEST_SECONDS) if before and known else 0.0
         self._failures[name] = _Failure(message, pause, time.monotonic() + pause)
         return not known
 
     def served(self, name: str) -> bool:
-        """Forget a name that is served, or gone. Whether it had failed before."""
+        """Forget a name that is served. Whether it had failed before."""
         return self._failures.pop(name, None) is not None
+
+    def keep(self, names: Container[str]) -> None:
+        """Forget names that are gone."""
+        self._failures = {name: failure for name, failure in self._failures.items() if name in names}
