@@ -35,7 +35,9 @@ def guarded(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def local(path: Path, **headers: str) -> httpx.Client:
     """A caller that has no key."""
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", headers=headers)
+    return httpx.Client(
+        transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", headers=headers
+    )
 
 
 def serving(place: Place, path: Path, **more: Any) -> Any:
@@ -86,7 +88,9 @@ def test_of_two_api_servers_one_listens(
     with serving(guarded, path), serving(guarded, path) as two, local(path) as caller:
         body = {"lora_name": "x", "lora_path": str(drafts["qv"])}
         assert caller.post("/v1/load_lora_adapter", json=body).status_code == 200
-        assert two.client(ADMIN_KEY).get("/v1/adapters/x").status_code == 200, "what it changes holds for both"
+        assert two.client(ADMIN_KEY).get("/v1/adapters/x").status_code == 200, (
+            "what it changes holds for both"
+        )
         assert not two.app.state.safelora_admin_socket.listens
         monkeypatch.setattr(os, "getppid", lambda: 1)
         with pytest.raises(GuardError, match="another server listens there"), serving(guarded, path):
@@ -125,8 +129,8 @@ def test_what_marks_a_request_cannot_be_sent() -> None:
     assert admin is not None and (admin.kind, admin.tenant) == ("admin", None)
 
 
-def test_uploads_over_the_socket_pass_the_same_gate(guarded: Place, path: Path, drafts: dict[str, Path]) -> None:
+def test_uploads_over_the_socket_pass_the_same_gate(
+    guarded: Place, path: Path, drafts: dict[str, Path]
+) -> None:
     with serving(guarded, path, max_adapter_bytes=100), local(path) as caller:
         assert upload(caller, "x", drafts["qv"]).status_code == 413
-
-

@@ -45,9 +45,7 @@ def test_the_same_content_again_is_200_and_nothing_is_done(
     assert len([request for request in fake.engine.loaded if request.lora_name == "x"]) == 1
 
 
-def test_an_upload_of_the_same_content_again_is_200(
-    fake: FakeServer, drafts: dict[str, Path]
-) -> None:
+def test_an_upload_of_the_same_content_again_is_200(fake: FakeServer, drafts: dict[str, Path]) -> None:
     acme = fake.client(TENANT_KEYS["acme"])
     first = upload(acme, "acme/x", drafts["qv"])
     again = upload(acme, "acme/x", drafts["qv"])
@@ -104,7 +102,9 @@ def test_answers_agree_with_vllms(fake: FakeServer, drafts: dict[str, Path]) -> 
     assert (ours["type"], ours["code"], ours["message"]) == (theirs.type, theirs.code, theirs.message)
 
 
-@pytest.mark.parametrize("problem", [StoreUnavailable("damaged"), being_prepared("x")], ids=["lost", "prepared"])
+@pytest.mark.parametrize(
+    "problem", [StoreUnavailable("damaged"), being_prepared("x")], ids=["lost", "prepared"]
+)
 def test_a_name_that_is_not_served_now_is_healed_by_a_load(
     fake: FakeServer, admin: TestClient, drafts: dict[str, Path], problem: Exception
 ) -> None:

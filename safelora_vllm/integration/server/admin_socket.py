@@ -142,7 +142,9 @@ def _take_lock(folder: int, path: Path) -> int | None:
     try:
         lock = os.open(path.name + _LOCK, flags, 0o600, dir_fd=folder)
     except OSError as error:
-        raise GuardError(f"--admin-socket {path}: {path}{_LOCK} cannot be opened ({error.strerror})") from error
+        raise GuardError(
+            f"--admin-socket {path}: {path}{_LOCK} cannot be opened ({error.strerror})"
+        ) from error
     mine = str(os.getppid()).encode()
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

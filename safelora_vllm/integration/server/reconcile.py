@@ -42,8 +42,8 @@ from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 from safelora_vllm.integration.server.rejudge import Rejudge
-from safelora_vllm.integration.server.served_names import ServedNames
 from safelora_vllm.integration.server.retries import Retries
+from safelora_vllm.integration.server.served_names import ServedNames
 from safelora_vllm.integration.server.serving_state import ServingState
 from safelora_vllm.integration.server.store_sync import StoreSync, same_content
 from safelora_vllm.integration.server.store_watch import StoreWatch
