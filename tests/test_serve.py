@@ -58,9 +58,7 @@ def test_a_cpu_server_takes_a_few_gib_unless_its_user_says_how_much(monkeypatch:
     assert cpu_kv_cache_bytes(8 * 2**30) == 2 * 2**30
 
 
-def test_rules_that_cannot_hold(
-    cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rules_that_cannot_hold(cache: ProjectorCache, tmp_path: Path) -> None:
     def check(**policy: object) -> None:
         _check_rules(cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), policy))
 

@@ -1,7 +1,7 @@
-"""``VLLM_ALLOW_RUNTIME_LORA_UPDATING``: accepted, as platforms set it, and switched off before vLLM acts on it.
+"""``VLLM_ALLOW_RUNTIME_LORA_UPDATING``: platforms set it; it is switched off before vLLM acts on it.
 
 The variable opens ways in that no gate's manager sees: vLLM's own loading routes, SageMaker's ``/adapters``
-without a key, and resolvers. This package has the loading routes without it. Imports the standard library only.
+without a key, and resolvers. This package has the loading routes without it. Imports no vllm.
 """
 
 from __future__ import annotations
@@ -45,5 +45,6 @@ def check_off() -> None:
     if is_on():
         raise GuardError(
             f"{VARIABLE} is on, and the process that started this one has not loaded safelora: it may have "
-            f"loading routes without a key. Set VLLM_PLUGINS=safelora where the server starts, or unset {VARIABLE}"
+            f"loading routes without a key. Set VLLM_PLUGINS=safelora where the server starts, or unset "
+            f"{VARIABLE}"
         )

@@ -1,4 +1,4 @@
-"""The admin socket: who may connect, what a hostile path is answered, and what is left of it. Fake engines."""
+"""The admin socket: who may connect, hostile paths, and what is left of it. The engines are fake."""
 
 from __future__ import annotations
 

@@ -120,8 +120,8 @@ class LoraSyncer:
 class KubeAI:
     """kubeai-project/kubeai, ``internal/vllmclient/client.go`` (a2d9b22).
 
-    It sends no key, and loads at each reconciliation what the pod's labels do not name. Of errors it reads the
-    nested object.
+    It sends no key, and loads at each reconciliation what the pod's labels do not name. Of errors it
+    reads the nested object.
     """
 
     http: httpx.Client

@@ -86,9 +86,7 @@ def opened_by_the_variable() -> set[str]:
 
 
 @pytest.mark.parametrize("value", ["1", "true", " True "])
-def test_the_variable_is_off_once_the_plugin_is_there(
-    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_variable_is_off_once_the_plugin_is_there(value: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vllm.safelora"), pytest.MonkeyPatch.context() as inner:
         os.environ[VARIABLE] = value
         try:

@@ -62,7 +62,7 @@ def _copy(source: Path, target: Path, roots: Sequence[Path], most: int) -> None:
     except OSError as error:
         raise UsageError(f"{source} cannot be opened: {error.strerror}") from error
     try:
-        found, status = Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor)
+        found, status = Path(f"/proc/self/fd/{descriptor}").readlink(), os.fstat(descriptor)
         if not any(found.is_relative_to(root) for root in roots):
             raise Forbidden(f"{source} is a link that leads outside of the server's --adapter-root folders")
         if not stat.S_ISREG(status.st_mode):
