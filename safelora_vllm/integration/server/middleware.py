@@ -21,6 +21,7 @@ from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import Refusal
 from safelora_vllm.integration.server.admin_socket import by_socket
 from safelora_vllm.integration.server.callers import acting_as
+from safelora_vllm.integration.server.first_request import wait_until_ready
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.tenants.keys import KeyRing
 
@@ -62,6 +63,7 @@ class AccessMiddleware:
             reconciler = getattr(app.state, "safelora", None)
             if reconciler is not None:
                 await reconciler.refresh()
+                receive = await wait_until_ready(reconciler, principal, scope, receive)
             await self.app(scope, receive, send)
 
 

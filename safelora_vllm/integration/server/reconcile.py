@@ -173,6 +173,20 @@ class Reconciler:
         if not (live.refused and is_judged):
             self.background.spawn(self._prepare(name))
 
+    def wake(self, name: str) -> bool:
+        """Whether it is worth waiting for a name: it is not served yet, was not refused, and has not failed.
+
+        The gate is asked for it now, if it is not at work.
+        """
+        entry = self.registry.get(name)
+        if entry is None or entry.served or isinstance(entry.problem, AdapterRefused):
+            return False
+        if not self._retries.is_due(name):
+            return False
+        if not self._preparing.locked():
+            self.background.spawn(self._prepare(name))
+        return True
+
     async def prepare(self, name: str) -> None:
         """Try now to serve a name that is not served, however often that has failed."""
         await self._prepare(name, again=True)

@@ -1,0 +1,91 @@
+"""Requests for adapters that are not ready wait for them, under their caller's key. The engine is a fake one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelora_vllm.errors import GateUnavailable, StoreUnavailable
+from safelora_vllm.integration.server import first_request
+from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, TENANT_KEYS, upload
+from tests.server.fake_server import FakeServer
+
+NAME = "acme/x"
+
+
+def withdraw(fake: FakeServer) -> None:
+    names = fake.app.state.safelora.served
+
+    def put() -> None:
+        names.put(dataclasses.replace(names.registry[NAME], served=None, problem=StoreUnavailable("lost")))
+
+    fake.portal.call(put)
+
+
+def served(fake: FakeServer) -> bool:
+    return fake.app.state.safelora.registry[NAME].served is not None
+
+
+def ask(fake: FakeServer, key: str, **more: Any) -> int:
+    body = {"model": NAME, "prompt": "x", **more}
+    return fake.client(key).post("/v1/completions", json=body).status_code
+
+
+@pytest.fixture
+def unready(fake: FakeServer, drafts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """With an adapter of acme's that is not served now, and which no heartbeat brings back."""
+    monkeypatch.setattr(fake.app.state.safelora, "_prepare_again", lambda: None)
+    assert upload(fake.client(ADMIN_KEY), NAME, drafts["qv"]).status_code == 201
+    withdraw(fake)
+    return fake
+
+
+def test_its_first_request_waits_and_is_admitted(unready: FakeServer) -> None:
+    assert ask(unready, TENANT_KEYS["acme"]) not in (404, 503), "it came through to the engine"
+    assert served(unready) and not unready.app.state.safelora.served.unready
+    withdraw(unready)
+    assert ask(unready, ADMIN_KEY) != 503 and served(unready)
+
+
+@pytest.mark.parametrize("key", ["", "wrong", INFERENCE_KEY, TENANT_KEYS["globex"]])
+def test_nobody_wakes_what_they_may_not_use(unready: FakeServer, key: str) -> None:
+    assert ask(unready, key) in (401, 404)
+    assert not served(unready)
+
+
+def test_other_requests_do_not_wake_it(unready: FakeServer) -> None:
+    acme = unready.client(TENANT_KEYS["acme"])
+    for body in ({"model": "aligned", "prompt": "x"}, {"prompt": "x"}, [NAME], {"model": [NAME]}):
+        acme.post("/v1/completions", json=body)
+    acme.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    big = {"model": NAME, "prompt": "x" * first_request._MAX_BODY}
+    assert acme.post("/v1/completions", json=big).status_code == 503, "too large to look into"
+    assert not served(unready)
+
+
+def test_the_wait_is_bounded(unready: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_request, "_PATIENCE_SECONDS", 0.3)
+    reconciler = unready.app.state.safelora
+    asked = []
+
+    async def never(name: str, again: bool = False) -> None:
+        asked.append(name)
+
+    monkeypatch.setattr(reconciler, "_prepare", never)
+    began = time.monotonic()
+    answer = unready.client(TENANT_KEYS["acme"]).post("/v1/completions", json={"model": NAME, "prompt": "x"})
+    assert answer.status_code == 503 and answer.headers["Retry-After"] == "2"
+    assert time.monotonic() - began >= 0.3 and asked
+
+
+def test_what_failed_just_now_is_not_waited_for(unready: FakeServer) -> None:
+    retries = unready.app.state.safelora._retries
+    for _ in range(2):
+        retries.failed(NAME, str(GateUnavailable("down")))
+    began = time.monotonic()
+    assert ask(unready, TENANT_KEYS["acme"]) == 503
+    assert time.monotonic() - began < first_request._PATIENCE_SECONDS / 2
