@@ -1,4 +1,4 @@
-"""Requests for adapters that are not ready wait for them, under their caller's key. The engine is a fake one."""
+"""Requests for adapters that are not ready wait for them, under their caller's key. Fake engine."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_wait_is_bounded(unready: FakeServer, monkeypatch: pytest.MonkeyPatc
     reconciler = unready.app.state.safelora
     asked = []
 
-    async def never(name: str, again: bool = False) -> None:
+    async def never(name: str, **_: object) -> None:
         asked.append(name)
 
     monkeypatch.setattr(reconciler, "_prepare", never)

@@ -127,7 +127,8 @@ def _open_folder(path: Path) -> int:
         raise GuardError(
             f"--admin-socket {path}: others may write to {folder} (mode {stat.S_IMODE(status.st_mode):04o}, "
             f"user {status.st_uid}), and so put a socket of their own there. Name a folder below it that "
-            f"does not exist: the server makes it. Or give it to user {os.geteuid()}, with 'chmod 700 {folder}'"
+            "does not exist: the server makes it. Or give it to user "
+            f"{os.geteuid()}, with 'chmod 700 {folder}'"
         )
     return found
 

@@ -1,8 +1,8 @@
 """vLLM's own words for what its controllers look for in answers of its own routes.
 
 Controllers of one generation read the fields of ``error``, those of another the same fields at the top.
-Sources: ``_check_load_lora_adapter_request`` in ``vllm/entrypoints/openai/models/serving.py``; ``sendRequest``
-in ``loraadapter_controller.go`` of vllm-project/production-stack; ``client.go`` of kubeai-project/kubeai.
+Sources: ``_check_load_lora_adapter_request`` in ``vllm/entrypoints/openai/models/serving.py``,
+``sendRequest`` in ``loraadapter_controller.go`` of vllm-project/production-stack, ``client.go`` of kubeai-project/kubeai.
 """
 
 from __future__ import annotations
