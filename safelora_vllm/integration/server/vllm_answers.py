@@ -2,7 +2,8 @@
 
 Controllers of one generation read the fields of ``error``, those of another the same fields at the top.
 Sources: ``_check_load_lora_adapter_request`` in ``vllm/entrypoints/openai/models/serving.py``,
-``sendRequest`` in ``loraadapter_controller.go`` of vllm-project/production-stack, ``client.go`` of kubeai-project/kubeai.
+``sendRequest`` in ``loraadapter_controller.go`` of vllm-project/production-stack,
+``client.go`` of kubeai-project/kubeai.
 """
 
 from __future__ import annotations
