@@ -67,7 +67,10 @@ class ServerSettings:
         remote_endpoints: origins, such as ``http://minio.storage:9000``, that remote sources may be read from
             although their network address is private or they have no TLS.
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
-        allow_hub: uploads may name a hub repository.
+        allow_hub: uploads and ``load_lora_adapter`` may name a hub repository.
+        admin_socket: Unix socket of callers that cannot send a key. Whoever may connect to it is an admin: it
+            has mode 0600, in a folder of the server's user that others cannot write to. A folder that is not
+            there is made.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
         no_page: the server has no page at ``/safelora/``.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
@@ -92,6 +95,7 @@ class ServerSettings:
     store_mirror: str | None = None
     concurrent_uploads: int = 8
     allow_hub: bool = False
+    admin_socket: str | None = None
     private_docs: bool = False
     no_page: bool = False
     route_access: dict[str, str] = field(default_factory=dict)

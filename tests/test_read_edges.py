@@ -140,14 +140,16 @@ def test_only_regular_files_are_opened(
     if kind == "link":
         file.symlink_to("other")
         expected = (
-            f"not_regular_file: {name} is a link or a socket; copy the file it leads to, such as with cp -L"
+            f"not_regular_file: {name} is a link or a socket; copy the file it leads to, such as with cp -L. "
+            "For a folder of the hub's cache: hf download REPOSITORY --local-dir DIR"
         )
     elif kind == "socket":
         monkeypatch.chdir(folder)  # the path of a socket is short
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(name)
         expected = (
-            f"not_regular_file: {name} is a link or a socket; copy the file it leads to, such as with cp -L"
+            f"not_regular_file: {name} is a link or a socket; copy the file it leads to, such as with cp -L. "
+            "For a folder of the hub's cache: hf download REPOSITORY --local-dir DIR"
         )
     elif kind == "pipe":
         os.mkfifo(file)

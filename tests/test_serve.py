@@ -58,21 +58,14 @@ def test_a_cpu_server_takes_a_few_gib_unless_its_user_says_how_much(monkeypatch:
     assert cpu_kv_cache_bytes(8 * 2**30) == 2 * 2**30
 
 
-def test_rules_that_cannot_hold(
-    cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rules_that_cannot_hold(cache: ProjectorCache, tmp_path: Path) -> None:
     def check(**policy: object) -> None:
         _check_rules(cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), policy))
 
-    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     for method in set(METHOD_NAMES) - {"safe-lora"}:
         check(method=method, energy=0.9)
         with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.9999"):
             check(method=method, energy=0.9999)
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    with pytest.raises(GuardError, match="unset it"):
-        check()
-    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
     (tmp_path / "store" / "raw").mkdir(parents=True)
     (tmp_path / "store" / "raw").chmod(0o777)
     with pytest.raises(GuardError, match="chmod o-w"):

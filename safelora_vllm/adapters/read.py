@@ -151,7 +151,8 @@ def _opened(path: Path, name: str, limit: int) -> Iterator[tuple[BinaryIO, int]]
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise refuse(
                 "not_regular_file",
-                f"{name} is a link or a socket; copy the file it leads to, such as with cp -L",
+                f"{name} is a link or a socket; copy the file it leads to, such as with cp -L. For a folder "
+                "of the hub's cache: hf download REPOSITORY --local-dir DIR",
             ) from error
         raise refuse("unreadable_file", f"{name} cannot be opened: {error.strerror}") from error
     status = os.fstat(descriptor)

@@ -114,7 +114,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help=f"uploads at once per API server; default: {ServerSettings.concurrent_uploads}",
     )
-    parser.add_argument("--allow-hub", action="store_true", help="let uploads name a hub repository")
+    parser.add_argument(
+        "--allow-hub", action="store_true", help="let uploads and load_lora_adapter name a hub repository"
+    )
+    parser.add_argument(
+        "--admin-socket",
+        type=os.path.abspath,
+        metavar="PATH",
+        help="Unix socket for callers that cannot send a key; whoever may connect to it is an admin",
+    )
     parser.add_argument(
         "--private-docs",
         action="store_true",

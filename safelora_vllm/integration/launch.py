@@ -11,6 +11,7 @@ from typing import Any
 
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.gate.socket_folder import remove_leftovers
+from safelora_vllm.integration import runtime_updating
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.integration.tenant_check import tenant_check
@@ -61,6 +62,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
         os.environ[ADMIN_KEY] = new_admin_key()
     os.environ["VLLM_PLUGINS"] = allowed_plugins()
+    runtime_updating.switch_off()
     try:
         import vllm  # noqa: F401  (an old or new one shall be called that, not broken)
     except ImportError as error:
@@ -116,15 +118,10 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     """What the gate and the workers would refuse too, but minutes later and in the middle of a long log.
 
     Raises:
-        PolicyError: more than the cache has. GuardError: a store or a variable opens a way around.
+        PolicyError: more than the cache has. GuardError: the store opens a way around.
     """
     check_energy(Policy.from_mapping(settings.policy), cache)
     check_store(settings.store)
-    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0") not in ("", "0"):
-        raise GuardError(
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: safelora has "
-            "its own"
-        )
 
 
 def _refuse_options(args: argparse.Namespace) -> None:

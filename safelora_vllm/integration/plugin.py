@@ -15,8 +15,10 @@ def register() -> None:
     Raises:
         GuardError: this vLLM has other seams than those this release was written for.
     """
+    from safelora_vllm.integration import runtime_updating
     from safelora_vllm.integration.seams import checks, fixes
 
+    runtime_updating.switch_off()
     checks.check("worker")
     from safelora_vllm.integration.seams import worker as seams
     from safelora_vllm.integration.worker import guard as worker
@@ -43,10 +45,13 @@ class Endpoint:
         """Add the routes and the middleware.
 
         Raises:
-            GuardError: this vLLM has other seams than those this release was written for.
+            GuardError: this vLLM has other seams than those this release was written for, or may have
+                loading routes of its own.
         """
+        from safelora_vllm.integration import runtime_updating
         from safelora_vllm.integration.seams import checks
 
+        runtime_updating.check_off()
         checks.check("server")
         from safelora_vllm.integration.server.app import SafeLoRAEndpoint
 

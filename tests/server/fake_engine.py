@@ -160,6 +160,8 @@ def _with_state(app: FastAPI, engine: FakeEngine) -> FastAPI:
         yield
         if reconciler := getattr(app.state, "safelora", None):
             await reconciler.stop()
+        if listening := getattr(app.state, "safelora_admin_socket", None):
+            await listening.stop()
 
     app.router.lifespan_context = lifespan
     return app

@@ -86,7 +86,9 @@ def test_a_worker_without_settings_does_not_start(worker: SimpleNamespace) -> No
 
 def test_runtime_updating_is_refused(worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    with pytest.raises(GuardError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes"):
+    with pytest.raises(
+        GuardError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING is on, and the process that started"
+    ):
         WorkerGuard(worker, torch.device("cpu"))
 
 

@@ -160,7 +160,7 @@ def test_what_was_sent_is_not_repeated_in_the_error(
     monkeypatch.setattr(routes, "read_with_timeout", sent)
     who, nothing = Principal("admin", "ops"), cast(Any, None)
     with pytest.raises(RequestValidationError) as refused:
-        asyncio.run(routes._add_by_path(who, fake.app.state.safelora_manager, nothing, False))
+        asyncio.run(routes._add_by_path(who, fake.app.state.safelora_manager, nothing, nothing, False))
     assert refused.value.errors() and "a secret" not in repr(refused.value.errors())
     answer = admin.post("/v1/adapters", json=body)
     assert answer.status_code == 400 and "a secret" not in answer.text
@@ -182,7 +182,7 @@ def test_a_name_of_the_command_line_is_not_changed(
 ) -> None:
     before = admin.get("/v1/adapters/static").json()
     assert upload(admin, "static", drafts["qv"], replace=True).status_code == 409
-    assert load(admin, "static", drafts["qv"], load_inplace=True).status_code == 409
+    assert load(admin, "static", drafts["qv"], load_inplace=True).status_code == 400
     assert admin.delete("/v1/adapters/static").status_code == 400
     assert admin.get("/v1/adapters/static").json() == before and before["version"] is None
     acme = fake.client(TENANT_KEYS["acme"])

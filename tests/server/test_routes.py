@@ -79,8 +79,6 @@ def test_no_route_of_vllm_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) > 50
     assert found - set(TABLE) <= {
         "* /static/*",  # listed with --enable-offline-docs only
-        # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING, which the guard refuses
-        "POST /adapters", "DELETE /adapters/{adapter_name}",
     }, found - set(TABLE)  # fmt: skip
 
 

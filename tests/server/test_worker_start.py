@@ -316,7 +316,7 @@ def test_the_variable_that_opens_vllms_loading_routes_is_looked_at(
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
     assert envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
-    with pytest.raises(GuardError, match="unset it"):
+    with pytest.raises(GuardError, match="has not loaded safelora"):
         host.guard()
     assert host.steps == []
 

@@ -174,8 +174,6 @@ SEAMS = (
             Requirement("vllm.config.model", "ModelConfig", annotations=("model", "revision")),
             Requirement("vllm.config.lora", "LoRAConfig", annotations=("lora_dtype", "max_lora_rank")),
             Requirement("vllm.config.load", "LoadConfig", annotations=("load_format",)),
-            Requirement("vllm.envs", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
-            Requirement("vllm", "envs"),
         ),
     ),
     Seam(

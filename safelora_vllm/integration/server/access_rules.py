@@ -100,6 +100,8 @@ _LISTED: dict[Access, str] = {
         PUT /v1/adapters/{name:path}/policy
         POST /v1/load_lora_adapter
         POST /v1/unload_lora_adapter
+        POST /adapters
+        DELETE /adapters/{adapter_name}
         GET /kv_event_sources
         GET /server_info
         GET /get_world_size
@@ -161,6 +163,11 @@ _NEW_WEIGHTS = Refusal(
 )
 
 
+_OTHER_LOADING = Refusal(
+    "SageMaker's route leads past the adapter store. Use /v1/load_lora_adapter and /v1/unload_lora_adapter"
+)
+
+
 def _is_harmless_call(body: object) -> bool:
     """Whether the body of ``/collective_rpc`` calls one of `RPC_METHODS`, so that it cannot fail either."""
     if not isinstance(body, dict) or body.get("method") not in RPC_METHODS:
@@ -169,6 +176,8 @@ def _is_harmless_call(body: object) -> bool:
 
 
 REFUSED: dict[str, Refusal] = {
+    "POST /adapters": _OTHER_LOADING,
+    "DELETE /adapters/{adapter_name}": _OTHER_LOADING,
     "POST /init_weight_transfer_engine": _NEW_WEIGHTS,
     "POST /shutdown_weight_transfer_engine": _NEW_WEIGHTS,
     "POST /start_weight_update": _NEW_WEIGHTS,

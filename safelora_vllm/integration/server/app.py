@@ -19,6 +19,7 @@ from safelora_vllm.gate.socket_folder import remove_unowned
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
+from safelora_vllm.integration.server.admin_socket import AdminSocket
 from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
@@ -90,14 +91,16 @@ class SafeLoRAEndpoint:
         """Start serving adapters, if this server has an engine with LoRA.
 
         Raises:
-            GuardError: a worker is not guarded, the middleware is not where it has to be, or the server's
-            routes cannot be told apart; the server does not start.
+            GuardError: a worker is not guarded, the middleware is not where it has to be, the server's
+            routes cannot be told apart, or its admin socket could be another's; the server does not start.
         """
         seams.check_middleware(self._app, AccessMiddleware)
         check_routes(self._app.router.routes)
         if engine_client is None or not getattr(args, "enable_lora", False):
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
+        listening = AdminSocket(Path(settings.admin_socket)) if settings.admin_socket else None
+        state.safelora_admin_socket = listening
         models = state.openai_serving_models
         await asyncio.to_thread(attach, settings.store, settings.store_mirror)
         state.safelora = reconciler = await Reconciler.start(
@@ -118,6 +121,8 @@ class SafeLoRAEndpoint:
         )
         manager.start()
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
+        if listening is not None:
+            listening.serve(self._app)
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

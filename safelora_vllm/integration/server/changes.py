@@ -18,6 +18,7 @@ from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError
 from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.repeated import LOAD, is_served, served_again
 from safelora_vllm.integration.server.visibility import unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
@@ -54,6 +55,10 @@ class Manager:
     ) -> Entry:
         """Let a folder or archive pass the gate and serve it under ``name``, as a new version.
 
+        The content that the name serves already is not a new version; with ``replace`` it is, but for
+        vLLM's own call (action `LOAD`), which controllers repeat. That call also gives a name new content
+        that is not served at the moment: it is not in the list of models then.
+
         Raises:
             UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name.
             AlreadyLoaded: the name is taken and ``replace`` is false. ChangedMeanwhile: by another server.
@@ -64,11 +69,15 @@ class Manager:
         self.check(who, name)
         async with self._commits.changing(who, name, action) as start:
             previous = await self._commits.record(name)
-            if previous is not None and not replace:
-                raise taken(name)
             policy = previous.live.next_policy if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
             judged = await self.reconciler.copies.admit(str(source), name, policy, allowance)
+            if not replace or action == LOAD:
+                same = await served_again(self.reconciler, previous, judged)
+                if same is not None:
+                    return same
+            if previous is not None and not replace and (action != LOAD or is_served(self.reconciler, name)):
+                raise taken(name)
             await self._commits.check_accepted(who, name, action, judged)
             version = version_of(judged, who, policy)
             return await self._commits.commit(who, name, action, judged, previous, version, start)

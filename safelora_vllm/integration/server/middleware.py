@@ -19,7 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from safelora_vllm.errors import Forbidden, SafeLoRAError, UsageError
 from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import Refusal
+from safelora_vllm.integration.server.admin_socket import by_socket
 from safelora_vllm.integration.server.callers import acting_as
+from safelora_vllm.integration.server.first_request import wait_until_ready
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.tenants.keys import KeyRing
 
@@ -47,7 +49,7 @@ class AccessMiddleware:
             return await self.app(scope, receive, send)
         app = scope["app"]
         door: Door = app.state.safelora_door
-        principal = door.keys.identify(bearer_token(Headers(scope=scope)))
+        principal = by_socket(scope) or door.keys.identify(bearer_token(Headers(scope=scope)))
         with acting_as(principal):
             try:
                 refusal = door.access.check(principal, app.router.routes, scope)
@@ -61,6 +63,7 @@ class AccessMiddleware:
             reconciler = getattr(app.state, "safelora", None)
             if reconciler is not None:
                 await reconciler.refresh()
+                receive = await wait_until_ready(reconciler, principal, scope, receive)
             await self.app(scope, receive, send)
 
 

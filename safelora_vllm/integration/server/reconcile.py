@@ -42,6 +42,7 @@ from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 from safelora_vllm.integration.server.rejudge import Rejudge
+from safelora_vllm.integration.server.retries import Retries
 from safelora_vllm.integration.server.served_names import ServedNames
 from safelora_vllm.integration.server.serving_state import ServingState
 from safelora_vllm.integration.server.store_sync import StoreSync, same_content
@@ -86,6 +87,7 @@ class Reconciler:
         self._rejudge = Rejudge(copies, pool, audit)
         self._state = ServingState(self.registry, copies, pool.names.root)
         self._preparing = asyncio.Lock()
+        self._retries = Retries()
 
     @classmethod
     async def start(
@@ -173,6 +175,24 @@ class Reconciler:
         if not (live.refused and is_judged):
             self.background.spawn(self._prepare(name))
 
+    def wake(self, name: str) -> bool:
+        """Whether it is worth waiting for a name: it is not served yet, was not refused, and has not failed.
+
+        The gate is asked for it now, if it is not at work.
+        """
+        entry = self.registry.get(name)
+        if entry is None or entry.served or isinstance(entry.problem, AdapterRefused):
+            return False
+        if not self._retries.is_due(name):
+            return False
+        if not self._preparing.locked():
+            self.background.spawn(self._prepare(name))
+        return True
+
+    async def prepare(self, name: str) -> None:
+        """Try now to serve a name that is not served, however often that has failed."""
+        await self._prepare(name, again=True)
+
     async def _prepare(self, name: str, again: bool = False) -> None:
         """Let the gate find or make the published copy of a name, or refuse it, by the rules of today.
 
@@ -190,6 +210,8 @@ class Reconciler:
             except SafeLoRAError as error:
                 self._failed(entry, error)
                 return
+            if self._retries.served(name):
+                logger.info("adapter %r could be judged again", name)
             if copy is None:  # the record has changed: by this decision, or by somebody else
                 await self.sync()
             elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
@@ -197,7 +219,8 @@ class Reconciler:
 
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
         """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
-        logger.error("adapter %r cannot be served now: %s", entry.name, error)
+        if self._retries.failed(entry.name, str(error)):
+            logger.error("adapter %r cannot be served now: %s; it is tried again", entry.name, error)
         if self.registry.get(entry.name) is entry and not (
             entry.served and isinstance(error, GateUnavailable)
         ):
@@ -236,11 +259,12 @@ class Reconciler:
     def _prepare_again(self) -> None:
         """Try again what could not be served, and judge anew what was judged by former rules."""
         if not self._preparing.locked():
+            self._retries.keep(self.registry)
             rulesets: dict[str, str] = {}  # of each tenant: adapters may be many
             for name, entry in self.registry.items():  # a refusal stays one
                 if (owner := tenant_of(name)) not in rulesets:
                     rulesets[owner] = self.copies.ruleset(name)
-                if _is_open(entry, rulesets[owner]):
+                if self._retries.is_due(name) and _is_open(entry, rulesets[owner]):
                     self.background.spawn(self._prepare(name))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -16,10 +17,11 @@ from pydantic import ValidationError
 from starlette.types import Message
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from safelora_vllm.errors import Forbidden, GuardError
+from safelora_vllm.errors import AlreadyLoaded, Forbidden, GuardError, UnknownAdapter
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
+from safelora_vllm.integration.server.lora_paths import adapter_at
 from safelora_vllm.integration.server.metrics import exposition
 from safelora_vllm.integration.server.overview import (
     MOST_RECORDS,
@@ -30,6 +32,7 @@ from safelora_vllm.integration.server.overview import (
 )
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.remote_sources import add_from_source, source_named
+from safelora_vllm.integration.server.repeated import LOAD, live_number
 from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
@@ -50,6 +53,7 @@ from safelora_vllm.integration.server.uploads import TooLarge, download, incomin
 from safelora_vllm.integration.server.usage import TenantUsage
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
+from safelora_vllm.integration.server.vllm_answers import already_loaded, not_found
 from safelora_vllm.remote.address import is_remote
 from safelora_vllm.tenants.principal import Principal
 
@@ -132,20 +136,28 @@ router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
 @router.post("/v1/load_lora_adapter", response_model=None, responses={**_PLAIN, **documented(429, 502)})
 async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed, request: Request) -> Response:
     """Vet and project an adapter on the server or in a bucket, keep it, and serve it. vLLM's own call."""
-    if is_remote(body.lora_path):
-        wanted = UploadFromSource.model_construct(name=body.lora_name, source=body.lora_path, digest=None)
-        with request.app.state.safelora_upload_limiter.take(who.tenant):
-            await add_from_source(request, who, managed, wanted, replace=body.load_inplace, action="load")
-    else:
-        path = managed.check_root(body.lora_path)
-        await managed.add(who, body.lora_name, path, replace=body.load_inplace, action="load")
+    name, replace = body.lora_name, body.load_inplace
+    try:
+        managed.check(who, name)
+        if is_remote(body.lora_path):
+            wanted = UploadFromSource.model_construct(name=name, source=body.lora_path, digest=None)
+            with request.app.state.safelora_upload_limiter.take(who.tenant):
+                await add_from_source(request, who, managed, wanted, replace=replace, action=LOAD)
+        else:
+            async with adapter_at(managed, body.lora_path) as source:
+                await managed.add(who, name, source, replace=replace, action=LOAD)
+    except AlreadyLoaded as error:
+        return already_loaded(name, str(error))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", response_model=None, responses=_PLAIN)
 async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed) -> Response:
     """Stop serving an adapter and free its weights. vLLM's own call."""
-    await managed.remove(who, body.lora_name, action="unload")
+    try:
+        await managed.remove(who, body.lora_name, action="unload")
+    except UnknownAdapter:
+        return not_found(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -153,18 +165,17 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
     "/v1/adapters",
     status_code=201,
     response_model=AdapterReport,
-    responses={**_CHANGES, **documented(408, 413, 429, 502)},
+    responses={**_CHANGES, **documented(408, 413, 429, 502), 200: {"model": AdapterReport}},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
 async def upload_adapter(
-    who: Caller, managed: Managed, shown: Shown, request: Request, replace: bool = False
+    who: Caller, managed: Managed, shown: Shown, request: Request, answer: Response, replace: bool = False
 ) -> Any:
     """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
-    the old weights, later ones use the new."""
+    the old weights, later ones use the new. The same content under the same name again is 200."""
     with request.app.state.safelora_upload_limiter.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
-            entry = await _add_named(who, managed, request, replace)
-            return shown.report(who, entry)
+            return shown.report(who, await _add_named(who, managed, request, answer, replace))
         async with incoming(managed.reconciler.names.root) as folder:
             may_use = functools.partial(managed.check, who)
             received = await receive(request, folder, managed.max_adapter_bytes, may_use)
@@ -177,14 +188,19 @@ async def upload_adapter(
                 await asyncio.to_thread(download, hub_id, revision, folder, most, token)
             else:
                 source = received.adapter
-            return shown.report(who, await managed.add(who, received.fields["name"], source, replace=replace))
+            entry = await _add(who, managed, received.fields["name"], source, answer, replace)
+            return shown.report(who, entry)
 
 
-async def _add_named(who: Principal, managed: Manager, request: Request, replace: bool) -> Entry:
+async def _add_named(
+    who: Principal, managed: Manager, request: Request, answer: Response, replace: bool
+) -> Entry:
     """An upload whose JSON body says where the adapter is."""
     text = b"".join([chunk async for chunk in read_with_timeout(request)])
     if wanted := source_named(text):
-        return await add_from_source(request, who, managed, wanted, replace=replace)
+        before = live_number(managed.reconciler, wanted.name)
+        entry = await add_from_source(request, who, managed, wanted, replace=replace)
+        return _again(managed, wanted.name, before, answer, entry)
     if who.kind != "admin" or not managed.roots:
         raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
     try:
@@ -192,7 +208,21 @@ async def _add_named(who: Principal, managed: Manager, request: Request, replace
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
     source = managed.check_root(body.path)
-    return await managed.add(who, body.name, source, replace=replace)
+    return await _add(who, managed, body.name, source, answer, replace)
+
+
+async def _add(
+    who: Principal, managed: Manager, name: str, source: Path, answer: Response, replace: bool
+) -> Entry:
+    """Add an adapter. The status is 200 where the name has this very content already."""
+    before = live_number(managed.reconciler, name)
+    return _again(managed, name, before, answer, await managed.add(who, name, source, replace=replace))
+
+
+def _again(managed: Manager, name: str, before: int | None, answer: Response, entry: Entry) -> Entry:
+    if live_number(managed.reconciler, name) == before:
+        answer.status_code = 200
+    return entry
 
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=documented(401, 503))

@@ -14,10 +14,14 @@ from safelora_vllm.integration.server.registry import Entry, Registry, Served
 
 
 class ServedNames:
-    """The names that one API server process knows. The only writer of its registry."""
+    """The names that one API server process knows. The only writer of its registry.
+
+    unready: names that are known and cannot be served now.
+    """
 
     def __init__(self, pool: Pool, background: Background) -> None:
         self.registry: Registry = {}
+        self.unready: set[str] = set()
         self._pool, self._background = pool, background
 
     def serve(self, entry: Entry, copy: Copy) -> None:
@@ -33,6 +37,7 @@ class ServedNames:
         """Change what is known of a name. Weights that it had before are freed when nobody uses them."""
         before = self.registry.get(entry.name)
         self.registry[entry.name] = entry
+        (self.unready.discard if entry.served else self.unready.add)(entry.name)
         if before is not None and before.served is not None:
             kept = entry.served is not None and _same(entry.served.request, before.served.request)
             if not kept:
@@ -41,6 +46,7 @@ class ServedNames:
     def drop(self, name: str) -> None:
         """Forget a name, and free its weights."""
         entry = self.registry.pop(name)
+        self.unready.discard(name)
         if entry.served is not None:
             self._release(entry.served.request)
 

@@ -30,7 +30,7 @@ _OVERHEAD_BYTES = 1024 * 1024  # part headers and small fields
 _PATIENCE_SECONDS = 60.0
 _PATIENCE_BYTES = 64 * 1024  # that have to come in each such time, unless the body ends
 _BLOCK = 1024 * 1024
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class TooLarge(SafeLoRAError):
@@ -280,7 +280,7 @@ def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int, to
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     shown = None if token else False
-    if not _HUB_ID.fullmatch(hub_id):
+    if not HUB_ID.fullmatch(hub_id):
         raise UsageError(f"{hub_id!r:.200} is not a valid hub id: expected ORGANISATION/NAME")
     try:
         for name, limit in ((CONFIG, _CONFIG_BYTES), (WEIGHTS, max_bytes)):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import envs
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -26,6 +25,7 @@ from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.socket_folder import SOCKET, private_folder, remove_leftovers, take_ownership
 from safelora_vllm.gate.supervisor import GateProcess
+from safelora_vllm.integration import runtime_updating
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
@@ -101,11 +101,7 @@ class WorkerGuard:
     """
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            raise GuardError(
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING opens loading routes without a key; unset it: "
-                "safelora has its own"
-            )
+        runtime_updating.check_off()
         if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
             raise GuardError(
                 f"VLLM_PLUGINS does not name {PLUGIN}, so vLLM has not loaded what checks callers' keys. "

@@ -1,0 +1,42 @@
+"""The same content under the same name again: controllers that reconcile load what they do not see listed."""
+
+from __future__ import annotations
+
+from safelora_vllm.integration.server.published_copies import Judged
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.store import AdapterRecord
+
+LOAD = "load"  # the action of vLLM's own call in the audit log
+
+
+async def served_again(reconciler: Reconciler, before: AdapterRecord | None, judged: Judged) -> Entry | None:
+    """The name's entry, when it serves the very content that was judged; nothing else is done then.
+
+    A name that was withdrawn, or is being prepared, is brought back first, as the version that it is.
+
+    Args:
+        before: of the name, as the store has it.
+        judged: what is to be loaded.
+
+    Returns:
+        None where the content is another one, or cannot be served as the record says.
+    """
+    if before is None or judged.report.digest != before.live.digest:
+        return None
+    if not is_served(reconciler, before.name):
+        await reconciler.sync()
+        await reconciler.prepare(before.name)
+    return reconciler.registry[before.name] if is_served(reconciler, before.name) else None
+
+
+def is_served(reconciler: Reconciler, name: str) -> bool:
+    """Whether a name answers requests now."""
+    entry = reconciler.registry.get(name)
+    return entry is not None and entry.served is not None
+
+
+def live_number(reconciler: Reconciler, name: str) -> int | None:
+    """The number of a name's version, as far as this process knows it."""
+    entry = reconciler.registry.get(name)
+    return entry.version.version if entry and entry.version else None

@@ -1,0 +1,54 @@
+"""An adapter that cannot be served is tried again more and more seldom, and logged when its cause changes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.retries import Retries
+from tests.server.fake_engine import FakeEngine
+from tests.server.test_reconcile_duties import Gated, run, settle
+
+
+def test_pauses_double_until_the_cause_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    retries, pauses = Retries(), []
+    assert retries.is_due("x")
+    for attempt in range(7):
+        assert retries.failed("x", "the disk is full") is (attempt == 0), "logged once"
+        pauses.append(next(s for s in range(100) if retries._failures["x"].due <= now + s))
+        now += pauses[-1]
+        assert retries.is_due("x")
+    assert pauses == [0, 2, 4, 8, 16, 30, 30]
+    assert retries.failed("x", "the gate is down") and retries.is_due("x")
+    retries.failed("x", "the gate is down")
+    assert not retries.is_due("x") and retries.is_due("another")
+    assert retries.served("x") and not retries.served("x") and retries.is_due("x")
+    retries.failed("y", "gone")
+    retries.keep({"z"})
+    assert not retries.served("y")
+
+
+def test_the_log_has_one_line_for_a_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(made: Reconciler, copies: Gated, _: FakeEngine) -> None:
+        copies.answer = GateUnavailable("the gate is down")
+        await made.sync()
+        await settle()
+        for _number in range(20):
+            made._prepare_again()
+            await settle()
+        assert caplog.text.count("cannot be served now: the gate is down") == 1
+        assert len(copies.asked) == 2, "then it waits"
+        copies.answer = None
+        await made.prepare("chat")
+        assert made.registry["chat"].served is not None, "whoever asks for it does not wait"
+        assert "could be judged again" in caplog.text
+
+    caplog.set_level(logging.INFO, "vllm.safelora")
+    run(tmp_path, test)
