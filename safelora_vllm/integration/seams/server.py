@@ -10,6 +10,7 @@ import functools
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import GuardError
@@ -59,14 +60,16 @@ def count_requests(engine_client: Any, counted: Callable[[Any, str | None, bool]
             setattr(engine_client, method, _counting(given, counted))
 
 
-def _counting(given: Callable[..., Any], counted: Callable[[Any, str | None, bool], Any]) -> Callable[..., Any]:
+def _counting(
+    given: Callable[..., Any], counted: Callable[[Any, str | None, bool], Any]
+) -> Callable[..., Any]:
     @functools.wraps(given)
     def counting(*arguments: Any, **named: Any) -> Any:
         everything = (*arguments, *named.values())
         adapters = [a for a in everything if hasattr(a, "lora_int_id")]
-        kinds = [getattr(a, "output_kind", None) for a in everything if hasattr(a, "output_kind")]
+        kinds = [a.output_kind.name for a in everything if hasattr(a, "output_kind")]
         name = adapters[0].lora_name if adapters else None
-        return counted(given(*arguments, **named), name, bool(kinds) and kinds[0].name == "DELTA")
+        return counted(given(*arguments, **named), name, kinds == ["DELTA"])
 
     return counting
 
@@ -123,3 +126,15 @@ def attach_first(app: FastAPI, router: APIRouter) -> None:
     before = len(routes)
     app.include_router(router)
     routes[:] = [*routes[before:], *routes[:before]]
+
+
+def worker_count(engine_client: Any) -> int:
+    """How many workers all data-parallel engines have together; 0 where the engine does not say."""
+    parallel = getattr(getattr(engine_client, "vllm_config", None), "parallel_config", None)
+    return int(parallel.world_size * parallel.data_parallel_size) if parallel is not None else 0
+
+
+@functools.cache
+def vllm_version() -> str:
+    """Of the vLLM that runs."""
+    return str(import_module("vllm").__version__)

@@ -18,14 +18,18 @@ from safelora_vllm.gate.socket_folder import remove_unowned
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
+from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
+from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.routes import router
+from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
+from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.tenants.keys import KeyRing
@@ -97,6 +101,7 @@ class SafeLoRAEndpoint:
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
+        self._count(engine_client, state, models.lora_requests, settings)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
@@ -109,6 +114,23 @@ class SafeLoRAEndpoint:
             settings.allow_hub,
         )
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
+
+    def _count(
+        self, engine_client: Any, state: Any, served: CallersRequests, settings: ServerSettings
+    ) -> None:
+        """Count requests and what the workers do. served: what vLLM looks adapters up in."""
+        reconciler: Reconciler = state.safelora
+        traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
+        atexit.register(traffic.close)
+        seams.count_requests(
+            engine_client, lambda outputs, name, delta: counted(outputs, name, delta, traffic)
+        )
+        served.missed = lambda name: traffic.ended(name, "unavailable")
+        state.safelora_metrics = made = Metrics(
+            reconciler, traffic, seams.worker_count(engine_client), settings.store_bytes
+        )
+        reconciler.watchdog.also = made.count_now
+        made.count_now()
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from safelora_vllm.gate.socket_folder import TRAFFIC as FILES
+
 MAX_ROWS, OTHERS, BASE = 500, "(others)", ""  # the last: requests for the model itself
 OUTCOMES = ("stop", "length", "abort", "error", "unavailable")
 TTFT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds
 TPOT_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0)
-FILES = "traffic-*"
 _NAME_BYTES, _BINS, _BIN_SECONDS = 320, 12, 300
 _COUNTED = (
     *OUTCOMES, "prompt_tokens", "generation_tokens", "running", "waiting",
