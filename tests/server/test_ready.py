@@ -43,7 +43,7 @@ def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPat
         assert problems() == ["1 of 2 workers are guarded"]
     with monkeypatch.context() as patch:
 
-        def silent(timeout: float) -> None:
+        def silent(**_: float) -> None:
             raise GateUnavailable("no answer")
 
         patch.setattr(reconciler.copies.gate, "state", silent)
