@@ -1,6 +1,6 @@
 """What a scrape of /metrics costs with 10, 100 and 1,000 adapters, without vLLM's own metrics.
 
-    python benchmarks/scrape.py --out benchmarks/results/scrape.json
+    python benchmarks/scrape.py
 
 Each adapter was used and is loaded; its report has 224 modules. Two API servers share the counters. The first
 scrape of a process makes the text of each report, later ones keep it.
@@ -9,7 +9,6 @@ scrape of a process makes the text of each report, later ones keep it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from recording import save
+from recording import RESULTS, write
 
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.adapter_series import ReportSeries
@@ -34,17 +33,18 @@ MODULES, REPEATS = 224, 20
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    expose(Known())  # imports vLLM, which a server has done
     rows = [measured(count) for count in (10, 100, 1000)]
     for row in rows:
         print(row)
-    if options.out:
-        save(options.out, {"modules": MODULES, "repeats": REPEATS, "rows": rows})
+    figures = {"modules": MODULES, "repeats": REPEATS, "rows": rows}
+    write("scrape", "python benchmarks/scrape.py", 1, figures, options.out)
 
 
 def measured(count: int) -> dict[str, Any]:
-    """Milliseconds of one process's time."""
+    """Milliseconds of processor time: the wall clock would depend on what else the machine does."""
     with tempfile.TemporaryDirectory() as folder:
         tables = [TrafficTable(Path(folder)) for _ in range(2)]
         entries = [_entry(number) for number in range(count)]
@@ -57,9 +57,9 @@ def measured(count: int) -> dict[str, Any]:
         reports = ReportSeries()
         times = []
         for _ in range(REPEATS + 1):
-            start = time.perf_counter()
+            start = time.process_time()
             text = expose(Known(entries=entries, traffic=tables[0].snapshot(), pools=pools), reports)
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * (time.process_time() - start))
         for table in tables:
             table.close()
     return {
@@ -75,9 +75,10 @@ def measured(count: int) -> dict[str, Any]:
 def _entry(number: int) -> Entry:
     name = f"tenant-{number % 50}/adapter-{number}"
     modules = [
-        ModuleReport(f"layers.{layer}.q_proj", 16, 0.3, 0.1, 0.9, 0.01, "projected") for layer in range(MODULES)
+        ModuleReport(f"layers.{layer}.q_proj", 16, 0.3, 0.1, 0.9, 0.01, "projected")
+        for layer in range(MODULES)
     ]
-    report = Report(name, "d" * 64, "c" * 64, Policy(), modules, total_norm=0.003, accepted=True)
+    report = Report(name, "d" * 64, "c" * 64, Policy(), True, [], modules, 0.003)
     version = Version(1, "d" * 64, 1, 16, 0.0, "ops", load_seconds=0.5)
     request: Any = SimpleNamespace(lora_int_id=number)
     return Entry(name, number, version, served=Served(request, report))

@@ -7,6 +7,8 @@ here the labels of an adapter are text that is made once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from safelora_vllm.integration.server.traffic import Timings
@@ -39,12 +41,16 @@ def line(name: str, values: Sequence[Any], value: float) -> str:
 
 def histogram_lines(name: str, labels: str, timings: Timings) -> str:
     """The samples of a histogram. labels: as `labelled` gives them."""
-    total, lines = 0.0, []
-    for bound, count in zip((*timings.bounds, "+Inf"), timings.counts, strict=True):
-        total += count
-        lines.append(f'{name}_bucket{{{labels},le="{bound}"}} {total}\n')
-    lines.append(f"{name}_sum{{{labels}}} {timings.seconds}\n{name}_count{{{labels}}} {total}\n")
-    return "".join(lines)
+    totals = list(accumulate(map(int, timings.counts)))
+    before = f'{name}_bucket{{{labels},le="'
+    lines = [f'{before}{le}"}} {total}' for le, total in zip(_bounds(timings.bounds), totals, strict=True)]
+    lines.append(f"{name}_sum{{{labels}}} {timings.seconds}\n{name}_count{{{labels}}} {totals[-1]}\n")
+    return "\n".join(lines)
+
+
+@cache
+def _bounds(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    return (*map(str, bounds), "+Inf")
 
 
 def _escaped(value: Any) -> str:
