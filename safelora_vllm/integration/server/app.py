@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.gate.socket_folder import remove_unowned
+from safelora_vllm.integration.json_logs import print_audit
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
@@ -97,7 +98,10 @@ class SafeLoRAEndpoint:
         settings = ServerSettings.from_additional_config(args.additional_config)
         models = state.openai_serving_models
         state.safelora = reconciler = await Reconciler.start(
-            engine_client, models, self._app.state.safelora_door.keys.rules
+            engine_client,
+            models,
+            self._app.state.safelora_door.keys.rules,
+            print_audit if settings.audit_stdout else lambda _: None,
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)

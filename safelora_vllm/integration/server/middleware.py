@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safelora_vllm.errors import Forbidden, SafeLoRAError, UsageError
+from safelora_vllm.integration.json_logs import about_request
 from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import Refusal
 from safelora_vllm.integration.server.callers import acting_as
@@ -48,7 +49,8 @@ class AccessMiddleware:
         app = scope["app"]
         door: Door = app.state.safelora_door
         principal = door.keys.identify(bearer_token(Headers(scope=scope)))
-        with acting_as(principal):
+        given = Headers(scope=scope).get("X-Request-Id")
+        with acting_as(principal), about_request(given, principal.tenant):
             try:
                 refusal = door.access.check(principal, app.router.routes, scope)
                 if refusal is not None:
