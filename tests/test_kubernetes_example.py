@@ -1,4 +1,4 @@
-"""examples/kubernetes: valid objects that fit together, the options and probes that exist, the same alerts."""
+"""examples/kubernetes: valid objects that fit together; options, probes and alerts that exist."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def about_request(given: str | None, tenant: str | None) -> Iterator[str]:
     """Whose request is answered until the block ends, for every line that is logged meanwhile.
 
     Args:
-        given: the caller's ``X-Request-Id``; one that is missing or not of 64 harmless characters is replaced.
+        given: the caller's ``X-Request-Id``; another one is made where it is missing or not harmless.
         tenant: of the caller's key.
     """
     number = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
