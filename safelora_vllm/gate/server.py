@@ -147,7 +147,13 @@ class GateService:
             self._published.mark_override(admission.key)
         if self._store_bytes is not None and not admission.cached:
             self._collect(self._store_bytes)
-        return Judgement(admission.report, admission.key, admission.nbytes, self._settings.ruleset_digest)
+        return Judgement(
+            admission.report,
+            admission.key,
+            admission.nbytes,
+            self._settings.ruleset_digest,
+            admission.stages.seconds,
+        )
 
     def ensure(self, call: Ensure) -> Judgement:
         """The published copy of stored content under a policy, made again where it is missing."""

@@ -25,6 +25,7 @@ from safelora_vllm.integration.server.decisions import audit_fields, log, versio
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import AuditLog
@@ -50,7 +51,8 @@ class Commits:
         lock = self._locks.setdefault(name, asyncio.Lock())
         async with lock:
             try:
-                yield time.perf_counter()
+                with span(action, adapter=name):
+                    yield time.perf_counter()
             except QuotaExceeded as error:
                 await self.log(who, action, name, decision="refused", reasons=["quota"])
                 raise QuotaExceeded(
@@ -103,13 +105,14 @@ class Commits:
         except AdapterRefused as error:
             await self.log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
             raise
-        try:
-            timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
-            record = await asyncio.to_thread(self.update, who, name, before, timed)
-        except SafeLoRAError:
-            await pool.release(request, wanted=lambda _: False)
-            raise
-        await self._reconciler.sync()
+        with span("swap", adapter=name):
+            try:
+                timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
+                record = await asyncio.to_thread(self.update, who, name, before, timed)
+            except SafeLoRAError:
+                await pool.release(request, wanted=lambda _: False)
+                raise
+            await self._reconciler.sync()
         done = version_fields(record.live, judged.override)
         await self.log(who, action, name, **done, **audit_fields(report, "accepted"))
         entry = look_up(self._reconciler.registry, who, name)
