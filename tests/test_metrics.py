@@ -223,6 +223,18 @@ def test_series_of_requests(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_stops_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    table = TrafficTable(tmp_path)
+    table.ended("", "stop")
+    assert table.snapshot()[""].requests["stop"] == 1
+    assert not list(tmp_path.iterdir())
+    table.close()
+
+
 def test_requests_of_the_last_hour(tmp_path: Path) -> None:
     table, now = TrafficTable(tmp_path), time.time()
     for ago in (7300, 3700, 3000, 10):

@@ -1,7 +1,7 @@
 """Spans of changes: upload, gate and its stages, load, swap. There with vLLM's ``--otlp-traces-endpoint``.
 
-vLLM makes the provider of each process and sends what it collects; without the option it makes none, and spans
-cost nothing. OpenTelemetry comes with vLLM.
+vLLM makes the provider of each process and sends what it collects. Without the option it makes none, and
+spans cost nothing. OpenTelemetry comes with vLLM.
 """
 
 from __future__ import annotations

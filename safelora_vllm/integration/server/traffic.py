@@ -10,6 +10,7 @@ removed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import time
@@ -37,6 +38,7 @@ _AT = {name: at for at, name in enumerate((*_COUNTED, "last_use", *(f"hour_{n}" 
 _TTFT, _TPOT = _AT["ttft_0"], _AT["tpot_0"]
 _ROW = np.dtype([("name", f"S{_NAME_BYTES}"), ("values", "f8", (len(_AT),))])
 Row = NDArray[np.float64]
+logger = logging.getLogger("vllm.safelora.metrics")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,7 @@ class TrafficTable:
     def __init__(self, folder: Path, max_rows: int = MAX_ROWS) -> None:
         self._folder = folder
         self.path = folder / f"{FILES[:-1]}{os.getpid()}-{secrets.token_hex(4)}"
-        with contextlib.suppress(OSError):
-            self.path.touch(0o600)
-        self._rows = np.memmap(self.path, _ROW, "w+", shape=(max_rows + 2,))
+        self._rows = _mapped(self.path, max_rows + 2)
         self._at = {OTHERS: 0, BASE: 1}
         self._rows["name"][0] = OTHERS
         self._free = list(range(max_rows + 1, 1, -1))
@@ -179,7 +179,7 @@ class TrafficTable:
         row: Row = self._rows["values"][self._at.get(name, 0)]
         return row
 
-    def _all_rows(self) -> Iterator[np.memmap]:
+    def _all_rows(self) -> Iterator[NDArray[np.void]]:
         """Of this process, and of each other one whose file is whole."""
         yield self._rows
         found = set(self._folder.glob(FILES)) - {self.path}
@@ -191,6 +191,24 @@ class TrafficTable:
                     self._opened[path] = np.memmap(path, _ROW, "r")
                 if len(self._opened[path]) > 1:
                     yield self._opened[path]
+
+
+def _mapped(path: Path, rows: int) -> np.memmap | NDArray[np.void]:
+    """Zeros in a new file, or in this process's own memory where there is no room for a file.
+
+    The file's blocks are taken at once: writing to a page without room on the disk would end the process.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(file, 0, rows * _ROW.itemsize)
+        finally:
+            os.close(file)
+        return np.memmap(path, _ROW, "r+", shape=(rows,))
+    except OSError as error:
+        logger.warning("requests are not counted for other API servers: %s cannot be made (%s)", path, error)
+        path.unlink(missing_ok=True)
+        return np.zeros(rows, _ROW)
 
 
 def _observe(row: Row, first: int, bounds: tuple[float, ...], seconds: float) -> None:
