@@ -136,7 +136,7 @@ def monitored(fake: FakeServer, tmp_path: Path) -> Iterator[Monitored]:
 
 def test_the_rules_are_sound_and_fire_for_what_they_are_for() -> None:
     promtool("check", "rules", RULES.name)
-    promtool("test", "rules", "safelora_test.yml")
+    promtool("test", "rules", "tests.yml")
 
 
 def test_the_metrics_are_as_prometheus_wants_them(fake: FakeServer, drafts: dict[str, Path]) -> None:
