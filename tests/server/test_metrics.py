@@ -27,7 +27,8 @@ def test_metrics_follow_the_adapters(
     retained = [module["retained"] for module in report["modules"]]
     assert value("safelora_adapter_retained_norm", adapter="tenant", stat="min") == min(retained)
     assert 0.29 < value("safelora_adapter_relative_norm", adapter="tenant") < 0.31
-    info = {"digest": report["digest"], "method": "safe-lora", "mode": "enforce", "tenant": "", "version": "1"}
+    info = {"digest": report["digest"], "method": "safe-lora", "mode": "enforce"}
+    info |= {"tenant": "", "version": "1"}
     assert value("safelora_adapter_info", adapter="tenant", **info) == 1
     assert value("safelora_workers", state="guarded") == 1 == value("safelora_workers_expected")
     assert value("safelora_ready") == 1 and user.get("/safelora/ready").json() == {
