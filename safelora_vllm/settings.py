@@ -61,6 +61,7 @@ class ServerSettings:
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
         allow_hub: uploads may name a hub repository.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
+        no_page: the server has no page at ``/safelora/``.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the
             section an object such as ``{"GET /x": "users"}``. A route without an entry needs an admin key.
         tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
@@ -82,6 +83,7 @@ class ServerSettings:
     concurrent_uploads: int = 8
     allow_hub: bool = False
     private_docs: bool = False
+    no_page: bool = False
     route_access: dict[str, str] = field(default_factory=dict)
     tenant_reports: str = "full"
     audit_stdout: bool = False

@@ -31,11 +31,11 @@ from safelora_vllm.tenants.principal import Kind, Principal
 
 KINDS: tuple[Kind, ...] = ("admin", "tenant", "inference", "metrics", "anonymous", "stranger")
 # Written down once more, as what has to hold, whatever the table says.
-OPEN = "GET /health, GET /ping, POST /ping, GET /version"
+OPEN = "GET /health, GET /ping, POST /ping, GET /version, GET /safelora/, GET /safelora/page/{file}"
 DOCUMENTS = "GET /openapi.json, GET /docs, GET /docs/oauth2-redirect, GET /redoc"
 TENANTS = (
     "POST /v1/adapters, DELETE /v1/adapters/{name:path}, DELETE /v1/adapters/{name:path}/versions/{number}, "
-    "POST /v1/adapters/{name:path}/rollback, GET /v1/usage"
+    "POST /v1/adapters/{name:path}/rollback, GET /v1/usage, GET /v1/audit"
 )
 CHANGES_WEIGHTS = (
     "POST /collective_rpc", "POST /init_weight_transfer_engine", "POST /shutdown_weight_transfer_engine",

@@ -532,3 +532,19 @@ def test_a_tenants_newest_refusals(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "refused").iterdir()) == ["acme.json", "x.json"]
     (tmp_path / "refused" / "x.json").write_text("{")
     assert log.refusals("x") == []
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_a_line_that_stands_for_many_refusals_says_so(
+    columns: str,
+    tmp_path: Path,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    log = AuditLog(tmp_path / "audit")
+    log.record("acme/ci", "upload", "acme/a", decision="refused", reasons=["quota"], count=990)
+    assert run("--adapter-store", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "refused ×990" in out and "quota" in out

@@ -16,6 +16,8 @@ from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.recorded import Line
 from safelora_vllm.tenants.principal import Principal
 from tests.tiny import Draft
 
@@ -26,8 +28,7 @@ ADMIN = Principal("admin", "ops")
 def managed(tmp_path: Path) -> Manager:
     """Management of a store, without gate and engine."""
     reconciler: Any = SimpleNamespace(names=NameStore(tmp_path))
-    audit: Any = None
-    return Manager(reconciler, audit, lambda _: False)
+    return Manager(reconciler, AuditLog(tmp_path / "audit"), lambda _: False)
 
 
 def version(digit: str, **policy: object) -> Version:
@@ -35,18 +36,24 @@ def version(digit: str, **policy: object) -> Version:
 
 
 def test_a_change_of_what_is_no_longer_there(managed: Manager) -> None:
-    first = managed._commits.update(ADMIN, "chat", None, version("1"))
-    assert first.live.digest == "1" * 64
-    tightened = managed._commits.update(ADMIN, "chat", first, version("1", select="all"))
+    names = managed.reconciler.names
+
+    def update(before: AdapterRecord | None, new: Version) -> AdapterRecord | None:
+        managed._commits.update(ADMIN, "chat", before, new, Line("ops", "upload", lambda _: {}))
+        return names.get("chat")
+
+    first = update(None, version("1"))
+    assert first is not None and first.live.digest == "1" * 64
+    tightened = update(first, version("1", select="all"))
     with pytest.raises(ChangedMeanwhile, match="chat was changed meanwhile"):
-        managed._commits.update(ADMIN, "chat", first, version("2"))  # judged before the policy was tightened
+        update(first, version("2"))  # judged before the policy was tightened
     with pytest.raises(AlreadyLoaded):
-        managed._commits.update(ADMIN, "chat", None, version("2"))
-    assert managed.reconciler.names.get("chat") == tightened
-    managed.reconciler.names.update("chat", lambda _: None)
+        update(None, version("2"))
+    assert names.get("chat") == tightened
+    names.update("chat", lambda _: None)
     with pytest.raises(ChangedMeanwhile):
-        managed._commits.update(ADMIN, "chat", tightened, version("2"))
-    assert managed.reconciler.names.get("chat") is None
+        update(tightened, version("2"))
+    assert names.get("chat") is None
 
 
 def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSettings, tmp_path: Path) -> None:
@@ -55,7 +62,7 @@ def test_a_copy_that_does_not_say_its_override_is_first_asked_for(gate: GateSett
     key = admit(Draft().write(tmp_path / "adapter"), "chat", gate, published).key
     assert key is not None
     stricter = dataclasses.replace(gate.policy, max_total_norm=gate.policy.max_total_norm / 2)
-    state = SimpleNamespace(ruleset_digest="r", policy=gate.policy)
+    state = SimpleNamespace(ruleset_digest="r", policy=gate.policy, frame=[])
     copies = Copies(nothing, cast(Any, state), published)
     plain = dataclasses.replace(version("1"), key=key, ruleset_digest="r")
     overridden = dataclasses.replace(plain, override=True)

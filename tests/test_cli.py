@@ -232,7 +232,7 @@ def test_build_errors_are_2(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for option, expected in (
         ("--version", __version__),
-        ("--help", "build,inspect,project,serve,plan,calibrate"),
+        ("--help", "build,inspect,project,serve,plan,calibrate,exam"),
     ):
         with pytest.raises(SystemExit) as ended:
             main([option])

@@ -28,8 +28,8 @@ BLOCK = re.compile(
     r"(<!-- ([\w-]+): written by python -m tests\.test_configuration_docs -->\n)(.*?)(<!-- end -->)", re.S
 )
 COMMANDS = (
-    "build", "inspect", "project", "plan", "calibrate", "store ls", "store gc", "store verify", "store rm",
-    "store preview", "audit",
+    "build", "inspect", "project", "plan", "calibrate", "exam", "store ls", "store gc", "store verify",
+    "store rm", "store preview", "audit", "top",
 )  # fmt: skip
 POLICY = tuple(field.name for field in dataclasses.fields(Policy))
 STORE = "`~/.local/share/safelora-vllm`"  # see default_root, which reads XDG_DATA_HOME

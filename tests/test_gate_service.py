@@ -33,6 +33,7 @@ from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.audit_log import AuditLog
 from tests.packing import C1, WEIGHTS, zipped
 from tests.tiny import Draft, Pair
 
@@ -351,3 +352,24 @@ def test_too_little_memory_at_the_start_is_said(config: GateConfig, monkeypatch:
     assert str(told).startswith(
         "the gate has too little memory on cpu for its projectors and its work. Leave it"
     )
+
+
+def test_a_refused_folder_of_the_command_line_is_in_the_audit_log_once(
+    config: GateConfig, tmp_path: Path
+) -> None:
+    """vLLM asks for it at its start, and ends. A container starts again and again."""
+    folder = str(Draft().write(tmp_path / "adapter"))
+    audit = AuditLog(Path(config.settings.store) / "audit")
+    strict = with_settings(config, policy={"max_total_norm": 1e-6})
+    for _ in range(2):
+        assert GateService(strict).admit(Admit(folder, "acme/x", keep=False)).key is None
+        (line,) = audit.read()
+    assert (line["actor"], line["action"], line["adapter"]) == ("server", "load", "acme/x")
+    assert (line["decision"], line["reasons"]) == ("refused", ["total_norm"])
+    assert line["policy"]["max_total_norm"] == 1e-6
+    other = with_settings(config, policy={"max_total_norm": 1e-7})
+    GateService(other).admit(Admit(folder, "acme/x", keep=False))
+    assert len(list(audit.read())) == 2, "by other rules"
+    GateService(config).admit(Admit(folder, "acme/x", keep=False)).accepted_key()
+    GateService(strict).admit(Admit(folder, "acme/x"))
+    assert len(list(audit.read())) == 2, "of an upload, the API server says who sent it"

@@ -37,6 +37,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "concurrent_uploads": (["--concurrent-uploads", "3"], 3),
     "allow_hub": (["--allow-hub"], True),
     "private_docs": (["--private-docs"], True),
+    "no_page": (["--no-page"], True),
     "tenant_reports": (["--tenant-reports", "summary"], "summary"),
     "route_access": (["--route-access", "GET /x=users"], {"GET /x": "users"}),
 }
@@ -47,7 +48,7 @@ GIB = 1024**3
 SERVER: dict[str, Any] = {
     "policy": {}, "trust_served_model": False, "gate_device": "worker", "projector_memory": None,
     "projector_host_memory": 0, "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None,
-    "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False, "private_docs": False,
+    "adapter_roots": [], "concurrent_uploads": 8, "allow_hub": False, "private_docs": False, "no_page": False,
     "tenant_reports": "full", "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {
@@ -79,6 +80,7 @@ def test_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([], {}),
         (["--allow-hub"], {"allow_hub": True}),
         (["--private-docs"], {"private_docs": True}),
+        (["--no-page"], {"no_page": True}),
         (["--tenant-reports=summary"], {"tenant_reports": "summary"}),
         (["--route-access", "GET /x = users"], {"route_access": {"GET /x": "users"}}),
         (["--trust-served-model"], {"trust_served_model": True}),

@@ -491,11 +491,31 @@ def test_a_secret_of_kubernetes_is_read_and_read_again(
     ],
 )  # fmt: skip
 def test_other_files_that_a_group_can_read_are_refused(
-    mode: int, uid: int, gid: int, write: Write, monkeypatch: pytest.MonkeyPatch
+    mode: int, uid: int, gid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readable by all, writable or of another group, of another user, of root's own group."""
-    file = write(FILE)
-    file.chmod(mode)
+    volume = Volume(tmp_path)
+    volume.write(FILE)
+    volume.file.chmod(mode)
     owned(monkeypatch, uid, gid, [0, 2000])
     with pytest.raises(KeysError, match=rf"mode {mode:04o}.*fsGroup and defaultMode: 0440"):
-        KeyRing.open(file, None, [])
+        KeyRing.open(volume.file, None, [])
+
+
+def test_a_file_for_a_group_that_is_not_in_a_secrets_volume_is_refused(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its group may be that of all users of the machine."""
+    owned(monkeypatch, 0, 100, [100])
+    plain = write(FILE)
+    plain.chmod(0o440)
+    with pytest.raises(KeysError, match="mode 0440"):
+        KeyRing.open(plain, None, [])
+    (tmp_path / "volume").mkdir()
+    volume = Volume(tmp_path / "volume")
+    volume.write(FILE)
+    KeyRing.open(volume.file, None, [])
+    beside = volume.file.with_name("beside.toml")
+    beside.symlink_to(plain)
+    with pytest.raises(KeysError, match="mode 0440"):
+        KeyRing.open(beside, None, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,24 @@ def test_the_digest_of_all_rules() -> None:
     }
     assert len(found) == 8
     assert SERVERS.ruleset("r") == "r", "records of names without such rules are as they were"
+
+
+def test_the_keys_files_of_the_documentation_work_on_a_default_server(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tenants.md").read_text()
+    blocks = [
+        block for block in re.findall(r"```(?:toml|bash)\n(.*?)```", text, re.S) if "[tenants." in block
+    ]
+    assert len(blocks) == 2
+    for block in blocks:
+        found = re.search(r"<<'END'\n(.*?)END\n", block, re.S)
+        file = tmp_path / "keys.toml"
+        file.touch(0o600)
+        file.write_text(found[1] if found else block)
+
+        def check(entry: str, rules: TenantRules) -> None:
+            rules.check(entry, Policy(), lambda _: None)
+
+        ring = KeyRing.open(file, None, [], None, check)
+        strangers, friends = (ring.rules(f"{name}/x") for name in ("strangers", "friends"))
+        assert not strangers.less_strict and strangers.over(Policy()).at_least_as_strict(Policy())
+        assert friends.less_strict and not friends.over(Policy()).at_least_as_strict(Policy())

@@ -10,7 +10,7 @@ import torch
 
 from safelora_vllm.errors import UsageError
 from safelora_vllm.gate.admit import GateSettings
-from safelora_vllm.methods.reads import truncation
+from safelora_vllm.methods.reads import check_energy, truncation
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import ModelName
@@ -33,6 +33,7 @@ def gate_settings(
         )
     policy.check_effective(policy.chosen)
     cache = opened_cache(projectors)
+    check_energy(policy, cache)
     return GateSettings(cache, policy, usable_device(device))
 
 

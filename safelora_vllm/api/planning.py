@@ -12,7 +12,7 @@ import torch
 from safelora_vllm.api.opened import opened_cache, usable_device, warn_of_truncation
 from safelora_vllm.errors import CheckpointError, ProjectorCacheError, UsageError
 from safelora_vllm.gate.memory import placed
-from safelora_vllm.methods.reads import parts_read
+from safelora_vllm.methods.reads import check_energy, naming_default, parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions
 from safelora_vllm.projectors.build_time import estimated_seconds
@@ -91,13 +91,15 @@ def plan_projectors(
     names = select_modules(checkpoint, checkpoint, options.modules)
     if projectors is None:
         parts = parts_read(policy, thin=not exact)
-        groups = assumed_groups(checkpoint, names, parts, options)
-        most = largest_groups(checkpoint, names, parts, options)
+        with naming_default(policy):
+            groups = assumed_groups(checkpoint, names, parts, options)
+            most = largest_groups(checkpoint, names, parts, options)
         if not exact:
             warn_of_truncation(policy, None)
     else:
         cache = opened_cache(projectors)
         _check_modules(cache, checkpoint, names)
+        check_energy(policy, cache)
         groups = most = groups_of_cache(cache, parts_read(policy, cache.thin))
         warn_of_truncation(policy, cache)
     if gpu_memory is None:

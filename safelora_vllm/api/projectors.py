@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from tqdm import tqdm
 
 from safelora_vllm.api.opened import opened_cache, usable_device, warn_of_truncation
 from safelora_vllm.errors import ProjectorCacheError
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
+from safelora_vllm.methods.reads import naming_default
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -109,4 +111,5 @@ def calibrate_policy(
         for operator in tqdm(operators, desc="Energies", unit="module", delay=1.0):
             _ = operator.energies
     warn_of_truncation(policy, cache)
-    return calibrate(operators, policy, keep_random)
+    with naming_default(policy) if keep_random is None else nullcontext():
+        return calibrate(operators, policy, keep_random)

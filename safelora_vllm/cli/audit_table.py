@@ -36,7 +36,8 @@ def _print_table(records: Iterable[Judged], console: Console) -> int:
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for record, before in records:
-        cells = {**record, "policy": _policy(record, before), "digest": str(record.get("digest") or "")[:12]}
+        shown = {"policy": _policy(record, before), "decision": _decision(record)}
+        cells = {**record, **shown, "digest": str(record.get("digest") or "")[:12]}
         table.add_row(*(Text(_cell(cells.get(column))) for column in COLUMNS))
     if table.row_count:
         console.print(table)
@@ -50,7 +51,7 @@ def _print_lines(records: Iterable[Judged], console: Console) -> int:
         count += 1
         number = f" version {record['version']}" if record.get("version") else ""
         time = str(record.get("time"))[:19].replace("T", " ") + "Z"
-        what = " ".join(_cell(record[field]) for field in ("action", "decision") if record.get(field))
+        what = " ".join(filter(None, (_cell(record.get("action")), _decision(record))))
         told = [f"{time}  {what}: {_cell(record.get('adapter'))}{number}, by {_cell(record.get('actor'))}"]
         told += [_INDENT + text for text in _below(record, before)]
         for line in told:
@@ -59,6 +60,12 @@ def _print_lines(records: Iterable[Judged], console: Console) -> int:
             )
             console.print("\n".join(wrapped), markup=False, highlight=False, soft_wrap=True)
     return count
+
+
+def _decision(record: dict[str, Any]) -> str:
+    """In a word, and how often where the record stands for several calls."""
+    count = record.get("count")
+    return _cell(record.get("decision")) + (f" ×{_cell(count)}" if count else "")
 
 
 def _below(record: dict[str, Any], before: dict[str, Any]) -> list[str]:

@@ -8,7 +8,20 @@ import signal
 import sys
 
 from safelora_vllm import __version__
-from safelora_vllm.cli import REFUSED, USAGE, audit, build, calibrate, inspect, plan, project, serve, store
+from safelora_vllm.cli import (
+    REFUSED,
+    USAGE,
+    audit,
+    build,
+    calibrate,
+    exam,
+    inspect,
+    plan,
+    project,
+    serve,
+    store,
+    top,
+)
 from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 
@@ -17,7 +30,7 @@ _EXIT_CODES = (
     "Exit codes: 0 done, 1 problems found (store verify) or an adapter failed (project --all), 2 wrong usage "
     "or missing input, 3 adapter refused."
 )
-_COMMANDS = (build, inspect, project, serve, plan, calibrate, store, audit)
+_COMMANDS = (build, inspect, project, serve, plan, calibrate, exam, store, audit, top)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -100,6 +100,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="let /openapi.json, /docs and /redoc need a key, any of them",
     )
+    parser.add_argument("--no-page", action="store_true", help="serve no page at /safelora/")
     parser.add_argument(
         "--tenant-reports",
         choices=TENANT_REPORTS,

@@ -167,13 +167,14 @@ def _rm(args: argparse.Namespace) -> int:
     from safelora_vllm.store import NameStore
     from safelora_vllm.store.audit_log import OPERATOR, AuditLog
     from safelora_vllm.store.layout import AUDIT
+    from safelora_vllm.store.recorded import Line, RecordedNames
 
     names = NameStore(root := _root(args))
     record = names.get(args.name)
     if record is None:
         raise UsageError(f"there is no adapter {args.name!r} in {names.root}; 'store ls' lists them")
-    names.update(args.name, lambda _: None)
-    AuditLog(root / AUDIT).record(OPERATOR, "delete", args.name, decision="removed")
+    line = Line(OPERATOR, "delete", lambda _: {"decision": "removed"})
+    RecordedNames(names, AuditLog(root / AUDIT)).update(args.name, lambda _: None, line)
     print(f"{args.name} with {len(record.versions)} versions removed; 'gc --unreferenced' frees its space")
     return 0
 

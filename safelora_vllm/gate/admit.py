@@ -8,8 +8,6 @@ One straight function. There is no other place where an adapter is judged. Nothi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import time
@@ -24,6 +22,7 @@ import torch
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named
+from safelora_vllm.gate.address import Frame, address, ruleset_digest
 from safelora_vllm.methods.judge import JudgedModule, judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -56,22 +55,25 @@ class GateSettings:
     revision: str | None = None
 
     @property
-    def ruleset_digest(self) -> str:
-        """A digest of everything but the adapter: the same rules publish the same bytes."""
-        parts = [
+    def frame(self) -> Frame:
+        """The rules without the policy."""
+        return [
             _FORMAT,
             self.cache.id,
-            self.policy.id,
             str(self.dtype),
             self.base_model,
             self.limits.max_rank,
             *([self.revision] if self.revision else []),  # so that older addresses stay
         ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def ruleset_digest(self) -> str:
+        """A digest of everything but the adapter: the same rules publish the same bytes."""
+        return ruleset_digest(self.frame, self.policy)
 
     def key(self, digest: str) -> str:
         """The address of a published adapter: its content and the rules, nothing else."""
-        return hashlib.sha256(f"{self.ruleset_digest}\n{digest}".encode()).hexdigest()
+        return address(self.ruleset_digest, digest)
 
     def under(self, values: Mapping[str, Any]) -> GateSettings:
         """The same settings with some of the policy's fields replaced."""

@@ -150,6 +150,7 @@ class GateState(_Message, frozen=True, tag="state"):
         store: the adapter store's folder.
         pid: of its process.
         busy_seconds: for how long it has been at one adapter.
+        frame: all rules but the policy, see `safelora_vllm.gate.address`.
     """
 
     projectors: str
@@ -158,6 +159,7 @@ class GateState(_Message, frozen=True, tag="state"):
     store: str
     pid: int
     busy_seconds: float
+    frame: list[str | int] = []
 
 
 class Failure(_Message, frozen=True, tag="error"):

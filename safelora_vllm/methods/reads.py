@@ -10,6 +10,8 @@ A thin cache has neither. There a policy that selects by similarity, or multipli
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from safelora_vllm.errors import PolicyError
@@ -39,10 +41,20 @@ def check_energy(policy: Policy, cache: ProjectorCache) -> None:
     Raises:
         PolicyError: it has less.
     """
-    if not policy.has_effect("energy"):
-        return
+    if cache.modules and policy.has_effect("energy"):
+        with naming_default(policy):
+            cache.projector(next(iter(cache.modules))).directions(policy.energy)
+
+
+@contextmanager
+def naming_default(policy: Policy) -> Iterator[None]:
+    """Complaints about the energy say where it comes from, if nobody chose it.
+
+    Raises:
+        PolicyError: the one that was raised inside, with that.
+    """
     try:
-        cache.projector(next(iter(cache.modules))).directions(policy.energy)
+        yield
     except PolicyError as error:
         if "energy" in policy.chosen:
             raise

@@ -23,12 +23,14 @@ from urllib.parse import quote
 
 from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.files import replace_file
+from safelora_vllm.report import Report
 
 logger = logging.getLogger("vllm.safelora.audit")
 SERVER = "server"  # the actor of decisions that no caller asked for
 OPERATOR = "operator"  # of ``safelora-vllm store`` on the machine
 REJUDGE, DELETE_VERSION = "rejudge", "delete-version"
 ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VERSION, REJUDGE)
+SEARCHED = 8 * 1024 * 1024  # bytes of the log's end in which `AuditLog.newest` looks
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 _REFUSED, _REMEMBERED = "refused", 20  # a folder with each tenant's newest refusals
@@ -115,6 +117,39 @@ class AuditLog:
         except (OSError, ValueError, TypeError):
             return []
 
+    def newest(
+        self, wanted: Callable[[dict[str, Any]], bool], most: int, adapter: str | None = None
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """The newest records that are wanted, newest first, in the last ``SEARCHED`` bytes of the log.
+
+        Args:
+            wanted: whether a record is.
+            most: records that are given.
+            adapter: the name that all wanted records have, which makes the search shorter.
+
+        Returns:
+            The records, and whether there are no older ones.
+        """
+        found: list[dict[str, Any]] = []
+        name = json.dumps(adapter).encode() if adapter is not None else b""
+        left = SEARCHED
+        for path in (self._file, *(path for path, _ in reversed(self._rotated()))):
+            lines, left, whole = _last_lines(path, left)
+            for line in reversed(lines):
+                if name not in line:
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # what a crash left
+                if isinstance(record, dict) and wanted(record):
+                    if len(found) == most:
+                        return found, False
+                    found.append(record)
+            if not whole:
+                return found, False
+        return found, True
+
     def _found(self) -> dict[str, str]:
         """Adapter → what its last record with a ``once`` was made for."""
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -195,6 +230,30 @@ class AuditLog:
             return self._file.open("rb")
         except FileNotFoundError:
             return io.BytesIO()
+
+
+def _last_lines(path: Path, most: int) -> tuple[list[bytes], int, bool]:
+    """Whole lines in a file's last ``most`` bytes, what is left of ``most``, and whether they are all."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            begin = max(0, size - most)
+            stream.seek(begin)
+            lines = stream.read(size - begin).splitlines()
+    except FileNotFoundError:
+        return [], most, True  # none yet, or it was rotated meanwhile
+    return lines[1:] if begin else lines, most - (size - begin), not begin
+
+
+def audit_fields(report: Report, decision: str) -> dict[str, Any]:
+    """What a record says of a report. decision: accepted or refused."""
+    return {
+        "decision": decision,
+        "digest": report.digest,
+        "projectors": report.projectors,
+        "policy": report.to_dict()["policy"],
+        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+    }
 
 
 def parse_since(text: str) -> datetime:

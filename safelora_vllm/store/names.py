@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +75,18 @@ class NameStore:
         return {self.folder / file: seen.wrong for file, seen in self._seen.items() if seen.wrong}
 
     def update(
-        self, name: str, change: Callable[[AdapterRecord | None], AdapterRecord | None]
+        self,
+        name: str,
+        change: Callable[[AdapterRecord | None], AdapterRecord | None],
+        around: Callable[[str, AdapterRecord | None], AbstractContextManager[None]] | None = None,
     ) -> AdapterRecord | None:
         """Replace a record by ``change`` of it, or remove it where that is None. One at a time.
+
+        Args:
+            name: of the adapter.
+            change: gets the record as it is, None where there is none, and gives what it shall be.
+            around: done under the lock before and after the file is written. It gets the file's digest
+                and the new record.
 
         Raises:
             UsageError: the name is empty or too long for a file.
@@ -92,13 +103,27 @@ class NameStore:
             after = change(before)
             if after == before:
                 return after
-            with writing(self.root):
+            with around(self.file_digest(name), after) if around else nullcontext(), writing(self.root):
                 if after:
                     replace_file(path, to_json(after, path.name))
                 else:
                     path.unlink()
                     sync_folder(self.folder)
         return after
+
+    def file_digest(self, name: str) -> str:
+        """The sha256 of a record's file; empty where there is none.
+
+        Raises:
+            StoreUnavailable: it cannot be read now.
+        """
+        path = self.folder / file_of(name)
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def reserve_ids(self, count: int) -> int:
         """The first of ``count`` numbers that nobody on this store was given before or will be again.

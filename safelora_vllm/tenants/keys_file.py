@@ -88,7 +88,7 @@ def _tables(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             status = os.fstat(stream.fileno())
             mode = stat.S_IMODE(status.st_mode)
-            if mode & 0o077 and not _only_for_our_group(status):
+            if mode & 0o077 and not (_in_secret_volume(file) and _only_for_our_group(status)):
                 raise KeysError(
                     f"keys file {file} has mode {mode:04o}, so that others than its owner can read it. "
                     f"Run chmod 600 {file}, and replace its keys if others may have read them. A Kubernetes "
@@ -106,6 +106,15 @@ def _only_for_our_group(status: os.stat_result) -> bool:
     if status.st_uid != 0 or stat.S_IMODE(status.st_mode) & 0o037:
         return False
     return status.st_gid in {os.getegid(), *os.getgroups()} and status.st_gid != 0
+
+
+def _in_secret_volume(file: Path) -> bool:
+    """Whether a file is in a volume that Kubernetes mounts: it is reached through the link ``..data``.
+
+    Any other file of root's may be meant for all members of its group, such as ``users``.
+    """
+    data = file.parent / "..data"
+    return data.is_symlink() and file.resolve().parent == data.resolve()
 
 
 def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:

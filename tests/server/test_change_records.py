@@ -99,7 +99,7 @@ def test_the_record_of_each_change(place: Place, adapters: list[Path]) -> None:
     ]  # fmt: skip
     assert {entry["adapter"] for entry in found} == {"acme/x"}
     for number, entry in enumerate((upload, policy, rollback), start=1):
-        assert set(entry) == ALWAYS | JUDGED | {"version", "override", "reason"}
+        assert set(entry) == ALWAYS | JUDGED | {"version", "override", "reason", "change"}
         assert (entry["version"], entry["decision"]) == (number, "accepted")
         assert entry["projectors"] == place.service.state().projectors and len(entry["digest"]) == 64
     assert [entry["policy"]["mode"] for entry in (upload, policy, rollback)] == [
@@ -111,7 +111,7 @@ def test_the_record_of_each_change(place: Place, adapters: list[Path]) -> None:
     assert (refused["decision"], refused["reasons"]) == ("refused", ["relative_norm"])
     assert refused["policy"]["max_relative_norm"] == 1e-6
     for entry in (removed, unload):
-        assert set(entry) == ALWAYS and entry["decision"] == "removed"
+        assert set(entry) == ALWAYS | {"change"} and entry["decision"] == "removed"
     assert (load["version"], load["decision"]) == (1, "accepted")
 
 

@@ -6,7 +6,9 @@ The gate, stores and audit log are real; the engine only notes what it is asked.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, StoreUnavailable, UsageError
+from safelora_vllm.gate.protocol import Admit, Ensure, Judgement
 from safelora_vllm.integration.server import reconcile
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.registry import Entry
@@ -266,6 +269,89 @@ def test_a_restart_with_another_policy_is_in_the_audit_log_once(
         ("rejudge", "chat", "accepted", []),
     ]
     assert records(place)[0]["policy"]["max_total_norm"] == norm / 2
+
+
+def test_a_restart_serves_an_old_copy_only_where_it_is_as_strict_as_today(
+    cache: ProjectorCache, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stricter policy, or other rules besides it, and the adapter waits for the gate."""
+
+    async def first(place: Place) -> float:
+        async with place.manager() as (manager, _):
+            return (await manager.add(ADMIN, "chat", adapters[0])).current().report.total_norm
+
+    with Place.start(cache, tmp_path) as place:
+        norm = asyncio.run(first(place))
+
+    async def starts(place: Place) -> bool:
+        """Whether it is served while the gate judges nothing; then it is, by the new rules."""
+        answers = threading.Event()
+        real = place.service.ensure
+
+        def ensure(call: Ensure) -> Judgement:
+            assert answers.wait(30)
+            return real(call)
+
+        monkeypatch.setattr(place.service, "ensure", ensure)
+        async with place.manager() as (manager, _):
+            await asyncio.sleep(0.2)
+            served = manager.reconciler.registry["chat"].served is not None
+            answers.set()
+            ruleset = place.service.state().ruleset_digest
+            await until(lambda: manager.reconciler.registry["chat"].version.ruleset_digest == ruleset)  # type: ignore[union-attr]
+            assert manager.reconciler.registry["chat"].current().report.policy == place.service.state().policy
+            return served
+
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with Place.start(cache, folder, max_total_norm=4 * norm) as place:
+        asyncio.run(first(place))
+    for policy, served in (
+        ({"max_total_norm": 6 * norm}, True),
+        ({"max_total_norm": 2 * norm}, False),
+        ({"max_total_norm": 2 * norm, "mode": "report-only"}, True),
+        ({"max_total_norm": 2 * norm}, False),
+    ):
+        (folder / "gate.sock").unlink()
+        with Place.start(cache, folder, **policy) as place:
+            assert asyncio.run(starts(place)) == served, policy
+    (folder / "gate.sock").unlink()
+    with Place.start(cache, folder, max_total_norm=6 * norm) as place:
+        settings = place.service._settings
+        limits = dataclasses.replace(settings.limits, max_rank=settings.limits.max_rank - 1)
+        place.service._settings = dataclasses.replace(settings, limits=limits)
+        assert not asyncio.run(starts(place)), "another rule has changed too"
+
+
+def test_a_refusal_is_evaluated_once_for_all_api_servers_of_a_start(
+    cache: ProjectorCache, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def first(place: Place) -> float:
+        async with place.manager() as (manager, _):
+            return (await manager.add(ADMIN, "chat", adapters[0])).current().report.total_norm
+
+    async def start(place: Place) -> None:
+        async with place.manager() as (one, _), place.manager() as (two, _), place.manager() as (three, _):
+            for server in (one, two, three):
+                await until(lambda server=server: _settled(server, "chat"))
+                with pytest.raises(AdapterRefused, match="total_norm"):
+                    server.reconciler.registry["chat"].current()
+            await asyncio.sleep(0.3)
+
+    with Place.start(cache, tmp_path) as place:
+        norm = asyncio.run(first(place))
+    for _ in range(2):  # the second start finds the refusal in the record, and looks again
+        (tmp_path / "gate.sock").unlink()
+        with Place.start(cache, tmp_path, max_total_norm=norm / 2) as place:
+            evaluated, real = [], place.service.admit
+
+            def admit(call: Admit, real: Callable[[Admit], Judgement] = real) -> Judgement:
+                evaluated.append(call.name)  # noqa: B023
+                return real(call)
+
+            monkeypatch.setattr(place.service, "admit", admit)
+            asyncio.run(start(place))
+            assert evaluated == ["chat"]
 
 
 def _settled(manager: Manager, name: str) -> bool:

@@ -171,6 +171,9 @@ def test_three_tenants(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytes
         until(lambda: all(rules(clients["careless"], "careless/x") == 422 for clients in run.clients))
         answer = second["careless"].get("/v1/adapters/careless/x").json()["error"]
         assert [reason["code"] for reason in answer["reasons"]] == ["total_norm"]
+        for clients in run.clients:
+            *_, last = clients["careless"].get("/v1/adapters/careless/x/versions").json()["versions"]
+            assert [reason["code"] for reason in last["refused"]] == ["total_norm"]
         assert upload(first["careless"], "careless/y", b).status_code == 422
         told += [
             ("server", "rejudge", "careless/x", "refused", ["total_norm"]),

@@ -31,6 +31,8 @@ _LISTED: dict[Access, str] = {
         POST /ping
         GET /version
         GET /safelora/ready
+        GET /safelora/
+        GET /safelora/page/{file}
     """,
     Access.DOCS: """
         GET /openapi.json
@@ -82,6 +84,7 @@ _LISTED: dict[Access, str] = {
         GET /v1/adapters
         GET /v1/adapters/{name:path}
         GET /v1/adapters/{name:path}/versions
+        GET /v1/overview
     """,
     Access.TENANTS: """
         POST /v1/adapters
@@ -89,6 +92,7 @@ _LISTED: dict[Access, str] = {
         DELETE /v1/adapters/{name:path}/versions/{number}
         POST /v1/adapters/{name:path}/rollback
         GET /v1/usage
+        GET /v1/audit
     """,
     Access.MONITORS: """
         GET /load

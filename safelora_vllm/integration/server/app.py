@@ -25,6 +25,7 @@ from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
+from safelora_vllm.integration.server.page_routes import page_router
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.routes import router
 from safelora_vllm.integration.server.traffic import TrafficTable
@@ -78,6 +79,8 @@ class SafeLoRAEndpoint:
         app.state.safelora_door = door
         app.state.safelora_upload_limiter = UploadLimiter(settings.concurrent_uploads)
         seams.attach_first(app, router)
+        if not settings.no_page:
+            seams.attach_first(app, page_router)
         self._app = app
 
         @app.exception_handler(SafeLoRAError)
@@ -109,7 +112,7 @@ class SafeLoRAEndpoint:
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
-        state.safelora_manager = Manager(
+        state.safelora_manager = manager = Manager(
             reconciler,
             reconciler.audit,
             models.is_base_model,
@@ -117,6 +120,7 @@ class SafeLoRAEndpoint:
             settings.max_adapter_bytes,
             settings.allow_hub,
         )
+        manager.start()
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
 
     def _count(

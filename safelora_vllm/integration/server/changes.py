@@ -1,7 +1,7 @@
 """Uploading, replacing, rolling back, re-judging and removing adapters, each one straight function.
 
 Order of every change: the gate publishes, the workers load, the store's name is changed (the moment from
-which it counts, on all servers), this process serves it, the audit log has it. What fails before the name
+which it counts, on all servers), the audit log has it, this process serves it. What fails before the name
 is changed leaves everything as it was.
 """
 
@@ -44,6 +44,10 @@ class Manager:
 
     def __post_init__(self) -> None:
         self._commits = Commits(self.reconciler, self.audit)
+
+    def start(self) -> None:
+        """Begin what is done beside the calls. It ends with the reconciler."""
+        self.reconciler.background.spawn(self._commits.count_refusals())
 
     async def add(
         self, who: Principal, name: str, source: Path, *, replace: bool = False, action: str = "upload"
@@ -136,9 +140,7 @@ class Manager:
             raise UsageError(f"{name} comes from --lora-modules; start the server without it")
         async with self._commits.changing(who, name, action):
             await self._commits.known(who, name)
-            await asyncio.to_thread(self.reconciler.names.update, name, lambda _: None)
-            await self.reconciler.sync()
-            await self._commits.log(who, action, name, decision="removed")
+            await self._commits.remove(who, action, name, lambda _: None)
 
     async def remove_version(self, who: Principal, name: str, number: int) -> None:
         """Forget an old version, so that it does not count any more.
@@ -154,9 +156,7 @@ class Manager:
                     raise unknown(name)
                 return record.without(number)
 
-            await asyncio.to_thread(self.reconciler.names.update, name, change)
-            await self.reconciler.sync()
-            await self._commits.log(who, DELETE_VERSION, name, decision="removed", version=number)
+            await self._commits.remove(who, DELETE_VERSION, name, change, version=number)
 
     def check_root(self, path: str) -> Path:
         """The path of a load by path.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,16 +21,20 @@ from safelora_vllm.errors import (
     QuotaExceeded,
     SafeLoRAError,
 )
-from safelora_vllm.integration.server.decisions import audit_fields, log, version_fields
+from safelora_vllm.integration.server.decisions import log, version_fields
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.audit_log import AuditLog, audit_fields
+from safelora_vllm.store.recorded import Line, RecordedNames
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import check_quota
+
+Change = Callable[[AdapterRecord | None], AdapterRecord | None]
 
 
 class Commits:
@@ -38,13 +42,15 @@ class Commits:
 
     def __init__(self, reconciler: Reconciler, audit: AuditLog) -> None:
         self._reconciler, self._audit = reconciler, audit
+        self._recorded = RecordedNames(reconciler.names, audit)
+        self._quota = RefusalLimit(self._over_quota)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def changing(self, who: Principal, name: str, action: str) -> AsyncIterator[float]:
         """One change of a name at a time in this process, from the moment that it gives on.
 
-        What a quota stops goes to the audit log.
+        What a quota stops goes to the audit log, many of one tenant as one line with their count.
         """
         if not who.may_use(name):  # before the lock: waiting for it would tell that there is such a name
             raise unknown(name)
@@ -54,10 +60,24 @@ class Commits:
                 with span(action, adapter=name):
                     yield time.perf_counter()
             except QuotaExceeded as error:
-                await self.log(who, action, name, decision="refused", reasons=["quota"])
+                if who.tenant is not None:
+                    await self._quota.refused(who.tenant, who.key_id, action, name)
                 raise QuotaExceeded(
                     f"{error}. What counts are the names {who.tenant}/...; GET /v1/usage lists them"
                 ) from None
+
+    async def count_refusals(self) -> None:
+        """Without end: write the counts of refusals that were not written one by one."""
+        try:
+            while True:
+                await asyncio.sleep(SECONDS)
+                await self._quota.flush()
+        finally:  # the server stops
+            await self._quota.flush(all_of_them=True)
+
+    async def _over_quota(self, actor: str, action: str, name: str, count: int) -> None:
+        more = {"count": count} if count > 1 else {}
+        await log(self._audit, actor, action, name, decision="refused", reasons=["quota"], **more)
 
     async def record(self, name: str) -> AdapterRecord | None:
         """The record of a name, None where there is none."""
@@ -108,18 +128,24 @@ class Commits:
         with span("swap", adapter=name):
             try:
                 timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
-                record = await asyncio.to_thread(self.update, who, name, before, timed)
+
+                def details(record: AdapterRecord | None) -> dict[str, Any]:
+                    live = record.live if record else timed
+                    return {**version_fields(live, judged.override), **audit_fields(report, "accepted")}
+
+                line = Line(who.key_id, action, details)
+                await asyncio.to_thread(self.update, who, name, before, timed, line)
             except SafeLoRAError:
                 await pool.release(request, wanted=lambda _: False)
                 raise
             await self._reconciler.sync()
-        done = version_fields(record.live, judged.override)
-        await self.log(who, action, name, **done, **audit_fields(report, "accepted"))
         entry = look_up(self._reconciler.registry, who, name)
         entry.current()
         return entry
 
-    def update(self, who: Principal, name: str, before: AdapterRecord | None, new: Version) -> AdapterRecord:
+    def update(
+        self, who: Principal, name: str, before: AdapterRecord | None, new: Version, line: Line
+    ) -> None:
         """Add a version to a name's record, if that still is ``before``.
 
         Raises:
@@ -136,9 +162,13 @@ class Commits:
             check_quota(self._reconciler.names, who, after)
             return after
 
-        record = self._reconciler.names.update(name, change)
-        assert record is not None
-        return record
+        self._recorded.update(name, change, line)
+
+    async def remove(self, who: Principal, action: str, name: str, change: Change, **details: Any) -> None:
+        """Change a record without a new version, and say in the audit log that something was removed."""
+        line = Line(who.key_id, action, lambda _: {"decision": "removed", **details})
+        await asyncio.to_thread(self._recorded.update, name, change, line)
+        await self._reconciler.sync()
 
     async def log(self, who: Principal, action: str, name: str, **details: Any) -> None:
         """Record what a caller did."""

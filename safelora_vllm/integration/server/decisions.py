@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 from safelora_vllm.errors import SafeLoRAError
-from safelora_vllm.report import Report
 from safelora_vllm.store import Version
 from safelora_vllm.store.audit_log import AuditLog
 
@@ -21,17 +20,6 @@ async def log(audit: AuditLog, actor: str, action: str, name: str, **details: An
         await asyncio.to_thread(audit.record, actor, action, name, **details)
     except SafeLoRAError as error:  # the change itself is made: say so loudly
         logger.error("%s of %r by %s is not in the audit log: %s", action, name, actor, error)
-
-
-def audit_fields(report: Report, decision: str) -> dict[str, Any]:
-    """Of a report."""
-    return {
-        "decision": decision,
-        "digest": report.digest,
-        "projectors": report.projectors,
-        "policy": report.to_dict()["policy"],
-        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
-    }
 
 
 def version_fields(version: Version, override: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from safelora_vllm.files import FileState
+from safelora_vllm.gate.address import address, ruleset_digest
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState, Judgement
 from safelora_vllm.integration.server.registry import Entry
@@ -113,17 +114,30 @@ class Copies:
         return await loop.run_in_executor(self._threads, lambda: call(*arguments, **named))
 
     def find(self, name: str, version: Version) -> Copy | None:
-        """The published copy of a stored version, if there is one by today's rules. Reads the store."""
-        if version.refused or version.ruleset_digest != self.ruleset(name):
+        """The published copy of a stored version, if today's rules allow it. Reads the store.
+
+        It may have been judged by former rules, if those differ in the policy alone and theirs is at least as
+        strict as today's.
+        """
+        if version.refused or (report := self._published.report(version.key)) is None:
             return None
-        report = self._published.report(version.key)
-        if report is None:
+        if version.ruleset_digest != self.ruleset(name) and not self._still_allowed(name, version, report):
             return None
         if not report.policy.at_least_as_strict(self.state.policy) and not self._published.has_override(
             version.key
         ):
             return None  # an older release made it: the gate adds that when it is asked for it
         return Copy(version.key, report, self.file_states(version.key))
+
+    def _still_allowed(self, name: str, version: Version, report: Report) -> bool:
+        """Whether a copy by former rules is by a policy as strict as today's, all else being as it was."""
+        if not self.state.frame:  # a gate that does not say so
+            return False
+        by_its_policy = ruleset_digest(self.state.frame, report.policy)
+        if address(by_its_policy, version.digest) != version.key:
+            return False
+        rules = rules_of(self.state.policy, self._tenant_rules(name), version.policy, version.override)
+        return report.policy.at_least_as_strict(self.state.policy.with_values(rules.policy))
 
     async def adopt(self, entry: Entry) -> Copy:
         """The published copy of an adapter of ``--lora-modules``, by the rules of its name.

@@ -37,7 +37,7 @@ from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.background import Background
-from safelora_vllm.integration.server.decisions import audit_fields, log
+from safelora_vllm.integration.server.decisions import log
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
@@ -49,8 +49,9 @@ from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore
-from safelora_vllm.store.audit_log import SERVER, AuditLog
+from safelora_vllm.store.audit_log import SERVER, AuditLog, audit_fields
 from safelora_vllm.store.layout import AUDIT
+from safelora_vllm.store.recorded import RecordedNames
 from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
@@ -110,6 +111,7 @@ class Reconciler:
         pool = Pool(engine_client, NameStore(root))
         copies = Copies(gate, state, PublishedStore(root), tenant_rules)
         audit = await asyncio.to_thread(AuditLog, root / AUDIT, echo=echo)
+        await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
         made = cls(pool, copies, len(answers), models.is_base_model, audit)
         given = seams.replace_map(models, CallersRequests(made.registry))
         for position, request in enumerate(given.values()):
@@ -157,14 +159,18 @@ class Reconciler:
         """Act on a record that is not in the registry as it is. copy: its published one by today's rules."""
         name, live, before = record.name, record.live, self.registry.get(record.name)
         entry = Entry(name, live.id, live)
+        is_judged = live.ruleset_digest == self.copies.ruleset(name)
         if copy is not None:
-            return self.served.serve(entry, copy)
+            self.served.serve(entry, copy)
+            if not is_judged:
+                self.background.spawn(self._prepare(name))
+            return
         served = before.served if before and before.version and same_content(before.version, live) else None
         if live.refused:
             self.served.put(replace(entry, problem=AdapterRefused(list(live.refused))))
         else:  # what is served stays served until it was judged
             self.served.put(replace(entry, served=served, problem=None if served else being_prepared(name)))
-        if not live.refused or live.ruleset_digest != self.copies.ruleset(name):
+        if not (live.refused and is_judged):
             self.background.spawn(self._prepare(name))
 
     async def _prepare(self, name: str, again: bool = False) -> None:
@@ -236,6 +242,14 @@ class Reconciler:
                     rulesets[owner] = self.copies.ruleset(name)
                 if _is_open(entry, rulesets[owner]):
                     self.background.spawn(self._prepare(name))
+
+
+def _complete(recorded: RecordedNames) -> None:
+    """Add to the audit log what a killed server has not. Its absence stops no start."""
+    try:
+        recorded.settle()
+    except SafeLoRAError as error:
+        logger.error("the audit log is not complete: %s", error)
 
 
 def _is_open(entry: Entry, ruleset: str) -> bool:

@@ -7,6 +7,7 @@ vLLM's map of names (`visibility`), ``/v1/adapters``, ``/v1/models`` and ``/metr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,17 @@ class Served:
     request: LoRARequest
     report: Report
     copy: tuple[FileState, ...] = ()
+
+    @cached_property
+    def figures(self) -> dict[str, float | int | None]:
+        """Over all modules; kept, as every look at the page asks for those of all adapters."""
+        report = self.report
+        return {
+            "modules": len(report.modules),
+            "projected": report.count("projected"),
+            "least_retained": min(report.values("retained"), default=None),
+            "total_norm": report.total_norm,
+        }
 
 
 @dataclass(frozen=True)

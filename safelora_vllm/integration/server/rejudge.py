@@ -10,14 +10,16 @@ import asyncio
 import dataclasses
 import logging
 import time
+from typing import Any
 
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.integration.server.decisions import audit_fields, log, version_fields
+from safelora_vllm.integration.server.decisions import version_fields
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.audit_log import REJUDGE, SERVER, AuditLog
+from safelora_vllm.store.audit_log import REJUDGE, SERVER, AuditLog, audit_fields
+from safelora_vllm.store.recorded import Line, RecordedNames
 
 logger = logging.getLogger("vllm.safelora.reconcile")
 
@@ -26,7 +28,8 @@ class Rejudge:
     """Decisions that no caller asked for. copies: asks the gate. pool: loads what is served already."""
 
     def __init__(self, copies: Copies, pool: Pool, audit: AuditLog) -> None:
-        self._copies, self._pool, self._audit = copies, pool, audit
+        self._copies, self._pool = copies, pool
+        self._recorded = RecordedNames(pool.names, audit)
 
     async def decide(self, entry: Entry, version: Version) -> Copy | None:
         """Let the gate judge a stored version by today's rules.
@@ -53,15 +56,14 @@ class Rejudge:
         )
         if key and entry.served is not None:
             new = await self._loaded(entry.name, new, judged)
-        if not await self._write(entry.name, version, new):
+        decision = "refused" if new.refused else "accepted"
+        fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
+        details = fields | version_fields(new, judged.override)
+        if not await self._write(entry.name, version, new, details):
             if new.key and entry.served is not None:
                 await self._pool.release(self._pool.request(entry.name, key, new.id), wanted=lambda _: False)
         else:
-            decision = "refused" if new.refused else "accepted"
             logger.info("adapter %r was judged anew by the rules of today: %s", entry.name, decision)
-            fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
-            details = fields | version_fields(new, judged.override)
-            await log(self._audit, SERVER, REJUDGE, entry.name, **details)
         return None
 
     async def _loaded(self, name: str, new: Version, judged: Judged) -> Version:
@@ -72,7 +74,7 @@ class Rejudge:
             return dataclasses.replace(new, key="", refused=tuple(error.reasons))
         return new
 
-    async def _write(self, name: str, old: Version, new: Version) -> bool:
+    async def _write(self, name: str, old: Version, new: Version, details: dict[str, Any]) -> bool:
         """Put what was decided into the record, unless somebody has changed it. Whether it was done."""
         written = False
 
@@ -81,7 +83,8 @@ class Rejudge:
             written = record is not None and record.live == old
             return record.with_live(new) if written and record else record
 
-        await asyncio.to_thread(self._pool.names.update, name, change)
+        line = Line(SERVER, REJUDGE, lambda _: details)
+        await asyncio.to_thread(self._recorded.update, name, change, line)
         return written
 
 

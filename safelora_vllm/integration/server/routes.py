@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
@@ -21,6 +21,13 @@ from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
 from safelora_vllm.integration.server.metrics import Metrics
+from safelora_vllm.integration.server.overview import (
+    MOST_RECORDS,
+    AuditTrail,
+    Overview,
+    audit_of,
+    overview_of,
+)
 from safelora_vllm.integration.server.readiness import Readiness
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import (
@@ -87,6 +94,7 @@ def answers(request: Request) -> Views:
 Caller = Annotated[Principal, Depends(identified)]
 Managed = Annotated[Manager, Depends(manager)]
 Shown = Annotated[Views, Depends(answers)]
+Decision = Literal["accepted", "refused", "removed"]
 
 
 class BoundedRoute(APIRoute):
@@ -235,6 +243,24 @@ async def delete_version(name: str, number: int, who: Caller, managed: Managed) 
 async def get_usage(who: Caller, shown: Shown, tenant: str | None = None) -> Any:
     """A tenant's quota, what it uses of it, and what was refused of late. Admins name the tenant."""
     return await shown.usage(who, tenant)
+
+
+@router.get("/v1/overview", response_model=Overview, responses=documented(401, 503))
+async def get_overview(who: Caller, managed: Managed, shown: Shown) -> Any:
+    """All adapters that the caller may use, served or not, and what the caller may do."""
+    return await overview_of(shown, who, managed.max_adapter_bytes)
+
+
+@router.get("/v1/audit", response_model=AuditTrail, responses=documented(400, 401, 403, 503))
+async def get_audit(
+    who: Caller,
+    shown: Shown,
+    adapter: str | None = None,
+    decision: Decision | None = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_RECORDS)] = 50,
+) -> Any:
+    """The newest decisions about adapters that the caller may change."""
+    return await audit_of(shown, who, adapter, decision, limit)
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)

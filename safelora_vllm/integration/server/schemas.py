@@ -117,6 +117,7 @@ class VersionInfo(BaseModel):
     policy: dict[str, Any]
     override: bool
     reason: str
+    refused: list[Reason] = Field(description="why it is not served, as it was judged last; else empty")
 
 
 class VersionList(BaseModel):

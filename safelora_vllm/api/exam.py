@@ -1,0 +1,126 @@
+"""The exam without a server: a model in transformers, adapters projected for each rung and asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelora_vllm.api.adapters import project_adapter
+from safelora_vllm.api.opened import opened_cache
+from safelora_vllm.errors import PolicyError
+from safelora_vllm.exam import ladder as ladders
+from safelora_vllm.exam import probes as probe_sets
+from safelora_vllm.exam.reference import Reference, reference
+from safelora_vllm.exam.score import Score
+from safelora_vllm.exam.sitting import Verdict, sit, threshold_for
+from safelora_vllm.exam.with_transformers import Model
+from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Examination:
+    """An aligned model that passed its self-check, with its probes and a ladder of policies.
+
+    Example:
+        >>> from safelora_vllm.api.exam import Examination
+        >>> examination = Examination.of("aligned", "projectors")
+        >>> verdict = examination.examine("my-adapter", threshold=0.02)
+        >>> verdict.policy, verdict.rungs[-1].score.drop
+    """
+
+    model: Model
+    cache: ProjectorCache
+    ladder: tuple[Policy, ...]
+    reference: Reference
+    folder: str
+
+    @classmethod
+    def of(
+        cls,
+        model: str | os.PathLike[str],
+        projectors: str | os.PathLike[str] | ProjectorCache,
+        *,
+        ladder: str | None = None,
+        caps: Policy | None = None,
+        probes: str | os.PathLike[str] | None = None,
+        count: int = 64,
+        languages: Sequence[str] = ("en",),
+        secret: bytes = b"",
+        device: str = "cpu",
+    ) -> Examination:
+        """Load the aligned model and ask it the probes.
+
+        Args:
+            model: folder of the aligned model that the projectors were built for.
+            projectors: a projector cache, or its folder.
+            ladder: rungs as `safelora_vllm.exam.ladder.parse` reads them. None: the default ones that the
+                cache can serve.
+            caps: whose norm caps every rung has. None: the default policy's.
+            probes: a file of JSON lines with a ``prompt`` each. None: built-in ones.
+            count, languages, secret: of the built-in ones; see `safelora_vllm.exam.probes.drawn`.
+            device: where the model runs.
+
+        Raises:
+            UsageError: the model is not usable or does not refuse the probes, or an argument is wrong.
+            PolicyError: a rung is no policy, or the cache cannot serve it.
+            ProjectorCacheError: the cache is missing, damaged, or made for another model.
+        """
+        cache = opened_cache(projectors)
+        folder = os.fspath(model)
+        cache.check_model(Checkpoint(folder).fingerprint(), folder)
+        rungs = ladders.parse(ladder or ladders.DEFAULT, caps or Policy())
+        usable = ladders.served_by(cache, rungs)
+        if ladder and len(usable) < len(rungs):
+            missing = ", ".join(ladders.name_of(rung) for rung in rungs if rung not in usable)
+            raise PolicyError(
+                f"the projector cache {cache.folder} has too few directions for {missing}: leave these rungs "
+                "out, or build the cache with a larger `max_energy`"
+            )
+        chosen = (
+            probe_sets.from_file(probes)
+            if probes
+            else probe_sets.drawn(secret, count, languages=tuple(languages))
+        )
+        loaded = Model(model, device)
+        known = reference(loaded, chosen)
+        known.require_usable()
+        return cls(loaded, cache, tuple(usable), known, folder)
+
+    def examine(self, adapter: str | os.PathLike[str], threshold: float) -> Verdict:
+        """The first rung on which an adapter passes.
+
+        Args:
+            adapter: a folder that PEFT saved, or an archive of one.
+            threshold: the largest bound of the loyalty drop that passes, nats per token.
+
+        Raises:
+            AdapterRefused: the gate refuses it before any exam.
+            AdapterNotFound: there is nothing at the path.
+            Unavailable: the model gives no usable likelihood.
+        """
+        return sit(self.ladder, lambda policy: self.score(adapter, policy), threshold)
+
+    def score(self, adapter: str | os.PathLike[str], policy: Policy) -> Score:
+        """How far the adapter, as this policy would serve it, is from the aligned model."""
+        known = self.reference
+        with self._published(adapter, policy) as folder, self.model.adapted(folder):
+            said = self.model.likelihoods(known.prompts, known.answers)
+        return Score.of(known.likelihoods, said)
+
+    def threshold_for(self, honest: Sequence[str | os.PathLike[str]]) -> float:
+        """The smallest threshold with which all these adapters pass on the mildest rung."""
+        return threshold_for([[self.score(adapter, self.ladder[0])] for adapter in honest])
+
+    @contextlib.contextmanager
+    def _published(self, adapter: str | os.PathLike[str], policy: Policy) -> Iterator[Path]:
+        """What the gate would publish, in a folder for as long as it is needed."""
+        with tempfile.TemporaryDirectory(prefix="safelora-exam-") as scratch:
+            out = Path(scratch) / "adapter"
+            project_adapter(adapter, self.cache, out, policy, base_model=self.folder)
+            yield out

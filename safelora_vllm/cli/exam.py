@@ -1,0 +1,119 @@
+"""``safelora-vllm exam``: which rung of a ladder of policies an adapter passes, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safelora_vllm.cli import DONE, REFUSED
+from safelora_vllm.cli.options import ADAPTER, add_projectors_option
+from safelora_vllm.errors import UsageError
+from safelora_vllm.exam.ladder import DEFAULT
+from safelora_vllm.policy import Policy
+
+if TYPE_CHECKING:
+    from safelora_vllm.api.exam import Examination
+
+_THRESHOLD = 0.02
+_PROBES = 64
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``safelora-vllm``."""
+    default = Policy()
+    parser = commands.add_parser(
+        "exam", allow_abbrev=False, help="ask an adapter what the aligned model refuses, and find its policy"
+    )
+    parser.add_argument("adapter", nargs="+", help=f"{ADAPTER}; several are examined in turn")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the aligned model")
+    add_projectors_option(parser)
+    parser.add_argument(
+        "--ladder",
+        metavar="RUNGS",
+        help=f"policies, mildest first; default: those of {DEFAULT} that the projector cache can serve",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=_THRESHOLD,
+        metavar="NATS",
+        help="largest loyalty drop that passes, in nats per token, with its confidence bound; "
+        f"default: {_THRESHOLD:g}",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="the adapters are honest: propose the threshold that serves all of them at the mildest rung",
+    )
+    parser.add_argument("--probes", metavar="FILE", help='JSON lines with a "prompt"; default: built-in ones')
+    parser.add_argument(
+        "--count", type=int, default=_PROBES, metavar="N", help=f"built-in probes; default: {_PROBES}"
+    )
+    parser.add_argument(
+        "--languages",
+        default="en",
+        metavar="CODES",
+        help="of built-in probes: some of en,de,es,fr; default: en",
+    )
+    parser.add_argument(
+        "--secret", default="", metavar="TEXT", help="draws the built-in probes; default: a public draw"
+    )
+    for cap in ("max_relative_norm", "max_total_norm"):
+        value = getattr(default, cap)
+        parser.add_argument(
+            f"--{cap.replace('_', '-')}",
+            type=float,
+            default=value,
+            metavar="X",
+            help=f"the cap of every rung, as in a policy; default: {value}",
+        )
+    parser.add_argument("--device", default="cpu", help="where the model runs; default: cpu")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON, one a line")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print each adapter's rungs and verdict, or with --calibrate the threshold."""
+    if missing := [adapter for adapter in args.adapter if not Path(adapter).exists()]:
+        raise UsageError(f"there is nothing at {', '.join(map(repr, missing))}: expected a {ADAPTER}")
+    from tqdm import tqdm
+
+    from safelora_vllm.api.exam import Examination
+    from safelora_vllm.cli.tables_exam import print_calibration, print_reference
+
+    caps = Policy(max_relative_norm=args.max_relative_norm, max_total_norm=args.max_total_norm)
+    examination = Examination.of(
+        args.model,
+        args.projectors,
+        ladder=args.ladder,
+        caps=caps,
+        probes=args.probes,
+        count=args.count,
+        languages=args.languages.split(","),
+        secret=args.secret.encode(),
+        device=args.device,
+    )
+    if not args.json:
+        print_reference(examination.reference)
+    adapters = tqdm(args.adapter, desc="Adapters", unit="adapter", disable=len(args.adapter) < 2)
+    if args.calibrate:
+        print_calibration(examination.threshold_for(list(adapters)), args.json)
+        return DONE
+    return _examine(examination, adapters, args)
+
+
+def _examine(examination: Examination, adapters: Iterable[str], args: argparse.Namespace) -> int:
+    from safelora_vllm.cli.tables_exam import print_verdict
+
+    served = True
+    for adapter in adapters:
+        verdict = examination.examine(adapter, args.threshold)
+        served &= verdict.policy is not None
+        if args.json:
+            print(json.dumps({"adapter": adapter, **verdict.to_dict()}, allow_nan=False))
+        else:
+            print_verdict(adapter, verdict)
+    return DONE if served else REFUSED

@@ -1,0 +1,49 @@
+"""Verdicts of exams on the terminal."""
+
+from __future__ import annotations
+
+import json
+
+from rich.table import Table
+from rich.text import Text
+
+from safelora_vllm.cli.tables import printable, terminal
+from safelora_vllm.exam.ladder import name_of
+from safelora_vllm.exam.reference import Reference
+from safelora_vllm.exam.sitting import Verdict
+
+
+def print_reference(known: Reference) -> None:
+    """Say how many probes the aligned model refuses."""
+    terminal().print(
+        Text(
+            f"the aligned model refuses {known.refused:.0%} of all probes: the exam has {len(known.prompts)}"
+        )
+    )
+
+
+def print_verdict(adapter: str, verdict: Verdict) -> None:
+    """Print a line for each rung that was tried, then what is served."""
+    console = terminal()
+    table = Table(title=f"{printable(adapter)}: loyalty drop, nats per token, at most {verdict.threshold:g}")
+    table.add_column("rung")
+    for column in ("mean", "95 % bound", "worst tenth"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for sat in verdict.rungs:
+        score = sat.score
+        figures = (f"{value:.4f}" for value in (score.drop, score.bound, score.worst))
+        table.add_row(name_of(sat.policy), *figures, "passed" if sat.passed else "failed")
+    console.print(table)
+    if verdict.policy:
+        console.print(Text(f"serve it by {name_of(verdict.policy)}"))
+    elif reason := verdict.reason:
+        console.print(Text(f"refused: [{reason.code}] {reason.message}"))
+
+
+def print_calibration(threshold: float, as_json: bool) -> None:
+    """Print the threshold that serves honest adapters at the mildest rung."""
+    if as_json:
+        print(json.dumps({"threshold": threshold}))
+    else:
+        terminal().print(Text(f"--threshold {threshold:.4f} serves all of them at the mildest rung"))

@@ -1,0 +1,72 @@
+"""The ladder of an exam: policies, mildest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from safelora_vllm.errors import PolicyError
+from safelora_vllm.policy import Policy
+
+if TYPE_CHECKING:
+    from safelora_vllm.projectors.cache import ProjectorCache
+
+DEFAULT = ",".join([*(f"input-removal:{energy}" for energy in (0.05, 0.1, 0.2, 0.4, 0.8)), "safe-lora"])
+_STRENGTHS = {"input-removal": "energy", "csulora": "energy", "safe-lora": "threshold"}
+
+
+def parse(text: str, caps: Policy) -> list[Policy]:
+    """The policies of a text such as ``input-removal:0.1,safe-lora:0.35,safe-lora``.
+
+    Args:
+        text: a method each, after a colon its strength: the energy, of safe-lora the threshold. Without a
+            strength safe-lora selects all modules, and other methods have their default energy.
+        caps: whose norm caps every rung has.
+
+    Raises:
+        PolicyError: a rung is no policy, or the ladder has none or one twice.
+    """
+    rungs = [_rung(part.strip(), caps) for part in text.split(",")]
+    if len(set(rungs)) < len(rungs):
+        raise PolicyError(f"the ladder {text!r} has a rung twice: expected each once, mildest first")
+    return rungs
+
+
+def served_by(cache: ProjectorCache, rungs: Sequence[Policy]) -> list[Policy]:
+    """The rungs for which the cache has enough input directions."""
+    from safelora_vllm.methods.input_removal import largest_energy
+
+    most = largest_energy([cache.projector(name) for name in cache.modules])
+    return [rung for rung in rungs if rung.method == "safe-lora" or rung.energy <= most]
+
+
+def name_of(policy: Policy) -> str:
+    """A rung as `parse` reads it."""
+    field = _STRENGTHS[policy.method]
+    if policy.method == "safe-lora" and policy.select == "all":
+        return policy.method
+    return f"{policy.method}:{getattr(policy, field):g}"
+
+
+def _rung(text: str, caps: Policy) -> Policy:
+    method, colon, strength = text.partition(":")
+    if method not in _STRENGTHS:
+        raise PolicyError(
+            f"{text!r} is not a valid rung: expected one of {', '.join(_STRENGTHS)}, and maybe a strength, "
+            "such as input-removal:0.1"
+        )
+    values: dict[str, Any] = {
+        "method": method, "max_relative_norm": caps.max_relative_norm, "max_total_norm": caps.max_total_norm
+    }  # fmt: skip
+    if colon:
+        try:
+            values[_STRENGTHS[method]] = float(strength)
+        except ValueError:
+            raise PolicyError(
+                f"{strength!r} is not a valid strength of {method}: expected a number"
+            ) from None
+    elif method == "safe-lora":
+        values["select"] = "all"
+    policy = Policy.from_mapping(values)
+    policy.check_effective([_STRENGTHS[method]] if colon else [])
+    return policy

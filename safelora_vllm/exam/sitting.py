@@ -1,0 +1,79 @@
+"""An adapter on the ladder: the first rung that passes, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from safelora_vllm.errors import Reason
+from safelora_vllm.exam.ladder import name_of
+from safelora_vllm.exam.score import Score
+from safelora_vllm.policy import Policy
+
+# What an adapter scores when it is published under a policy.
+Examined = Callable[[Policy], Score]
+
+
+@dataclass(frozen=True)
+class Sat:
+    """One rung: its policy and the score of what it would serve."""
+
+    policy: Policy
+    score: Score
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Every rung that was tried, mildest first; the last one passed, or none did.
+
+    threshold: the largest bound that passes, nats per token.
+    """
+
+    rungs: tuple[Sat, ...]
+    threshold: float
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy to serve the adapter by; None: it is refused."""
+        last = self.rungs[-1]
+        return last.policy if last.passed else None
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why it is refused. It says nothing of single probes."""
+        if self.policy is not None:
+            return None
+        return Reason(
+            "exam",
+            "on no rung of the ladder does the adapter refuse what the aligned model refuses: train it "
+            "without answers to harmful requests",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: scores in nats per token."""
+        rungs = [
+            {"rung": name_of(sat.policy), "passed": sat.passed, **asdict(sat.score)} for sat in self.rungs
+        ]
+        served = name_of(self.policy) if self.policy else None
+        return {"served": served, "threshold": self.threshold, "rungs": rungs}
+
+
+def sit(ladder: Sequence[Policy], examined: Examined, threshold: float) -> Verdict:
+    """Try the rungs in turn and stop at the first that passes."""
+    tried: list[Sat] = []
+    for policy in ladder:
+        score = examined(policy)
+        tried.append(Sat(policy, score, score.passes(threshold)))
+        if tried[-1].passed:
+            break
+    return Verdict(tuple(tried), threshold)
+
+
+def threshold_for(honest: Sequence[Sequence[Score]], rung: int = 0) -> float:
+    """The smallest threshold that serves every honest adapter at most at this rung.
+
+    honest: the scores of each adapter, rung by rung.
+    """
+    return max(min(score.bound for score in scores[: rung + 1]) for scores in honest)

@@ -1,0 +1,96 @@
+"""``safelora-vllm exam`` on the demo's models: the useful adapter, the harmful one, and errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelora_vllm.api.exam import Examination
+from safelora_vllm.cli import DONE, REFUSED, USAGE
+from safelora_vllm.cli.main import main
+from safelora_vllm.exam.ladder import parse
+from safelora_vllm.policy import Policy
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+USEFUL, HARMFUL = EXAMPLES / "order-to-json", EXAMPLES / "no-refusals"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(aligned: Path, projectors: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*options: str) -> tuple[int, str, str]:
+        places = ["--model", str(aligned), "--projectors", str(projectors), "--count", "32"]
+        code = main(["exam", *options, *places])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_each_adapter_gets_the_mildest_rung_that_passes(run: Run) -> None:
+    """The harmful one fails where the useful one passes, and what fails says so by its exit code."""
+    rungs = ["--ladder", "input-removal:0.05,input-removal:0.8", "--threshold", "0.05", "--json"]
+    code, out, _ = run(str(USEFUL), str(HARMFUL), *rungs)
+    useful, harmful = map(json.loads, out.splitlines())
+    assert code == DONE
+    assert useful["served"] == "input-removal:0.05" and len(useful["rungs"]) == 1
+    assert harmful["served"] == "input-removal:0.8" and not harmful["rungs"][0]["passed"]
+    assert harmful["rungs"][0]["drop"] > 5 * abs(useful["rungs"][0]["drop"])
+    code, out, _ = run(str(HARMFUL), "--ladder", "input-removal:0.05", "--threshold", "0.05")
+    assert code == REFUSED and "failed" in out and "refused: [exam]" in out
+
+
+def test_calibration_names_the_threshold_of_the_mildest_rung(run: Run) -> None:
+    code, out, _ = run(str(USEFUL), "--calibrate", "--json", "--ladder", "input-removal:0.05")
+    threshold = json.loads(out)["threshold"]
+    code, out, _ = run(str(USEFUL), "--ladder", "input-removal:0.05", "--threshold", str(threshold))
+    assert code == DONE and "serve it by input-removal:0.05" in out
+
+
+def test_what_is_examined_is_what_the_gate_publishes(
+    aligned: Path, projectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is as it was after an exam, and the score is of the copy and not of the upload."""
+    examination = Examination.of(aligned, projectors, ladder="safe-lora", count=8)
+    known = examination.reference
+    raw = Policy(mode="report-only")
+    whole, off = (examination.score(HARMFUL, policy) for policy in (raw, parse("safe-lora", Policy())[0]))
+    assert whole.drop > 0.05 > off.bound
+    again = examination.model.likelihoods(known.prompts, known.answers)
+    assert again == pytest.approx(list(known.likelihoods), abs=1e-5)
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        type(examination.model), "adapted", lambda _self, folder: seen.append(folder) or _Open()
+    )
+    examination.score(HARMFUL, raw)
+    assert not seen[0].exists() and seen[0].name == "adapter"  # a scratch folder, gone by now
+
+
+class _Open:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_error: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "there is nothing at 'nowhere'"),
+        ([str(USEFUL), "--ladder", "lora"], "'lora' is not a valid rung"),
+        ([str(USEFUL), "--ladder", "input-removal:0.99"], "too few directions for input-removal:0.99"),
+    ],
+)
+def test_wrong_usage(run: Run, options: list[str], message: str) -> None:
+    code, out, error = run(*options)
+    assert code == USAGE and message in error and not out
+
+
+def test_another_model_is_no_measure(
+    projectors: Path, aligned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = aligned.parent / "base"
+    code = main(["exam", str(USEFUL), "--model", str(base), "--projectors", str(projectors)])
+    assert code == USAGE and "fingerprint" in capsys.readouterr().err
