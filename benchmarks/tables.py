@@ -235,6 +235,19 @@ def slots() -> str:
     return markdown(["rows of a batch", "adapters among them", "times faster"], rows)
 
 
+def scrape() -> str:
+    """Our part of a scrape, by the number of adapters."""
+    rows = [
+        [
+            number(row["adapters"]), number(row["samples"]), number(row["bytes"] / 1e3),
+            number(row["first_ms"], 1), number(row["median_ms"], 1), number(row["max_ms"], 1),
+        ]
+        for row in load("scrape")["rows"]
+    ]  # fmt: skip
+    heads = ("adapters", "samples", "kB", "first scrape, ms", "median of the later ones, ms", "longest, ms")
+    return markdown(heads, rows, texts=0)
+
+
 def request_cost() -> str:
     """A one-token completion before and after the check of routes."""
     found = load("request_cost")
@@ -460,7 +473,7 @@ def tables() -> dict[str, Callable[[], str]]:
 
     mine = (
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
-        request_cost, demo,
+        request_cost, scrape, demo,
         project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8,
     )  # fmt: skip

@@ -77,6 +77,7 @@ class ServerSettings:
             section an object such as ``{"GET /x": "users"}``. A route without an entry needs an admin key.
         tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
             each module, or ``summary``, none of single modules. They help whoever tries out the gate.
+        audit_stdout: each record of the audit log is also a line of standard output.
     """
 
     projectors: str
@@ -100,6 +101,7 @@ class ServerSettings:
     no_page: bool = False
     route_access: dict[str, str] = field(default_factory=dict)
     tenant_reports: str = "full"
+    audit_stdout: bool = False
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import MAX_TENANTS, OTHERS, GateMetrics
-from safelora_vllm.integration.server.metrics import (
-    MAX_ADAPTER_SERIES,
-    AdapterCollector,
-    Kept,
-    kept_of_tenants,
-)
+from safelora_vllm.integration.attestation import PoolState
+from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES, ReportSeries
+from safelora_vllm.integration.server.metrics import Kept, Known, expose, kept_of_tenants
 from safelora_vllm.integration.server.registry import Entry, Served
+from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
@@ -26,6 +27,12 @@ from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import AdapterRecord, Version
 from tests.test_report import REPORT
 
+OF_THE_SERVER = (
+    "safelora_workers_expected",
+    "safelora_ready",
+    "safelora_uploads_in_flight",
+    "safelora_build_info",
+)
 Samples = dict[tuple[str, tuple[str, ...]], float]
 
 
@@ -58,12 +65,12 @@ def entry(report: Report, seconds: float) -> Entry:
 
 def scrape(adapters: list[Entry], **workers: int) -> Samples:
     """A scrape of these adapters."""
-    return parsed(AdapterCollector(lambda: adapters, lambda: workers).expose())
+    return parsed(expose(Known(entries=adapters, workers=workers, expected=2)))
 
 
 def test_series_of_a_served_adapter() -> None:
     samples = scrape(served("tenant"), guarded=2)
-    assert samples == {
+    assert {key: value for key, value in samples.items() if key[0] not in OF_THE_SERVER} == {
         ("safelora_adapters", ()): 1,
         ("safelora_adapter_modules", ("tenant", "projected")): 1,
         ("safelora_adapter_modules", ("tenant", "kept")): 2,
@@ -75,22 +82,29 @@ def test_series_of_a_served_adapter() -> None:
         ("safelora_adapter_relative_norm", ("tenant",)): 0.05,
         ("safelora_adapter_total_norm", ("tenant",)): 0.003,
         ("safelora_adapter_load_seconds", ("tenant",)): 0.5,
-        ("safelora_adapter_info", ("tenant", "d" * 64, "safe-lora", "enforce")): 1,
+        ("safelora_adapter_info", ("tenant", "d" * 64, "safe-lora", "enforce", "", "1")): 1,
         ("safelora_workers", ("guarded",)): 2,
     }
 
 
 def test_series_of_an_unloaded_adapter_disappear() -> None:
-    adapters = served("one", "two")
-    collector = AdapterCollector(lambda: adapters, lambda: {"guarded": 1})
-    registry = CollectorRegistry()
-    registry.register(collector)
-    labels = {"adapter": "one", "decision": "kept"}
-    assert registry.get_sample_value("safelora_adapter_modules", labels) == 2
+    adapters, reports = served("one", "two"), ReportSeries()
+    labels = "kept"
+    before = parsed(expose(Known(entries=adapters), reports))
+    assert before["safelora_adapter_modules", ("one", labels)] == 2
     del adapters[0]
-    assert registry.get_sample_value("safelora_adapter_modules", labels) is None
-    assert registry.get_sample_value("safelora_adapter_modules", {**labels, "adapter": "two"}) == 2
-    assert "one" not in collector.expose()
+    after = parsed(expose(Known(entries=adapters), reports))
+    assert after["safelora_adapter_modules", ("two", labels)] == 2
+    assert not any("one" in values for _, values in after)
+
+
+def test_a_new_version_has_new_series() -> None:
+    reports, (old,) = ReportSeries(), served("one")
+    expose(Known(entries=[old]), reports)
+    assert old.version is not None
+    new = dataclasses.replace(old, version=dataclasses.replace(old.version, version=2, load_seconds=3.0))
+    samples = parsed(expose(Known(entries=[new]), reports))
+    assert samples["safelora_adapter_load_seconds", ("one",)] == 3
 
 
 def test_the_number_of_adapter_series_is_capped_but_all_are_counted() -> None:
@@ -101,7 +115,8 @@ def test_the_number_of_adapter_series_is_capped_but_all_are_counted() -> None:
 
 
 def test_no_adapters_and_adapters_without_figures() -> None:
-    assert scrape([]) == {("safelora_adapters", ()): 0}
+    samples = {key: value for key, value in scrape([]).items() if key[0] not in OF_THE_SERVER}
+    assert samples == {("safelora_adapters", ()): 0}
     empty = dataclasses.replace(REPORT, modules=REPORT.modules[1:])  # a delta of zero
     names = {name for name, _ in scrape([entry(empty, 0.1)])}
     assert "safelora_adapter_similarity" not in names and "safelora_adapter_modules" in names
@@ -138,7 +153,7 @@ def test_a_gate_counts_its_answers() -> None:
 
 def test_series_of_tenants_are_bounded() -> None:
     kept = {f"t{n:04}": Kept(1, n) for n in range(MAX_TENANTS + 50)}
-    samples = parsed(AdapterCollector(list, dict, lambda: kept).expose())
+    samples = parsed(expose(Known(tenants=kept)))
     sizes = {labels[0]: value for (name, labels), value in samples.items() if name == "safelora_tenant_bytes"}
     assert len(sizes) == MAX_TENANTS + 1 and sum(sizes.values()) == sum(range(MAX_TENANTS + 50))
     assert sizes[OTHERS] == sum(range(50)) and samples["safelora_tenant_adapters", (OTHERS,)] == 50
@@ -154,6 +169,111 @@ def test_series_of_tenants_are_bounded() -> None:
 
     assert (loads(""), loads("t0"), loads("t1", "error"), loads(OTHERS)) == (1, 2, 1, 51)
     assert loads("t240") is None
+
+
+def test_series_of_requests(tmp_path: Path) -> None:
+    """Two API servers have one sum; what is removed ends; nothing grows without bound."""
+    one, two = TrafficTable(tmp_path, max_rows=2), TrafficTable(tmp_path, max_rows=2)
+    adapters = served("a", "b", "c")
+    for table in (one, two):
+        for name in ("a", "b", "c"):  # the third has no row left
+            table.serve(name)
+        for name in ("a", "b", "c", ""):
+            table.began(name)
+            table.prompt(name, 10)
+            table.timed(name, 0.2, 0.02)
+            table.ended(name, "stop", tokens=5)
+        table.in_flight({"a": 1}, {"a": 2, "c": 1})
+    two.ended("a", "unavailable")
+    two.timed("a", 100.0, None)
+
+    def samples() -> Samples:
+        return parsed(expose(Known(entries=adapters, traffic=one.snapshot())))
+
+    found = samples()
+    assert found["safelora_adapter_requests_total", ("a", "stop")] == 2
+    assert found["safelora_adapter_requests_total", ("a", "unavailable")] == 1
+    assert found["safelora_adapter_requests_total", ("(others)", "stop")] == 2, "c"
+    assert found["safelora_adapter_requests_total", ("", "stop")] == 2, "the model itself"
+    assert found["safelora_adapter_prompt_tokens_total", ("a",)] == 20
+    assert found["safelora_adapter_generation_tokens_total", ("a",)] == 10
+    assert found["safelora_adapter_running_requests", ("a",)] == 2
+    assert found["safelora_adapter_waiting_requests", ("a",)] == 4
+    first = "safelora_adapter_time_to_first_token_seconds"
+    assert [found[f"{first}_bucket", ("a", le)] for le in ("0.1", "0.3", "10.0", "+Inf")] == [0, 2, 2, 3]
+    assert found[f"{first}_count", ("a",)] == 3
+    assert found[f"{first}_sum", ("a",)] == pytest.approx(100.4)
+    assert found["safelora_adapter_time_per_output_token_seconds_count", ("a",)] == 2
+    snapshot = two.snapshot()
+    assert (snapshot["a"].hour_requests, snapshot["a"].hour_tokens) == (3, 10)
+
+    for table in (one, two):
+        table.keep_only({"b", "c"})
+        table.serve("c")
+        table.ended("a", "stop")  # a late one counts for the others
+        table.ended("c", "stop")
+    del adapters[0]
+    found = samples()
+    assert not any("a" in values for _, values in found)
+    assert found["safelora_adapter_requests_total", ("(others)", "stop")] == 4
+    assert found["safelora_adapter_requests_total", ("c", "stop")] == 2
+    two.close()
+    assert samples()["safelora_adapter_requests_total", ("c", "stop")] == 1
+    one.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_stops_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    table = TrafficTable(tmp_path)
+    table.ended("", "stop")
+    assert table.snapshot()[""].requests["stop"] == 1
+    assert not list(tmp_path.iterdir())
+    table.close()
+
+
+def test_requests_of_the_last_hour(tmp_path: Path) -> None:
+    table, now = TrafficTable(tmp_path), time.time()
+    for ago in (7300, 3700, 3000, 10):
+        table.ended("", "stop", tokens=1, now=now - ago)
+    found = table.snapshot()[""]
+    assert (found.hour_requests, found.hour_tokens, found.requests["stop"]) == (2, 2, 4)
+
+
+def test_what_engines_have_loaded() -> None:
+    """Two engines of two ranks each. A rank that is behind does not have the adapter loaded."""
+    adapters = served("a", "b")
+    for number, entry in enumerate(adapters):
+        object.__setattr__(entry.served, "request", SimpleNamespace(lora_int_id=number))
+    counts: dict[str, Any] = {
+        "slots": 2,
+        "capacity": 4,
+        "load_counts": [1, 0, 0, 0, 0, 0, 1],
+        "load_seconds": 2.0,
+    }
+    pools = [
+        PoolState(0, device=[0, 1], host=[0, 1, 77], loads=2, device_evictions=3, **counts),
+        PoolState(0, device=[0], host=[0, 1, 77], loads=1, step_loads=1, **counts),
+        PoolState(1, host=[1], **counts),
+        PoolState(1, host=[1], host_evictions=1, **counts),
+    ]
+    found = parsed(expose(Known(entries=adapters, pools=pools)))
+    loaded = {labels for name, labels in found if name == "safelora_lora_adapter_loaded"}
+    assert loaded == {
+        ("a", "0", "gpu", "false", "8"), ("a", "0", "cpu", "false", "8"), ("b", "0", "cpu", "false", "8"),
+        ("b", "1", "cpu", "false", "8"),
+    }  # fmt: skip
+    assert found["safelora_num_gpu_loaded_lora_adapters", ("0",)] == 2
+    assert found["safelora_max_cpu_lora_adapters", ("1",)] == 4
+    assert found["safelora_lora_loads_total", ("0", "request")] == 2
+    assert found["safelora_lora_loads_total", ("0", "step")] == 1
+    assert found["safelora_lora_evictions_total", ("0", "gpu")] == 3
+    assert found["safelora_lora_evictions_total", ("1", "cpu")] == 1
+    assert found["safelora_lora_adapter_load_seconds_bucket", ("0", "+Inf")] == 2
+    assert found["safelora_lora_adapter_load_seconds_bucket", ("0", "1.0")] == 1
 
 
 def test_what_the_store_keeps_of_tenants() -> None:

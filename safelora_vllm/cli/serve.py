@@ -147,6 +147,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="do not compare the served model with the cache's aligned model: it is a converted copy",
     )
+    parser.add_argument(
+        "--audit-stdout",
+        action="store_true",
+        help="print each record of the audit log to standard output too, as a line of JSON",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: vLLM and safelora log one JSON object a line, with the request's id and tenant; "
+        "default: %(default)s",
+    )
     add_projectors_option(parser)
     add_policy_options(parser)
     parser.set_defaults(run=run)
@@ -161,8 +173,23 @@ def run(args: argparse.Namespace) -> int:
     for name, key in ((ADMIN_KEY, args.admin_api_key), (METRICS_KEY, args.metrics_key)):
         if key:
             os.environ[name] = key
+    if args.log_format == "json":
+        _log_json()
     serve(args.model, _settings(args), args.vllm_options)
     return DONE
+
+
+def _log_json() -> None:
+    """For this process and all that it starts.
+
+    Raises:
+        UsageError: the variable names another configuration.
+    """
+    from safelora_vllm.integration.json_logs import CONFIG, VARIABLE
+
+    if os.environ.get(VARIABLE, str(CONFIG)) != str(CONFIG):
+        raise UsageError(f"--log-format json is {VARIABLE}={CONFIG}, but it names another file: unset it")
+    os.environ[VARIABLE] = str(CONFIG)
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from safelora_vllm.gate.admit import Admission
+from safelora_vllm.metric_table import BY_NAME
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
 
@@ -19,27 +20,27 @@ class GateMetrics:
         self._registry = registry
         self._loads = Counter(
             "safelora_loads",
-            "Adapters judged by the gate; reason is the first refusal code, empty if accepted",
+            BY_NAME["safelora_loads_total"].meaning,
             ["result", "reason"],
             registry=registry,
         )
         self._tenant_loads = Counter(
             "safelora_tenant_loads",
-            "Adapters judged by the gate, by the tenant that owns the name; empty for shared names",
+            BY_NAME["safelora_tenant_loads_total"].meaning,
             ["tenant", "result"],
             registry=registry,
         )
         self._tenants: set[str] = set()
         self._stages = Histogram(
             "safelora_stage_seconds",
-            "Seconds that one adapter spent in a stage of the gate",
+            BY_NAME["safelora_stage_seconds"].meaning,
             ["stage"],
             buckets=_BUCKETS,
             registry=registry,
         )
         self._cache = Counter(
             "safelora_gate_cache",
-            "Adapters by whether the same content was published before under the same cache and policy",
+            BY_NAME["safelora_gate_cache_total"].meaning,
             ["outcome"],
             registry=registry,
         )
@@ -47,22 +48,22 @@ class GateMetrics:
             self._cache.labels(outcome)  # there from the start, so that rates can be computed
         self._bytes = Gauge(
             "safelora_projector_bytes",
-            "Bytes of what the policy reads of the projector cache, by where it is",
+            BY_NAME["safelora_projector_bytes"].meaning,
             ["tier"],
             registry=registry,
         )
         self._budget = Gauge(
             "safelora_gate_memory_budget_bytes",
-            "Bytes of the gate's device for projectors and the work of an adapter",
+            BY_NAME["safelora_gate_memory_budget_bytes"].meaning,
             registry=registry,
         )
         self._transient = Gauge(
             "safelora_gate_memory_transient_bytes",
-            "Bytes of the budget for the work of an adapter",
+            BY_NAME["safelora_gate_memory_transient_bytes"].meaning,
             registry=registry,
         )
         self._enforcing = Gauge(
-            "safelora_enforcing", "1 if adapters are projected, 0 in report-only mode", registry=registry
+            "safelora_enforcing", BY_NAME["safelora_enforcing"].meaning, registry=registry
         )
 
     def describe(self, cache: ProjectorCache, placement: Placement, enforcing: bool) -> None:

@@ -110,12 +110,14 @@ class Judgement(_Message, frozen=True, tag="judgement"):
         key: of the published copy; None for a refused adapter.
         bytes: of the content.
         ruleset_digest: see `GateState`.
+        stages: seconds that the gate spent in each of its stages, in their order.
     """
 
     report: Report
     key: str | None
     bytes: int
     ruleset_digest: str
+    stages: dict[str, float] = {}
 
     def __post_init__(self) -> None:
         if self.report.accepted != (self.key is not None):

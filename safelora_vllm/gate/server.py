@@ -155,7 +155,13 @@ class GateService:
             self._collect(self._store_bytes)
         if not call.keep and admission.key is None:
             self._log_refusal(call.name, admission.report, settings)
-        return Judgement(admission.report, admission.key, admission.nbytes, self._settings.ruleset_digest)
+        return Judgement(
+            admission.report,
+            admission.key,
+            admission.nbytes,
+            self._settings.ruleset_digest,
+            admission.stages.seconds,
+        )
 
     def _log_refusal(self, name: str, report: Report, settings: GateSettings) -> None:
         """Of a folder that no caller sent: vLLM's server ends then, so that nobody else can say it."""

@@ -17,6 +17,7 @@ from typing import IO
 from safelora_vllm.errors import GuardError
 
 SOCKET = "gate.sock"
+TRAFFIC = "traffic-*"  # files of API servers, see `integration.server.traffic`
 _LOCK = "owner.lock"
 _POLL_SECONDS = 0.05
 _STARTING_SECONDS = 60.0  # a worker has long taken its lock then
@@ -48,8 +49,8 @@ def take_ownership(folder: Path) -> IO[str] | None:
 def remove(folder: Path) -> None:
     """Remove the folder, whoever owned it."""
     with contextlib.suppress(OSError):
-        for name in (SOCKET, _LOCK):
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / SOCKET, folder / _LOCK, *folder.glob(TRAFFIC)):
+            path.unlink(missing_ok=True)
         folder.rmdir()
 
 

@@ -28,11 +28,15 @@ class GateProcess:
     """Owns a gate process: starts it, and starts it again when it dies or hangs. For the worker of a host.
 
     environment: variables that it gets besides this process's own.
+
+    Attributes:
+        restarts: how often it was started again.
     """
 
     def __init__(self, config: GateConfig, environment: Mapping[str, str] | None = None) -> None:
         self._config, self._environment = config, dict(environment or {})
         self._closing = threading.Event()
+        self.restarts = 0
         self.state, self._process = self._start()
         self._watcher = threading.Thread(target=self._watch, name="safelora-gate", daemon=True)
         self._watcher.start()
@@ -87,6 +91,7 @@ class GateProcess:
                 logger.error("the gate process ended with code %s; starting it again", code)
                 try:
                     self.state, self._process = self._start()
+                    self.restarts += 1
                     break
                 except Exception as error:  # whatever it is, without this thread there is no gate
                     logger.error("the gate process cannot start: %s", error)

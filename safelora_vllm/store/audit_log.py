@@ -41,10 +41,19 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 class AuditLog:
-    """The log in ``folder``, which appears with the first record. max_bytes: of one file."""
+    """The log in ``folder``, which appears with the first record.
 
-    def __init__(self, folder: Path, max_bytes: int = 64 * 1024 * 1024) -> None:
+    max_bytes: of one file. echo: is told each record that was written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int = 64 * 1024 * 1024,
+        echo: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
         self.folder = folder
+        self._echo = echo
         self._file = folder / "audit.jsonl"
         self._max_bytes = max_bytes
 
@@ -71,6 +80,7 @@ class AuditLog:
                     self._remember(adapter.partition("/")[0], record)
                 if once:
                     replace_file(self.folder / _FOUND, json.dumps({**self._found(), adapter: once}).encode())
+                self._echo(record)
         except OSError as error:
             raise StoreUnavailable(
                 f"the audit log {self.folder} cannot be written ({error.strerror}); free space or fix "

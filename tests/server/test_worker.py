@@ -25,6 +25,7 @@ from safelora_vllm.gate.server import GateService
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard, attest
+from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -183,7 +184,7 @@ def test_an_adapter_that_cannot_be_read_within_a_step_is_reported_as_lost(
 ) -> None:
     """By its path, which the API servers then withdraw. Outside of a step the load fails instead."""
     manager: GuardedLoRAManager = object.__new__(GuardedLoRAManager)
-    manager.guard, manager._in_step = host.guard, False
+    manager.guard, manager._in_step, manager.counts = host.guard, False, PoolCounts(0)
     manager.read_ahead = ReadAhead(manager._read, torch.device("cpu"))  # it has read nothing
     host.guard.lost = set()
     monkeypatch.setattr(seams, "no_adapter", lambda _, request: f"zeros for {request.lora_name}")
@@ -193,6 +194,7 @@ def test_an_adapter_that_cannot_be_read_within_a_step_is_reported_as_lost(
     assert host.guard.lost == set()
     manager._in_step = True
     assert manager._load_adapter(request) == "zeros for tenant"
+    assert manager.counts.failed_steps == 1
     assert host.guard.lost == {request.lora_path}
 
 
@@ -208,3 +210,38 @@ def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> N
     file.unlink()
     with pytest.raises(StoreUnavailable, match="missing or damaged"):
         host.guard._check_copy(key, "tenant")
+
+
+class _Pool:
+    """As much of vLLM's managers as is looked at."""
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.lora_slots, self.capacity = slots, capacity
+        self._active_adapters: dict[int, None] = {}
+        self._registered_adapters: dict[int, None] = {}
+
+    @property
+    def _adapter_manager(self) -> _Pool:
+        return self
+
+    def add(self, number: int) -> None:
+        for held, most in (
+            (self._registered_adapters, self.capacity),
+            (self._active_adapters, self.lora_slots),
+        ):
+            if number not in held and len(held) >= most:
+                del held[next(iter(held))]
+            held[number] = None
+
+
+def test_loads_and_evictions_are_counted() -> None:
+    pool, counts = _Pool(1, 2), PoolCounts(3)
+    for number, in_step in ((1, False), (1, True), (2, False), (1, True), (3, True)):
+        with counts.change(pool, number, in_step):
+            pool.add(number)
+    state = counts.state(pool, gate_restarts=4)
+    assert (state.engine, state.slots, state.capacity, state.gate_restarts) == (3, 1, 2, 4)
+    assert (state.device, state.host) == ([3], [2, 3])
+    assert (state.loads, state.step_loads) == (2, 1), "1 was in host memory the second time"
+    assert (state.device_evictions, state.host_evictions) == (3, 1)
+    assert sum(state.load_counts) == 3

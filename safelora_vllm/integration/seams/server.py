@@ -1,4 +1,4 @@
-"""What API servers need of vLLM: questions to all workers, requests in flight, adapters, middleware, routes.
+"""What API servers need of vLLM: questions to all workers, requests, adapters, middleware, routes.
 
 What each needs of vLLM is in `table`.
 """
@@ -6,8 +6,11 @@ What each needs of vLLM is in `table`.
 from __future__ import annotations
 
 import asyncio
+import functools
 from argparse import Namespace
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import GuardError
@@ -44,6 +47,41 @@ def in_flight(engine_client: Any, request: LoRARequest) -> int:
     """Requests of this API server that still generate with an adapter's weights."""
     states = engine_client.output_processor.request_states.values()
     return sum(getattr(state.lora_request, "lora_int_id", None) == request.lora_int_id for state in states)
+
+
+def count_requests(engine_client: Any, counted: Callable[[Any, str | None, bool], Any]) -> None:
+    """Let each request of this API server's routes go through ``counted``.
+
+    counted: gets the outputs of a request, its adapter, and whether each output has the new tokens only;
+    gives the outputs.
+    """
+    for method in ("generate", "encode"):
+        if (given := getattr(engine_client, method, None)) is not None:
+            setattr(engine_client, method, _counting(given, counted))
+
+
+def _counting(
+    given: Callable[..., Any], counted: Callable[[Any, str | None, bool], Any]
+) -> Callable[..., Any]:
+    @functools.wraps(given)
+    def counting(*arguments: Any, **named: Any) -> Any:
+        everything = (*arguments, *named.values())
+        adapters = [a for a in everything if hasattr(a, "lora_int_id")]
+        kinds = [a.output_kind.name for a in everything if hasattr(a, "output_kind")]
+        name = adapters[0].lora_name if adapters else None
+        return counted(given(*arguments, **named), name, kinds == ["DELTA"])
+
+    return counting
+
+
+def requests_now(engine_client: Any) -> tuple[Counter[str], Counter[str]]:
+    """Running and waiting requests of this API server, by adapter; the model itself has no name."""
+    running, waiting = Counter[str](), Counter[str]()
+    for state in list(engine_client.output_processor.request_states.values()):
+        stats = getattr(state, "stats", None)
+        began = stats is None or getattr(stats, "scheduled_ts", 1.0) > 0
+        (running if began else waiting)[getattr(state.lora_request, "lora_name", "")] += 1
+    return running, waiting
 
 
 def replace_map(models: Any, mine: Mapping[str, LoRARequest]) -> dict[str, LoRARequest]:
@@ -88,3 +126,15 @@ def attach_first(app: FastAPI, router: APIRouter) -> None:
     before = len(routes)
     app.include_router(router)
     routes[:] = [*routes[before:], *routes[:before]]
+
+
+def worker_count(engine_client: Any) -> int:
+    """How many workers all data-parallel engines have together; 0 where the engine does not say."""
+    parallel = getattr(getattr(engine_client, "vllm_config", None), "parallel_config", None)
+    return int(parallel.world_size * parallel.data_parallel_size) if parallel is not None else 0
+
+
+@functools.cache
+def vllm_version() -> str:
+    """Of the vLLM that runs."""
+    return str(import_module("vllm").__version__)

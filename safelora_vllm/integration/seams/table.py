@@ -177,6 +177,20 @@ SEAMS = (
         ),
     ),
     Seam(
+        "pool state", "worker",
+        "metrics say which adapters are in the engine's slots and in host memory",
+        "vLLM has metrics of resident adapters (vllm#54830)",
+        (
+            Requirement(
+                _MODELS, "LoRAModelManager.activate_adapter",
+                references=("_active_adapters", "_registered_adapters"),
+            ),
+            Requirement(_MODELS, "LoRAModelManager.capacity"),
+            Requirement(_MODELS, "LoRAModelManager.lora_slots"),
+            Requirement(_MANAGER, "WorkerLoRAManager.list_adapters", parameters=("self",)),
+        ),
+    ),
+    Seam(
         "attest", "worker",
         "methods that each worker gets: whether it is guarded, and to read an adapter beside its steps",
         "vLLM has a plugin RPC",
@@ -281,6 +295,31 @@ SEAMS = (
         "GET /metrics shows vLLM's registry and ours",
         "never: public",
         (Requirement("vllm.v1.metrics.prometheus", "get_prometheus_registry", parameters=()),),
+    ),
+    Seam(
+        "requests", "server",
+        "each request is counted for its adapter",
+        "vLLM's stat loggers are told the adapter of a request",
+        (
+            Requirement(
+                _ASYNC_LLM, "AsyncLLM.generate",
+                parameters=("self", "prompt", "sampling_params", "request_id", "..."),
+                references=("lora_request",),
+            ),
+            Requirement(_ASYNC_LLM, "AsyncLLM.encode", references=("lora_request",)),
+            Requirement(
+                "vllm.outputs", "RequestOutput.__init__",
+                assigns=("prompt_token_ids", "outputs", "finished", "metrics"),
+            ),
+            Requirement(
+                "vllm.v1.metrics.stats", "RequestStateStats",
+                annotations=(
+                    "num_generation_tokens", "scheduled_ts", "first_token_ts", "last_token_ts",
+                    "first_token_latency",
+                ),
+            ),
+            Requirement(_OUTPUTS, "RequestState.__init__", assigns=("stats",)),
+        ),
     ),
     Seam(
         "serve command", "command",

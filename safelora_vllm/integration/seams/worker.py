@@ -5,7 +5,7 @@ What each needs of vLLM is in `table`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from vllm.lora import worker_manager
@@ -74,3 +74,17 @@ def no_adapter(manager: Any, request: LoRARequest) -> LoRAModel:
     inner = manager._adapter_manager
     rank = inner.get_dummy_lora_warmup_rank(1)
     return inner.create_dummy_lora(request.lora_int_id, rank, manager.embedding_modules)
+
+
+def loaded(manager: Any) -> tuple[Collection[int], Collection[int]]:
+    """Ids of the adapters on the device and in host memory. Not copied: look at once."""
+    inner = getattr(manager, "_adapter_manager", None)
+    if inner is None:  # the model is not loaded yet
+        return (), ()
+    return inner._active_adapters.keys(), inner._registered_adapters.keys()
+
+
+def sizes(manager: Any) -> tuple[int, int]:
+    """How many adapters fit on the device, and in host memory."""
+    inner = manager._adapter_manager
+    return int(inner.lora_slots), int(inner.capacity)

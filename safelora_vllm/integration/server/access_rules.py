@@ -30,6 +30,7 @@ _LISTED: dict[Access, str] = {
         GET /ping
         POST /ping
         GET /version
+        GET /safelora/ready
         GET /safelora/
         GET /safelora/page/{file}
     """,

@@ -16,20 +16,25 @@ from fastapi.responses import JSONResponse
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.gate.socket_folder import remove_unowned
+from safelora_vllm.integration.json_logs import print_audit
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.access_check import RouteAccess, check_routes, granted
 from safelora_vllm.integration.server.access_rules import Access
+from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.admin_socket import AdminSocket
 from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import error_response
+from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.page_routes import page_router
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.remote_sources import RemoteSources
 from safelora_vllm.integration.server.routes import router
+from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
+from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.mirror import attach
@@ -104,10 +109,14 @@ class SafeLoRAEndpoint:
         models = state.openai_serving_models
         await asyncio.to_thread(attach, settings.store, settings.store_mirror)
         state.safelora = reconciler = await Reconciler.start(
-            engine_client, models, self._app.state.safelora_door.keys.rules
+            engine_client,
+            models,
+            self._app.state.safelora_door.keys.rules,
+            print_audit if settings.audit_stdout else lambda _: None,
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
+        self._count(engine_client, state, models.lora_requests, settings)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
@@ -123,6 +132,23 @@ class SafeLoRAEndpoint:
         state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
         if listening is not None:
             listening.serve(self._app)
+
+    def _count(
+        self, engine_client: Any, state: Any, served: CallersRequests, settings: ServerSettings
+    ) -> None:
+        """Count requests and what the workers do. served: what vLLM looks adapters up in."""
+        reconciler: Reconciler = state.safelora
+        traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
+        atexit.register(traffic.close)
+        seams.count_requests(
+            engine_client, lambda outputs, name, delta: counted(outputs, name, delta, traffic)
+        )
+        served.missed = lambda name: traffic.ended(name, "unavailable")
+        state.safelora_metrics = made = Metrics(
+            reconciler, traffic, seams.worker_count(engine_client), settings.store_bytes
+        )
+        reconciler.watchdog.also = made.count_now
+        made.count_now()
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

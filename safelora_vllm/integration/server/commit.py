@@ -26,6 +26,7 @@ from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import AuditLog, audit_fields
@@ -56,7 +57,8 @@ class Commits:
         lock = self._locks.setdefault(name, asyncio.Lock())
         async with lock:
             try:
-                yield time.perf_counter()
+                with span(action, adapter=name):
+                    yield time.perf_counter()
             except QuotaExceeded as error:
                 if who.tenant is not None:
                     await self._quota.refused(who.tenant, who.key_id, action, name)
@@ -123,19 +125,20 @@ class Commits:
         except AdapterRefused as error:
             await self.log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
             raise
-        try:
-            timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
+        with span("swap", adapter=name):
+            try:
+                timed = dataclasses.replace(new, load_seconds=time.perf_counter() - start)
 
-            def details(record: AdapterRecord | None) -> dict[str, Any]:
-                live = record.live if record else timed
-                return {**version_fields(live, judged.override), **audit_fields(report, "accepted")}
+                def details(record: AdapterRecord | None) -> dict[str, Any]:
+                    live = record.live if record else timed
+                    return {**version_fields(live, judged.override), **audit_fields(report, "accepted")}
 
-            line = Line(who.key_id, action, details)
-            await asyncio.to_thread(self.update, who, name, before, timed, line)
-        except SafeLoRAError:
-            await pool.release(request, wanted=lambda _: False)
-            raise
-        await self._reconciler.sync()
+                line = Line(who.key_id, action, details)
+                await asyncio.to_thread(self.update, who, name, before, timed, line)
+            except SafeLoRAError:
+                await pool.release(request, wanted=lambda _: False)
+                raise
+            await self._reconciler.sync()
         entry = look_up(self._reconciler.registry, who, name)
         entry.current()
         return entry

@@ -17,6 +17,7 @@ from safelora_vllm.errors import AdapterRefused, EngineUnavailable, GuardError, 
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import server as seams
+from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.store import NameStore
 
 # Each version of an adapter has this many of vLLM's ids in a row: its copy may get lost and come back.
@@ -86,11 +87,12 @@ class Pool:
             EngineUnavailable: the engine has ended.
             StoreUnavailable: the workers cannot read it in time.
         """
-        if nbytes <= _SMALL_BYTES:
-            with contextlib.suppress(AdapterRefused):
-                return await self._add(request)
-        await self._read_ahead(request)
-        await self._add(request)
+        with span("load", adapter=request.lora_name, bytes=nbytes):
+            if nbytes <= _SMALL_BYTES:
+                with contextlib.suppress(AdapterRefused):
+                    return await self._add(request)
+            await self._read_ahead(request)
+            await self._add(request)
 
     async def _add(self, request: LoRARequest) -> None:
         try:

@@ -1,129 +1,37 @@
-"""Prometheus series of the adapters that are served, built at each scrape from their reports.
-
-The series of an adapter that was unloaded is not built any more.
-"""
+"""What ``GET /metrics`` adds to vLLM's: one straight function from what this process knows to text."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
-
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.gate.metrics import MAX_TENANTS, OTHERS
+from safelora_vllm.integration.attestation import PoolState
+from safelora_vllm.integration.seams import server as seams
+from safelora_vllm.integration.server.adapter_series import (
+    ReportSeries,
+    pool_series,
+    shown_traffic,
+    traffic_series,
+)
+from safelora_vllm.integration.server.exposition import family
+from safelora_vllm.integration.server.readiness import problems
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.traffic import Traffic, TrafficTable
 from safelora_vllm.store import AdapterRecord
 from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.sizes import StoreSizes
 from safelora_vllm.tenants.quotas import content_sizes
 
 if TYPE_CHECKING:
     from safelora_vllm.integration.server.reconcile import Reconciler
 
 logger = logging.getLogger("vllm.safelora.metrics")
-MAX_ADAPTER_SERIES = 500
-
-
-class AdapterCollector(Collector):
-    """Series of the registry's adapters that are served now, and of the workers' states.
-
-    At most ``MAX_ADAPTER_SERIES`` adapters get series, in the order of their loading;
-    ``safelora_adapters`` always counts all of them. tenants: what the store keeps of each, of at most
-    ``MAX_TENANTS`` by itself.
-    """
-
-    def __init__(
-        self,
-        entries: Callable[[], Sequence[Entry]],
-        workers: Callable[[], dict[str, int]],
-        tenants: Callable[[], Mapping[str, Kept]] = dict,
-    ) -> None:
-        self._entries, self._workers, self._tenants = entries, workers, tenants
-
-    def collect(self) -> Iterator[Metric]:
-        """Metric families of a snapshot (prometheus_client's custom collector interface)."""
-        adapters = [(entry.served.report, entry.load_seconds) for entry in self._entries() if entry.served]
-        yield _gauge("adapters", "Adapters served now", [], [((), float(len(adapters)))])
-        shown = adapters[:MAX_ADAPTER_SERIES]
-        reports = [report for report, _ in shown]
-        yield _gauge(
-            "adapter_modules",
-            "Modules of a served adapter by decision",
-            ["adapter", "decision"],
-            [((r.adapter, d), r.count(d)) for r in reports for d in ("projected", "kept")],
-        )
-        yield _gauge(
-            "adapter_uncertain_modules",
-            "Modules of a served adapter that are projected because a thin projector cache leaves open "
-            "whether the policy selects them",
-            ["adapter"],
-            [((r.adapter,), float(r.uncertain)) for r in reports],
-        )
-        for field, metric, what in (
-            (
-                "similarity",
-                "similarity",
-                "Cosine similarity of the projected and the original delta, over modules",
-            ),
-            (
-                "retained",
-                "retained_norm",
-                "Norm of the served delta as a share of that of the uploaded delta, over modules",
-            ),
-        ):
-            yield _gauge(
-                f"adapter_{metric}",
-                what,
-                ["adapter", "stat"],
-                [
-                    ((r.adapter, stat), value)
-                    for r in reports
-                    if (column := r.values(field))
-                    for stat, value in (("min", min(column)), ("mean", sum(column) / len(column)))
-                ],
-            )
-        yield _gauge(
-            "adapter_relative_norm",
-            "Norm of the uploaded delta relative to the module's weight, largest of the modules",
-            ["adapter"],
-            [((r.adapter,), max(r.values("relative_norm"), default=0.0)) for r in reports],
-        )
-        yield _gauge(
-            "adapter_total_norm",
-            "Norm of the uploaded delta relative to the weights of all cached modules together",
-            ["adapter"],
-            [((r.adapter,), r.total_norm) for r in reports],
-        )
-        yield _gauge(
-            "adapter_load_seconds",
-            "Seconds from the load request to the adapter being served",
-            ["adapter"],
-            [((report.adapter,), seconds) for report, seconds in shown],
-        )
-        yield _gauge(
-            "adapter_info",
-            "Content digest, method and mode of a served adapter",
-            ["adapter", "digest", "method", "mode"],
-            [((r.adapter, r.digest, r.policy.method, r.policy.mode), 1.0) for r in reports],
-        )
-        kept = _bounded(self._tenants())
-        for field, what in (
-            ("adapters", "Names of a tenant in the store, served or not"),
-            ("bytes", "Bytes of a tenant's uploads in the store, as its quota counts them"),
-        ):
-            values = {tenant: float(getattr(found, field)) for tenant, found in kept.items()}
-            yield _gauge(f"tenant_{field}", what, ["tenant"], [((t,), value) for t, value in values.items()])
-        states = self._workers().items()
-        yield _gauge("workers", "Workers by guard state", ["state"], [((s,), n) for s, n in states])
-
-    def expose(self) -> str:
-        """The exposition text of a snapshot."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        return generate_latest(registry).decode()
 
 
 class Kept(NamedTuple):
@@ -131,6 +39,56 @@ class Kept(NamedTuple):
 
     adapters: int = 0
     bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a scrape is made of.
+
+    entries: of the registry. workers: how many are guarded and how many are not. expected: how many there
+    should be. tenants: what the store keeps of each. traffic: of each adapter. pools: what each worker has
+    loaded. sizes: of the store's parts. limit: ``--store-bytes``. failures: survived, by kind.
+    """
+
+    entries: Sequence[Entry] = ()
+    workers: Mapping[str, int] = field(default_factory=dict)
+    expected: int = 0
+    tenants: Mapping[str, Kept] = field(default_factory=dict)
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    pools: Sequence[PoolState] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    limit: int | None = None
+    uploads: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    ready: bool = True
+
+
+def expose(known: Known, reports: ReportSeries | None = None) -> str:
+    """The exposition text. reports: keeps text from one scrape to the next."""
+    served = [entry for entry in known.entries if entry.served]
+    tenants = _bounded(known.tenants)
+    parts = {part: count for part, count in known.sizes.items() if part != "free"}
+    free = [((), known.sizes["free"])] if "free" in known.sizes else []
+    limit = [] if known.limit is None else [((), known.limit)]
+    versions = importlib.metadata.version("safelora-vllm"), seams.vllm_version()
+    texts = [
+        family("safelora_adapters", [((), float(len(served)))]),
+        *(reports or ReportSeries()).expose(served),
+        *traffic_series(shown_traffic(known.traffic, known.entries)),
+        *pool_series(known.pools, served),
+        family("safelora_tenant_adapters", [((t,), kept.adapters) for t, kept in tenants.items()]),
+        family("safelora_tenant_bytes", [((t,), kept.bytes) for t, kept in tenants.items()]),
+        family("safelora_workers", [((state,), count) for state, count in known.workers.items()]),
+        family("safelora_workers_expected", [((), known.expected)]),
+        family("safelora_ready", [((), int(known.ready))]),
+        family("safelora_store_bytes", [((part,), count) for part, count in parts.items()]),
+        family("safelora_store_limit_bytes", limit),
+        family("safelora_store_free_bytes", free),
+        family("safelora_uploads_in_flight", [((), known.uploads)]),
+        family("safelora_failures_survived_total", [((k,), n) for k, n in known.failures.items()]),
+        family("safelora_build_info", [(versions, 1)]),
+    ]
+    return "".join(texts)
 
 
 def kept_of_tenants(records: Mapping[str, AdapterRecord]) -> dict[str, Kept]:
@@ -150,26 +108,67 @@ def _bounded(kept: Mapping[str, Kept]) -> dict[str, Kept]:
     return shown
 
 
-def exposition(reconciler: Reconciler) -> str:
-    """Exposition text: the served adapters and, unless it is down, the gate's counters. Waits for it."""
-    entries, workers = reconciler.registry.values(), reconciler.watchdog.workers
-    try:
-        counters = reconciler.copies.gate.metrics(timeout=5.0)
-    except SafeLoRAError as error:
-        logger.warning("no gate metrics: %s", error)
-        counters = ""
-    try:
-        kept = kept_of_tenants(reconciler.names.all())
-    except SafeLoRAError as error:
-        logger.warning("no metrics of tenants: %s", error)
-        kept = {}
-    return counters + AdapterCollector(lambda: list(entries), lambda: workers, lambda: kept).expose()
+class Metrics:
+    """The metrics of one API server process.
 
+    Args:
+        reconciler: of the process.
+        traffic: its counters.
+        expected: workers that the server has.
+        limit: ``--store-bytes``.
+    """
 
-def _gauge(
-    name: str, what: str, labels: list[str], samples: list[tuple[tuple[str, ...], float]]
-) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"safelora_{name}", what, labels=labels)
-    for values, value in samples:
-        family.add_metric(list(values), value)
-    return family
+    def __init__(
+        self, reconciler: Reconciler, traffic: TrafficTable, expected: int, limit: int | None = None
+    ) -> None:
+        self.traffic = traffic
+        self._reconciler, self._expected, self._limit = reconciler, expected, limit
+        self._reports, self._sizes = ReportSeries(), StoreSizes(reconciler.names.root)
+
+    def count_now(self) -> None:
+        """Bring what changes by itself up to date: rows of adapters that are gone, requests in flight."""
+        registry = self._reconciler.registry
+        self.traffic.keep_only(registry.keys())
+        for name in registry:
+            self.traffic.serve(name)
+        self.traffic.in_flight(*seams.requests_now(self._reconciler.pool.engine_client))
+
+    def problems(self) -> list[str]:
+        """Why this server should get no traffic. Waits for the gate and for the store's disk."""
+        return problems(self._reconciler, self._expected)
+
+    def collect(self, uploads: int) -> functools.partial[str]:
+        """What is known now, in the event loop; call the answer in a thread for the text."""
+        self.count_now()
+        watchdog = self._reconciler.watchdog
+        known = Known(
+            entries=list(self._reconciler.registry.values()),
+            workers=watchdog.workers,
+            expected=self._expected,
+            pools=watchdog.pools,
+            limit=self._limit,
+            uploads=uploads,
+            failures={
+                "copy_withdrawn": watchdog.withdrawn,
+                "gate_restart": sum(pool.gate_restarts for pool in watchdog.pools),
+                "step_load": sum(pool.failed_steps for pool in watchdog.pools),
+            },
+        )
+        return functools.partial(self._text, known)
+
+    def _text(self, known: Known) -> str:
+        """Waits for the gate and the store, each for a while; what is missing is left out."""
+        try:
+            counters = self._reconciler.copies.gate.metrics(timeout=5.0)
+        except SafeLoRAError as error:
+            logger.warning("no gate metrics: %s", error)
+            counters = ""
+        try:
+            kept = kept_of_tenants(self._reconciler.names.all())
+        except SafeLoRAError as error:
+            logger.warning("no metrics of tenants: %s", error)
+            kept = {}
+        ready = not self.problems()
+        traffic, sizes = self.traffic.snapshot(), self._sizes.known()
+        known = replace(known, tenants=kept, traffic=traffic, sizes=sizes, ready=ready)
+        return counters + expose(known, self._reports)

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safelora_vllm.errors import Forbidden, SafeLoRAError, UsageError
+from safelora_vllm.integration.json_logs import about_request
 from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import Refusal
 from safelora_vllm.integration.server.admin_socket import by_socket
@@ -49,8 +50,9 @@ class AccessMiddleware:
             return await self.app(scope, receive, send)
         app = scope["app"]
         door: Door = app.state.safelora_door
-        principal = by_socket(scope) or door.keys.identify(bearer_token(Headers(scope=scope)))
-        with acting_as(principal):
+        headers = Headers(scope=scope)
+        principal = by_socket(scope) or door.keys.identify(bearer_token(headers))
+        with acting_as(principal), about_request(headers.get("X-Request-Id"), principal.tenant):
             try:
                 refusal = door.access.check(principal, app.router.routes, scope)
                 if refusal is not None:

@@ -12,6 +12,7 @@ from safelora_vllm.gate.address import address, ruleset_digest
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState, Judgement
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.tracing import past_spans, span
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore, Version
@@ -83,9 +84,11 @@ class Copies:
         """
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, False)
-        judgement = await self.ask(
-            self.gate.admit, source, name, rules.policy, override=rules.override, allowance=allowance
-        )
+        with span("gate", adapter=name):
+            judgement = await self.ask(
+                self.gate.admit, source, name, rules.policy, override=rules.override, allowance=allowance
+            )
+            past_spans(judgement.stages, "gate")
         return Judged(judgement, tenant.ruleset(judgement.ruleset_digest), rules.override)
 
     async def ensure(self, digest: str, name: str, own: Mapping[str, Any], override: bool) -> Judged:
@@ -96,7 +99,9 @@ class Copies:
         """
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
-        judgement = await self.ask(self.gate.ensure, digest, name, rules.policy, override=rules.override)
+        with span("gate", adapter=name):
+            judgement = await self.ask(self.gate.ensure, digest, name, rules.policy, override=rules.override)
+            past_spans(judgement.stages, "gate")
         return Judged(judgement, tenant.ruleset(judgement.ruleset_digest), rules.override)
 
     async def ask(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:

@@ -95,12 +95,14 @@ class Reconciler:
         engine_client: Any,
         models: Any,
         tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
+        echo: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> Reconciler:
         """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
 
         Args:
             engine_client, models: vLLM's.
             tenant_rules: those of the tenant that owns a name, as they are now.
+            echo: is told each record of the audit log.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
@@ -111,7 +113,7 @@ class Reconciler:
         root = Path(state.store)
         pool = Pool(engine_client, await asyncio.to_thread(open_names, root))
         copies = Copies(gate, state, PublishedStore(root), tenant_rules)
-        audit = await asyncio.to_thread(AuditLog, root / AUDIT)
+        audit = await asyncio.to_thread(AuditLog, root / AUDIT, echo=echo)
         await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
         made = cls(pool, copies, len(answers), models.is_base_model, audit)
         given = seams.replace_map(models, CallersRequests(made.registry))

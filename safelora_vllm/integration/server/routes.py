@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import NotServing, documented
 from safelora_vllm.integration.server.lora_paths import adapter_at
-from safelora_vllm.integration.server.metrics import exposition
+from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.overview import (
     MOST_RECORDS,
     AuditTrail,
@@ -30,6 +30,7 @@ from safelora_vllm.integration.server.overview import (
     audit_of,
     overview_of,
 )
+from safelora_vllm.integration.server.readiness import Readiness
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.remote_sources import add_from_source, source_named
 from safelora_vllm.integration.server.repeated import LOAD, live_number
@@ -313,8 +314,20 @@ async def delete_adapter(name: str, who: Caller, managed: Managed) -> Any:
 @router.get("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """vLLM's metrics and ours."""
-    text = generate_latest(get_prometheus_registry()).decode()
-    current = getattr(request.app.state, "safelora", None)
+    state = request.app.state
+    text = (await asyncio.to_thread(generate_latest, get_prometheus_registry())).decode()
+    current: Metrics | None = getattr(state, "safelora_metrics", None)
     if current is not None:
-        text += await asyncio.to_thread(exposition, current)
+        text += await asyncio.to_thread(current.collect(state.safelora_upload_limiter.held))
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/safelora/ready", response_model=Readiness, responses={503: {"model": Readiness}})
+async def ready(request: Request) -> JSONResponse:
+    """Whether this server is to get traffic: 200, or 503 with the problems. For probes: needs no key."""
+    current: Metrics | None = getattr(request.app.state, "safelora_metrics", None)
+    if current is None:
+        raise NotServing("this server was started without LoRA; start it with --enable-lora")
+    found = await asyncio.to_thread(current.problems)
+    answer = Readiness(ready=not found, problems=found)
+    return JSONResponse(answer.model_dump(), 503 if found else 200)

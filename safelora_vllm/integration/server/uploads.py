@@ -78,6 +78,11 @@ class UploadLimiter:
         self._share = max(1, count // 2)
         self._held: Counter[str] = Counter()
 
+    @property
+    def held(self) -> int:
+        """How many are under way."""
+        return self._held.total()
+
     @contextmanager
     def take(self, tenant: str | None) -> Iterator[None]:
         """Hold one until the block ends.

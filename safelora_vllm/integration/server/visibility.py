@@ -8,7 +8,7 @@ its URL is, so that mapping is replaced by `CallersRequests`. Source: ``_check_m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from safelora_vllm.errors import UnknownAdapter
@@ -46,16 +46,22 @@ class CallersRequests(Mapping[str, "LoRARequest"]):
     """Name → LoRARequest of what the current caller may use and what is served.
 
     A name that exists but cannot be served now raises its error when it is looked up.
+
+    Attributes:
+        missed: is told such a name.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self.missed: Callable[[str], None] = lambda _: None
 
     def __getitem__(self, name: str) -> LoRARequest:
         try:
             entry = look_up(self._registry, caller(), name)
         except UnknownAdapter:
             raise KeyError(name) from None
+        if entry.served is None:
+            self.missed(name)
         return entry.current().request
 
     def __contains__(self, name: object) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from safelora_vllm.errors import GuardError, SafeLoRAError, StoreUnavailable
 from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.engine import Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.registry import Entry, Registry
@@ -27,20 +28,27 @@ class Watchdog:
 
     Attributes:
         workers: how many are guarded and how many are not.
+        pools: what each worker has loaded, as it said last.
+        also: what else is brought up to date at each look.
+        withdrawn: how often an adapter was withdrawn, because its copy was not whole or a worker not guarded.
     """
 
     def __init__(
         self, registry: Registry, copies: Copies, pool: Pool, put: Callable[[Entry], None], guarded: int
     ) -> None:
+        self.pools: list[PoolState] = []
+        self.withdrawn = 0
+        self.also: Callable[[], None] = lambda: None
         self._registry, self._copies, self._pool, self._put = registry, copies, pool, put
         self.workers = _states(guarded)
         self._looks, self._alert = itertools.count(1), 0
 
     async def look(self) -> None:
         """Withdraw what is not whole any more. Workers are not asked each time, unless a copy has changed."""
+        self.also()
         if await self._copies_changed():
             self._alert = _ALERT_LOOKS
-        if next(self._looks) % _ATTEST_LOOKS == 0 or self._alert:
+        if next(self._looks) % _ATTEST_LOOKS == 1 or self._alert:
             self._alert = max(0, self._alert - 1)
             await self._attest()
 
@@ -64,10 +72,10 @@ class Watchdog:
         try:
             answers = await ask_workers(self._pool.engine_client)
         except GuardError as error:
-            self.workers = {"guarded": 0, "unguarded": 1}
+            self.workers, self.pools = {"guarded": 0, "unguarded": 1}, []
             self._withdraw(None, error)
             return
-        self.workers = _states(len(answers))
+        self.workers, self.pools = _states(len(answers)), [answer.pool for answer in answers]
         self._withdraw({path for answer in answers for path in answer.lost})
 
     def _withdraw(self, lost: set[str] | None, error: SafeLoRAError | None = None) -> None:
@@ -81,6 +89,7 @@ class Watchdog:
         for name, entry in found.items():
             assert entry.served is not None
             logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name)
+            self.withdrawn += 1
             self._pool.mark_lost({entry.served.request.lora_path})
             damaged = StoreUnavailable(f"the published copy of {name} was damaged; it is being made again")
             self._put(replace(entry, served=None, problem=error or damaged))

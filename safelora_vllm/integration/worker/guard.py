@@ -27,8 +27,9 @@ from safelora_vllm.gate.socket_folder import SOCKET, private_folder, remove_left
 from safelora_vllm.gate.supervisor import GateProcess
 from safelora_vllm.integration import runtime_updating
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
-from safelora_vllm.integration.attestation import Attestation
+from safelora_vllm.integration.attestation import Attestation, PoolState
 from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.report import Report
 from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, WORKER, ServerSettings
@@ -47,7 +48,13 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
         super().__init__(vllm_config, device, *args, **kwargs)
         self.guard = WorkerGuard(vllm_config, device)
         self.read_ahead = ReadAhead(self._read, device)
+        self.counts = PoolCounts(getattr(vllm_config.parallel_config, "data_parallel_index", 0))
         self._in_step = False
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """As in vLLM, but counts loads and evictions."""
+        with self.counts.change(self, lora_request.lora_int_id, self._in_step):
+            return bool(super().add_adapter(lora_request))
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """As in vLLM, but remembers that an error from here on would end the engine."""
@@ -91,6 +98,7 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
                 lora_request.lora_name, error,
             )  # fmt: skip
             self.guard.lost.add(lora_request.lora_path)
+            self.counts.failed_steps += 1
             return seams.no_adapter(self, lora_request)
 
 
@@ -204,7 +212,12 @@ class WorkerGuard:
                     raise GuardError(f"this worker has no gate: {error}") from error
                 time.sleep(0.1)
 
-    def attestation(self) -> Attestation:
+    @property
+    def gate_restarts(self) -> int:
+        """How often the gate was started again, by the worker that owns it."""
+        return self._process.restarts if self._process else 0
+
+    def attestation(self, pool: PoolState) -> Attestation:
         """What the API side is told. Short: it runs between two engine steps."""
         return Attestation(
             guarded=True,
@@ -212,6 +225,7 @@ class WorkerGuard:
             projectors=self.state.projectors,
             policy=self.state.policy.id,
             lost=sorted(self.lost),
+            pool=pool,
         )
 
 
@@ -219,7 +233,8 @@ def attest(worker: Any) -> dict[str, Any]:
     """RPC ``safelora_attest``, a method of every worker: an `Attestation`, unless it is not guarded."""
     manager = getattr(getattr(worker, "model_runner", None), "lora_manager", None)
     if isinstance(manager, GuardedLoRAManager):
-        return manager.guard.attestation().to_dict()
+        pool = manager.counts.state(manager, manager.guard.gate_restarts)
+        return manager.guard.attestation(pool).to_dict()
     return {"guarded": False, "lora": manager is not None}
 
 

@@ -1,0 +1,69 @@
+"""Lines for log pipelines: --log-format json and --audit-stdout."""
+
+from __future__ import annotations
+
+import json
+import logging.config
+from pathlib import Path
+
+import pytest
+
+from safelora_vllm.cli import serve
+from safelora_vllm.errors import UsageError
+from safelora_vllm.integration import json_logs
+from safelora_vllm.projectors.cache import ProjectorCache
+from tests.server.conftest import TENANT_KEYS, upload, write_keys
+from tests.server.fake_server import Place
+
+
+def test_audit_records_are_lines_of_standard_output(
+    cache: ProjectorCache, tmp_path: Path, drafts: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    with (
+        Place.start(cache, tmp_path) as place,
+        place.server(keys=str(write_keys(place.keys)), audit_stdout=True) as server,
+    ):
+        acme = server.client(TENANT_KEYS["acme"])
+        acme.headers["X-Request-Id"] = "trace-7"
+        assert upload(acme, "acme/x", drafts["qv"]).status_code == 201  # type: ignore[arg-type]
+        acme.headers["X-Request-Id"] = "two\tlines" * 9
+        assert acme.delete("/v1/adapters/acme/x").status_code == 200
+        kept = place.audit()
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if "safelora.audit" in line]
+    assert [(line["action"], line["adapter"]) for line in lines] == [(e[0], e[1]) for e in kept]
+    first, second = lines
+    assert (first["request_id"], first["tenant"], first["version"]) == ("trace-7", "acme", 1)
+    assert first["decision"] == "accepted" and first["actor"] == "acme/ci" and first["time"]
+    assert len(second["request_id"]) == 32, "one that is not harmless is replaced"
+
+
+def test_a_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(json_logs.CONFIG.read_text())
+    (config["loggers"]["tested"],) = config["loggers"].values()
+    del config["loggers"]["vllm"]
+    logging.config.dictConfig(config)
+    logger = logging.getLogger("tested.part")
+    with json_logs.about_request("r-1", "acme"):
+        logger.info("two\nlines of %s", "text")
+    try:
+        raise ValueError("x")
+    except ValueError:
+        logger.exception("failed")
+    one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert one["message"] == "two\nlines of text" and (one["request_id"], one["tenant"]) == ("r-1", "acme")
+    assert (one["level"], one["logger"]) == ("INFO", "tested.part")
+    assert "ValueError: x" in two["exception"] and "request_id" not in two
+    logging.getLogger("tested").handlers.clear()
+
+
+def test_another_configuration_is_not_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(json_logs.VARIABLE, "mine.json")
+    with pytest.raises(UsageError, match="names another file"):
+        serve._log_json()
+    monkeypatch.delenv(json_logs.VARIABLE)
+    serve._log_json()
+    import os
+
+    assert os.environ[json_logs.VARIABLE] == str(json_logs.CONFIG)
