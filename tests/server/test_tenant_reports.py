@@ -27,6 +27,22 @@ def test_modules_are_for_admins_or_for_all(
             reports.append(tenant.post("/v1/adapters/acme/x/rollback", json={"version": 1}))
             reports += [http.get("/v1/adapters/shared") for http in (tenant, user, admin)]
             counts = [len(answer.json()["modules"]) for answer in reports]
+            assert {
+                answer.json()["traffic"] and answer.json()["traffic"]["requests"] for answer in reports
+            } <= {None, 0}
+            metrics = server.app.state.safelora_metrics
+            metrics.count_now()
+            for name in ("acme/x", "shared"):
+                metrics.traffic.ended(name, "stop")
+            seen = {
+                (who, name): http.get(f"/v1/adapters/{name}").json()["traffic"]
+                for who, http in (("tenant", tenant), ("user", user), ("admin", admin))
+                for name in ("acme/x", "shared")
+                if (who, name) != ("user", "acme/x")
+            }
+    one = {"requests": 1, "generated_tokens": 0, "running": 0, "waiting": 0}
+    mine = ("tenant", "acme/x"), ("admin", "acme/x"), ("admin", "shared")
+    assert seen == {who: one if who in mine else None for who in seen}  # what is shared tells of others
     own = 14 if told == "full" else 0
     assert counts == [own, 14, own, own, own, own, 14]
     assert all(answer.json()["total_norm"] > 0 for answer in reports)

@@ -116,7 +116,7 @@ class SafeLoRAEndpoint:
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
-        self._count(engine_client, state, models.lora_requests, settings)
+        traffic = self._count(engine_client, state, models.lora_requests, settings)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
@@ -129,13 +129,15 @@ class SafeLoRAEndpoint:
             settings.allow_hub,
         )
         manager.start()
-        state.safelora_views = Views(reconciler, lambda: door.keys.tenants, settings.tenant_reports)
+        state.safelora_views = Views(
+            reconciler, lambda: door.keys.tenants, settings.tenant_reports, traffic.snapshot
+        )
         if listening is not None:
             listening.serve(self._app)
 
     def _count(
         self, engine_client: Any, state: Any, served: CallersRequests, settings: ServerSettings
-    ) -> None:
+    ) -> TrafficTable:
         """Count requests and what the workers do. served: what vLLM looks adapters up in."""
         reconciler: Reconciler = state.safelora
         traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
@@ -149,6 +151,7 @@ class SafeLoRAEndpoint:
         )
         reconciler.watchdog.also = made.count_now
         made.count_now()
+        return traffic
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

@@ -109,9 +109,21 @@ class AdapterSummary(BaseModel):
     reason: str = Field(description="why, as the admin said")
 
 
+class TrafficInfo(BaseModel):
+    """Requests for one adapter. Of the last hour: ``requests`` that ended, ``generated_tokens``."""
+
+    requests: int
+    generated_tokens: int
+    running: int
+    waiting: int
+
+
 class AdapterReport(AdapterSummary):
     """The same, module by module."""
 
+    traffic: TrafficInfo | None = Field(
+        description="for admins and the adapter's tenant; null before the first request"
+    )
     modules: list[ModuleReport] = Field(description="none for tenants where the operator keeps them")
 
 

@@ -11,10 +11,12 @@ from safelora_vllm.errors import Forbidden, UsageError
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import report_of
+from safelora_vllm.integration.server.traffic import Traffic
 from safelora_vllm.integration.server.usage import usage_of
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord
+from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.keys_file import Tenant
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import own_records
@@ -25,12 +27,13 @@ class Views:
     """Answers that change nothing.
 
     tenants: of the keys file, as it is now. tenant_reports: whether others than admins see the figures of
-    each module.
+    each module. traffic: by adapter, as it is now.
     """
 
     reconciler: Reconciler
     tenants: Callable[[], Mapping[str, Tenant]] = dict
     tenant_reports: str = ServerSettings.tenant_reports
+    traffic: Callable[[], Mapping[str, Traffic]] = dict
 
     def find(self, who: Principal, name: str) -> Entry:
         """A served adapter that the caller may see.
@@ -44,7 +47,10 @@ class Views:
 
     def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
         """The body of `AdapterReport` for a caller, of an adapter that is served."""
-        return report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
+        name = entry.name
+        found = report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
+        own = who.kind == "admin" or (who.tenant and who.tenant == tenant_of(name))
+        return {**found, "traffic": _traffic_info(self.traffic().get(name)) if own else None}
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
@@ -74,3 +80,12 @@ class Views:
         policy = await asyncio.to_thread(self.reconciler.copies.policy, f"{owner}/")
         refusals = await asyncio.to_thread(self.reconciler.audit.refusals, owner)
         return usage_of(owner, quota, policy, records, self.reconciler.registry, refusals)
+
+
+def _traffic_info(traffic: Traffic | None) -> dict[str, int] | None:
+    if traffic is None:
+        return None
+    return {
+        "requests": traffic.hour_requests, "generated_tokens": traffic.hour_tokens,
+        "running": traffic.running, "waiting": traffic.waiting,
+    }  # fmt: skip

@@ -4,8 +4,8 @@ import { el, section } from "./dom.js";
 import { facts } from "./report.js";
 
 const TERMS = [
-  ["requests", "Requests"], ["failed", "Failed"], ["running", "Running"], ["waiting", "Waiting"],
-  ["prompt_tokens", "Prompt tokens"], ["generated_tokens", "Generated tokens"],
+  ["requests", "Requests"], ["generated_tokens", "Generated tokens"],
+  ["running", "Running now"], ["waiting", "Waiting now"],
 ];
 
 /** The section of a report's `traffic`, or null. */
