@@ -112,6 +112,7 @@ class Inner:
         self.reads = reads
         self.seen: list[Any] = []
         self.read: list[Any] = []
+        self.served = SimpleNamespace(unready={})
 
     async def refresh(self) -> None:
         """As the reconciler's."""

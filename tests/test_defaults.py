@@ -137,10 +137,12 @@ ARGUMENTS: list[tuple[Any, dict[str, Any]]] = [
 def test_defaults_of_arguments(function: Any, expected: dict[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
     given = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    if "echo" in given:
+        assert given.pop("echo")({}) is None  # nowhere else
     assert given == expected
 
 
-MUTABLE = {"Stages", "PartialCache"}  # they add up while a gate or a build works
+MUTABLE = {"Stages", "PartialCache", "_Object"}  # they add up while a gate, a build or a download works
 
 
 def test_dataclasses_are_frozen() -> None:

@@ -77,23 +77,11 @@ def test_an_answer_arrives_as_it_was_given(answer: Answer) -> None:
 
 def test_a_configuration_arrives_with_all_settings() -> None:
     settings = ServerSettings(
-        "p",
-        "s",
-        {"energy": 0.5},
-        True,
-        "cpu",
-        1,
-        5,
-        2,
-        3,
-        "k",
-        ["a"],
-        4,
-        True,
-        True,
-        {"GET /x": "users"},
-        "summary",
-    )
+        "p", "s", {"energy": 0.5}, True, "cpu", 1, 5, 2, 3, "k", ["a"], ["s3://bbb"],
+        ["http://c:9"], "s3://ddd", 4,
+        allow_hub=True, admin_socket="/e", private_docs=True, no_page=True, route_access={"GET /x": "users"},
+        tenant_reports="summary", audit_stdout=True,
+    )  # fmt: skip
     assert not [f for f in dataclasses.fields(settings) if getattr(settings, f.name) == f.default]
     for config in (
         GateConfig("x", "m", settings, "cuda:0", "bfloat16", 8, 0),
@@ -120,7 +108,7 @@ def test_an_error_arrives_as_the_same_class_with_the_same_fields(kind: type[Safe
 
 
 def test_every_error_that_a_gate_may_raise_is_registered() -> None:
-    """All but those of vLLM's side, which a gate does not load."""
+    """All but those of vLLM's side, of downloads and of commands, which a gate does not load."""
     for module in pkgutil.walk_packages(safelora_vllm.__path__, "safelora_vllm."):
         if not module.name.startswith("safelora_vllm.integration"):
             importlib.import_module(module.name)
@@ -128,7 +116,8 @@ def test_every_error_that_a_gate_may_raise_is_registered() -> None:
     while todo:
         found.add(kind := todo.pop())
         todo += kind.__subclasses__()
-    below = {kind for kind in found if not kind.__module__.startswith(("safelora_vllm.integration", "tests"))}
+    others = ("safelora_vllm.integration", "safelora_vllm.remote", "safelora_vllm.cli", "tests")
+    below = {kind for kind in found if not kind.__module__.startswith(others)}
     assert set(ERRORS.values()) == below
     assert all(getattr(errors, name) is kind for name, kind in ERRORS.items())
 

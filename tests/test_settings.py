@@ -42,6 +42,8 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "remote_endpoints": (["--remote-endpoint", "http://minio:9000"], ["http://minio:9000"]),
     "concurrent_uploads": (["--concurrent-uploads", "3"], 3),
     "allow_hub": (["--allow-hub"], True),
+    "admin_socket": (["--admin-socket", "/x/y"], "/x/y"),
+    "audit_stdout": (["--audit-stdout"], True),
     "private_docs": (["--private-docs"], True),
     "no_page": (["--no-page"], True),
     "tenant_reports": (["--tenant-reports", "summary"], "summary"),
@@ -56,8 +58,8 @@ SERVER: dict[str, Any] = {
     "projector_memory": None,
     "projector_host_memory": 0, "max_adapter_bytes": 2 * GIB, "store_bytes": None, "keys": None,
     "adapter_roots": [], "remote_sources": [], "remote_endpoints": [],
-    "concurrent_uploads": 8, "allow_hub": False, "private_docs": False, "no_page": False,
-    "tenant_reports": "full", "route_access": {},
+    "concurrent_uploads": 8, "allow_hub": False, "admin_socket": None, "private_docs": False,
+    "no_page": False, "tenant_reports": "full", "audit_stdout": False, "route_access": {},
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,
