@@ -124,7 +124,7 @@ def test_a_body_that_comes_slowly_is_left_to_its_route(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("key", "path"),
     [
-        (TENANT_KEYS["acme"], "/v1/usage"),
+        (TENANT_KEYS["acme"], "/v1/adapters"),
         (ADMIN_KEY, "/v1/load_lora_adapter"),
         ("", "/ping"),
         ("wrong", "/ping"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -46,15 +47,16 @@ class OneAtATime(Generic[T]):
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # asked for, or not
 
         def work() -> None:
+            end: Callable[[], None]
             try:
                 found = self._work()
             except Exception as error:
-                end = (future.set_exception, error)
+                end = functools.partial(future.set_exception, error)
             else:
-                end = (future.set_result, found)
+                end = functools.partial(future.set_result, found)
             self._ended = time.monotonic()
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(*end)
+                loop.call_soon_threadsafe(end)
 
         threading.Thread(target=work, name="safelora-outside", daemon=True).start()
         return future
