@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from safelora_vllm.errors import GateUnavailable
-from safelora_vllm.integration.server import accounting, one_at_a_time, readiness
+from safelora_vllm.integration.server import accounting, readiness
 from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 from safelora_vllm.integration.server.traffic import TrafficTable
@@ -21,9 +21,9 @@ from tests.server.fake_server import FakeServer
 
 
 @pytest.fixture
-def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def asked_anew(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """No answer is kept."""
-    monkeypatch.setattr(one_at_a_time, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(fake.app.state.safelora_metrics.readiness._outside, "_kept", 0.0)
 
 
 @pytest.mark.parametrize("query", ["", "?strict=true"])
@@ -103,9 +103,9 @@ def test_one_look_answers_all_who_ask() -> None:
         return len(looks)
 
     async def many() -> None:
-        work = OneAtATime(look, 5.0)
+        work = OneAtATime(look, 5.0, kept=5.0)
         assert set(await asyncio.gather(*(work.answer() for _ in range(50)))) == {1}
-        assert await work.answer() == 1, "kept for a second"
+        assert await work.answer() == 1, "it is kept"
 
     asyncio.run(many())
 

@@ -11,32 +11,32 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-KEPT_SECONDS = 1.0
 
 
 class OneAtATime(Generic[T]):
-    """However many ask, one thread works. Its answer is kept for a second. Belongs to one event loop.
+    """However many ask, one thread works, and its answer is for all of them. Belongs to one event loop.
 
     The thread is none of asyncio's few, which all other requests need. It ends with the process.
 
     Args:
         work: blocks; its errors go to all who wait.
         seconds: from the work's begin, for which callers wait.
+        kept: seconds for which an answer is given to those who ask later.
     """
 
-    def __init__(self, work: Callable[[], T], seconds: float) -> None:
-        self._work, self._seconds = work, seconds
+    def __init__(self, work: Callable[[], T], seconds: float, kept: float = 0.0) -> None:
+        self._work, self._seconds, self._kept = work, seconds, kept
         self._running: asyncio.Future[T] | None = None
         self._began = self._ended = 0.0
 
     async def answer(self) -> T:
-        """The answer of the work that is under way, or of one that ended within the last second.
+        """The answer of the work that is under way, or of the last one while it is kept.
 
         Raises:
             TimeoutError: there is none yet. The work goes on, and no other one is begun before it has ended.
         """
         running, now = self._running, time.monotonic()
-        if running is None or (running.done() and now - self._ended >= KEPT_SECONDS):
+        if running is None or (running.done() and now - self._ended >= self._kept):
             self._running, self._began = running, now = self._start(), now
         left = self._began + self._seconds - now
         return await asyncio.wait_for(asyncio.shield(running), max(left, 0.0))

@@ -16,7 +16,7 @@ from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 if TYPE_CHECKING:
     from safelora_vllm.integration.server.reconcile import Reconciler
 
-_GATE_SECONDS, _SECONDS = 5.0, 6.0
+_GATE_SECONDS, _SECONDS, _KEPT_SECONDS = 5.0, 6.0, 1.0
 SILENT = "the gate or the store does not answer"
 
 
@@ -53,7 +53,7 @@ class ReadinessCheck:
 
     def __init__(self, reconciler: Reconciler, expected: int) -> None:
         self._reconciler, self._expected = reconciler, expected
-        self._outside = OneAtATime(self._gate_and_store, _SECONDS)
+        self._outside = OneAtATime(self._gate_and_store, _SECONDS, _KEPT_SECONDS)
 
     async def findings(self) -> Findings:
         """What is out of order. Waits at most 6 s for the gate and for the store's disk."""
