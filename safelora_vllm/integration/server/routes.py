@@ -322,7 +322,9 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/safelora/ready", response_model=Readiness, responses={503: {"model": Readiness}})
+@router.get(
+    "/safelora/ready", response_model=Readiness, responses={**documented(400), 503: {"model": Readiness}}
+)
 async def ready(request: Request, strict: bool = False) -> JSONResponse:
     """Whether this server is to get traffic: 200, or 503 with the problems. For probes: needs no key.
     With strict also whether adapters can be changed: gate and store are in order."""
