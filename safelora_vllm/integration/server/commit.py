@@ -132,8 +132,8 @@ class Commits:
         try:
             await pool.load(request, judged.judgement.bytes)
         except AdapterRefused as error:
-            details = {**audit_fields(report, "refused"), "reasons": error.codes}
-            await self.refused(who, action, name, "gate", **details)
+            refused = {**audit_fields(report, "refused"), "reasons": error.codes}
+            await self.refused(who, action, name, "gate", **refused)
             raise
         with span("swap", adapter=name):
             try:
