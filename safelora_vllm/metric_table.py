@@ -350,10 +350,10 @@ METRICS = (
     ),
     Described(
         "safelora_ready", "gauge", (), "0 or 1",
-        "1 where GET /safelora/ready answers 200",
+        "1 where GET /safelora/ready?strict=true answers 200",
         queries=(
             (
-                "Which servers should get no traffic?",
+                "On which servers are workers, gate or store out of order?",
                 "safelora_ready == 0",
             ),
         ),

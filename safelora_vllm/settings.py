@@ -68,9 +68,9 @@ class ServerSettings:
             although their network address is private or they have no TLS.
         concurrent_uploads: uploads that one API server receives at once. Others get status 429.
         allow_hub: uploads and ``load_lora_adapter`` may name a hub repository.
-        admin_socket: Unix socket of callers that cannot send a key. Whoever may connect to it is an admin: it
-            has mode 0600, in a folder of the server's user that others cannot write to. A folder that is not
-            there is made.
+        admin_socket: Unix socket of callers that cannot send a key. Whoever connects and sends no key is an
+            admin. It has mode 0600, in a folder of the server's user that others cannot write to. A folder
+            that is not there is made.
         private_docs: ``/openapi.json``, ``/docs`` and ``/redoc`` need a key, any of them.
         no_page: the server has no page at ``/safelora/``.
         route_access: who may call a route of another plugin: ``anybody``, ``users`` or ``tenants``. In the

@@ -548,3 +548,19 @@ def test_a_line_that_stands_for_many_refusals_says_so(
     assert run("--adapter-store", str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "refused ×990" in out and "quota" in out
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])
+def test_whoever_reads_the_echo_holds_up_nobody(tmp_path: Path, error: Exception) -> None:
+    """A full pipe blocks a print: other writers go on meanwhile. A closed one loses no change."""
+    others = AuditLog(tmp_path)
+
+    def slow(_: dict[str, Any]) -> None:
+        other = threading.Thread(target=others.record, args=("b", "delete", "x"), daemon=True)
+        other.start()
+        other.join(5)
+        assert not other.is_alive()
+        raise error
+
+    AuditLog(tmp_path, echo=slow).record("a", "upload", "x")
+    assert [record["actor"] for record in others.read()] == ["a", "b"]

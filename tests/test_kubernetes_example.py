@@ -42,6 +42,7 @@ def test_the_deployment() -> None:
     options = _parser().parse_known_args(server["args"])[0]
     assert options.store == "/store" and options.log_format == "json" and options.audit_stdout
     assert server["readinessProbe"]["httpGet"]["path"] == "/safelora/ready"
+    assert server["startupProbe"]["httpGet"]["path"] == "/safelora/ready?strict=true"
     assert server["securityContext"]["readOnlyRootFilesystem"]
     assert pod["spec"]["securityContext"]["runAsNonRoot"]
     volumes = {volume["name"] for volume in pod["spec"]["volumes"]}

@@ -223,6 +223,21 @@ def test_series_of_requests(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_traffic_of_one_adapter(tmp_path: Path) -> None:
+    """As among all, without a look at all."""
+    one, two = TrafficTable(tmp_path), TrafficTable(tmp_path)
+    for table in (one, two):
+        for name in ("a", "b"):
+            table.serve(name)
+            table.ended(name, "stop", 5)
+    table.ended("", "stop", 7)
+    whole = one.snapshot()
+    assert one.of("a") == whole["a"] and one.of("none") is None
+    assert whole["a"].requests["stop"] == 2 and one.of("") is None
+    one.close()
+    two.close()
+
+
 def test_a_full_disk_stops_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")

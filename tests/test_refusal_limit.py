@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("vllm", reason="the package of the server needs vLLM")
 
 from safelora_vllm.integration.server import refusal_limit
-from safelora_vllm.integration.server.refusal_limit import LINES, SECONDS, RefusalLimit
+from safelora_vllm.integration.server.refusal_limit import LINES, SECONDS, RefusalLimit, Refused
 
 Lines = list[tuple[str, str, str, int]]
+QUOTA = {"decision": "refused", "reasons": ["quota"]}
 
 
 @pytest.fixture
@@ -25,15 +26,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def limited() -> tuple[RefusalLimit, Lines]:
     lines: Lines = []
 
-    async def write(*line: object) -> None:
-        lines.append(line)  # type: ignore[arg-type]
+    async def write(line: Refused) -> None:
+        lines.append((line.actor, line.action, line.adapter, line.count))
 
     return RefusalLimit(write), lines
 
 
 def refuse(limit: RefusalLimit, times: int, tenant: str = "acme") -> None:
     for number in range(times):
-        asyncio.run(limit.refused(tenant, f"{tenant}/ci", "upload", f"{tenant}/{number}"))
+        asyncio.run(limit.refused(tenant, Refused(f"{tenant}/ci", "upload", f"{tenant}/{number}", QUOTA)))
 
 
 def test_the_documented_limit() -> None:
@@ -89,18 +90,39 @@ def test_what_is_left_when_the_server_stops() -> None:
 def test_counts_that_are_written_at_the_same_time_are_written_once(clock: SimpleNamespace) -> None:
     lines: Lines = []
 
-    async def write(*line: object) -> None:
+    async def write(line: Refused) -> None:
         await asyncio.sleep(0)
-        lines.append(line)  # type: ignore[arg-type]
+        lines.append((line.actor, line.action, line.adapter, line.count))
 
     async def use() -> None:
         limit = RefusalLimit(write)
         for tenant in ("acme", "globex", "third"):
             for _ in range(LINES + 2):
-                await limit.refused(tenant, "ci", "upload", tenant)
+                await limit.refused(tenant, Refused("ci", "upload", tenant, QUOTA))
         clock.now += SECONDS
-        await asyncio.gather(limit.flush(), limit.flush(), limit.refused("third", "ci", "upload", "third"))
+        one = Refused("ci", "upload", "third", QUOTA)
+        await asyncio.gather(limit.flush(), limit.flush(), limit.refused("third", one))
 
     asyncio.run(use())
     assert [count for *_, count in lines if count > 1] == [2, 2, 2]
     assert sum(count for *_, count in lines) == 3 * (LINES + 2) + 1
+
+
+def test_a_count_has_the_codes_of_all() -> None:
+    """And no digest, which is of one."""
+    lines: list[Refused] = []
+
+    async def write(line: Refused) -> None:
+        lines.append(line)
+
+    async def use() -> None:
+        limit = RefusalLimit(write)
+        for number in range(LINES + 3):
+            details = {"decision": "refused", "digest": str(number), "reasons": ["nan", f"rank-{number}"]}
+            await limit.refused("gate acme", Refused("ci", "upload", f"acme/{number}", details))
+        await limit.flush(all_of_them=True)
+
+    asyncio.run(use())
+    assert [line.details["digest"] for line in lines[:-1]] == [str(number) for number in range(LINES)]
+    assert lines[-1].details == {"decision": "refused", "reasons": ["nan", "rank-10", "rank-11", "rank-12"]}
+    assert lines[-1].count == 3

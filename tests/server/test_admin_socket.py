@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration.server.admin_socket import by_socket
+from safelora_vllm.integration.server.admin_socket import AdminSocket, by_socket
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, upload
@@ -61,8 +61,24 @@ def test_a_caller_without_a_key_is_an_admin_over_the_socket_only(
         assert [entry["actor"] for entry in entries] == ["admin-socket"]
         refused = syncer.post("/update_weights", json={})
         assert refused.status_code in (403, 404), "what nobody may, it may not"
-        with local(path, Authorization=f"Bearer {INFERENCE_KEY}") as keyed:
-            assert keyed.get("/v1/usage?tenant=x").status_code == 400, "an admin whatever key is sent"
+
+
+@pytest.mark.parametrize("key", [f"Bearer {INFERENCE_KEY}", "Bearer wrong", "Basic eDp5"])
+def test_a_key_that_is_sent_over_the_socket_counts(guarded: Place, path: Path, key: str) -> None:
+    """A proxy in front that passes keys on makes nobody an admin."""
+    with serving(guarded, path), local(path, Authorization=key) as keyed:
+        assert keyed.get("/v1/usage?tenant=x").status_code == 401
+        models = keyed.get("/v1/models").status_code
+        assert models == (200 if INFERENCE_KEY in key else 401)
+        keyed.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
+        assert keyed.get("/v1/usage?tenant=x").status_code == 400, "an admin's question, which is wrong"
+
+
+def test_two_servers_of_one_parent_are_two(guarded: Place, path: Path, tmp_path: Path) -> None:
+    with serving(guarded, path):
+        for server in (f"{tmp_path / 'other'} (None, 8000)", f"{guarded.store} (None, 8001)"):
+            with pytest.raises(GuardError, match="another server listens there"):
+                AdminSocket(path, server)
 
 
 def test_only_the_servers_user_may_connect(guarded: Place, path: Path) -> None:

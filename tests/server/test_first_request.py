@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from safelora_vllm.errors import GateUnavailable, StoreUnavailable
-from safelora_vllm.integration.server import first_request
+from safelora_vllm.integration.server import first_request, middleware
+from safelora_vllm.tenants.principal import Principal
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, TENANT_KEYS, upload
 from tests.server.fake_server import FakeServer
 
@@ -92,3 +95,50 @@ def test_what_failed_just_now_is_not_waited_for(unready: FakeServer) -> None:
     ask(unready, TENANT_KEYS["acme"])
     assert not served(unready)
     assert time.monotonic() - began < first_request._PATIENCE_SECONDS / 2
+
+
+def test_a_body_that_comes_slowly_is_left_to_its_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_request, "_READ_SECONDS", 0.1)
+    messages = [
+        {"type": "http.request", "body": b'{"model"', "more_body": True},
+        {"type": "http.request", "body": b': "x"}', "more_body": False},
+    ]
+    left = list(messages)
+
+    async def receive() -> Any:
+        if len(left) == 1:
+            await asyncio.sleep(0.3)
+        return left.pop(0)
+
+    async def use() -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"14")]
+        scope = {"type": "http", "method": "POST", "headers": headers}
+        names = SimpleNamespace(unready={"x"})
+        who = Principal("admin", "admin/ops")
+        again = await first_request.wait_until_ready(SimpleNamespace(served=names), who, scope, receive)  # type: ignore[arg-type]
+        assert [await again(), await again()] == messages, "all of it, in its order"
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        (TENANT_KEYS["acme"], "/v1/adapters"),
+        (ADMIN_KEY, "/v1/load_lora_adapter"),
+        ("", "/ping"),
+        ("wrong", "/ping"),
+    ],
+)
+def test_bodies_of_other_requests_are_not_read(
+    unready: FakeServer, monkeypatch: pytest.MonkeyPatch, key: str, path: str
+) -> None:
+    """A stranger would have each of them kept in memory for as long as it pleases."""
+
+    async def read(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(middleware, "wait_until_ready", read)
+    body = {"model": NAME, "lora_name": NAME, "lora_path": "/none"}
+    answer = unready.client(key).post(path, json=body)
+    assert answer.status_code in (200, 403) and not served(unready)

@@ -6,13 +6,22 @@ The engine only notes what it is asked. The routes are in `test_http_uploads` an
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.errors import AlreadyLoaded, ChangedMeanwhile, QuotaExceeded, UsageError
+from safelora_vllm.errors import (
+    AdapterRefused,
+    AlreadyLoaded,
+    ChangedMeanwhile,
+    QuotaExceeded,
+    Reason,
+    StoreUnavailable,
+    UsageError,
+)
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.store.name_record import KEPT_VERSIONS
@@ -217,5 +226,52 @@ def test_a_laxer_policy_needs_an_override_and_a_reason(
             with pytest.raises(UsageError, match='both "override": true and a "reason"'):
                 await manager.set_policy(ADMIN, "chat", {"mode": "report-only"}, override, reason)
             assert manager.reconciler.names.all()["chat"].current == 1
+
+    asyncio.run(use())
+
+
+def test_refusals_of_a_tenant_are_a_bounded_number_of_lines(place: Place, tmp_path: Path) -> None:
+    """Each upload of a few bytes would be a line, under the lock of all who write to the log."""
+    tenant = place.tenant()
+    wrong = Draft({**lora_config(), "use_dora": True}).write(tmp_path / "wrong")
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            manager.start()
+            await asyncio.sleep(0)
+            for number in range(14):
+                with pytest.raises(AdapterRefused):
+                    await manager.add(tenant, f"acme/{number}", wrong)
+                await manager.refused_source(tenant, "acme/x", "upload", ["source_not_allowed"])
+            with pytest.raises(AdapterRefused):
+                await manager.add(ADMIN, "acme/x", wrong)
+
+    asyncio.run(use())
+    lines = place.audit()
+    by_gate = [line for line in lines if line[3] == ["dora"]]
+    assert len(by_gate) == 10 + 1 + 1 and len(lines) == 2 * (10 + 1) + 1, "an admin's are all there"
+
+
+@pytest.mark.parametrize("problem", ["refused", "unavailable"])
+def test_a_load_replaces_what_is_refused_and_nothing_else(
+    problem: str, place: Place, adapters: list[Path]
+) -> None:
+    """What is unavailable for a moment comes back as it was."""
+    errors = {"refused": AdapterRefused([Reason("nan", "a NaN")]), "unavailable": StoreUnavailable("lost")}
+
+    async def use() -> None:
+        async with place.manager() as (manager, _):
+            entry = await manager.add(ADMIN, "x", adapters[0], action="load")
+            withdrawn = dataclasses.replace(entry, served=None, problem=errors[problem])
+            manager.reconciler.served.put(withdrawn)
+            if problem == "refused":
+                await manager.add(ADMIN, "x", adapters[1], action="load")
+            else:
+                with pytest.raises(AlreadyLoaded):
+                    await manager.add(ADMIN, "x", adapters[1], action="load")
+                await manager.add(ADMIN, "x", adapters[0], action="load")
+            found = manager.reconciler.registry["x"]
+            assert found.served is not None and found.version is not None
+            assert found.version.version == (2 if problem == "refused" else 1)
 
     asyncio.run(use())

@@ -34,6 +34,7 @@ def test_metrics_follow_the_adapters(
     assert value("safelora_ready") == 1 and user.get("/safelora/ready").json() == {
         "ready": True,
         "problems": [],
+        "warnings": [],
     }
     used = value("safelora_adapter_generation_tokens_total", adapter="tenant")
     assert used == 8 and value("safelora_adapter_requests_total", adapter="tenant", outcome="length") == 1

@@ -4,42 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.integration.server import accounting, readiness
 from safelora_vllm.integration.server.accounting import counted
+from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 from safelora_vllm.integration.server.traffic import TrafficTable
 from tests.server.conftest import metric_samples
 from tests.server.fake_server import FakeServer
 
 
-def test_a_server_is_ready(fake: FakeServer) -> None:
+@pytest.fixture
+def asked_anew(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer is kept."""
+    monkeypatch.setattr(fake.app.state.safelora_metrics.readiness._outside, "_kept", 0.0)
+
+
+@pytest.mark.parametrize("query", ["", "?strict=true"])
+def test_a_server_is_ready(fake: FakeServer, query: str) -> None:
     """Without a key: probes have none."""
-    answer = fake.client().get("/safelora/ready")
-    assert (answer.status_code, answer.json()) == (200, {"ready": True, "problems": []})
+    answer = fake.client().get(f"/safelora/ready{query}")
+    assert (answer.status_code, answer.json()) == (200, {"ready": True, "problems": [], "warnings": []})
     samples = metric_samples(fake.client())  # type: ignore[arg-type]  # a client of the same methods
     assert samples["safelora_ready", frozenset()] == 1
     assert samples["safelora_workers", frozenset({("state", "guarded")})] == 1
 
 
+@pytest.mark.usefixtures("asked_anew")
 def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served adapters need guarded workers. Changes need gate and store, which count in the strict answer."""
     reconciler = fake.app.state.safelora
 
-    def problems() -> list[str]:
-        answer = fake.client().get("/safelora/ready")
+    def problems(found: str = "problems") -> list[str]:
+        answer, strict = (fake.client().get(f"/safelora/ready{q}") for q in ("", "?strict=true"))
         assert answer.status_code == (503 if answer.json()["problems"] else 200)
-        return list(answer.json()["problems"])
+        both = answer.json()["problems"] + answer.json()["warnings"]
+        assert (strict.status_code, strict.json()["problems"]) == (503 if both else 200, both)
+        samples = metric_samples(fake.client())  # type: ignore[arg-type]
+        assert samples["safelora_ready", frozenset()] == (not both), "alerts are of both"
+        assert (found == "warnings") is not bool(answer.json()["problems"]) or not both
+        return list(answer.json()[found])
 
     with monkeypatch.context() as patch:
         patch.setattr(reconciler.watchdog, "workers", {"guarded": 0, "unguarded": 1})
         assert problems() == ["0 of all workers are guarded"]
-        samples = metric_samples(fake.client())  # type: ignore[arg-type]
-        assert samples["safelora_ready", frozenset()] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(fake.app.state.safelora_metrics, "_expected", 2)
+        patch.setattr(fake.app.state.safelora_metrics.readiness, "_expected", 2)
         assert problems() == ["1 of 2 workers are guarded"]
     with monkeypatch.context() as patch:
 
@@ -47,12 +63,51 @@ def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPat
             raise GateUnavailable("no answer")
 
         patch.setattr(reconciler.copies.gate, "state", silent)
-        (problem,) = problems()
+        (problem,) = problems("warnings")
         assert problem.startswith("the gate does not answer")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
-        assert problems() == ["the adapter store is not writable"]
+        assert problems("warnings") == ["the adapter store is not writable"]
     assert not problems() and not list(fake.store.glob(f".ready-{os.getpid()}"))
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_store_that_hangs_takes_one_thread(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many strangers ask, whether it is ready and for metrics."""
+    reconciler, goes_on, looks = fake.app.state.safelora, threading.Event(), []
+
+    def hangs(_: object) -> bool:
+        looks.append(threading.current_thread())
+        return goes_on.wait(30)
+
+    monkeypatch.setattr(readiness, "_writable", hangs)
+    monkeypatch.setattr(reconciler.names, "all", lambda: hangs(0) and {})
+    metrics = fake.app.state.safelora_metrics
+    for work in (metrics.readiness._outside, metrics._outside):
+        monkeypatch.setattr(work, "_seconds", 0.2)
+    for _ in range(20):
+        answer = fake.client().get("/safelora/ready")
+        assert (answer.status_code, answer.json()["warnings"]) == (200, [readiness.SILENT])
+        assert fake.client().get("/safelora/ready?strict=true").status_code == 503
+        assert "safelora_ready 0" in fake.client().get("/metrics").text
+    goes_on.set()
+    assert len(looks) == 2 and all("asyncio" not in thread.name for thread in looks)
+
+
+def test_one_look_answers_all_who_ask() -> None:
+    looks = []
+
+    def look() -> int:
+        time.sleep(0.05)
+        looks.append(1)
+        return len(looks)
+
+    async def many() -> None:
+        work = OneAtATime(look, 5.0, kept=5.0)
+        assert set(await asyncio.gather(*(work.answer() for _ in range(50)))) == {1}
+        assert await work.answer() == 1, "it is kept"
+
+    asyncio.run(many())
 
 
 def test_requests_for_what_cannot_be_served(fake: FakeServer) -> None:
@@ -67,6 +122,23 @@ def test_requests_for_what_cannot_be_served(fake: FakeServer) -> None:
     del fake.app.state.safelora.registry["static"]
     fake.app.state.safelora_metrics.count_now()
     assert "static" not in table.snapshot()
+
+
+def test_an_output_that_cannot_be_counted_ends_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one of a later vLLM."""
+    table, given = TrafficTable(tmp_path), [object(), object()]
+
+    async def use() -> None:
+        assert [output async for output in counted(_outputs(*given), "a", True, table)] == given  # type: ignore[arg-type]
+
+    accounting._say_once.cache_clear()
+    for _ in range(3):
+        asyncio.run(use())
+    assert caplog.text.count("requests are not counted in full") == 1
+    assert table.snapshot()["(others)"].requests["stop"] == 3
+    table.close()
 
 
 class _Output:

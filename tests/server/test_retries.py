@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,4 +52,22 @@ def test_the_log_has_one_line_for_a_cause(tmp_path: Path, caplog: pytest.LogCapt
         assert "could be judged again" in caplog.text
 
     caplog.set_level(logging.INFO, "vllm.safelora")
+    run(tmp_path, test)
+
+
+def test_a_burst_of_requests_asks_the_gate_twice(tmp_path: Path) -> None:
+    """All wait behind one lock; a try that fails is not repeated by each of them before its turn."""
+
+    async def test(made: Reconciler, copies: Gated, _: FakeEngine) -> None:
+        await made.sync()
+        await settle()
+        copies.asked.clear()
+        made.served.put(replace(made.registry["chat"], served=None, problem=None))
+        copies.answer = GateUnavailable("the gate is down")
+        for _number in range(20):
+            made.wake("chat")
+        await settle()
+        await settle()
+        assert len(copies.asked) == 2
+
     run(tmp_path, test)

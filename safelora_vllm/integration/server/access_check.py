@@ -107,6 +107,13 @@ class RouteAccess:
             }
         )
 
+    def uses_models(self, principal: Principal, routes: Sequence[BaseRoute], scope: Scope) -> bool:
+        """Whether a request goes to a route of whoever may use models, from one who may."""
+        if principal.kind not in self.may(Access.USERS):
+            return False
+        name = find(routes, scope)
+        return name is not None and self.access(name) is Access.USERS
+
     def access(self, name: str) -> Access:
         """What a route needs: its entry in `TABLE`, or the operator's, or else an admin key."""
         return TABLE.get(name) or self.more.get(name, Access.ADMINS)

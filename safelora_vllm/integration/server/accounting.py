@@ -9,12 +9,16 @@ own time stamps. `seams.server` wraps them.
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from safelora_vllm.integration.server.traffic import BASE, OUTCOMES, TrafficTable
+
+logger = logging.getLogger("vllm.safelora.metrics")
 
 
 async def counted(outputs: Any, adapter: str | None, delta: bool, table: TrafficTable) -> AsyncIterator[Any]:
@@ -41,13 +45,36 @@ async def counted(outputs: Any, adapter: str | None, delta: bool, table: Traffic
         raise
 
 
+def _fenced(step: Callable[..., None]) -> Callable[..., None]:
+    """A step of counting, which ends no request whatever is wrong with it."""
+
+    @functools.wraps(step)
+    def counts(*arguments: Any) -> None:
+        try:
+            step(*arguments)
+        except Exception as error:
+            _say_once(type(error).__name__)
+
+    return counts
+
+
+@functools.lru_cache(maxsize=16)
+def _say_once(kind: str) -> None:
+    logger.exception("requests are not counted in full: %s. They are answered all the same", kind)
+
+
 class _Request:
     def __init__(self, table: TrafficTable, name: str, delta: bool) -> None:
         self._table, self._name, self._delta = table, name, delta
         self._tokens: Counter[int] = Counter()
         self._prompt_known = self._ended = False
-        table.began(name)
+        self._begin()
 
+    @_fenced
+    def _begin(self) -> None:
+        self._table.began(self._name)
+
+    @_fenced
     def saw(self, output: Any) -> None:
         """Count what an output brings."""
         if not self._prompt_known and (prompt := getattr(output, "prompt_token_ids", None)) is not None:
@@ -72,6 +99,7 @@ class _Request:
             each = (stats.last_token_ts - stats.first_token_ts) / later if later > 0 else None
             self._table.timed(self._name, first, each)
 
+    @_fenced
     def end(self, outcome: str) -> None:
         """Count the request once."""
         assert outcome in OUTCOMES

@@ -1,4 +1,4 @@
-"""A Unix socket for callers that cannot send a key: whoever may connect to it is an admin.
+"""A Unix socket for callers that cannot send a key: whoever connects to it and sends none is an admin.
 
 The kernel decides who may connect, by the permissions of the socket's file and of its folder. The same
 application answers, with the same routes and the same gate. Imports no vllm.
@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import socket
@@ -40,8 +41,10 @@ class AdminSocket:
     Of several API servers of one server, one listens: a change that it makes is in force on all of them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, server: str) -> None:
         """Take the path; `serve` begins to listen.
+
+        server: what all API servers of one server have in common, and those of another one have not.
 
         Raises:
             GuardError: others could put a socket there, something else is there, or another server listens.
@@ -50,7 +53,7 @@ class AdminSocket:
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
         self._folder = _open_folder(path)
-        self._lock = _take_lock(self._folder, path)
+        self._lock = _take_lock(self._folder, path, server)
         self._socket = None if self._lock is None else _bind(self._folder, path)
 
     @property
@@ -133,7 +136,7 @@ def _open_folder(path: Path) -> int:
     return found
 
 
-def _take_lock(folder: int, path: Path) -> int | None:
+def _take_lock(folder: int, path: Path, server: str) -> int | None:
     """The lock of the process that listens; None where another of this server has it.
 
     Raises:
@@ -146,11 +149,11 @@ def _take_lock(folder: int, path: Path) -> int | None:
         raise GuardError(
             f"--admin-socket {path}: {path}{_LOCK} cannot be opened ({error.strerror})"
         ) from error
-    mine = str(os.getppid()).encode()
+    mine = hashlib.sha256(f"{os.getppid()} {server}".encode()).hexdigest().encode()
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(lock, 32, 0)
+        holder = os.pread(lock, len(mine), 0)
         os.close(lock)
         if holder != mine:
             raise GuardError(

@@ -104,7 +104,10 @@ class SafeLoRAEndpoint:
         if engine_client is None or not getattr(args, "enable_lora", False):
             return
         settings = ServerSettings.from_additional_config(args.additional_config)
-        listening = AdminSocket(Path(settings.admin_socket)) if settings.admin_socket else None
+        listening = None
+        if settings.admin_socket:
+            port = getattr(args, "host", None), getattr(args, "port", None)
+            listening = AdminSocket(Path(settings.admin_socket), f"{Path(settings.store).resolve()} {port}")
         state.safelora_admin_socket = listening
         models = state.openai_serving_models
         await asyncio.to_thread(attach, settings.store, settings.store_mirror)
@@ -130,7 +133,7 @@ class SafeLoRAEndpoint:
         )
         manager.start()
         state.safelora_views = Views(
-            reconciler, lambda: door.keys.tenants, settings.tenant_reports, traffic.snapshot
+            reconciler, lambda: door.keys.tenants, settings.tenant_reports, traffic.of
         )
         if listening is not None:
             listening.serve(self._app)

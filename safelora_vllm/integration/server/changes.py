@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError
 from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.repeated import LOAD, is_served, served_again
+from safelora_vllm.integration.server.repeated import LOAD, may_load, served_again
 from safelora_vllm.integration.server.visibility import unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
@@ -56,8 +56,8 @@ class Manager:
         """Let a folder or archive pass the gate and serve it under ``name``, as a new version.
 
         The content that the name serves already is not a new version; with ``replace`` it is, but for
-        vLLM's own call (action `LOAD`), which controllers repeat. That call also gives a name new content
-        that is not served at the moment: it is not in the list of models then.
+        vLLM's own call (action `LOAD`), which controllers repeat. That call also gives new content to a name
+        whose adapter is refused. One that is unavailable for a moment stays.
 
         Raises:
             UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name.
@@ -76,7 +76,8 @@ class Manager:
                 same = await served_again(self.reconciler, previous, judged)
                 if same is not None:
                     return same
-            if previous is not None and not replace and (action != LOAD or is_served(self.reconciler, name)):
+            loads = action == LOAD
+            if previous and not replace and not (loads and may_load(self.reconciler, previous, judged)):
                 raise taken(name)
             await self._commits.check_accepted(who, name, action, judged)
             version = version_of(judged, who, policy)
@@ -166,6 +167,10 @@ class Manager:
                 return record.without(number)
 
             await self._commits.remove(who, DELETE_VERSION, name, change, version=number)
+
+    async def refused_source(self, who: Principal, name: str, action: str, codes: Sequence[str]) -> None:
+        """Record that a remote source was refused. codes: of the reasons."""
+        await self._commits.refused(who, action, name, "source", decision="refused", reasons=list(codes))
 
     def check_root(self, path: str) -> Path:
         """The path of a load by path.

@@ -24,7 +24,7 @@ from safelora_vllm.errors import (
 from safelora_vllm.integration.server.decisions import log, version_fields
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
-from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit
+from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit, Refused
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
@@ -43,14 +43,14 @@ class Commits:
     def __init__(self, reconciler: Reconciler, audit: AuditLog) -> None:
         self._reconciler, self._audit = reconciler, audit
         self._recorded = RecordedNames(reconciler.names, audit)
-        self._quota = RefusalLimit(self._over_quota)
+        self._refusals = RefusalLimit(self._write_refusal)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def changing(self, who: Principal, name: str, action: str) -> AsyncIterator[float]:
         """One change of a name at a time in this process, from the moment that it gives on.
 
-        What a quota stops goes to the audit log, many of one tenant as one line with their count.
+        What a quota stops goes to the audit log.
         """
         if not who.may_use(name):  # before the lock: waiting for it would tell that there is such a name
             raise unknown(name)
@@ -61,7 +61,7 @@ class Commits:
                     yield time.perf_counter()
             except QuotaExceeded as error:
                 if who.tenant is not None:
-                    await self._quota.refused(who.tenant, who.key_id, action, name)
+                    await self.refused(who, action, name, "quota", decision="refused", reasons=["quota"])
                 raise QuotaExceeded(
                     f"{error}. What counts are the names {who.tenant}/...; GET /v1/usage lists them"
                 ) from None
@@ -71,13 +71,22 @@ class Commits:
         try:
             while True:
                 await asyncio.sleep(SECONDS)
-                await self._quota.flush()
+                await self._refusals.flush()
         finally:  # the server stops
-            await self._quota.flush(all_of_them=True)
+            await self._refusals.flush(all_of_them=True)
 
-    async def _over_quota(self, actor: str, action: str, name: str, count: int) -> None:
-        more = {"count": count} if count > 1 else {}
-        await log(self._audit, actor, action, name, decision="refused", reasons=["quota"], **more)
+    async def refused(self, who: Principal, action: str, name: str, kind: str, **details: Any) -> None:
+        """Record a refusal: many of one kind and tenant as one line with their count."""
+        refusal = Refused(who.key_id, action, name, details)
+        if who.tenant is None:
+            await self._write_refusal(refusal)
+        else:
+            await self._refusals.refused(f"{kind} {who.tenant}", refusal)
+
+    async def _write_refusal(self, refusal: Refused) -> None:
+        more = {"count": refusal.count} if refusal.count > 1 else {}
+        actor, action, adapter = refusal.actor, refusal.action, refusal.adapter
+        await log(self._audit, actor, action, adapter, **refusal.details, **more)
 
     async def record(self, name: str) -> AdapterRecord | None:
         """The record of a name, None where there is none."""
@@ -103,7 +112,7 @@ class Commits:
         if not judged.report.accepted:
             asked = {"override": override or judged.override, "reason": reason}
             asked = {field: value for field, value in asked.items() if value}
-            await self.log(who, action, name, **audit_fields(judged.report, "refused"), **asked)
+            await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons)
 
     async def commit(
@@ -123,7 +132,8 @@ class Commits:
         try:
             await pool.load(request, judged.judgement.bytes)
         except AdapterRefused as error:
-            await self.log(who, action, name, **{**audit_fields(report, "refused"), "reasons": error.codes})
+            refused = {**audit_fields(report, "refused"), "reasons": error.codes}
+            await self.refused(who, action, name, "gate", **refused)
             raise
         with span("swap", adapter=name):
             try:
@@ -169,10 +179,6 @@ class Commits:
         line = Line(who.key_id, action, lambda _: {"decision": "removed", **details})
         await asyncio.to_thread(self._recorded.update, name, change, line)
         await self._reconciler.sync()
-
-    async def log(self, who: Principal, action: str, name: str, **details: Any) -> None:
-        """Record what a caller did."""
-        await log(self._audit, who.key_id, action, name, **details)
 
 
 def version_of(

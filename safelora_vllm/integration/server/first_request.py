@@ -7,11 +7,11 @@ make. Nothing is served meanwhile, and nothing but the copy that the gate made a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
 from safelora_vllm.integration.server.visibility import visible
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 _PATIENCE_SECONDS = 10.0
 _LOOK_SECONDS = 0.05
-_MAX_BODY = 1024 * 1024  # larger requests are not looked into, and do not wait
+_MAX_BODY = 64 * 1024  # requests with longer prompts are not looked into, and do not wait
+_READ_SECONDS = 5.0  # in which the body has to be there
 
 
 async def wait_until_ready(reconciler: Reconciler, who: Principal, scope: Scope, receive: Receive) -> Receive:
     """Wait for the adapter that a request names, if this caller may use it and it is being prepared.
 
+    For requests to routes that use models, by callers who may. A body that is long or comes slowly is not
+    waited for: its route reads it, and answers 503 where the adapter is not ready.
     A name whose last try failed is not waited for until the next try is due.
 
     Returns:
@@ -36,13 +39,13 @@ async def wait_until_ready(reconciler: Reconciler, who: Principal, scope: Scope,
     unready = reconciler.served.unready
     if not unready or not _may_name_a_model(scope):
         return receive
-    text = await Request(scope, receive).body()
-    name = _model(text)
+    messages = await _body(receive)
+    name = _model(b"".join(message.get("body", b"") for message in messages))
     if name in unready and visible({name: reconciler.registry[name]}, who):
         deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
         while reconciler.wake(name) and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_LOOK_SECONDS)
-    return _again(text, receive)
+    return _again(messages, receive)
 
 
 def _may_name_a_model(scope: Scope) -> bool:
@@ -68,9 +71,19 @@ def _model(text: bytes) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _again(text: bytes, receive: Receive) -> Receive:
-    """Give the body that was read once more, then what comes after it."""
-    waiting: list[Message] = [{"type": "http.request", "body": text, "more_body": False}]
+async def _body(receive: Receive) -> list[Message]:
+    """What comes of a body in time."""
+    messages: list[Message] = []
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_READ_SECONDS):
+            while not messages or messages[-1].get("more_body"):
+                messages.append(await receive())
+    return messages
+
+
+def _again(messages: list[Message], receive: Receive) -> Receive:
+    """Give the messages that were read once more, then what comes after them."""
+    waiting = messages[::-1]
 
     async def replay() -> Message:
         return waiting.pop() if waiting else await receive()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ from safelora_vllm.integration.server.adapter_series import (
     traffic_series,
 )
 from safelora_vllm.integration.server.exposition import family
-from safelora_vllm.integration.server.readiness import problems
+from safelora_vllm.integration.server.one_at_a_time import OneAtATime
+from safelora_vllm.integration.server.readiness import ReadinessCheck
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.traffic import Traffic, TrafficTable
 from safelora_vllm.store import AdapterRecord
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from safelora_vllm.integration.server.reconcile import Reconciler
 
 logger = logging.getLogger("vllm.safelora.metrics")
+_SECONDS = 6.0
 
 
 class Kept(NamedTuple):
@@ -61,6 +63,14 @@ class Known:
     uploads: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     ready: bool = True
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a scrape has from others. counters: the gate's text. tenants: what the store keeps of each."""
+
+    counters: str = ""
+    tenants: Mapping[str, Kept] = field(default_factory=dict)
 
 
 def expose(known: Known, reports: ReportSeries | None = None) -> str:
@@ -124,6 +134,8 @@ class Metrics:
         self.traffic = traffic
         self._reconciler, self._expected, self._limit = reconciler, expected, limit
         self._reports, self._sizes = ReportSeries(), StoreSizes(reconciler.names.root)
+        self.readiness = ReadinessCheck(reconciler, expected)
+        self._outside, self._last = OneAtATime(self._gate_and_store, _SECONDS), Outside()
 
     def count_now(self) -> None:
         """Bring what changes by itself up to date: rows of adapters that are gone, requests in flight."""
@@ -133,18 +145,21 @@ class Metrics:
             self.traffic.serve(name)
         self.traffic.in_flight(*seams.requests_now(self._reconciler.pool.engine_client))
 
-    def problems(self) -> list[str]:
-        """Why this server should get no traffic. Waits for the gate and for the store's disk."""
-        return problems(self._reconciler, self._expected)
-
-    def collect(self, uploads: int) -> functools.partial[str]:
-        """What is known now, in the event loop; call the answer in a thread for the text."""
+    async def text(self, uploads: int) -> str:
+        """All series. Waits for the gate and the store, for a while; what is missing is left out."""
+        findings = await self.readiness.findings()
+        try:
+            self._last = await self._outside.answer()
+        except TimeoutError:
+            logger.warning("no new metrics of gate and store: they do not answer")
+            self._last = replace(self._last, counters="")  # there is an alert for a gate without them
         self.count_now()
         watchdog = self._reconciler.watchdog
         known = Known(
             entries=list(self._reconciler.registry.values()),
             workers=watchdog.workers,
             expected=self._expected,
+            tenants=self._last.tenants,
             pools=watchdog.pools,
             limit=self._limit,
             uploads=uploads,
@@ -153,22 +168,22 @@ class Metrics:
                 "gate_restart": sum(pool.gate_restarts for pool in watchdog.pools),
                 "step_load": sum(pool.failed_steps for pool in watchdog.pools),
             },
+            ready=findings.answer(strict=True).ready,
         )
-        return functools.partial(self._text, known)
+        return self._last.counters + await asyncio.to_thread(self._text, known)
 
     def _text(self, known: Known) -> str:
-        """Waits for the gate and the store, each for a while; what is missing is left out."""
+        known = replace(known, traffic=self.traffic.snapshot(), sizes=self._sizes.known())
+        return expose(known, self._reports)
+
+    def _gate_and_store(self) -> Outside:
         try:
             counters = self._reconciler.copies.gate.metrics(timeout=5.0)
         except SafeLoRAError as error:
             logger.warning("no gate metrics: %s", error)
             counters = ""
         try:
-            kept = kept_of_tenants(self._reconciler.names.all())
+            return Outside(counters, kept_of_tenants(self._reconciler.names.all()))
         except SafeLoRAError as error:
             logger.warning("no metrics of tenants: %s", error)
-            kept = {}
-        ready = not self.problems()
-        traffic, sizes = self.traffic.snapshot(), self._sizes.known()
-        known = replace(known, tenants=kept, traffic=traffic, sizes=sizes, ready=ready)
-        return counters + expose(known, self._reports)
+            return Outside(counters)

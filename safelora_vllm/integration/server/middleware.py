@@ -51,7 +51,8 @@ class AccessMiddleware:
         app = scope["app"]
         door: Door = app.state.safelora_door
         headers = Headers(scope=scope)
-        principal = by_socket(scope) or door.keys.identify(bearer_token(headers))
+        local = None if "Authorization" in headers else by_socket(scope)  # a key says who it is
+        principal = local or door.keys.identify(bearer_token(headers))
         with acting_as(principal), about_request(headers.get("X-Request-Id"), principal.tenant):
             try:
                 refusal = door.access.check(principal, app.router.routes, scope)
@@ -65,7 +66,9 @@ class AccessMiddleware:
             reconciler = getattr(app.state, "safelora", None)
             if reconciler is not None:
                 await reconciler.refresh()
-                receive = await wait_until_ready(reconciler, principal, scope, receive)
+                routes = app.router.routes
+                if reconciler.served.unready and door.access.uses_models(principal, routes, scope):
+                    receive = await wait_until_ready(reconciler, principal, scope, receive)
             await self.app(scope, receive, send)
 
 

@@ -150,7 +150,11 @@ async def audit_of(
             value is None or record.get(name) == value for name, value in wanted.items()
         )
 
-    found, complete = await asyncio.to_thread(views.reconciler.audit.newest, matches, limit, adapter)
+    begins = adapter if adapter is not None else f"{who.tenant}/" if who.tenant else None
+    async with views.searching:
+        found, complete = await asyncio.to_thread(
+            views.reconciler.audit.newest, matches, limit, adapter=begins, decision=decision
+        )
     return {"records": [_record(record) for record in found], "complete": complete}
 
 

@@ -1,50 +1,87 @@
-"""Whether a server is to get traffic: every worker guarded, the projectors verified, the store writable."""
+"""Whether a server is to get traffic: every worker guarded. And what else is out of order: gate and store."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
 from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 
 if TYPE_CHECKING:
     from safelora_vllm.integration.server.reconcile import Reconciler
 
-_GATE_SECONDS = 5.0
+_GATE_SECONDS, _SECONDS, _KEPT_SECONDS = 5.0, 6.0, 1.0
+SILENT = "the gate or the store does not answer"
 
 
 class Readiness(BaseModel):
     """The answer of ``GET /safelora/ready``. It names no paths: everybody may ask."""
 
     ready: bool
-    problems: list[str] = Field(description="in words; none where the server is ready")
+    problems: list[str] = Field(description="why it is not ready, in words; none where it is")
+    warnings: list[str] = Field(
+        description="what is out of order and stops no adapter that is served; problems with ?strict=true"
+    )
 
 
-def problems(reconciler: Reconciler, expected: int) -> list[str]:
-    """Why this server should get no traffic. Waits for the gate and for the store's disk.
+@dataclass(frozen=True)
+class Findings:
+    """problems: why this server should get no traffic. warnings: why its adapters cannot be changed."""
 
-    Args:
-        reconciler: of this API server.
-        expected: workers that there are to be; 0 where that is not known.
+    problems: list[str]
+    warnings: list[str]
+
+    def answer(self, strict: bool) -> Readiness:
+        """strict: what stops changes counts too."""
+        if strict:
+            problems = [*self.problems, *self.warnings]
+            return Readiness(ready=not problems, problems=problems, warnings=[])
+        return Readiness(ready=not self.problems, problems=self.problems, warnings=self.warnings)
+
+
+class ReadinessCheck:
+    """The check of one API server process.
+
+    expected: workers that there are to be; 0 where that is not known.
     """
-    found = []
-    guarded = reconciler.watchdog.workers.get("guarded", 0)
-    if reconciler.watchdog.workers.get("unguarded") or guarded < max(expected, 1):
-        found.append(f"{guarded} of {expected or 'all'} workers are guarded")
-    try:
-        state = reconciler.copies.gate.state(timeout=_GATE_SECONDS)
-    except SafeLoRAError:
-        found.append("the gate does not answer: projectors are not verified and uploads answer 503")
-    else:  # a gate answers once it has read and verified the whole cache
-        if state.projectors != reconciler.copies.state.projectors:
-            found.append("the gate has other projectors than the workers were started with")
-    if not _writable(reconciler.names.root):
-        found.append("the adapter store is not writable")
-    return found
+
+    def __init__(self, reconciler: Reconciler, expected: int) -> None:
+        self._reconciler, self._expected = reconciler, expected
+        self._outside = OneAtATime(self._gate_and_store, _SECONDS, _KEPT_SECONDS)
+
+    async def findings(self) -> Findings:
+        """What is out of order. Waits at most 6 s for the gate and for the store's disk."""
+        try:
+            warnings = await self._outside.answer()
+        except TimeoutError:
+            warnings = [SILENT]
+        return Findings(self._workers(), warnings)
+
+    def _workers(self) -> list[str]:
+        workers = self._reconciler.watchdog.workers
+        guarded = workers.get("guarded", 0)
+        if workers.get("unguarded") or guarded < max(self._expected, 1):
+            return [f"{guarded} of {self._expected or 'all'} workers are guarded"]
+        return []
+
+    def _gate_and_store(self) -> list[str]:
+        found, copies = [], self._reconciler.copies
+        try:
+            state = copies.gate.state(timeout=_GATE_SECONDS)
+        except SafeLoRAError:
+            found.append("the gate does not answer: projectors are not verified and uploads answer 503")
+        else:  # a gate answers once it has read and verified the whole cache
+            if state.projectors != copies.state.projectors:
+                found.append("the gate has other projectors than the workers were started with")
+        if not _writable(self._reconciler.names.root):
+            found.append("the adapter store is not writable")
+        return found
 
 
 def _writable(root: Path) -> bool:

@@ -188,20 +188,22 @@ class Reconciler:
         if not self._retries.is_due(name):
             return False
         if not self._preparing.locked():
-            self.background.spawn(self._prepare(name))
+            self.background.spawn(self._prepare(name, when_due=True))
         return True
 
     async def prepare(self, name: str) -> None:
         """Try now to serve a name that is not served, however often that has failed."""
         await self._prepare(name, again=True)
 
-    async def _prepare(self, name: str, again: bool = False) -> None:
+    async def _prepare(self, name: str, again: bool = False, when_due: bool = False) -> None:
         """Let the gate find or make the published copy of a name, or refuse it, by the rules of today.
 
-        again: also where it is served by them, or refused.
+        again: also where it is served by them, or refused. when_due: not if a try has failed before its turn.
         """
         async with self._preparing:
             entry = self.registry.get(name)
+            if when_due and not self._retries.is_due(name):
+                return
             if entry is None or not (again or _is_open(entry, self.copies.ruleset(name))):
                 return
             try:
@@ -267,7 +269,7 @@ class Reconciler:
                 if (owner := tenant_of(name)) not in rulesets:
                     rulesets[owner] = self.copies.ruleset(name)
                 if self._retries.is_due(name) and _is_open(entry, rulesets[owner]):
-                    self.background.spawn(self._prepare(name))
+                    self.background.spawn(self._prepare(name, when_due=True))
 
 
 def _complete(recorded: RecordedNames) -> None:

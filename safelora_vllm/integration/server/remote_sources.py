@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from pydantic import ValidationError
 
 from safelora_vllm.errors import AdapterRefused
 from safelora_vllm.integration.server.changes import Manager
-from safelora_vllm.integration.server.decisions import log
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import UploadFromSource
 from safelora_vllm.integration.server.uploads import incoming
@@ -108,16 +108,22 @@ async def add_from_source(
     """
     remote: RemoteSources = request.app.state.safelora_remote_sources
     managed.check(who, wanted.name)
+    async with _refusals_recorded(who, managed, wanted.name, action):
+        source = remote.check(who, wanted.source)
     async with incoming(managed.reconciler.names.root) as folder:
-        try:
-            source = remote.check(who, wanted.source)
+        async with _refusals_recorded(who, managed, wanted.name, action):
             path = await _fetched(remote, source, folder, managed.max_adapter_bytes, wanted.digest)
-        except AdapterRefused as error:
-            refused = {"decision": "refused", "reasons": error.codes}
-            await log(managed.audit, who.key_id, action, wanted.name, **refused)
-            raise
         logger.info("%s was downloaded from %s for %s", wanted.name, source, who.key_id)
         return await managed.add(who, wanted.name, path, replace=replace, action=action)
+
+
+@asynccontextmanager
+async def _refusals_recorded(who: Principal, managed: Manager, name: str, action: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except AdapterRefused as error:
+        await managed.refused_source(who, name, action, error.codes)
+        raise
 
 
 async def _fetched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safelora_vllm.errors import AdapterRefused
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -28,6 +29,17 @@ async def served_again(reconciler: Reconciler, before: AdapterRecord | None, jud
         await reconciler.sync()
         await reconciler.prepare(before.name)
     return reconciler.registry[before.name] if is_served(reconciler, before.name) else None
+
+
+def may_load(reconciler: Reconciler, before: AdapterRecord, judged: Judged) -> bool:
+    """Whether a name that is not served takes a new version without being asked to replace what it has.
+
+    It does for the same content, and where today's rules refuse what it has.
+    """
+    entry = reconciler.registry.get(before.name)
+    if entry is None or entry.served:
+        return False
+    return isinstance(entry.problem, AdapterRefused) or judged.report.digest == before.live.digest
 
 
 def is_served(reconciler: Reconciler, name: str) -> bool:

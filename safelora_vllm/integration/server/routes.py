@@ -318,16 +318,18 @@ async def metrics(request: Request) -> Response:
     text = (await asyncio.to_thread(generate_latest, get_prometheus_registry())).decode()
     current: Metrics | None = getattr(state, "safelora_metrics", None)
     if current is not None:
-        text += await asyncio.to_thread(current.collect(state.safelora_upload_limiter.held))
+        text += await current.text(state.safelora_upload_limiter.held)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/safelora/ready", response_model=Readiness, responses={503: {"model": Readiness}})
-async def ready(request: Request) -> JSONResponse:
-    """Whether this server is to get traffic: 200, or 503 with the problems. For probes: needs no key."""
+@router.get(
+    "/safelora/ready", response_model=Readiness, responses={**documented(400), 503: {"model": Readiness}}
+)
+async def ready(request: Request, strict: bool = False) -> JSONResponse:
+    """Whether this server is to get traffic: 200, or 503 with the problems. For probes: needs no key.
+    With strict also whether adapters can be changed: gate and store are in order."""
     current: Metrics | None = getattr(request.app.state, "safelora_metrics", None)
     if current is None:
         raise NotServing("this server was started without LoRA; start it with --enable-lora")
-    found = await asyncio.to_thread(current.problems)
-    answer = Readiness(ready=not found, problems=found)
-    return JSONResponse(answer.model_dump(), 503 if found else 200)
+    answer = (await current.readiness.findings()).answer(strict)
+    return JSONResponse(answer.model_dump(), 200 if answer.ready else 503)

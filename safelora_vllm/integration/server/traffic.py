@@ -154,22 +154,36 @@ class TrafficTable:
 
         Safe in a thread. Figures of other processes that are written meanwhile may be in part.
         """
+        return {name: _traffic(row.tolist()) for name, row in self._sums(None).items()}
+
+    def of(self, name: str) -> Traffic | None:
+        """Of one adapter, as `snapshot` has it; None where it has no row."""
+        row = self._sums(name).get(name)
+        return None if row is None else _traffic(row.tolist())
+
+    def _sums(self, only: str | None) -> dict[str, Row]:
+        """Rows by adapter, each the sum over all API servers. only: the one adapter that is wanted."""
         number = int(time.time() // _BIN_SECONDS)
         sums: dict[str, Row] = {}
         for rows in self._all_rows():
-            names, values = rows["name"].copy(), np.array(rows["values"])
+            names, values = rows["name"], rows["values"]
+            if only is not None:
+                chosen = np.flatnonzero(names == only.encode())
+                names, values = names[chosen], values[chosen]
+            names, values = names.copy(), np.array(values)
             bins = values[:, _AT["hour_0"] :]
             old = (bins <= number - _BINS) | (bins > number)
             for column in ("hour_requests_0", "hour_tokens_0"):
                 values[:, _AT[column] : _AT[column] + _BINS][old] = 0
-            for at in (1, *np.flatnonzero(names != b"")):
+            model = () if only is not None else (1,)
+            for at in (*model, *np.flatnonzero(names != b"")):
                 name, row = names[at].decode(errors="replace"), values[at]
                 if name in sums:
                     sums[name][: len(_COUNTED)] += row[: len(_COUNTED)]
                     sums[name][_AT["last_use"]] = max(sums[name][_AT["last_use"]], row[_AT["last_use"]])
                 else:
                     sums[name] = row
-        return {name: _traffic(row.tolist()) for name, row in sums.items()}
+        return sums
 
     def close(self) -> None:
         """Remove the file."""

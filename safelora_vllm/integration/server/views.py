@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safelora_vllm.errors import Forbidden, UsageError
@@ -27,13 +27,14 @@ class Views:
     """Answers that change nothing.
 
     tenants: of the keys file, as it is now. tenant_reports: whether others than admins see the figures of
-    each module. traffic: by adapter, as it is now.
+    each module. traffic: of an adapter, as it is now. searching: held by the one search of the audit log.
     """
 
     reconciler: Reconciler
     tenants: Callable[[], Mapping[str, Tenant]] = dict
     tenant_reports: str = ServerSettings.tenant_reports
-    traffic: Callable[[], Mapping[str, Traffic]] = dict
+    traffic: Callable[[str], Traffic | None] = lambda _: None
+    searching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def find(self, who: Principal, name: str) -> Entry:
         """A served adapter that the caller may see.
@@ -50,7 +51,7 @@ class Views:
         name = entry.name
         found = report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
         own = who.kind == "admin" or (who.tenant and who.tenant == tenant_of(name))
-        return {**found, "traffic": _traffic_info(self.traffic().get(name)) if own else None}
+        return {**found, "traffic": _traffic_info(self.traffic(name)) if own else None}
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
