@@ -355,9 +355,8 @@ def test_proxies_of_the_environment_are_not_used(
     assert got(far, tmp_path) == BODY
 
 
-def test_many_addresses_are_not_all_tried(
-    far: Hostile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("far")
+def test_many_addresses_are_not_all_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name may have thousands that do not answer, and each would take ten seconds."""
     tried: list[Any] = []
 
