@@ -43,7 +43,10 @@ MALFORMED = [
     "https://host.example/a/../b", "https://host.example/a/%2e%2e/b", "https://host.example/a%2Fb",
     "https://host.example/a%5cb", "https://host.example/a%252e", "https://host.example/a//b", "https://host.example/a%00",
     "https://host.example/a b", "https://host.example/a\r\nHost: evil.example", "https://host.example/a%0d%0aX",
-    "https://host.example/a?x=\n", "s3://bucket/../other/a", "s3://bucket/a/./b", "s3://bucket/a%2e", "s3://bucket/a?b",
+    "https://host.example/a?x=\n", "https://host.example/a/..;/b", "https://host.example/a/..;x=y/b", "https://host.example/a/.;/b",
+    "https://host.example/a/;x/b", "https://host.example/a/..%3b/b", "https://host.example/a/%c0%ae%C0%AE/b",
+    "https://host.example/a%c1%9cb", "https://host.example/a/%e0%80%ae/b", "https://host.example/a/%f0%80%80%ae/b",
+    "s3://bucket/../other/a", "s3://bucket/a/./b", "s3://bucket/a%2e", "s3://bucket/a?b",
     "s3://bucket/a#b", "s3://Bucket/a", "s3:///a", "s3://b/a", "s3://user@bucket/a", "s3://bucket:80/a", "s3://bu/a",
     "https://host.example/" + "a" * 4096,
 ]  # fmt: skip

@@ -99,6 +99,11 @@ REFUSED: dict[str, tuple[Script, str]] = {
     "chunks": (drips(head(Transfer_Encoding="chunked"), b"1\r\nx\r\n"), "source_response"),
     "chunks and a length": (
         sends(BODY, Transfer_Encoding="chunked"), "source_response"),
+    "endless chunks behind two transfer encodings": (
+        drips(
+            b"HTTP/1.1 200 X\r\nContent-Length: 10\r\nTransfer-Encoding: chunked\r\n"
+            b"Transfer-Encoding: identity\r\n\r\n", b"1000\r\n" + b"x" * 4096 + b"\r\n"),
+        "source_response"),
     "two lengths": (
         lambda _path, _asked, send, _n: send(
             b"HTTP/1.1 200 X\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
@@ -348,3 +353,30 @@ def test_proxies_of_the_environment_are_not_used(
         monkeypatch.setenv(name, f"http://127.0.0.1:{inside.port}")
     far.script = sends(BODY)
     assert got(far, tmp_path) == BODY
+
+
+@pytest.mark.usefixtures("far")
+def test_many_addresses_are_not_all_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may have thousands that do not answer, and each would take ten seconds."""
+    tried: list[Any] = []
+
+    def connect(_: socket.socket, address: Any) -> None:
+        tried.append(address)
+        raise TimeoutError
+
+    found = [(2, 1, 6, "", (f"93.184.{n}.14", 443)) for n in range(100)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(AdapterRefused) as refused:
+        fetching.fetch(parse("https://many.example/a.tar"), tmp_path, 10, Reach())
+    assert refused.value.codes == ["source_unreachable"] and len(tried) == 4 * fetching.TRIES
+
+
+def test_a_body_longer_than_announced_stops_at_once(
+    far: Hostile, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever headers make the client read on."""
+    far.script = sends(b"", Content_Length=10)
+    monkeypatch.setattr(pinned.Answer, "blocks", lambda _: iter([b"x" * 8] * 1000))
+    assert codes(far, tmp_path, caplog, "a.tar") == ["source_response"]
+    assert (tmp_path / "archive").stat().st_size <= 10

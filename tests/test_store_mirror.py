@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import ChangedMeanwhile, GuardError, StoreDamaged, StoreUnavailable
 from safelora_vllm.remote.bucket import Bucket, Conflict
-from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest
+from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest, mirror
 from safelora_vllm.store.housekeeping import verify
 from safelora_vllm.store.mirror import MirroredNames, attach, open_names
 from tests.mirror_writer import add, files
@@ -72,13 +75,13 @@ def test_two_disks_serve_the_same(disks: tuple[Path, Path]) -> None:
     digest = two.all()["a"].live.digest
     assert RawStore(disks[1]).damaged(digest) is None
     add(disks[1], "a", 2)
-    one.stamp()
+    one.look()
     assert one.all()["a"].current == 2
     one.update("a", lambda _: None)
-    two.stamp()
+    two.look()
     assert two.all() == {} == one.all()
     add(disks[1], "a", 3)
-    one.stamp()
+    one.look()
     assert one.all()["a"].current == 1 == two.all()["a"].current
 
 
@@ -123,9 +126,10 @@ def test_a_bucket_that_does_not_answer(
     def fails(*_: Any) -> Any:
         raise StoreUnavailable("the bucket cannot be read")
 
-    for method in ("get", "etags", "put"):
+    for method in ("get", "etags", "put", "size"):
         monkeypatch.setattr(Bucket, method, fails)
-    assert names.stamp() > 0 and names.stamp() > 0
+    names.look()
+    names.look()
     assert set(names.all()) == {"a"}, "what is known stays"
     assert caplog.text.count("What is known of it stays in force") == 1
     with pytest.raises(StoreUnavailable):
@@ -166,6 +170,80 @@ def test_a_record_that_is_none_is_left_out(
     assert set(names.all()) == {"a"} and caplog.text.count("is left out") == 2
     with pytest.raises(StoreDamaged, match="is no record of a name"):
         names.update("b", lambda _: None)
+
+
+def test_what_cannot_be_taken_over_is_not_fetched_each_time(
+    disks: tuple[Path, Path], url: str, storage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(disks[0], "a", 1)
+    key = f"{url.removeprefix('s3://bucket/')}/raw/{content_digest(*files('a', 1).values())}"
+    sound = storage[1].get_object(Bucket="bucket", Key=f"{key}/{WEIGHTS}")["Body"].read()
+    storage[1].put_object(Bucket="bucket", Key=f"{key}/{WEIGHTS}", Body=b"other bytes")
+    names, asked, real = mirrored(disks[1]), list[str](), Bucket.get
+
+    def get(self: Bucket, path: str, *more: int) -> Any:
+        asked.append(path)
+        return real(self, path, *more)
+
+    monkeypatch.setattr(Bucket, "get", get)
+    names.pull()
+    seen = len(asked)
+    names.pull()
+    assert len(asked) == seen > 0 and not names.all()
+    storage[1].put_object(Bucket="bucket", Key=f"{key}/{WEIGHTS}", Body=sound)
+    monkeypatch.setattr(mirror, "_AGAIN_SECONDS", 0.0)  # minutes later
+    names.pull()
+    assert set(names.all()) == {"a"}
+
+
+def test_a_slow_download_holds_up_no_change(
+    disks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(disks[0], "a", 1)
+    begun, goes_on, real = Event(), Event(), Bucket.get
+
+    def get(self: Bucket, path: str, *more: int) -> Any:
+        if path.endswith(WEIGHTS):
+            begun.set()
+            assert goes_on.wait(10)
+        return real(self, path, *more)
+
+    monkeypatch.setattr(Bucket, "get", get)
+    two = mirrored(disks[1])
+    with ThreadPoolExecutor(2) as pool:
+        pulled = pool.submit(two.pull)
+        assert begun.wait(10)
+        changed = pool.submit(add, disks[1], "b", 2)
+        try:
+            changed.result(timeout=5)
+        finally:
+            goes_on.set()
+        pulled.result(timeout=10)
+    two.pull()
+    assert set(two.all()) == {"a", "b"}
+
+
+def test_an_upload_that_is_there_is_not_downloaded_to_see_that(
+    disks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(disks[0], "a", 1)
+    shutil.rmtree(disks[0] / "raw")  # of an older version, lost here
+    real = Bucket.get
+    asked: list[str] = []
+    monkeypatch.setattr(
+        Bucket, "get", lambda self, path, *more: asked.append(path) or real(self, path, *more)
+    )
+    add(disks[0], "a", 2)
+    assert all(path.startswith(("names/", "ids")) for path in asked)
+
+
+def test_a_large_object_may_take_longer(url: str) -> None:
+    """A client's patience is for a whole request, whatever its size."""
+    bucket, given = Bucket(url), list[str]()
+    bucket._from_url = lambda _, client_options, **__: given.append(client_options["timeout"])
+    for nbytes in (1, 300_000_000, 300_000_001):
+        bucket._client(nbytes)
+    assert given == ["60s", "1920s"] and 300_000_000 / 1920 < 256 * 1024
 
 
 def test_a_store_keeps_to_its_bucket(url: str, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _SEGMENT = re.compile(r"[A-Za-z0-9!$&'()*+,;=:@._~-]+")
 _ESCAPED = re.compile(r"(?:[A-Za-z0-9!$&'()*+,;=:@._~-]|%[0-9A-Fa-f]{2})+")
-_HIDING = re.compile(r"%(?:2e|2f|5c|25|7f|[01][0-9a-f])", re.I)  # '.', '/', '\', '%' and control characters
+# '.', '/', '\', ';', '%' and control characters, and what overlong UTF-8 begins with
+_HIDING = re.compile(r"%(?:2e|2f|5c|3b|25|7f|[01][0-9a-f]|c[01]|e0%[89]|f0%8)", re.I)
 _QUERY = re.compile(r"[A-Za-z0-9!$&'()*+,;=:@._~%/?-]*")
 
 
@@ -165,7 +166,8 @@ def _segments(path: str, scheme: str) -> tuple[str, ...]:
     parts = path.removesuffix("/").split("/") if path.removesuffix("/") else []
     good = _ESCAPED if scheme == "https" else _SEGMENT
     for part in parts:
-        if part in ("", ".", "..") or not good.fullmatch(part) or _HIDING.search(part):
+        plain = part.partition(";")[0]  # servers of Java cut path parameters off: '..;' is '..' to them
+        if plain in ("", ".", "..") or not good.fullmatch(part) or _HIDING.search(part):
             raise _malformed("its path has an empty part, '.', '..' or a character that is not allowed there")
     return tuple(parts)
 

@@ -13,7 +13,8 @@ from safelora_vllm.errors import GuardError, StoreUnavailable
 from safelora_vllm.remote.address import CLOUDS, is_remote
 
 _RETRY = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
-_CLIENT = {"timeout": "30s", "connect_timeout": "5s"}
+_SECONDS = 30  # for a request, and more for each of
+_BYTES_A_SECOND = 256 * 1024
 
 
 class Conflict(Exception):
@@ -43,23 +44,36 @@ class Bucket:
                 "a store's mirror needs obstore, which is not installed: pip install 'safelora-vllm[remote]'"
             ) from None
         self.url = url.rstrip("/")
-        # Options that are given take the place of the environment's.
-        options = {**_CLIENT, "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")}
         self._obstore: Any = obstore
+        self._from_url: Any = from_url
+        self._clients: dict[int, Any] = {}  # by the seconds that a request may take, which are a client's
         try:
-            self._store: Any = from_url(self.url, client_options=options, retry_config=_RETRY)  # type: ignore[call-overload]
+            self._store = self._client(0)
         except Exception as error:
             raise GuardError(f"the bucket {self.url} cannot be used ({type(error).__name__})") from None
 
-    def get(self, path: str) -> tuple[bytes, str] | None:
-        """An object's content and ETag, None where there is none.
+    def get(self, path: str, nbytes: int = 0) -> tuple[bytes, str] | None:
+        """An object's content and ETag, None where there is none. nbytes: a large one's, which takes longer.
 
         Raises:
             StoreUnavailable: the bucket does not answer.
         """
         try:
-            found = self._obstore.get(self._store, path)
+            found = self._obstore.get(self._client(nbytes), path)
             return bytes(found.bytes()), str(found.meta["e_tag"])
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise self._unavailable(error) from None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, None where there is none.
+
+        Raises:
+            StoreUnavailable: the bucket does not answer.
+        """
+        try:
+            return int(self._obstore.head(self._store, path)["size"])
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -88,14 +102,30 @@ class Bucket:
         """
         mode = "create" if etag is None else {"e_tag": etag}
         try:
-            return str(self._obstore.put(self._store, path, content, mode=mode, use_multipart=False)["e_tag"])
+            client = self._client(len(content))
+            return str(self._obstore.put(client, path, content, mode=mode, use_multipart=False)["e_tag"])
         except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
             raise Conflict from None
         except Exception as error:
             raise self._unavailable(error) from None
+
+    def _client(self, nbytes: int) -> Any:
+        """One whose requests may take as long as so many bytes need."""
+        seconds = _SECONDS
+        while (seconds - _SECONDS) * _BYTES_A_SECOND < nbytes:
+            seconds *= 2
+        if seconds not in self._clients:
+            # Options that are given take the place of the environment's.
+            options = {"timeout": f"{seconds}s", "connect_timeout": "5s", "allow_http": _allows_http()}
+            self._clients[seconds] = self._from_url(self.url, client_options=options, retry_config=_RETRY)
+        return self._clients[seconds]
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         """Without the error's text, which may hold a signature."""
         return StoreUnavailable(
             f"the bucket {self.url} cannot be read or written ({type(error).__name__}); try again later"
         )
+
+
+def _allows_http() -> bool:
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")

@@ -133,6 +133,8 @@ def _read_on(wanted: _Object, file: BinaryIO) -> None:
             raise refuse("too_large", f"{wanted.shown} has {size:,} bytes; {wanted.limit:,} are accepted")
         for block in answer.blocks():
             at += len(block)
+            if at > size:
+                raise refuse("source_response", f"{wanted.shown} sent more than it announced")
             file.write(block)
     if at < size:
         raise pinned.Broken

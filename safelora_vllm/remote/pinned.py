@@ -18,6 +18,7 @@ from safelora_vllm.remote.reach import Reach
 from safelora_vllm.remote.refusals import unavailable
 
 CONNECT_SECONDS = 10.0
+ADDRESSES = 4  # of a name that are tried
 ANSWER_SECONDS = 30.0  # from the connection to the end of the headers, with TLS
 PATIENCE_SECONDS = 60.0
 PATIENCE_BYTES = 64 * 1024  # that have to come in each such time, as for uploads
@@ -39,9 +40,9 @@ class Answer:
         self.status = response.status
 
     def header(self, name: str) -> str:
-        """A header's value, '' if it is not there. Two of one name are as good as none."""
+        """A header's value, '' if it is not there. Different ones of one name are joined by ", "."""
         values = self._response.headers.get_all(name) or []
-        return values[0].strip() if len(set(values)) == 1 else ""
+        return ", ".join(dict.fromkeys(value.strip() for value in values))
 
     def blocks(self) -> Iterator[bytes]:
         """The body.
@@ -89,7 +90,7 @@ def get(url: str, headers: Mapping[str, str], reach: Reach, shown: str, end: flo
     connection = http.client.HTTPConnection(host, port)
     connection.default_port = _PORTS[scheme]  # Host has no port then
     response = None
-    watch = _Watch(_connected(addresses), max(0.0, min(ANSWER_SECONDS, end - time.monotonic())))
+    watch = _Watch(_connected(addresses, end), max(0.0, min(ANSWER_SECONDS, end - time.monotonic())))
     try:
         try:
             if scheme == "https":
@@ -140,11 +141,13 @@ class _Watch:
             self.sock.shutdown(socket.SHUT_RDWR)
 
 
-def _connected(addresses: list[tuple[str, int]]) -> socket.socket:
+def _connected(addresses: list[tuple[str, int]], end: float) -> socket.socket:
     """A connection to the first that answers. The addresses are numbers: nothing is resolved here."""
-    for address in addresses:
+    for address in addresses[:ADDRESSES]:
+        if (left := end - time.monotonic()) <= 0:
+            break
         sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        sock.settimeout(CONNECT_SECONDS)
+        sock.settimeout(min(CONNECT_SECONDS, left))
         try:
             sock.connect(address)
         except OSError:

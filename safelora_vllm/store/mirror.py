@@ -11,36 +11,53 @@ ids                        the next number
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
-from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
 from safelora_vllm.errors import GuardError, StoreDamaged, StoreUnavailable, UsageError
 from safelora_vllm.files import locked, make_folder, replace_file, sync_folder, writing
 from safelora_vllm.remote.bucket import Bucket, Conflict
-from safelora_vllm.store.layout import IDS, MIRROR, NAMES, RAW
+from safelora_vllm.store.layout import IDS, MIRROR, NAMES
+from safelora_vllm.store.mirror_uploads import MirroredUploads
 from safelora_vllm.store.name_record import AdapterRecord, file_of, from_json, to_json
 from safelora_vllm.store.names import FIRST_ID, LAST_ID, REMEDY, NameStore
-from safelora_vllm.store.raw import RawStore
 
 logger = logging.getLogger("vllm.safelora.store")
 _TRIES = 20
 _NO_RECORD = (ValueError, KeyError, TypeError, RecursionError, UsageError)
+_AGAIN_SECONDS = 300.0  # after which what could not be taken over is read again: it may have been repaired
 _REMOVED = json.dumps({"removed": True}).encode()
+
+
+class _Complaint(NamedTuple):
+    """A record with this ETag could not be taken over at this time."""
+
+    etag: str
+    at: float
+
+    def stands(self, etag: str, now: float) -> bool:
+        return self.etag == etag and now - self.at < _AGAIN_SECONDS
+
+
+_NONE = _Complaint("", 0.0)
 
 
 class MirroredNames(NameStore):
     """A `NameStore` whose changes are made in a bucket first."""
 
+    is_mirror = True
+
     def __init__(self, root: str | Path, bucket: Bucket) -> None:
         super().__init__(root)
-        self._bucket, self._raw = bucket, RawStore(root)
+        self._bucket, self._uploads = bucket, MirroredUploads(root, bucket)
         self._etags: dict[str, str] = {}  # of what the local records are
-        self._complaints: dict[str, str] = {}  # of which records
-        self._kept: set[str] = set()  # digests that are in the bucket
+        self._complaints: dict[str, _Complaint] = {}
         self._out = False
 
     def update(
@@ -51,24 +68,31 @@ class MirroredNames(NameStore):
     ) -> AdapterRecord | None:
         """As in `NameStore`, of the bucket's record: of two servers, one sees what the other wrote."""
         file = file_of(name)
+        before = _sound(self._bucket.get(f"{NAMES}/{file}"), file)
+        self._uploads.put(after) if (after := change(before)) != before else self._uploads.fetch(after)
         with self._locked():
             for _ in range(_TRIES):
                 found = self._bucket.get(f"{NAMES}/{file}")
-                before = _sound(found[0], file) if found else None
+                before = _sound(found, file)
                 after = change(before)
                 if after != before:
-                    self._upload(after)
+                    self._uploads.put(after)
                     content = to_json(after, file) if after else _REMOVED
                     try:
-                        with around(self.file_digest(name), after) if around else contextlib.nullcontext():
-                            etag = self._bucket.put(f"{NAMES}/{file}", content, found[1] if found else None)
+                        with around(_digest(found), after) if around else contextlib.nullcontext():
+                            etag = self._put(f"{NAMES}/{file}", content, found[1] if found else None)
                             self._write(file, after, etag)
                     except Conflict:
                         continue
                 elif found:
-                    self._follow(file, after, found[1])
+                    self._uploads.fetch(after)
+                    self._write(file, after, found[1])
                 return after
         raise StoreUnavailable(f"{name} is changed by others all the time; try again later")
+
+    def file_digest(self, name: str) -> str:
+        """As in `NameStore`, of the bucket's record: the local one may be behind it."""
+        return _digest(self._bucket.get(f"{NAMES}/{file_of(name)}"))
 
     def reserve_ids(self, count: int) -> int:
         """As in `NameStore`, for all servers of the bucket."""
@@ -87,8 +111,8 @@ class MirroredNames(NameStore):
                 return first
         raise StoreUnavailable("adapter ids are taken by others all the time; try again later")
 
-    def stamp(self) -> int:
-        """As in `NameStore`, after a look into the bucket. While it does not answer, what is known stays."""
+    def look(self) -> None:
+        """As in `NameStore`. While the bucket does not answer, what is known stays."""
         try:
             self.pull()
             self._out = False
@@ -96,7 +120,6 @@ class MirroredNames(NameStore):
             if not self._out:
                 logger.error("%s. What is known of it stays in force", error)
             self._out = True
-        return super().stamp()
 
     def pull(self) -> None:
         """Make the local records those of the bucket, with the uploads that they refer to.
@@ -104,33 +127,52 @@ class MirroredNames(NameStore):
         Raises:
             StoreUnavailable: the bucket does not answer.
         """
-        if self._bucket.etags(NAMES) == self._etags:
+        now = time.monotonic()
+        news = {
+            file: etag
+            for file, etag in self._bucket.etags(NAMES).items()
+            if self._etags.get(file) != etag and not self._complaints.get(file, _NONE).stands(etag, now)
+        }
+        if not news:
             return
         with self._locked():
             if ids := self._bucket.get(IDS):
                 with writing(self.root):
                     replace_file(self.root / IDS, ids[0])
-            for file, etag in self._bucket.etags(NAMES).items():
-                if self._etags.get(file) == etag or not (found := self._bucket.get(f"{NAMES}/{file}")):
-                    continue
-                try:
-                    self._follow(file, _record(found[0], file), found[1])
-                except (StoreDamaged, *_NO_RECORD) as error:  # one bad name must not keep the others away
-                    if self._complaints.get(file) != found[1]:
-                        logger.error("%s/%s of the bucket is left out: %s", NAMES, file, error)
-                    self._complaints[file] = found[1]
+        for file, etag in news.items():
+            try:
+                self._follow(file)
+            except (StoreDamaged, *_NO_RECORD) as error:  # one bad name must not keep the others away
+                if self._complaints.get(file, _NONE).etag != etag:
+                    logger.error("%s/%s of the bucket is left out: %s", NAMES, file, error)
+                self._complaints[file] = _Complaint(etag, now)
 
-    def _follow(self, file: str, record: AdapterRecord | None, etag: str) -> None:
+    def _follow(self, file: str) -> None:
         """Take over what another server wrote.
 
         Raises:
             StoreDamaged: its upload is not in the bucket as it was.
         """
-        for version in record.versions if record else ():
-            live = record is not None and version.digest == record.live.digest
-            with contextlib.nullcontext() if live else contextlib.suppress(StoreDamaged):
-                self._download(version.digest)
-        self._write(file, record, etag)
+        if found := self._bucket.get(f"{NAMES}/{file}"):
+            self._uploads.fetch(_record(found[0], file))  # long, so before the lock
+        with self._locked():  # what was read before it may be older than what is here now
+            if found := self._bucket.get(f"{NAMES}/{file}"):
+                record = _record(found[0], file)
+                self._uploads.fetch(record)
+                self._write(file, record, found[1])
+
+    def _put(self, path: str, content: bytes, etag: str | None) -> str:
+        """`Bucket.put` of a record. A client that got no answer repeats it: its first write is in its way.
+
+        Two servers that wrote the same at once both succeed: the change that each wanted is made.
+        """
+        try:
+            return self._bucket.put(path, content, etag)
+        except Conflict:
+            found = self._bucket.get(path)
+            if found is None or found[0] != content:
+                raise
+            return found[1]
 
     def _write(self, file: str, record: AdapterRecord | None, etag: str) -> None:
         path = self.folder / file
@@ -143,30 +185,6 @@ class MirroredNames(NameStore):
                 path.unlink()
                 sync_folder(self.folder)
         self._etags[file] = etag
-
-    def _upload(self, record: AdapterRecord | None) -> None:
-        """What a record refers to, before the record."""
-        for digest in {version.digest for version in record.versions} - self._kept if record else ():
-            folder = self._raw.path(digest)
-            if not self._raw.has(digest) and self._bucket.get(f"{RAW}/{digest}/{WEIGHTS}"):
-                continue  # of an older version, lost here
-            for name in (CONFIG, WEIGHTS):
-                with contextlib.suppress(Conflict):  # it is there
-                    self._bucket.put(f"{RAW}/{digest}/{name}", _content(folder / name), None)
-            self._kept.add(digest)
-
-    def _download(self, digest: str) -> None:
-        if self._raw.has(digest):
-            return
-        files: dict[str, bytes] = {}
-        for name in (CONFIG, WEIGHTS):
-            if (found := self._bucket.get(f"{RAW}/{digest}/{name}")) is None:
-                raise StoreDamaged(f"{RAW}/{digest}/{name} is not in the bucket; upload the adapter again")
-            files[name] = found[0]
-        if content_digest(files[CONFIG], files[WEIGHTS]) != digest:
-            raise StoreDamaged(f"{RAW}/{digest} in the bucket has other content; upload the adapter again")
-        self._raw.keep(digest, files)
-        self._kept.add(digest)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -215,22 +233,17 @@ def attach(root: str | Path, url: str | None) -> None:
         replace_file(marker, wanted.encode())
 
 
-def _sound(content: bytes, file: str) -> AdapterRecord | None:
+def _sound(found: tuple[bytes, str] | None, file: str) -> AdapterRecord | None:
     try:
-        return _record(content, file)
+        return _record(found[0], file) if found else None
     except _NO_RECORD as error:
         raise StoreDamaged(
             f"{NAMES}/{file} in the bucket is no record of a name ({type(error).__name__}); {REMEDY}"
         ) from error
 
 
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise StoreUnavailable(
-            f"{file} cannot be read ({error.strerror}); upload the adapter again"
-        ) from error
+def _digest(found: tuple[bytes, str] | None) -> str:
+    return "" if found is None or found[0] == _REMOVED else hashlib.sha256(found[0]).hexdigest()
 
 
 def _record(content: bytes, file: str) -> AdapterRecord | None:

@@ -34,8 +34,10 @@ _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class NameStore:
     """Records under ``root``. Safe for several threads, and for several processes on one root.
 
-    folder: where they lie, for those who watch it.
+    folder: where they lie, for those who watch it. is_mirror: of a bucket, into which `look` has to look.
     """
+
+    is_mirror = False
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -170,6 +172,9 @@ class NameStore:
             return self.folder.stat().st_mtime_ns
         except FileNotFoundError:
             return 0
+
+    def look(self) -> None:
+        """Take over what other stores wrote into the bucket, if there is one. It may take long."""
 
     def _scan(self) -> None:
         """Bring what was seen up to date."""

@@ -14,7 +14,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.files import locked, make_folder, replace_file
 from safelora_vllm.remote.bucket import Conflict
 from safelora_vllm.store.audit_log import AuditLog
-from safelora_vllm.store.name_record import AdapterRecord
+from safelora_vllm.store.name_record import AdapterRecord, file_of, to_json
 from safelora_vllm.store.names import NameStore
 
 logger = logging.getLogger("vllm.safelora.management")
@@ -41,7 +41,11 @@ class Line:
 
 @dataclass(frozen=True)
 class _Intent:
-    """A line that is to be written. before: digest of the name's file. begun: an ISO time. change: an id."""
+    """A line that is to be written.
+
+    before, after: digests of the name's file; '' where there is none, None where an older release wrote this.
+    begun: an ISO time. change: an id.
+    """
 
     actor: str
     action: str
@@ -50,6 +54,7 @@ class _Intent:
     before: str
     begun: str
     change: str = field(default_factory=lambda: secrets.token_hex(8))
+    after: str | None = None
 
 
 class RecordedNames:
@@ -73,7 +78,8 @@ class RecordedNames:
         def around(before: str, after: AdapterRecord | None) -> Iterator[None]:
             self._settle(name, before)
             begun = datetime.now(UTC).isoformat(timespec="microseconds")
-            intent = _Intent(line.actor, line.action, name, line.details(after), before, begun)
+            made = hashlib.sha256(to_json(after, file_of(name))).hexdigest() if after else ""
+            intent = _Intent(line.actor, line.action, name, line.details(after), before, begun, after=made)
             self._intend(intent)
             try:
                 yield
@@ -100,17 +106,23 @@ class RecordedNames:
                 self._settle(name, self._names.file_digest(name))
 
     def _settle(self, name: str, now: str) -> None:
-        """For one name, under the lock of the names. now: digest of its file."""
-        for path in self._files(name):
-            intent = _read(path)
-            if intent is None or intent.adapter != name:
+        """For one name, under the lock of the names. now: digest of its file.
+
+        In a bucket, another server may have changed the name since. Then nobody knows whether this change was
+        made, unless a later one of this server began from it: the line has the decision "unknown".
+        """
+        found = [(path, intent) for path in self._files(name) if (intent := _read(path))]
+        for position, (path, intent) in enumerate(found):
+            if intent.adapter != name:
                 continue
             if intent.before == now:  # the change was not made
                 path.unlink(missing_ok=True)
                 continue
             try:
                 if not self._has(intent):
-                    self._write(intent, completed=True)
+                    states = {now, None, *(later.before for _, later in found[position + 1 :])}
+                    known = intent.after in states or not self._names.is_mirror
+                    self._write(intent if known else _unknown(intent), completed=True)
             except StoreUnavailable as error:
                 logger.error("the audit log lacks a line for %r: %s", name, error)
             else:
@@ -149,6 +161,10 @@ class RecordedNames:
                 with contextlib.suppress(FileNotFoundError):
                     found.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(found)]
+
+
+def _unknown(intent: _Intent) -> _Intent:
+    return replace(intent, details={**intent.details, "decision": "unknown"})
 
 
 def _start(name: str) -> str:

@@ -217,6 +217,34 @@ def test_without_a_watch_the_heartbeat_sees_changes(
     run(names, test)
 
 
+def test_a_bucket_that_hangs_holds_up_no_heartbeat(
+    names: HangingNames, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is looked into by a task of its own, which an error does not end."""
+    assert store_sync._LOOK_SECONDS == 2.0, "as the documentation says"
+    monkeypatch.setattr(store_sync, "_LOOK_SECONDS", 0.001)
+    hangs, looks = threading.Event(), list[int]()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            raise RuntimeError("what nobody expected")
+        hangs.wait(10)
+
+    async def test(made: Reconciler, _: FakeEngine) -> None:
+        monkeypatch.setattr(names, "look", look)
+        made.background.spawn(made.store.follow_bucket())
+        while len(looks) < 2:
+            await asyncio.sleep(0.001)
+        assert "what nobody expected" in caplog.text
+        save(NameStore(names.root), "new", "2")
+        await asyncio.wait_for(made.store.catch_up(), 5)
+        assert set(paths(made)) == {"chat", "new"}
+        hangs.set()
+
+    run(names, test)
+
+
 def test_a_damaged_record_hides_its_name_only(names: HangingNames) -> None:
     async def test(made: Reconciler, _: FakeEngine) -> None:
         save(NameStore(names.root), "new", "2")

@@ -121,7 +121,7 @@ class Reconciler:
             await made._adopt_static(request, _STATIC_IDS + IDS_EACH * position)
         await asyncio.to_thread(make_folder, made.names.folder)
         made.store.watch = StoreWatch(made.names.folder)
-        await asyncio.to_thread(made.names.stamp)  # a look into the store's bucket, if it has one
+        await asyncio.to_thread(made.names.look)
         await made.sync()
         for name, entry in made.registry.items():
             refused = isinstance(entry.problem, AdapterRefused)  # perhaps by another release
@@ -129,6 +129,8 @@ class Reconciler:
                 made.background.spawn(made._prepare(name, again=True))
         await made._state.tell(made.store.passed_over)
         made.background.spawn(made._heartbeat())
+        if made.names.is_mirror:
+            made.background.spawn(made.store.follow_bucket())
         return made
 
     async def stop(self) -> None:

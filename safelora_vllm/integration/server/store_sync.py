@@ -21,6 +21,7 @@ logger = logging.getLogger("vllm.safelora.reconcile")
 _SETTLED_NS = 50_000_000
 # A request waits this long for a change that was seen. Where the store hangs, the next ones do not wait.
 _PATIENCE_SECONDS = 1.0
+_LOOK_SECONDS = 2.0
 
 
 class StoreSync:
@@ -78,6 +79,15 @@ class StoreSync:
             await self.sync()
             # A folder's time stamp is as coarse as the kernel's clock tick: a second change may not show.
             self._stamp = stamp if time.time_ns() - stamp > _SETTLED_NS else -1
+
+    async def follow_bucket(self) -> None:
+        """Without end: take over what others wrote into the store's bucket. It may take long."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                await asyncio.to_thread(self._names.look)
+            except Exception as error:  # whatever it is, the next look may succeed
+                logger.warning("the store's bucket: %s: %s", type(error).__name__, error)
 
     def read_changes(self) -> tuple[list[tuple[AdapterRecord, Copy | None]], dict[str, AdapterRecord]]:
         """Records that are not in the registry as they are, each with its copy if it is published; all."""
