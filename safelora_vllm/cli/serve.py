@@ -157,7 +157,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=("text", "json"),
         default="text",
         help="json: vLLM and safelora log one JSON object a line, with the request's id and tenant; "
-        "default: %(default)s",
+        "default: text",
     )
     add_projectors_option(parser)
     add_policy_options(parser)
