@@ -228,7 +228,8 @@ def test_a_start(
     assert manager.roots == (root.resolve(),), "a link may be exchanged later"
     assert (manager.max_adapter_bytes, manager.hub) == (12345, True)
     assert manager.audit.folder == place.store / AUDIT and manager.is_base_model(MODEL)
-    assert registered == [(remove_unowned, Path(place.gate.socket).parent, 10.0)]
+    assert registered[0] == (remove_unowned, Path(place.gate.socket).parent, 10.0)
+    assert [given.__name__ for (given,) in registered[1:]] == ["close"]  # of the counters' file
     said = {record.getMessage().partition(":")[0]: record.levelname for record in caplog.records}
     assert said["adapters are guarded"] == ("INFO" if mode == "enforce" else "WARNING")
     assert said["keys"] == "INFO"

@@ -160,7 +160,7 @@ def test_what_was_sent_is_not_repeated_in_the_error(
     monkeypatch.setattr(routes, "read_with_timeout", sent)
     who, nothing = Principal("admin", "ops"), cast(Any, None)
     with pytest.raises(RequestValidationError) as refused:
-        asyncio.run(routes._add_by_path(who, fake.app.state.safelora_manager, nothing, nothing, False))
+        asyncio.run(routes._add_named(who, fake.app.state.safelora_manager, nothing, nothing, False))
     assert refused.value.errors() and "a secret" not in repr(refused.value.errors())
     answer = admin.post("/v1/adapters", json=body)
     assert answer.status_code == 400 and "a secret" not in answer.text
@@ -222,7 +222,7 @@ def test_metrics_are_there_while_the_gate_is_down(
         for path, methods in admin.get("/openapi.json").json()["paths"].items()
         if any("safelora" in operation.get("tags", ()) for operation in methods.values())
     ]
-    assert ours and all(path.startswith("/v1/") for path in ours)
+    assert ours and all(path.startswith(("/v1/", "/safelora/")) for path in ours)
     samples = metric_samples(admin)
     assert samples["safelora_adapters", frozenset()] == 1
     assert samples["safelora_enforcing", frozenset()] == 1, "the gate's own"
@@ -279,5 +279,5 @@ def test_a_version_is_shown_as_it_is_stored() -> None:
     shown = VersionInfo(**version_info(version)).model_dump()
     assert shown == {
         "version": 3, "digest": "d" * 64, "bytes": 5, "rank": 7, "created": 9.5, "by": "ops",
-        "policy": {"mode": "enforce"}, "override": True, "reason": "because",
+        "policy": {"mode": "enforce"}, "override": True, "reason": "because", "refused": [],
     }  # fmt: skip

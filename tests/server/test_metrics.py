@@ -13,45 +13,45 @@ from tests.server.conftest import load, metric_samples, say
 def test_metrics_follow_the_adapters(
     admin: httpx.Client, user: httpx.Client, adapters: dict[str, Path]
 ) -> None:
-    load(admin, "tenant", adapters["qv"])
-    say(user, "tenant")
+    load(admin, "measured", adapters["qv"])
+    say(user, "measured")
     samples = metric_samples(user)
-    report = user.get("/v1/adapters/tenant").json()
+    report = user.get("/v1/adapters/measured").json()
 
     def value(name: str, **labels: str) -> float:
         return samples[name, frozenset(labels.items())]
 
-    assert value("safelora_adapter_modules", adapter="tenant", decision="projected") == 60
+    assert value("safelora_adapter_modules", adapter="measured", decision="projected") == 60
     similarities = [module["similarity"] for module in report["modules"]]
-    assert value("safelora_adapter_similarity", adapter="tenant", stat="min") == min(similarities)
+    assert value("safelora_adapter_similarity", adapter="measured", stat="min") == min(similarities)
     retained = [module["retained"] for module in report["modules"]]
-    assert value("safelora_adapter_retained_norm", adapter="tenant", stat="min") == min(retained)
-    assert 0.29 < value("safelora_adapter_relative_norm", adapter="tenant") < 0.31
+    assert value("safelora_adapter_retained_norm", adapter="measured", stat="min") == min(retained)
+    assert 0.29 < value("safelora_adapter_relative_norm", adapter="measured") < 0.31
     info = {"digest": report["digest"], "method": "safe-lora", "mode": "enforce"}
     info |= {"tenant": "", "version": "1"}
-    assert value("safelora_adapter_info", adapter="tenant", **info) == 1
+    assert value("safelora_adapter_info", adapter="measured", **info) == 1
     assert value("safelora_workers", state="guarded") == 1 == value("safelora_workers_expected")
     assert value("safelora_ready") == 1 and user.get("/safelora/ready").json() == {
         "ready": True,
         "problems": [],
         "warnings": [],
     }
-    used = value("safelora_adapter_generation_tokens_total", adapter="tenant")
-    assert used == 8 and value("safelora_adapter_requests_total", adapter="tenant", outcome="length") == 1
-    assert value("safelora_adapter_prompt_tokens_total", adapter="tenant") > 3
+    used = value("safelora_adapter_generation_tokens_total", adapter="measured")
+    assert used == 8 and value("safelora_adapter_requests_total", adapter="measured", outcome="length") == 1
+    assert value("safelora_adapter_prompt_tokens_total", adapter="measured") > 3
     for histogram in ("time_to_first_token", "time_per_output_token"):
-        assert value(f"safelora_adapter_{histogram}_seconds_count", adapter="tenant") == 1
-        assert value(f"safelora_adapter_{histogram}_seconds_sum", adapter="tenant") > 0
+        assert value(f"safelora_adapter_{histogram}_seconds_count", adapter="measured") == 1
+        assert value(f"safelora_adapter_{histogram}_seconds_sum", adapter="measured") > 0
     assert value("safelora_max_gpu_lora_adapters", engine="0") == 2
     assert value("safelora_projector_bytes", tier="device") > 1e6
     assert value("safelora_enforcing") == 1
     assert any(name.startswith("vllm:") for name, _ in samples), "vLLM's own metrics are missing"
 
     misses = value("safelora_gate_cache_total", outcome="miss")
-    admin.post("/v1/unload_lora_adapter", json={"lora_name": "tenant"})
+    admin.post("/v1/unload_lora_adapter", json={"lora_name": "measured"})
     load(admin, "again", adapters["qv"])
     samples = metric_samples(user)
-    assert not any(("adapter", "tenant") in labels for _, labels in samples)
+    assert not any(("adapter", "measured") in labels for _, labels in samples)
     assert value("safelora_gate_cache_total", outcome="hit") >= 1
     assert value("safelora_gate_cache_total", outcome="miss") == misses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,12 +180,21 @@ def test_links_that_lead_out_of_the_roots_are_not_followed(
     outside = tmp_path_factory.mktemp("outside") / "weights"
     outside.write_bytes((drafts["qv"] / WEIGHTS).read_bytes())
     snapshot = hub_cache(tmp_path / "hub", drafts["qv"])
-    big = tmp_path / "big"
-    big.write_bytes(b"0" * (fake.app.state.safelora_manager.max_adapter_bytes + 1))
-    for target, status in ((outside, 403), (tmp_path / "none", 400), (tmp_path, 400), (big, 413)):
+    blobs = snapshot.parents[1] / "blobs"
+    (blobs / "folder").mkdir()
+    (blobs / "big").write_bytes(b"0" * (fake.app.state.safelora_manager.max_adapter_bytes + 1))
+    inside = tmp_path / "of-another-repository"
+    inside.write_bytes(outside.read_bytes())
+    for target, status in (
+        (outside, 403), (inside, 403), (blobs / "none", 400), (blobs / "folder", 400), (blobs / "big", 413),
+    ):  # fmt: skip
         (snapshot / WEIGHTS).unlink()
         (snapshot / WEIGHTS).symlink_to(target)
         assert load(admin, "x", snapshot).status_code == status, target
+    plain = Path(shutil.copytree(drafts["qv"], tmp_path / "plain"))
+    (plain / WEIGHTS).unlink()
+    (plain / WEIGHTS).symlink_to(inside)
+    assert load(admin, "x", plain).status_code == 422, "a folder of no hub cache: the gate follows no link"
     fake.app.state.safelora_manager.roots = ()
     answer = load(admin, "x", snapshot)
     assert answer.status_code == 422 and "hf download" in answer.json()["error"]["message"]

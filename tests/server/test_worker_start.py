@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from vllm import envs
@@ -18,6 +19,7 @@ from safelora_vllm.errors import GateUnavailable, GuardError
 from safelora_vllm.files import FoundSound
 from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.integration import adapter_uri, plugin
+from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.seams import checks, fixes
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.seams.table import ATTEST, PREPARE
@@ -104,7 +106,8 @@ def test_the_first_worker_starts_the_gate(host: Host, tmp_path: Path) -> None:
     assert guard._owner_lock is host.lock, "the gate is its own for as long as it lives"
     assert guard.lost == set()
     guard.lost |= {"safelora://b", "safelora://a"}
-    assert guard.attestation().to_dict() == {
+    told = guard.attestation(pool := PoolState(slots=2)).to_dict()
+    assert told.pop("pool") == msgspec.to_builtins(pool) and told == {
         "guarded": True, "socket": config.socket, "projectors": STATE.projectors, "policy": STATE.policy.id,
         "lost": ["safelora://a", "safelora://b"],
     }  # fmt: skip

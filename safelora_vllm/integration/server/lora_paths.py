@@ -25,8 +25,9 @@ _FOLLOW = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 async def adapter_at(managed: Manager, path: str) -> AsyncIterator[Path]:
     """What the gate is to read.
 
-    A hub id is downloaded, where the operator allows that. Links of a Hugging Face cache folder are followed
-    inside of the allowed folders, and what they lead to is copied: the gate itself follows none.
+    A hub id is downloaded, where the operator allows that. Links of a Hugging Face cache's snapshot are
+    followed into its own blobs, inside of the allowed folders, and what they lead to is copied: the gate
+    itself follows none.
 
     Raises:
         UsageError: no path, or the download failed. Forbidden: outside of the folders that the operator
@@ -44,7 +45,7 @@ async def adapter_at(managed: Manager, path: str) -> AsyncIterator[Path]:
         return
     source = managed.check_root(path)
     links = [name for name in (CONFIG, WEIGHTS) if (source / name).is_symlink()]
-    if not links or not managed.roots:
+    if not links or not managed.roots or source.parent.name != "snapshots":
         yield source
         return
     async with incoming(root) as folder:
@@ -63,8 +64,11 @@ def _copy(source: Path, target: Path, roots: Sequence[Path], most: int) -> None:
         raise UsageError(f"{source} cannot be opened: {error.strerror}") from error
     try:
         found, status = Path(f"/proc/self/fd/{descriptor}").readlink(), os.fstat(descriptor)
-        if not any(found.is_relative_to(root) for root in roots):
-            raise Forbidden(f"{source} is a link that leads outside of the server's --adapter-root folders")
+        allowed = any(found.is_relative_to(root) for root in roots)
+        if not allowed or (source.is_symlink() and found.parent != source.parents[2] / "blobs"):
+            raise Forbidden(
+                f"{source} is a link that leads outside of its blobs, or of the --adapter-root folders"
+            )
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"{source} does not lead to a regular file")
         if status.st_size > most:
