@@ -128,6 +128,6 @@ class Server:
         if 300 <= error.code < 400:
             address = error.headers.get("Location", "")
             return UsageError(
-                f"{self._url} redirects to {address!r:.200}, where a key is not sent. Give the server's own URL"
+                f"{self._url} redirects to {address!r:.200}, which gets no key. Give the server's own URL"
             )
         return NoAnswer(f"{self._url} answered with status {error.code}")
