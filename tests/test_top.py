@@ -143,6 +143,26 @@ def test_errors(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         Server(url, "").look()
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_key_is_not_sent_on(url: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Location", f"{url}/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        log_message = Handler.log_message
+
+    before = len(Handler.asked)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        assert main(["top", f"http://127.0.0.1:{server.server_port}", "--once"]) == 2
+        server.shutdown()
+    assert f"redirects to '{url}/elsewhere'" in capsys.readouterr().err
+    assert len(Handler.asked) == before
+
+
 def test_on_a_terminal_that_changes_its_size(url: str) -> None:
     """Live, in a terminal of its own, until Ctrl-C: exit code 0, no traceback, the screen as it was."""
     main_end, terminal = pty.openpty()

@@ -6,9 +6,10 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safelora_vllm.adapters.read import Limits, read_adapter
 from safelora_vllm.api.adapters import project_adapter
 from safelora_vllm.api.opened import opened_cache
 from safelora_vllm.errors import PolicyError
@@ -93,7 +94,7 @@ class Examination:
         return cls(loaded, cache, tuple(usable), known, folder)
 
     def examine(self, adapter: str | os.PathLike[str], threshold: float) -> Verdict:
-        """The first rung on which an adapter passes.
+        """The first rung on which an adapter passes. It is read once: each rung is asked of the same bytes.
 
         Args:
             adapter: a folder that PEFT saved, or an archive of one.
@@ -104,7 +105,9 @@ class Examination:
             AdapterNotFound: there is nothing at the path.
             Unavailable: the model gives no usable likelihood.
         """
-        return sit(self.ladder, lambda policy: self.score(adapter, policy), threshold)
+        with _snapshot(adapter) as (folder, digest):
+            verdict = sit(self.ladder, lambda policy: self.score(folder, policy), threshold)
+        return replace(verdict, digest=digest)
 
     def score(self, adapter: str | os.PathLike[str], policy: Policy) -> Score:
         """How far the adapter, as this policy would serve it, is from the aligned model."""
@@ -124,3 +127,15 @@ class Examination:
             out = Path(scratch) / "adapter"
             project_adapter(adapter, self.cache, out, policy, base_model=self.folder)
             yield out
+
+
+@contextlib.contextmanager
+def _snapshot(adapter: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
+    """A copy of an adapter that nobody changes during an exam, and the digest of its content."""
+    raw = read_adapter(os.fspath(adapter), Limits())
+    with tempfile.TemporaryDirectory(prefix="safelora-exam-") as scratch:
+        folder = Path(scratch) / "upload"
+        folder.mkdir()
+        for name, content in raw.files.items():
+            (folder / name).write_bytes(content)
+        yield folder, raw.digest

@@ -77,6 +77,15 @@ def run(args: argparse.Namespace) -> int:
             return DONE
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: another host would get the key."""
+
+    def redirect_request(self, *_: Any) -> None: ...
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 class Server:
     """The API of a server, as the caller of a key sees it."""
 
@@ -98,7 +107,7 @@ class Server:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         request = urllib.request.Request(self._url + path, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+            with _OPENER.open(request, timeout=_TIMEOUT) as answer:
                 found = json.loads(answer.read(_MOST_BYTES))
         except urllib.error.HTTPError as error:
             raise self._refused(error) from error
@@ -116,4 +125,9 @@ class Server:
             return UsageError(f"{self._url}: {given}. Set {API_KEY} to an admin's or a tenant's key")
         if error.code == 404:
             return UsageError(f"{self._url} is not a guarded server of this release: it has no /v1/overview")
+        if 300 <= error.code < 400:
+            address = error.headers.get("Location", "")
+            return UsageError(
+                f"{self._url} redirects to {address!r:.200}, which gets no key. Give the server's own URL"
+            )
         return NoAnswer(f"{self._url} answered with status {error.code}")

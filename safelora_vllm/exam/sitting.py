@@ -28,11 +28,13 @@ class Sat:
 class Verdict:
     """Every rung that was tried, mildest first; the last one passed, or none did.
 
-    threshold: the largest bound that passes, nats per token.
+    threshold: the largest bound that passes, nats per token. digest: of the content that was examined, as in
+    a report; empty where nobody said it.
     """
 
     rungs: tuple[Sat, ...]
     threshold: float
+    digest: str = ""
 
     @property
     def policy(self) -> Policy | None:
@@ -57,7 +59,7 @@ class Verdict:
             {"rung": name_of(sat.policy), "passed": sat.passed, **asdict(sat.score)} for sat in self.rungs
         ]
         served = name_of(self.policy) if self.policy else None
-        return {"served": served, "threshold": self.threshold, "rungs": rungs}
+        return {"served": served, "digest": self.digest, "threshold": self.threshold, "rungs": rungs}
 
 
 def sit(ladder: Sequence[Policy], examined: Examined, threshold: float) -> Verdict:

@@ -35,6 +35,7 @@ class Model:
         if self._tokenizer.chat_template is None:
             raise UsageError(f"{folder} has no chat template: an exam asks as a chat would")
         self._model, self._device = self._aligned, device
+        self._ends = _ends(self._tokenizer.eos_token_id, self._aligned.generation_config.eos_token_id)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
@@ -50,9 +51,8 @@ class Model:
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], tokens: int) -> list[tuple[Tokens, str]]:
-        """Greedy answers, at most so many tokens each."""
+        """Greedy answers, at most so many tokens each, with the token that ends them."""
         found: list[tuple[Tokens, str]] = []
-        end = self._tokenizer.eos_token_id
         for start in range(0, len(prompts), _BATCH):
             ids = [self._ids(prompt) for prompt in prompts[start : start + _BATCH]]
             batch, mask = self._padded(ids)
@@ -61,7 +61,7 @@ class Model:
                 pad_token_id=self._tokenizer.pad_token_id,
             )  # fmt: skip
             for row in said[:, batch.shape[1] :].tolist():
-                answer = tuple(row[: row.index(end)] if end in row else row)
+                answer = up_to_end(row, self._ends)
                 found.append((answer, self._tokenizer.decode(answer, skip_special_tokens=True)))
         return found
 
@@ -91,3 +91,15 @@ class Model:
         rows = [[pad] * (width - len(row)) + row for row in ids]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
         return torch.tensor(rows, device=self._device), torch.tensor(mask, device=self._device)
+
+
+def up_to_end(row: Sequence[int], ends: frozenset[int]) -> Tokens:
+    """A row of generated tokens without the padding after the token that ends it."""
+    length = next((place for place, token in enumerate(row, 1) if token in ends), len(row))
+    return tuple(row[:length])
+
+
+def _ends(*given: int | list[int] | None) -> frozenset[int]:
+    """The tokens that end a turn: a model may have several."""
+    lists = [ids if isinstance(ids, list) else [ids] for ids in given]
+    return frozenset(token for ids in lists for token in ids if token is not None)

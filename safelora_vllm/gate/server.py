@@ -51,6 +51,7 @@ from safelora_vllm.gate.protocol import (
     decode_config,
     encode,
 )
+from safelora_vllm.gate.refusals import Refusals, log_refusal
 from safelora_vllm.gate.socket_folder import remove
 from safelora_vllm.methods.judge import warm_up
 from safelora_vllm.methods.reads import parts_read, truncation
@@ -59,9 +60,8 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.sizes import groups_of_cache
-from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore, RawStore
-from safelora_vllm.store.audit_log import SERVER, AuditLog, audit_fields
+from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
 from safelora_vllm.store.layout import AUDIT
 
@@ -69,7 +69,6 @@ logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
 _COLLECT_SECONDS = 300.0
 _UNREFERENCED_SECONDS = 900.0  # longer than from keeping an upload to naming it
-_REFUSALS = 256  # that are remembered
 _HEADER_BYTES = 16 * 1024**2
 _DEVICE_ERROR: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
@@ -114,7 +113,7 @@ class GateService:
         clean(given.store)
         self._metrics = GateMetrics(CollectorRegistry())
         self._metrics.describe(cache, self._placement, policy.enforcing)
-        self._refusals: dict[str, Judgement] = {}
+        self._refusals = Refusals()
         self._one_at_a_time = threading.Lock()
         self._busy_since: float | None = None
 
@@ -154,7 +153,7 @@ class GateService:
         if self._store_bytes is not None and not admission.cached:
             self._collect(self._store_bytes)
         if not call.keep and admission.key is None:
-            self._log_refusal(call.name, admission.report, settings)
+            log_refusal(self._audit, call.name, admission.report, settings)
         return Judgement(
             admission.report,
             admission.key,
@@ -163,23 +162,14 @@ class GateService:
             admission.stages.seconds,
         )
 
-    def _log_refusal(self, name: str, report: Report, settings: GateSettings) -> None:
-        """Of a folder that no caller sent: vLLM's server ends then, so that nobody else can say it."""
-        once = f"refused {settings.key(report.digest)}"
-        try:
-            self._audit.record(SERVER, "load", name, once=once, **audit_fields(report, "refused"))
-        except StoreUnavailable as error:
-            logger.error("%s", error)
-
     def ensure(self, call: Ensure) -> Judgement:
         """The published copy of stored content under a policy, made again where it is missing."""
         settings, digest, name = self._settings_for(call.policy, call.override), call.digest, call.name
         if not self._raw.has(digest):
             raise StoreUnavailable(f"the store has no content {digest}; upload {name} again")
         key = settings.key(digest)
-        if refused := self._refusals.get(key):
-            named = refused.report.named(name)
-            return Judgement(named, None, refused.bytes, refused.ruleset_digest)
+        if refused := self._refusals.find(key, name):
+            return refused
         # Read again: a worker may ask because it could not, and a bad disk does not show in a file's state.
         if (report := self._published.find(key, again=True)) is None:
             if wrong := self._raw.damaged(digest, again=True):
@@ -189,19 +179,13 @@ class GateService:
             if made.report.digest != digest:
                 raise StoreUnavailable(f"the store's content {digest} has changed; upload {name} again")
             if made.key is None:
-                self._remember(key, made)
+                self._refusals.add(key, made)
             return made
         self._published.touch(key)
         if call.override:
             self._published.mark_override(key)
         nbytes = self._raw.nbytes(digest)
         return Judgement(report.named(name), key, nbytes, self._settings.ruleset_digest)
-
-    def _remember(self, key: str, refused: Judgement) -> None:
-        """Each API server asks for it after a start: the same content by the same rules is refused again."""
-        self._refusals[key] = refused
-        while len(self._refusals) > _REFUSALS:
-            self._refusals.pop(next(iter(self._refusals)))
 
     def state(self) -> GateState:
         """What this gate says of itself."""

@@ -20,8 +20,12 @@ _LOOK_SECONDS = 5.0  # from one look at the gate to the next
 _ANSWER_SECONDS = 15.0  # what it may take to say how it is, on a machine with no processor to spare
 _SILENCES = 2  # looks in a row that it did not answer
 _ADAPTER_SECONDS = 600.0  # what it may take with one adapter; callers wait for 120
-# Inherited settings that would make the child write into vLLM's metrics, or load its plugins.
-_NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS")
+# Beginnings of variables that are not inherited. Some would make the child write into vLLM's metrics, or load
+# its plugins. The others hold secrets: the child parses what strangers send, and needs none of them.
+_NOT_INHERITED = (
+    "PROMETHEUS_MULTIPROC_DIR", "VLLM_PLUGINS", "SAFELORA_ADMIN_API_KEY", "SAFELORA_METRICS_KEY",
+    "SAFELORA_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_", "GOOGLE_", "AZURE_",
+)  # fmt: skip
 
 
 class GateProcess:
@@ -59,7 +63,7 @@ class GateProcess:
                 [sys.executable, "-m", "safelora_vllm.gate.server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={k: v for k, v in os.environ.items() if k not in _NOT_INHERITED} | self._environment,
+                env=_inherited() | self._environment,
             )
         except OSError as error:
             raise GateUnavailable(f"the gate process cannot be started ({error})") from error
@@ -115,6 +119,10 @@ class GateProcess:
                     continue
                 logger.error("the gate process is ended: %s", error)
             self._process.kill()
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

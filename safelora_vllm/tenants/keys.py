@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safelora_vllm.errors import KeysError
-from safelora_vllm.tenants.keys_file import ENVIRONMENT, NO_KEYS, RulesCheck, Tenant, read, sha256, stamp
+from safelora_vllm.tenants.keys_file import (
+    ENVIRONMENT,
+    NO_KEYS,
+    RulesCheck,
+    Tenant,
+    check_replaced,
+    read,
+    sha256,
+    stamp,
+)
 from safelora_vllm.tenants.principal import UNAUTHENTICATED, Principal
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
@@ -64,8 +73,11 @@ class KeyRing:
             check: raises KeysError for a tenant's rules that this server cannot judge by.
 
         Raises:
-            KeysError: the file cannot be read or used, or two keys have one secret.
+            KeysError: the file cannot be read or used, two keys have one secret, or one is an example's.
         """
+        given = [("the admin key", admin_key), ("the metrics key", metrics_key)]
+        for entry, key in [*given, *(("a key of vLLM's --api-key", key) for key in inference_keys)]:
+            check_replaced(entry, key or "")
         inference = frozenset(sha256(key) for key in inference_keys if key)
         admin, metrics = (sha256(key) if key else None for key in (admin_key, metrics_key))
         return cls(keys_file, admin, inference, metrics, check)

@@ -21,6 +21,7 @@ from safelora_vllm.tenants.rules import TenantRules
 ENVIRONMENT = "admin/environment"
 _SECRET = re.compile(r"[!-~][ -~]{14,}[!-~]")  # what an HTTP header carries unchanged
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_PLACEHOLDER = "replace-this"  # of the secrets in examples/kubernetes
 RulesCheck = Callable[[str, TenantRules], None]  # an entry of the file and its rules; raises KeysError
 
 
@@ -69,6 +70,15 @@ def read(file: Path, check: RulesCheck | None = None) -> KeysFile:
 def sha256(secret: str) -> bytes:
     """The digest by which a key is known."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def check_replaced(entry: str, secret: str) -> None:
+    """Raise KeysError for the secret of an example, which everybody knows."""
+    if secret.startswith(_PLACEHOLDER):
+        raise KeysError(
+            f"{entry} is an example's secret, which begins with {_PLACEHOLDER}: expected one of your own. "
+            "Make it with: openssl rand -base64 24"
+        )
 
 
 def stamp(file: Path) -> tuple[int, ...]:
@@ -158,6 +168,7 @@ def _digests(entry: str, value: object) -> Iterator[tuple[str, bytes]]:
         if isinstance(secret, str) and (digest := _DIGEST.fullmatch(secret)):
             yield name, bytes.fromhex(digest[1])
         elif isinstance(secret, str) and _SECRET.fullmatch(secret) and not secret.startswith("sha256:"):
+            check_replaced(f"{entry}.{name}", secret)
             yield name, sha256(secret)
         else:
             raise KeysError(

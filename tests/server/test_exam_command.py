@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
 from safelora_vllm.api.exam import Examination
 from safelora_vllm.cli import DONE, REFUSED, USAGE
 from safelora_vllm.cli.main import main
 from safelora_vllm.exam.ladder import parse
+from safelora_vllm.exam.score import Score
 from safelora_vllm.policy import Policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
@@ -38,6 +41,7 @@ def test_each_adapter_gets_the_mildest_rung_that_passes(run: Run) -> None:
     assert code == DONE
     assert useful["served"] == "input-removal:0.05" and len(useful["rungs"]) == 1
     assert harmful["served"] == "input-removal:0.8" and not harmful["rungs"][0]["passed"]
+    assert useful["digest"] == content_digest(*((USEFUL / name).read_bytes() for name in (CONFIG, WEIGHTS)))
     assert harmful["rungs"][0]["drop"] > 5 * abs(useful["rungs"][0]["drop"])
     code, out, _ = run(str(HARMFUL), "--ladder", "input-removal:0.05", "--threshold", "0.05")
     assert code == REFUSED and "failed" in out and "refused: [exam]" in out
@@ -67,6 +71,25 @@ def test_what_is_examined_is_what_the_gate_publishes(
     )
     examination.score(HARMFUL, raw)
     assert not seen[0].exists() and seen[0].name == "adapter"  # a scratch folder, gone by now
+
+
+def test_each_rung_is_asked_of_the_same_bytes(
+    aligned: Path, projectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody exchanges the folder after the first rung: the verdict is of what was read first."""
+    upload = shutil.copytree(HARMFUL, tmp_path / "upload")
+    digest = content_digest(*((upload / name).read_bytes() for name in (CONFIG, WEIGHTS)))
+    examination = Examination.of(aligned, projectors, ladder="input-removal:0.05,safe-lora", count=8)
+    whole, seen = Examination.score, []
+
+    def exchanging(self: Examination, adapter: Any, policy: Policy) -> Score:
+        seen.append((Path(adapter) / WEIGHTS).read_bytes())
+        shutil.copyfile(USEFUL / WEIGHTS, upload / WEIGHTS)
+        return whole(self, adapter, policy)
+
+    monkeypatch.setattr(Examination, "score", exchanging)
+    assert examination.examine(upload, threshold=-1.0).digest == digest
+    assert seen == [(HARMFUL / WEIGHTS).read_bytes()] * 2
 
 
 class _Open:

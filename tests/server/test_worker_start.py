@@ -41,6 +41,7 @@ class Host:
         self.silent = 0  # questions that the gate does not answer
         self.waits: list[float] = []
         self.now = 0.0
+        self.located: list[str] = []
         self.configs: list[tuple[GateConfig, dict[str, str]]] = []
         self.settings: dict[str, Any] = {"projectors": "/cache", "store": str(tmp_path / "store")}
         self.model = SimpleNamespace(model="org/model", revision=None)
@@ -71,6 +72,7 @@ class Host:
         monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
         monkeypatch.setattr(guarded, "GateClient", Client)
         monkeypatch.setattr(guarded, "GateProcess", Process)
+        monkeypatch.setattr(guarded, "locate_model", self.located.append)
         monkeypatch.setattr(guarded, "remove_leftovers", lambda: self.steps.append("leftovers"))
         monkeypatch.setattr(guarded, "private_folder", lambda instance: tmp_path / f"safelora-{instance}")
         monkeypatch.setattr(guarded, "take_ownership", lambda _: self.lock)
@@ -103,6 +105,7 @@ def test_the_first_worker_starts_the_gate(host: Host, tmp_path: Path) -> None:
         "bfloat16", 24,
     )  # fmt: skip
     assert environment == {}
+    assert host.located == ["org/model"], "the gate has no token with which to download it"
     assert guard._owner_lock is host.lock, "the gate is its own for as long as it lives"
     assert guard.lost == set()
     guard.lost |= {"safelora://b", "safelora://a"}

@@ -31,6 +31,7 @@ from safelora_vllm.integration.attestation import Attestation, PoolState
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
+from safelora_vllm.projectors.checkpoint import locate_model
 from safelora_vllm.report import Report
 from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, WORKER, ServerSettings
 from safelora_vllm.store import PublishedStore
@@ -132,6 +133,8 @@ class WorkerGuard:
             own = device if chosen == WORKER else _device(chosen)
             where, environment = _only_device(own)
             config = _gate_config(vllm_config, where, self._settings, self._client.socket_path)
+            if not self._settings.trust_served_model:
+                locate_model(config.model)  # a hub id is downloaded here: the gate gets no token of the hub
             logger.info("starting the gate on %s; it reads the projector cache", own)
             self._process = GateProcess(config, environment)
         self.state = self._wait_for_gate()
