@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
 from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
-from safelora_vllm.integration.server import metrics, middleware, routes, uploads
+from safelora_vllm.integration.server import adapter_series, middleware, routes, uploads
 from safelora_vllm.integration.server.schemas import (
     LoadRequest,
     PolicyChange,
@@ -238,7 +238,7 @@ def test_metrics_are_there_while_the_gate_is_down(
     assert ("safelora_enforcing", frozenset()) not in samples
     assert asked == [5.0], "a scrape has ten seconds by default"
     assert "no gate metrics: nobody listens" in caplog.text
-    assert metrics.MAX_ADAPTER_SERIES == 500
+    assert adapter_series.MAX_ADAPTER_SERIES == 500
 
 
 def test_a_request_that_came_past_the_check_is_not_answered() -> None:
