@@ -35,15 +35,15 @@ def run(aligned: Path, projectors: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_each_adapter_gets_the_mildest_rung_that_passes(run: Run) -> None:
     """The harmful one fails where the useful one passes, and what fails says so by its exit code."""
-    rungs = ["--ladder", "input-removal:0.05,input-removal:0.8", "--threshold", "0.05", "--json"]
+    rungs = ["--ladder", "input-removal:0.05,input-removal:0.8", "--threshold", "0.08", "--json"]
     code, out, _ = run(str(USEFUL), str(HARMFUL), *rungs)
     useful, harmful = map(json.loads, out.splitlines())
     assert code == DONE
     assert useful["served"] == "input-removal:0.05" and len(useful["rungs"]) == 1
     assert harmful["served"] == "input-removal:0.8" and not harmful["rungs"][0]["passed"]
     assert useful["digest"] == content_digest(*((USEFUL / name).read_bytes() for name in (CONFIG, WEIGHTS)))
-    assert harmful["rungs"][0]["drop"] > 5 * abs(useful["rungs"][0]["drop"])
-    code, out, _ = run(str(HARMFUL), "--ladder", "input-removal:0.05", "--threshold", "0.05")
+    assert harmful["rungs"][0]["drop"] > 2 * abs(useful["rungs"][0]["drop"])
+    code, out, _ = run(str(HARMFUL), "--ladder", "input-removal:0.05", "--threshold", "0.08")
     assert code == REFUSED and "failed" in out and "refused: [exam]" in out
 
 
