@@ -115,6 +115,7 @@ class GateService:
         self._metrics.describe(cache, self._placement, policy.enforcing)
         self._refusals = Refusals()
         self._one_at_a_time = threading.Lock()
+        self._one_remake = threading.Lock()
         self._busy_since: float | None = None
 
     def answer(self, call: Call) -> Answer:
@@ -175,12 +176,15 @@ class GateService:
             if wrong := self._raw.damaged(digest, again=True):
                 found = f"the store's content {digest} is damaged ({wrong})"
                 raise StoreUnavailable(f"{found}; upload {name} again")
-            made = self.admit(Admit(str(self._raw.path(digest)), name, call.policy, call.override))
-            if made.report.digest != digest:
-                raise StoreUnavailable(f"the store's content {digest} has changed; upload {name} again")
-            if made.key is None:
-                self._refusals.add(key, made)
-            return made
+            with self._one_remake:  # of several servers that ask at once, the later ones find the answer
+                if refused := self._refusals.find(key, name):
+                    return refused
+                made = self.admit(Admit(str(self._raw.path(digest)), name, call.policy, call.override))
+                if made.report.digest != digest:
+                    raise StoreUnavailable(f"the store's content {digest} has changed; upload {name} again")
+                if made.key is None:
+                    self._refusals.add(key, made)
+                return made
         self._published.touch(key)
         if call.override:
             self._published.mark_override(key)
