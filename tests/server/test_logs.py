@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging.config
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,23 +40,32 @@ def test_audit_records_are_lines_of_standard_output(
     assert len(second["request_id"]) == 32, "one that is not harmless is replaced"
 
 
-def test_a_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
-    config = json.loads(json_logs.CONFIG.read_text())
-    (config["loggers"]["tested"],) = config["loggers"].values()
-    del config["loggers"]["vllm"]
-    logging.config.dictConfig(config)
-    logger = logging.getLogger("tested.part")
-    with json_logs.about_request("r-1", "acme"):
-        logger.info("two\nlines of %s", "text")
-    try:
-        raise ValueError("x")
-    except ValueError:
-        logger.exception("failed")
-    one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+# In a process of its own: logging.config closes the handlers of all others, and one of them writes to pytest's
+# standard error.
+LOGGED = """
+import logging.config, json
+from safelora_vllm.integration import json_logs
+
+config = json.loads(json_logs.CONFIG.read_text())
+(config["loggers"]["tested"],) = config["loggers"].values()
+del config["loggers"]["vllm"]
+logging.config.dictConfig(config)
+logger = logging.getLogger("tested.part")
+with json_logs.about_request("r-1", "acme"):
+    logger.info("two\\nlines of %s", "text")
+try:
+    raise ValueError("x")
+except ValueError:
+    logger.exception("failed")
+"""
+
+
+def test_a_line_of_the_log() -> None:
+    done = subprocess.run([sys.executable, "-c", LOGGED], capture_output=True, text=True, check=True)
+    one, two = (json.loads(line) for line in done.stdout.splitlines())
     assert one["message"] == "two\nlines of text" and (one["request_id"], one["tenant"]) == ("r-1", "acme")
     assert (one["level"], one["logger"]) == ("INFO", "tested.part")
     assert "ValueError: x" in two["exception"] and "request_id" not in two
-    logging.getLogger("tested").handlers.clear()
 
 
 def test_another_configuration_is_not_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
