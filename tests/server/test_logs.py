@@ -40,8 +40,8 @@ def test_audit_records_are_lines_of_standard_output(
     assert len(second["request_id"]) == 32, "one that is not harmless is replaced"
 
 
-# In a process of its own: logging.config closes the handlers of all others, and one of them writes to pytest's
-# standard error.
+# In a process of its own: logging.config closes the handlers of all others, and one of them writes to
+# pytest's standard error.
 LOGGED = """
 import logging.config, json
 from safelora_vllm.integration import json_logs
