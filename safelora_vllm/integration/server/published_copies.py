@@ -175,8 +175,8 @@ class Copies:
                     await self.ensure(version.digest, entry.name, version.policy, version.override)
             except SafeLoRAError as error:
                 logger.error(
-                    "the published copy of %r has changed and cannot be checked or made again: %s. The adapter "
-                    "is served until a worker has to read it", entry.name, error,
+                    "the published copy of %r has changed and cannot be checked or made again: %s. It is "
+                    "served until a worker has to read it", entry.name, error,
                 )  # fmt: skip
 
     async def copy_of(self, judgement: Judgement) -> Copy:
