@@ -101,7 +101,7 @@ def test_codes_that_are_chosen_are_known_here() -> None:
 
 
 def test_the_gate_counts_by_its_codes_from_the_start() -> None:
-    """A code that were missing would have no series until the first refusal, which an increase then misses."""
+    """A missing one would have no series until the first refusal, which an increase then misses."""
     codes, places = given(("adapters/", "gate/", "safetensors_header.py"))
     assert sorted(codes.union(*(CHOSEN[place] for place in places))) == list(REFUSED)
 
