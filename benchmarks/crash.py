@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -75,7 +76,7 @@ def main() -> int:
     ledger, moments = Ledger(), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch, bucket() if args.mirror else nullcontext():
         work = Path(scratch)
-        adapters = write_adapters(work, args.projectors, 8)["qv-r8"]
+        adapters = write_adapters(work, args.projectors, 8, ["qv-r8"])["qv-r8"]
         for number in tqdm(range(args.rounds + 1), unit="round"):
             store = work / (f"store{number % 2}" if args.mirror else "store")
             process, http = start(args, work, store)
@@ -106,6 +107,7 @@ def bucket() -> Iterator[None]:
     """A bucket of a local S3, which outlives the servers, and the environment that leads to it."""
     from tests.moto_server import CREDENTIALS, s3
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     with s3() as (endpoint, _):
         os.environ |= {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"}
         yield
