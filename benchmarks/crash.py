@@ -1,12 +1,13 @@
 """kill -9 of the server at random moments of uploading, replacing and removing; what is there afterwards.
 
-    python benchmarks/crash.py [--rounds 100] [--engine none|vllm]
+    python benchmarks/crash.py [--rounds 100] [--engine none|vllm] [--mirror]
 
 Each round starts a server on the same store, lets clients change names, kills the server and all its
 processes after a random time, reads the whole store ('store verify'), and starts the next server, which
 must serve every acknowledged upload and no name of which the removal was acknowledged. ``--engine none``
 runs this package's HTTP side and its real gate process without vLLM's engine, which starts in seconds;
-``vllm`` the real server.
+``vllm`` the real server. With ``--mirror`` rounds take turns on two stores that share a bucket of a local S3
+(moto): whatever the next server serves, it has from the bucket.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -22,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +35,7 @@ from random_adapters import write_adapters
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from server import ADMIN_KEY, free_port, guarded
 
@@ -42,6 +47,8 @@ _CACHE = HERE.parent / ".cache"
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CLIENTS, NAMES_EACH = 3, 4
+MIRROR = "s3://bucket/crash"
+MADE_SECONDS = 60.0  # until a server has published copies of what others had stored
 
 
 @dataclass
@@ -61,47 +68,61 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--engine", choices=("none", "vllm"), default="none")
+    parser.add_argument("--mirror", action="store_true", help="two stores in turn, which share a bucket")
     parser.add_argument("--aligned", type=Path, default=_CACHE / "models" / "aligned")
     parser.add_argument("--projectors", type=Path, default=_CACHE / "projectors")
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the JSON")
     args = parser.parse_args()
     ledger, moments = Ledger(), random.Random(0)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, bucket() if args.mirror else nullcontext():
         work = Path(scratch)
-        adapters = write_adapters(work, args.projectors, 8)["qv-r8"]
+        adapters = write_adapters(work, args.projectors, 8, ["qv-r8"])["qv-r8"]
         for number in tqdm(range(args.rounds + 1), unit="round"):
-            process, http = start(args, work)
+            store = work / (f"store{number % 2}" if args.mirror else "store")
+            process, http = start(args, work, store)
             try:
                 check_served(http, ledger, number)
                 if number < args.rounds:
                     churn(process, http, adapters, ledger, moments)
             finally:
                 kill(process)
-            check_store(work / "store", ledger, number)
+            check_store(store, ledger, number)
     figures = {
         "engine": args.engine,
+        "mirror": args.mirror,
         "rounds": args.rounds,
         "acknowledged_changes": ledger.changes,
         "interrupted_changes": ledger.interrupted,
         "faults": ledger.faults,
     }
     print(json.dumps(figures, indent=1))
-    command = f"crash.py --rounds {args.rounds} --engine {args.engine}"
-    print(f"written to {recording.write(f'crash_{args.engine}', command, 'default', figures, args.out)}")
+    command = f"crash.py --rounds {args.rounds} --engine {args.engine}{' --mirror' * args.mirror}"
+    name = f"crash_{args.engine}{'_mirror' * args.mirror}"
+    print(f"written to {recording.write(name, command, 'default', figures, args.out)}")
     return 1 if ledger.faults else 0
 
 
-def start(args: argparse.Namespace, work: Path) -> tuple[subprocess.Popen[bytes], httpx.Client]:
-    """A server on the work folder's store, answering."""
+@contextlib.contextmanager
+def bucket() -> Iterator[None]:
+    """A bucket of a local S3, which outlives the servers, and the environment that leads to it."""
+    from tests.moto_server import CREDENTIALS, s3
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    with s3() as (endpoint, _):
+        os.environ |= {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true"}
+        yield
+
+
+def start(args: argparse.Namespace, work: Path, store: Path) -> tuple[subprocess.Popen[bytes], httpx.Client]:
+    """A server on a store, answering."""
     port = free_port()
     if args.engine == "vllm":
-        command = guarded(
-            args.aligned, args.projectors, work / "store", "--method=safe-lora", f"--port={port}"
-        )
+        command = guarded(args.aligned, args.projectors, store, "--method=safe-lora", f"--port={port}")
     else:
         script = str(HERE / "without_engine.py")
         command = [sys.executable, script, f"--aligned={args.aligned}", f"--projectors={args.projectors}"]
-        command += [f"--store={work / 'store'}", f"--port={port}"]
+        command += [f"--store={store}", f"--port={port}"]
+    command += [f"--store-mirror={MIRROR}"] if args.mirror else []
     env = {**os.environ, "SAFELORA_ADMIN_API_KEY": ADMIN_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (work / "server.log").open("ab") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -166,9 +187,16 @@ def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: flo
 
 
 def check_served(http: httpx.Client, ledger: Ledger, number: int) -> None:
-    """What the new server serves against what clients were told."""
-    reports = http.get("/v1/adapters").json()["data"]
-    served = {report["adapter"]: report["digest"] for report in reports}
+    """What the new server serves against what clients were told. What it has to make first, it may."""
+    deadline = time.monotonic() + MADE_SECONDS
+    while True:
+        reports = http.get("/v1/adapters").json()["data"]
+        served = {report["adapter"]: report["digest"] for report in reports}
+        names = {*ledger.acknowledged, *ledger.unsure, *served}
+        right = all(served.get(n) in ledger.unsure.get(n, {ledger.acknowledged.get(n)}) for n in names)
+        if right or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
     for name in sorted({*ledger.acknowledged, *ledger.unsure, *served}):
         allowed = ledger.unsure.get(name, {ledger.acknowledged.get(name)})
         found = served.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ _PARTS = {"qv-r8": ("q_proj", "v_proj"), "all-r16": ()}
 _RANKS = {"qv-r8": 8, "all-r16": 16}
 
 
-def write_adapters(folder: Path, projectors: Path, count: int) -> dict[str, list[Path]]:
+def write_adapters(
+    folder: Path, projectors: Path, count: int, kinds: Iterable[str] = tuple(KINDS)
+) -> dict[str, list[Path]]:
     """``count`` adapters of each kind, and one more to warm up with, each a PEFT folder."""
     torch.manual_seed(0)
     cache = ProjectorCache(projectors)
-    names = {kind: [f"{kind}-{index}" for index in range(count + 1)] for kind in KINDS}
-    return {kind: [_write(folder / name, cache, kind) for name in names[kind]] for kind in KINDS}
+    names = {kind: [f"{kind}-{index}" for index in range(count + 1)] for kind in kinds}
+    return {kind: [_write(folder / name, cache, kind) for name in found] for kind, found in names.items()}
 
 
 def _write(folder: Path, cache: ProjectorCache, kind: str) -> Path:

@@ -30,9 +30,13 @@ def main() -> None:
     for name in ("aligned", "projectors", "store"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--store-mirror")
     given = parser.parse_args()
     socket = str(Path(tempfile.mkdtemp()) / "gate.sock")
-    settings = ServerSettings(str(given.projectors), str(given.store), {"method": "safe-lora"})
+    policy = {"method": "safe-lora"}
+    settings = ServerSettings(
+        str(given.projectors), str(given.store), policy, store_mirror=given.store_mirror
+    )
     gate = GateProcess(GateConfig(socket, str(given.aligned), settings, dtype="bfloat16"))
     app = our_routes(FakeEngine.guarded(socket, lambda: gate.state), settings)
     uvicorn.run(app, host="127.0.0.1", port=given.port, log_level="warning")

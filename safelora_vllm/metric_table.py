@@ -424,7 +424,7 @@ METRICS = (
         queries=(
             (
                 "Why are adapters refused?",
-                "sum by (reason) (increase(safelora_loads_total{result=\"refused\"}[1d]))",
+                "sum by (reason) (increase(safelora_loads_total{result=\"refused\"}[1d])) > 0",
             ),
             (
                 "What did the gate refuse since it started? Stored names that a stricter policy refuses "

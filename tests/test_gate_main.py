@@ -18,7 +18,15 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from safelora_vllm.errors import PolicyError, QuotaExceeded, SafeLoRAError, StoreDamaged, StoreUnavailable
+from safelora_vllm.errors import (
+    AdapterNotFound,
+    PolicyError,
+    QuotaExceeded,
+    SafeLoRAError,
+    StoreDamaged,
+    StoreUnavailable,
+    UsageError,
+)
 from safelora_vllm.gate import server as gate_server
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import (
@@ -231,10 +239,16 @@ def test_rates_of_the_cache_start_at_zero_and_content_without_a_digest_does_not_
 
 @pytest.mark.parametrize(
     ("error", "counted"),
-    [(StoreUnavailable("full"), 1), (QuotaExceeded("over"), 0), (torch.OutOfMemoryError("none"), 1)],
+    [
+        (StoreUnavailable("full"), 1),
+        (torch.OutOfMemoryError("none"), 1),
+        (QuotaExceeded("over"), 0),
+        (AdapterNotFound("none"), 0),
+        (UsageError("no"), 0),
+    ],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_are_counted_by_their_class_but_a_quota_is_the_tenants(
+def test_errors_are_counted_by_their_class_but_not_the_callers_mistakes(
     error: Exception, counted: int, service: GateService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> None:

@@ -153,7 +153,8 @@ def test_a_policy_that_the_cache_cannot_serve_is_no_load_that_failed(
     with pytest.raises(PolicyError):
         service.ensure(Ensure(digest, "acme/x", {"energy": 1.0}))
     text = service.answer(GetMetrics())
-    assert isinstance(text, Metrics) and 'result="error"' not in text.text
+    assert isinstance(text, Metrics) and 'result="error",tenant="acme"} 0.0' in text.text
+    assert 'safelora_loads_total{reason="PolicyError"' not in text.text
     assert 'safelora_tenant_loads_total{result="accepted",tenant="acme"} 1.0' in text.text
 
 

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safelora_vllm.errors import AdapterRefused, Reason
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import MAX_TENANTS, OTHERS, GateMetrics
+from safelora_vllm.gate.reason_codes import REFUSED
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES, ReportSeries
 from safelora_vllm.integration.server.metrics import Kept, Known, expose, kept_of_tenants
@@ -149,6 +150,22 @@ def test_a_gate_counts_its_answers() -> None:
     assert value("stage_seconds_bucket", stage="project", le="0.1") == 0
     assert value("stage_seconds_bucket", stage="project", le="0.3") == 1
     assert parsed(metrics.expose())["safelora_loads_total", ("", "accepted")] == 2
+
+
+def test_a_gate_has_its_series_before_the_first_answer() -> None:
+    """An increase in Prometheus misses what a series begins with."""
+    registry = CollectorRegistry()
+    metrics = GateMetrics(registry)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"safelora_{name}_total", labels)
+
+    answers = [("accepted", ""), *(("refused", code) for code in REFUSED), ("error", "StoreUnavailable")]
+    assert {value("loads", result=result, reason=reason) for result, reason in answers} == {0}
+    assert value("tenant_loads", tenant="", result="refused") == 0
+    metrics.record_error("StoreUnavailable", "acme/x")
+    assert value("tenant_loads", tenant="acme", result="refused") == 0
+    assert value("tenant_loads", tenant="acme", result="error") == 1
 
 
 def test_series_of_tenants_are_bounded() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safelora_vllm
 from safelora_vllm.adapters import canonical, config
+from safelora_vllm.gate.reason_codes import REFUSED
 from tests.corpus import CORPUS, NAME, TAKEN
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
@@ -72,12 +73,17 @@ def first(call: ast.Call) -> ast.expr | None:
     return next(iter([*call.args, *named]), None)
 
 
-def given() -> tuple[set[str], set[tuple[str, str]]]:
-    """The codes that are written where a reason is made, and the places where they are chosen."""
+def given(within: tuple[str, ...] = ("",)) -> tuple[set[str], set[tuple[str, str]]]:
+    """The codes that are written where a reason is made, and the places where they are chosen.
+
+    within: beginnings of the files' names.
+    """
     files = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
     names = makers(list(files.values()))
     codes, places = set(), set()
     for file, tree in files.items():
+        if not file.startswith(within):
+            continue
         for call, parameters in calls(tree):
             code = first(call)
             if code is None or called(call) not in names or isinstance(code, ast.Starred):
@@ -92,6 +98,12 @@ def given() -> tuple[set[str], set[tuple[str, str]]]:
 def test_codes_that_are_chosen_are_known_here() -> None:
     """A new place has to be added to CHOSEN, with all codes that it may give."""
     assert given()[1] == set(CHOSEN)
+
+
+def test_the_gate_counts_by_its_codes_from_the_start() -> None:
+    """A missing one would have no series until the first refusal, which an increase then misses."""
+    codes, places = given(("adapters/", "gate/", "safetensors_header.py"))
+    assert sorted(codes.union(*(CHOSEN[place] for place in places))) == list(REFUSED)
 
 
 def test_every_code_is_explained_and_no_other() -> None:

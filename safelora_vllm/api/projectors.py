@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -13,8 +14,10 @@ from safelora_vllm.errors import ProjectorCacheError
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
 from safelora_vllm.methods.reads import naming_default
 from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.build import BuildOptions, build
+from safelora_vllm.projectors.build import BuildOptions, build, check_new
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import ModelName
+from safelora_vllm.remote.model import model_on_disk
 
 
 def build_projectors(
@@ -37,7 +40,8 @@ def build_projectors(
     does not know of a similarity or of Ĉ makes the gate stricter, never more lenient.
 
     Args:
-        base: the model before alignment: a folder with safetensors weights, or a hub id.
+        base: the model before alignment: a folder with safetensors weights, a hub id, or the ``s3://``,
+            ``gs://``, ``az://`` or ``https://`` address of such a folder. It is downloaded beside ``out``.
         aligned: the model that is served: the same.
         out: a new folder. It appears when the cache is whole.
         modules: names of linear layers or last parts of names, such as ``q_proj``. Empty: all of them.
@@ -67,7 +71,11 @@ def build_projectors(
     """
     energy = {} if max_energy is None else {"max_energy": max_energy}
     options = BuildOptions(tuple(modules), dtype, form, str(usable_device(device)), exact=exact, **energy)
-    return ProjectorCache(build(os.fspath(base), os.fspath(aligned), os.fspath(out), options))
+    given, folder = (os.fspath(base), os.fspath(aligned)), Path(out)
+    check_new(folder)  # before anything is downloaded
+    names = ModelName.of(given[0]), ModelName.of(given[1])
+    with model_on_disk(given[0], folder.parent) as before, model_on_disk(given[1], folder.parent) as after:
+        return ProjectorCache(build(before, after, folder, options, names))
 
 
 def calibrate_policy(

@@ -6,15 +6,17 @@ import argparse
 
 from safelora_vllm.cli import DONE
 
+MODEL = "its folder, hub id, or s3://, gs://, az:// or https:// address"
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of ``safelora-vllm``."""
     parser = commands.add_parser(
         "build", allow_abbrev=False, help="build the projector cache of a model pair"
     )
-    parser.add_argument("--base", required=True, metavar="DIR_OR_HUB_ID", help="the model before alignment")
+    parser.add_argument("--base", required=True, metavar="MODEL", help=f"the model before alignment: {MODEL}")
     parser.add_argument(
-        "--aligned", required=True, metavar="DIR_OR_HUB_ID", help="the aligned model, which will be served"
+        "--aligned", required=True, metavar="MODEL", help="the aligned model, which will be served: the same"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the projector cache")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from safelora_vllm.gate.admit import Admission
+from safelora_vllm.gate.reason_codes import FAILED, REFUSED
 from safelora_vllm.metric_table import BY_NAME
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
@@ -30,7 +31,14 @@ class GateMetrics:
             ["tenant", "result"],
             registry=registry,
         )
+        # There from the start, so that an increase has the first one.
+        self._loads.labels("accepted", "")
+        for code in REFUSED:
+            self._loads.labels("refused", code)
+        for error in FAILED:
+            self._loads.labels("error", error)
         self._tenants: set[str] = set()
+        self._tenant("")
         self._stages = Histogram(
             "safelora_stage_seconds",
             BY_NAME["safelora_stage_seconds"].meaning,
@@ -90,12 +98,18 @@ class GateMetrics:
 
     def _count(self, result: str, reason: str, name: str) -> None:
         owner, slash, _ = name.partition("/")
-        tenant = owner if slash else ""
-        if tenant not in self._tenants and len(self._tenants) >= MAX_TENANTS:
-            tenant = OTHERS
-        self._tenants.add(tenant)
         self._loads.labels(result, reason).inc()
-        self._tenant_loads.labels(tenant, result).inc()
+        self._tenant_loads.labels(self._tenant(owner if slash else ""), result).inc()
+
+    def _tenant(self, tenant: str) -> str:
+        """The label of a tenant, whose series are there from now on."""
+        if tenant not in self._tenants:
+            if len(self._tenants) >= MAX_TENANTS:
+                tenant = OTHERS
+            self._tenants.add(tenant)
+            for result in ("accepted", "refused", "error"):
+                self._tenant_loads.labels(tenant, result)
+        return tenant
 
     def expose(self) -> str:
         """The exposition text of the registry."""

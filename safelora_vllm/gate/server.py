@@ -26,11 +26,11 @@ from safelora_vllm.adapters.read import Limits
 from safelora_vllm.errors import (
     GateUnavailable,
     MalformedMessage,
-    PolicyError,
     ProjectorCacheError,
     QuotaExceeded,
     SafeLoRAError,
     StoreUnavailable,
+    UsageError,
 )
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.gate.memory import allocator_of, described, give_back, placed
@@ -140,7 +140,7 @@ class GateService:
                     admission = admit(call.path, call.name, settings, self._published, raw, call.allowance)
                 finally:
                     give_back(self._allocator, self._placement)
-        except (QuotaExceeded, PolicyError):  # the caller's mistake, not a load that failed
+        except (QuotaExceeded, UsageError):  # the caller's mistake, such as a folder that is not there
             raise
         except SafeLoRAError as error:
             self._metrics.record_error(type(error).__name__, call.name)

@@ -93,7 +93,11 @@ class BuildOptions:
 
 
 def build(
-    base: str | Path, aligned: str | Path, out: str | Path, options: BuildOptions | None = None
+    base: str | Path,
+    aligned: str | Path,
+    out: str | Path,
+    options: BuildOptions | None = None,
+    names: tuple[ModelName, ModelName] | None = None,
 ) -> Path:
     """Write the projector cache of a model pair to the folder ``out`` and return it.
 
@@ -101,32 +105,41 @@ def build(
     folder. The next build of the same models with the same options goes on from there; one with other options
     removes it. Memory holds two modules and one shard, whatever the number of layers.
 
+    names: of both models, where they are not those of the folders.
+
     Raises:
         CheckpointError: the models are not a pair, are identical, or hold non-finite weights.
         UsageError: ``out`` exists, another build of it is running, or the disk is full.
     """
     options = options or BuildOptions()
     out = Path(out)
-    if out.exists():
-        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
+    check_new(out)
     pair = Checkpoint(base), Checkpoint(aligned)
-    names = select_modules(*pair, options.modules)
-    check_quantisation(*pair, names, options.device)
+    modules = select_modules(*pair, options.modules)
+    check_quantisation(*pair, modules, options.device)
     _check_different(*pair)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with partial_cache(out, _key(pair, names, options)) as partial:
-        left = names[len(partial.modules) + len(partial.unchanged) :]
+    with partial_cache(out, _key(pair, modules, options)) as partial:
+        left = modules[len(partial.modules) + len(partial.unchanged) :]
         _check_disk(out.parent, pair[1], left, options)
         if partial.shards:
-            finished = len(names) - len(left)
-            tqdm.write(f"continuing: {finished} of {len(names)} modules are finished", file=sys.stderr)
-        _add_modules(partial, pair, names, left, options)
+            finished = len(modules) - len(left)
+            tqdm.write(f"continuing: {finished} of {len(modules)} modules are finished", file=sys.stderr)
+        _add_modules(partial, pair, modules, left, options)
         if not partial.modules:
             raise _identical(*pair)
-        given = {"base": ModelName.of(base), "aligned": ModelName.of(aligned)}
+        given = dict(zip(("base", "aligned"), names or map(ModelName.of, (base, aligned)), strict=True))
         models = json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
         partial.finish(out, {MANIFEST: _manifest(partial, pair, options), MODELS: models})
     return out
+
+
+def check_new(out: Path) -> None:
+    """Raises:
+    UsageError: ``out`` exists.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
 
 
 def _key(pair: tuple[Checkpoint, Checkpoint], names: list[str], options: BuildOptions) -> str:

@@ -66,7 +66,9 @@ class ModelName:
 
     @classmethod
     def of(cls, model: str | Path) -> ModelName:
-        """The absolute path of a folder, or a hub id without its ``@revision``."""
+        """The absolute path of a folder, an address, or a hub id without its ``@revision``."""
+        if "://" in str(model):
+            return cls(str(model).partition("?")[0])
         if model != "" and Path(model).is_dir():  # Path("") is the current folder
             return cls(str(Path(model).resolve()))
         name, _, revision = str(model).partition("@")

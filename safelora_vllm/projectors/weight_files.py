@@ -18,6 +18,7 @@ from safelora_vllm.safetensors_header import LONGEST_SIGN, other_format
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 READ_DTYPES = FLOAT_DTYPES | {FP8: torch.float8_e4m3fn}
+INDEX = "model.safetensors.index.json"  # of a model with shards
 _MAX_HEADER = 100 * 1024 * 1024
 
 
@@ -32,22 +33,29 @@ class TensorInfo:
     nbytes: int
 
 
+def weight_names(folder: Path) -> list[str]:
+    """``model.safetensors``, or the shards that the index names, whether they are there or not.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
+
+
 def weight_files(folder: Path) -> Iterator[Path]:
-    """``model.safetensors``, or the shards that the index names.
+    """The files of `weight_names`.
 
     Raises:
         CheckpointError: a file is missing, or the index is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [folder / Path(name).name for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
+    for file in (folder / name for name in weight_names(folder)):
         if not file.is_file():
             raise CheckpointError(
                 f"{folder} has no {file.name}; expected model.safetensors, or shards with "

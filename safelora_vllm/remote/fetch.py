@@ -88,6 +88,15 @@ def fetch(source: Source, folder: Path, max_bytes: int, reach: Reach, digest: st
     return folder
 
 
+def fetch_object(source: Source, file: Path, max_bytes: int, reach: Reach) -> None:
+    """Download one object into a new file. Blocking.
+
+    Raises:
+        AdapterRefused: with a code of docs/troubleshooting.md. OSError: the disk.
+    """
+    _download(_Object(source, file, max_bytes, reach, time.monotonic() + MOST_SECONDS))
+
+
 def _download(wanted: _Object) -> None:
     """All of an object."""
     tries, start = 0, 0

@@ -10,15 +10,24 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import StoreUnavailable
+from safelora_vllm.files import FoundSound
+from safelora_vllm.gate.client import GateClient
+from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard
+from safelora_vllm.integration.worker.pool_counts import PoolCounts
+from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.store import PublishedStore
 from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY
 from tests.server.fake_server import FakeServer, Place
@@ -141,6 +150,31 @@ class KubeAI:
             known = answer.status_code == 400 and error["type"] == "InvalidUserInput"
             if not (known and all(word in error["message"] for word in forgiven)):
                 raise ControllerError(answer.text)
+
+
+@dataclass
+class Dynamo:
+    """ai-dynamo/dynamo, ``components/src/dynamo/vllm/``: ``lora_lifecycle.py`` (93fe16e), ``lora_state.py``
+    (231c36c).
+
+    Its operator calls ``POST /v1/loras`` of Dynamo's own process, which downloads the adapter and gives the
+    folder to ``engine_client.add_lora``. The names are kept there. Each request is given to the engine with
+    the folder again. add_lora: what that does in a worker.
+    """
+
+    add_lora: Callable[[LoRARequest], Any]
+    wanted: dict[str, Path]
+    loaded: dict[str, LoRARequest] = field(default_factory=dict)
+
+    def reconcile(self) -> None:
+        for number, (name, path) in enumerate(self.wanted.items(), start=1):
+            if name not in self.loaded:
+                request = LoRARequest(name, number, str(path))
+                try:
+                    self.add_lora(request)
+                except Exception as error:
+                    raise ControllerError(f"Failed to add LoRA {name!r}: {error}") from error
+                self.loaded[name] = request
 
 
 CONTROLLERS = [ProductionStack, Aibrix, LoraSyncer, KubeAI]
@@ -279,3 +313,39 @@ def test_kserve_gives_adapters_on_the_command_line(
             assert all(model["root"].startswith("safelora://") for model in listed if model["parent"])
     with begin(guarded, tmp_path, {"lora-0": folders["lora-0"]}) as server:
         assert served(server) == {"lora-0"}, "what the command line does not name any more is gone"
+
+
+def worker(place: Place) -> GuardedLoRAManager:
+    """A worker's LoRA manager and its way to the gate, without a model."""
+    guard: WorkerGuard = object.__new__(WorkerGuard)
+    guard._store, guard._client = PublishedStore(place.store), GateClient(place.gate.socket)
+    guard._accepted, guard._taken, guard.lost = {}, FoundSound(), set()
+    guard.state = guard._client.state()
+    made: GuardedLoRAManager = object.__new__(GuardedLoRAManager)
+    made.guard, made.counts, made._in_step = guard, PoolCounts(0), False
+    made.read_ahead = ReadAhead(made._read, torch.device("cpu"))
+    return made
+
+
+def test_dynamo_loads_in_the_process(
+    guarded: Place, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapters pass the gate in the worker. vLLM reads published copies, never Dynamo's folders."""
+    read: list[Path] = []
+    monkeypatch.setattr(seams, "load_published", lambda _, asked: read.append(Path(asked.lora_path)))
+    monkeypatch.setattr(seams, "no_adapter", lambda *_: pytest.fail("the aligned model answers alone"))
+    pool = worker(guarded)
+    controller = Dynamo(pool._load_adapter, folders)
+    for _ in range(2):
+        controller.reconcile()
+    published = guarded.store / "published"
+    assert len(set(read)) == len(read) == 3 and {copy.parent for copy in read} == {published}
+    rewrite(folders["lora-0"], 9)
+    pool._in_step = True  # it was evicted, and a request names Dynamo's folder again
+    pool._load_adapter(controller.loaded["lora-0"])
+    assert read[3] == read[0], "what passed the gate under this name, id and path"
+    Dynamo(worker(guarded)._load_adapter, folders).reconcile()  # the worker restarts
+    assert read[4] not in read[:4] and read[5:] == read[1:3], "the new content passed the gate"
+    (folders["lora-1"] / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    with pytest.raises(ControllerError, match=r"Failed to add LoRA 'lora-1'.*dora"):
+        Dynamo(worker(guarded)._load_adapter, folders).reconcile()

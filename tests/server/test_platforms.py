@@ -61,6 +61,10 @@ def proxy(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
             ("wrong", MODEL, "nobody-has-this-key"),
         )
     ]  # fmt: skip
+    models.append({"model_name": "own", "litellm_params": {
+        "model": f"hosted_vllm/{MODEL}", "api_base": f"{server.url}/v1", "api_key": "none-was-sent",
+        "max_retries": 0, "configurable_clientside_auth_params": ["api_key"],
+    }})  # fmt: skip
     config = tmp_path / "litellm.json"  # JSON is YAML
     config.write_text(json.dumps({"model_list": models, "general_settings": {"master_key": CLIENT_KEY}}))
     command = [LITELLM, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
@@ -116,5 +120,8 @@ def test_litellm_in_front(server: Server, proxy: httpx.Client, adapters: dict[st
             assert unseen.status_code == 404 and "does not exist" in unseen.text
             refused = proxy.post("/v1/chat/completions", json={**body, "model": "wrong"})
             assert refused.status_code == 401 and "needs a key that may use models" in refused.text
+            for key, status in ((TENANT_KEYS["acme"], 200), (TENANT_KEYS["globex"], 404), ("wrong", 401)):
+                sent = proxy.post("/v1/chat/completions", json={**body, "model": "own", "api_key": key})
+                assert sent.status_code == status, "the key that the caller sends passes through"
         finally:
             acme.delete(f"/v1/adapters/{MODEL}")

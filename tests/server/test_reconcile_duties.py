@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, cast
 import pytest
 from vllm.lora.request import LoRARequest
 
+from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, Reason, StoreUnavailable
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server import reconcile, store_sync, watchdog
+from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copy, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
@@ -23,7 +26,7 @@ from safelora_vllm.integration.server.store_sync import StoreSync
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
-from safelora_vllm.store import AdapterRecord, NameStore, Version
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from tests.server.fake_engine import MODEL, FakeEngine
 from tests.server.fake_server import Place
 from tests.server.test_reconcile import save
@@ -212,6 +215,56 @@ def test_a_beat_of_the_heart_looks_for_all_that_may_be_wrong_and_survives_it(
     start(place, {}, test)
     assert seen[:7] == ["look", *["look", "catch up", "prepare again"] * 2]
     assert "heartbeat: RuntimeError: what nobody expected" in caplog.text
+
+
+async def ended(made: Reconciler) -> None:
+    """All work in the background, but for the heart's."""
+    while [task for task in made.background.tasks if "_heartbeat" not in str(task.get_coro())]:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("of_the_command_line", [False, True])
+def test_a_damaged_copy_is_made_again_before_a_worker_needs_it(
+    of_the_command_line: bool, place: Place, static: dict[str, Path]
+) -> None:
+    """What the pool has is served meanwhile, under the same id."""
+
+    async def test(made: Reconciler, engine: FakeEngine) -> None:
+        name = "one" if of_the_command_line else "acme/x"
+        if not of_the_command_line:
+            await Manager(made, made.audit, MODEL.__eq__).add(place.tenant(), name, static["two"])
+        before = made.registry[name].current().request
+        published = PublishedStore(place.store)
+        key = before.lora_path.removeprefix("safelora://")
+        weights = published.path(key) / WEIGHTS
+        sound, damaged = weights.read_bytes(), bytearray(weights.read_bytes())
+        damaged[-1] ^= 1
+        weights.write_bytes(damaged)
+        await made.watchdog.look()
+        await ended(made)
+        assert weights.read_bytes() == sound
+        assert made.registry[name].current().request == before and engine.removed == [1]
+
+    start(place, {"one": static["one"]}, test)
+
+
+def test_a_copy_that_cannot_be_made_again_is_served_while_the_pool_has_it(
+    place: Place, static: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that is gone for a while takes nothing from whoever needs nothing of it."""
+
+    async def test(made: Reconciler, _: FakeEngine) -> None:
+        await Manager(made, made.audit, MODEL.__eq__).add(place.tenant(), "acme/x", static["two"])
+        for folder in ("published", "raw"):
+            shutil.rmtree(place.store / folder)
+        for _ in range(3):
+            await made.watchdog.look()
+            await ended(made)
+        assert made.registry["acme/x"].served is not None
+        told = [line for line in caplog.messages if "cannot be checked or made again" in line]
+        assert len(told) == 1 and "'acme/x'" in told[0] and "upload acme/x again" in told[0]
+
+    start(place, {}, test)
 
 
 def test_what_is_not_published_is_made_by_the_gate_and_served(tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def test_workers_and_the_offline_api_stop_at_an_untested_vllm(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.33.0", "1.0", "dev"])
-def test_unknown_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_versions(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv(checks.ALLOW_UNTESTED, raising=False)
     with pytest.raises(GuardError, match=r"outside of the range 0\.28 to 0\.32"):
         checks.check_version(version)
@@ -145,6 +147,7 @@ def test_unknown_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None
             checks.check_version(version)
     monkeypatch.setenv(checks.ALLOW_UNTESTED, "1")
     checks.check_version(version)
+    assert f"vLLM {version} is outside of the range 0.28 to 0.32 and was not run" in caplog.text
 
 
 @pytest.mark.parametrize("version", ["0.28.0", "0.30.2rc1", "0.32.0+cpu"])

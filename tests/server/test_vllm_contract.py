@@ -33,6 +33,30 @@ def versions(admin: TestClient, name: str) -> list[int]:
     return [v["version"] for v in admin.get(f"/v1/adapters/{name}/versions").json()["versions"]]
 
 
+@pytest.mark.parametrize("key", ["", "nobody-has-this-key"])
+def test_a_wrong_key_is_answered_in_openais_form(fake: FakeServer, key: str) -> None:
+    """On vLLM's routes and on ours, on those that are not there, and before a body is looked at."""
+    stranger = fake.client(key)
+    paths = [
+        "models",
+        "chat/completions",
+        "completions",
+        "embeddings",
+        "adapters",
+        "load_lora_adapter",
+        "none",
+    ]
+    for path in paths:
+        for method in ("GET", "POST"):
+            answer = stranger.request(method, f"/v1/{path}", content=b"{")
+            error = answer.json()["error"]
+            assert answer.status_code == error["code"] == 401, path
+            assert error["type"] == "AuthenticationError" and error["param"] is None
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+            assert "Authorization: Bearer KEY" in error["message"]
+            assert "nobody" not in error["message"], "the key is not repeated"
+
+
 @pytest.mark.parametrize("more", [{}, {"load_inplace": True}], ids=["load", "in place"])
 def test_the_same_content_again_is_200_and_nothing_is_done(
     fake: FakeServer, admin: TestClient, drafts: dict[str, Path], more: dict[str, Any]

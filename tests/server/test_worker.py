@@ -24,6 +24,7 @@ from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.server import GateService
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
+from safelora_vllm.integration.worker import guard
 from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard, attest
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
@@ -32,7 +33,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
-from tests.tiny import Draft
+from tests.tiny import Draft, lora
 
 OWN = {"method": "safe-lora", "select": "number", "number": 5, "max_relative_norm": 0.9}
 LAX = {"mode": "report-only"}
@@ -177,6 +178,58 @@ def test_a_copy_is_found_by_its_key_however_often_it_was_lost(losses: str, host:
     key = host.published()
     request = LoRARequest("tenant", 1, f"safelora://{key}{losses}")
     assert host.guard.resolve(request) == key
+
+
+def flip_a_bit(weights: Path) -> None:
+    """In place: the file keeps its name, size and inode."""
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+
+
+def other_weights(weights: Path) -> None:
+    """Sound in themselves, and unprojected."""
+    weights.write_bytes((Draft(tensors=lora(seed=7)).write(weights.parent / ".other") / WEIGHTS).read_bytes())
+
+
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, other_weights, cut, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("in_step", [True, False], ids=["in a step", "a load"])
+def test_bytes_that_were_damaged_are_never_loaded(
+    in_step: bool, damage: Callable[[Path], None], host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that evicted an adapter reads its copy again. It was sound at the first reading."""
+    key = host.published()
+    manager: GuardedLoRAManager = object.__new__(GuardedLoRAManager)
+    manager.guard, manager._in_step, manager.counts = host.guard, in_step, PoolCounts(0)
+    manager.read_ahead, host.guard.lost = ReadAhead(manager._read, torch.device("cpu")), set()
+    given: list[bytes] = []  # what vLLM reads
+
+    def load(_: Any, asked: LoRARequest) -> Any:
+        given.append((Path(asked.lora_path) / WEIGHTS).read_bytes())
+        return "weights"
+
+    monkeypatch.setattr(seams, "load_published", load)
+    monkeypatch.setattr(seams, "no_adapter", lambda *_: "zeros")
+    monkeypatch.setattr(guard, "_LOAD_SECONDS", 30.0)  # a busy machine may take long
+    request = LoRARequest("tenant", 1, f"safelora://{key}")
+    sound = (host.store.path(key) / WEIGHTS).read_bytes()
+    assert manager._load_adapter(request) == "weights"
+    damage(host.store.path(key) / WEIGHTS)
+    for _ in range(3):
+        if in_step:
+            assert manager._load_adapter(request) == "zeros" and host.guard.lost == {request.lora_path}
+        else:
+            with pytest.raises(StoreUnavailable, match="missing or damaged"):
+                manager._load_adapter(request)
+    assert given == [sound]
+    host.service.admit(Admit(str(host.adapter), "tenant", OWN))  # the gate makes it again
+    assert manager._load_adapter(request) == "weights" and given == [sound, sound]
 
 
 def test_an_adapter_that_cannot_be_read_within_a_step_is_reported_as_lost(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import logging
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -17,6 +18,7 @@ from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.seams import fixes
 from safelora_vllm.integration.seams.table import SEAMS, Requirement, Seam, Side
 
+logger = logging.getLogger("vllm.safelora.seams")
 OLDEST, NEWEST = (0, 28), (0, 32)
 ALLOW_UNTESTED = "SAFELORA_ALLOW_UNTESTED_VLLM"
 
@@ -37,12 +39,18 @@ def check_version(version: str) -> None:
     Raises:
         GuardError: outside of the range, and ``SAFELORA_ALLOW_UNTESTED_VLLM`` is not 1.
     """
-    if not OLDEST <= _release(version) <= NEWEST and os.environ.get(ALLOW_UNTESTED) != "1":
-        oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+    if OLDEST <= _release(version) <= NEWEST:
+        return
+    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+    if os.environ.get(ALLOW_UNTESTED) != "1":
         raise GuardError(
             f"vLLM {version} is outside of the range {oldest} to {newest} that this release of "
             f"safelora-vllm guards. Install one of those, or set {ALLOW_UNTESTED}=1 to try"
         )
+    logger.warning(
+        "vLLM %s is outside of the range %s to %s and was not run with this release of safelora-vllm. %s=1 "
+        "allows it; its internals are still compared", version, oldest, newest, ALLOW_UNTESTED,
+    )  # fmt: skip
 
 
 def check_seams(side: Side) -> None:

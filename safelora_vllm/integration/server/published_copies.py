@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.files import FileState
 from safelora_vllm.gate.address import address, ruleset_digest
 from safelora_vllm.gate.client import GateClient
@@ -19,6 +21,7 @@ from safelora_vllm.store import PublishedStore, Version
 from safelora_vllm.tenants.quotas import Allowance
 from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
 
+logger = logging.getLogger("vllm.safelora.reconcile")
 P = ParamSpec("P")
 R = TypeVar("R")
 _GATE_CALLS = 32  # at once; the gate itself does one adapter at a time
@@ -65,6 +68,7 @@ class Copies:
         """tenant_rules: those of the tenant that owns a name, as they are now."""
         self.gate, self.state, self._published, self._tenant_rules = gate, state, published, tenant_rules
         self._threads = ThreadPoolExecutor(_GATE_CALLS, thread_name_prefix="safelora-gate")
+        self._repairing = asyncio.Lock()
 
     def ruleset(self, name: str) -> str:
         """A digest of the rules that hold for a name today. May read the keys file."""
@@ -155,6 +159,25 @@ class Copies:
             keep=False,
         )
         return await self.copy_of(judgement)
+
+    async def repair(self, entry: Entry) -> None:
+        """Have the published copy of a served adapter made again where its files are damaged.
+
+        The pool has its weights, and may have to read them again at any moment. Where the copy cannot be made
+        again, they are served as long as the pool has them.
+        """
+        async with self._repairing:  # one at a time: uploads need the threads too
+            try:
+                if entry.version is None:
+                    await self.adopt(entry)
+                else:
+                    version = entry.version
+                    await self.ensure(version.digest, entry.name, version.policy, version.override)
+            except SafeLoRAError as error:
+                logger.error(
+                    "the published copy of %r has changed and cannot be checked or made again: %s. It is "
+                    "served until a worker has to read it", entry.name, error,
+                )  # fmt: skip
 
     async def copy_of(self, judgement: Judgement) -> Copy:
         """The published copy of what the gate accepted.

@@ -84,6 +84,7 @@ class Reconciler:
             pool.names, copies, self.registry, is_base_model, self.served.drop, self._change
         )
         self.watchdog = Watchdog(self.registry, copies, pool, self.served.put, workers)
+        self.watchdog.repair = lambda entry: self.background.spawn(copies.repair(entry))
         self._rejudge = Rejudge(copies, pool, audit)
         self._state = ServingState(self.registry, copies, pool.names.root)
         self._preparing = asyncio.Lock()

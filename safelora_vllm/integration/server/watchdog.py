@@ -30,6 +30,7 @@ class Watchdog:
         workers: how many are guarded and how many are not.
         pools: what each worker has loaded, as it said last.
         also: what else is brought up to date at each look.
+        repair: is told each adapter whose published copy changed.
         withdrawn: how often an adapter was withdrawn, because its copy was not whole or a worker not guarded.
     """
 
@@ -39,6 +40,7 @@ class Watchdog:
         self.pools: list[PoolState] = []
         self.withdrawn = 0
         self.also: Callable[[], None] = lambda: None
+        self.repair: Callable[[Entry], None] = lambda _: None
         self._registry, self._copies, self._pool, self._put = registry, copies, pool, put
         self.workers = _states(guarded)
         self._looks, self._alert = itertools.count(1), 0
@@ -65,6 +67,7 @@ class Watchdog:
             if state != entry.served.copy:
                 changed = True
                 self._registry[name] = replace(entry, served=replace(entry.served, copy=state))
+                self.repair(self._registry[name])
         return changed
 
     async def _attest(self) -> None:
