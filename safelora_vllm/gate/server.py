@@ -57,9 +57,9 @@ from safelora_vllm.methods.judge import warm_up
 from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.sizes import groups_of_cache
+from safelora_vllm.served import check_served_model
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
@@ -88,7 +88,7 @@ class GateService:
         cache, policy = ProjectorCache(given.projectors), Policy.from_mapping(given.policy)
         cache.verify()
         if not given.trust_served_model:
-            cache.check_model(Checkpoint(config.model).fingerprint(), config.model)
+            check_served_model(cache, config.model)
         device, parts = torch.device(config.device), parts_read(policy, cache.thin)
         self._placement = _placement(config, cache, policy)
         cache.load(device, self._placement, **dataclasses.asdict(parts))

@@ -18,7 +18,7 @@ from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.served import check_served_model
 from safelora_vllm.settings import (
     ADMIN_KEY,
     METRICS_KEY,
@@ -51,7 +51,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     """
     cache = ProjectorCache(settings.projectors)
     if not settings.trust_served_model:
-        cache.check_model(Checkpoint(model).fingerprint(), model)
+        check_served_model(cache, model, quick=True)
     _check_rules(cache, settings)
     granted(settings.route_access)
     if settings.keys:

@@ -34,6 +34,7 @@ from safelora_vllm.projectors.module import Built, thin_module, whole_module
 from safelora_vllm.projectors.next_weights import Weights, weights_ahead
 from safelora_vllm.projectors.partial_cache import PartialCache, partial_cache
 from safelora_vllm.projectors.rounding import check_quantisation
+from safelora_vllm.projectors.samples import write_samples
 from safelora_vllm.projectors.selection import select_modules
 from safelora_vllm.projectors.work import operations
 
@@ -128,6 +129,7 @@ def build(
         _add_modules(partial, pair, modules, left, options)
         if not partial.modules:
             raise _identical(*pair)
+        write_samples(partial.folder, *pair)
         given = dict(zip(("base", "aligned"), names or map(ModelName.of, (base, aligned)), strict=True))
         models = json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
         partial.finish(out, {MANIFEST: _manifest(partial, pair, options), MODELS: models})

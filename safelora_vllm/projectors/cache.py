@@ -34,6 +34,7 @@ from safelora_vllm.projectors.manifest import MANIFEST, MODELS, OPERATORS, THIN,
 from safelora_vllm.projectors.operators_ahead import OperatorsAhead
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
+from safelora_vllm.projectors.samples import Samples, open_samples
 from safelora_vllm.projectors.shards import Shards
 
 __all__ = ["Parts", "Projector", "ProjectorCache", "Spectrum"]
@@ -103,18 +104,31 @@ class ProjectorCache:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def is_aligned(self, fingerprint: str) -> bool:
+        """Whether a model is the aligned side of this cache, by its fingerprint."""
+        return fingerprint == self._manifest.aligned
+
+    def samples(self) -> Samples | None:
+        """Samples of the aligned model's weights; None in a cache of an older release.
+
+        Raises:
+            ProjectorCacheError: they are damaged.
+        """
+        return open_samples(self.folder, self._manifest.aligned)
+
     def check_model(self, fingerprint: str, model: str | Path) -> None:
         """Refuse to serve a model that is not the aligned side of this cache.
 
         Raises:
             ProjectorCacheError: the fingerprints differ.
         """
-        if fingerprint != self._manifest.aligned:
+        if not self.is_aligned(fingerprint):
             raise ProjectorCacheError(
                 f"the projector cache {self.folder} was made for another aligned model than {model} "
                 f"(fingerprint {self._manifest.aligned[:12]}, served {fingerprint[:12]}). Serve the "
-                "model given as --aligned, or build a cache for this one. If it is a quantised or "
-                "converted copy of that model, say so with `trust_served_model`"
+                "model given as --aligned, or build a cache for this one. This cache has no samples of the "
+                "weights, with which a quantised or converted copy is recognised: build it again, or say "
+                "that it is one with `trust_served_model`"
             )
 
     def load(

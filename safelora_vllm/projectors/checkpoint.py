@@ -102,14 +102,14 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
 
-    def raw(self, name: str) -> bytearray:
-        """A tensor's bytes."""
+    def raw(self, name: str, start: int = 0, nbytes: int | None = None) -> bytearray:
+        """A tensor's bytes, or ``nbytes`` of them from ``start`` on."""
         info = self.tensors[name]
-        buffer = bytearray(info.nbytes)
+        buffer = bytearray(info.nbytes - start if nbytes is None else nbytes)
         with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
+            file.seek(info.start + start)
             view, done = memoryview(buffer), 0
-            while done < info.nbytes:
+            while done < len(buffer):
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(f"{info.file} ends inside {name}; download it again")
@@ -132,7 +132,7 @@ class Checkpoint:
         Raises:
             CheckpointError: as `check_weight`, or a scale is not finite.
         """
-        weight, scaled = self.read(f"{module}.weight"), self._scale(module)
+        weight, scaled = self.read(f"{module}.weight"), self.scale(module)
         return weight if scaled is None else fp8.dequantised(weight, *scaled)
 
     def weight(self, module: str, device: str | torch.device = "cpu") -> Tensor:
@@ -145,7 +145,7 @@ class Checkpoint:
         Raises:
             CheckpointError: as `weight`.
         """
-        scaled = self._scale(module)
+        scaled = self.scale(module)
         return 0.0 if scaled is None else fp8.rounding(self.read(f"{module}.weight").to(device), *scaled)
 
     def check_weight(self, module: str) -> None:
@@ -154,15 +154,15 @@ class Checkpoint:
         Raises:
             CheckpointError: no such layer, a quantisation that is not read, or FP8 without its scale.
         """
-        self._scale_name(module)
+        self.scale_name(module)
 
     def is_fp8(self, module: str) -> bool:
         """Whether the weight of a linear layer is FP8."""
         return self.tensors[f"{module}.weight"].dtype == fp8.FP8
 
-    def _scale(self, module: str) -> tuple[Tensor, fp8.Block] | None:
+    def scale(self, module: str) -> tuple[Tensor, fp8.Block] | None:
         """An FP8 weight's scale and the blocks it is for; None for other weights."""
-        if (found := self._scale_name(module)) is None:
+        if (found := self.scale_name(module)) is None:
             return None
         name, block = found
         values = self.read(name)
@@ -172,7 +172,7 @@ class Checkpoint:
             )
         return values, block
 
-    def _scale_name(self, module: str) -> tuple[str, fp8.Block] | None:
+    def scale_name(self, module: str) -> tuple[str, fp8.Block] | None:
         """The name of an FP8 weight's scale and the blocks it is for; None for other weights."""
         name = f"{module}.weight"
         weight = self._info(name)

@@ -1,0 +1,144 @@
+"""Refusing to serve a model that is neither the aligned model of a projector cache nor a copy of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelora_vllm.errors import CheckpointError, ProjectorCacheError
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.served.compare import Fit, compare, position_error, totals
+from safelora_vllm.served.stored import TRUST
+
+logger = logging.getLogger("vllm.safelora.served")
+# Measured limits: see docs/quantised-models.md.
+MOST_OUTSIDE = 0.0015  # share of all samples that rounding to the nearest need not explain
+MOST_OUTSIDE_OF_ONE = 0.01  # the same of one weight
+FEW = 4  # samples of one weight that may be outside in any case
+MOST_ERROR = 4.0  # times the expected ‖·‖² of rounding to the nearest, of all calibrated weights
+MOST_ERROR_OF_ONE = 8.0
+MOST_POSITION = 0.25  # on the way from the aligned model to the base
+MOST_POSITION_ERROR = 0.08  # its standard deviation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found of a copy.
+
+    Attributes:
+        form: how it is stored.
+        weights: how many weights were compared.
+        error: ‖W_served − W_aligned‖/‖W_aligned‖.
+        outside: the share of samples that rounding to the nearest does not explain.
+        ratio: the error's square over that of rounding to the nearest.
+        position: where it is on the way from the aligned model (0) to the base (1).
+        rounded: whether rounding to the nearest explains all weights.
+    """
+
+    form: str
+    weights: int
+    error: float
+    outside: float
+    ratio: float
+    position: float
+    rounded: bool
+
+    def __str__(self) -> str:
+        kind = "all of it rounding" if self.rounded else "calibrated: smaller changes are not seen"
+        return (
+            f"{self.form}, {self.weights} weights, {self.error:.2%} from the aligned model ({kind}), "
+            f"{self.position:+.3f} of the way to the base"
+        )
+
+
+def check_served_model(cache: ProjectorCache, model: str | Path, quick: bool = False) -> Comparison | None:
+    """Compare a served model with the aligned side of a cache.
+
+    The model itself is known by its fingerprint. A copy in other numbers is read once and compared with
+    samples.
+
+    Args:
+        cache: the projector cache.
+        model: a folder or a hub id.
+        quick: compare only one layer of a copy.
+
+    Returns:
+        What was found of a copy; None for the model itself.
+
+    Raises:
+        ProjectorCacheError: it is another model, or the cache has no samples.
+        CheckpointError: it is stored in a form that cannot be compared.
+    """
+    checkpoint = Checkpoint(model)
+    fingerprint = checkpoint.fingerprint()
+    if cache.is_aligned(fingerprint):
+        return None
+    if (samples := cache.samples()) is None:
+        cache.check_model(fingerprint, model)
+        return None
+    try:
+        found = judged(compare(samples, checkpoint, quick), str(model), quick)
+    except CheckpointError as error:
+        if TRUST in str(error):
+            raise
+        raise ProjectorCacheError(f"{error}. The projector cache is {cache.folder}") from error
+    if not quick:
+        level = logging.INFO if found.rounded else logging.WARNING
+        logger.log(level, "the served model is a copy of the aligned one: %s", found)
+    return found
+
+
+def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
+    """Whether some weights are those of a copy.
+
+    Raises:
+        ProjectorCacheError: they are not.
+    """
+    if not fits:
+        raise ProjectorCacheError(f"{model} has no weights that can be compared. {TRUST}")
+    if broken := [fit.module for fit in fits if not math.isfinite(fit.error + fit.expected)]:
+        raise ProjectorCacheError(f"{broken[0]} of {model} has NaN or infinite values; download it again")
+    whole = totals(fits)
+    position = -whole.along / whole.change if whole.change else 0.0
+    share = whole.outside / whole.count
+    others = [fit for fit in fits if fit.outside > max(FEW, MOST_OUTSIDE_OF_ONE * fit.count)]
+    if share > MOST_OUTSIDE and not others:
+        others = [fit for fit in fits if fit.outside > MOST_OUTSIDE * fit.count]
+    ratio = whole.error / whole.expected if whole.expected else math.inf if whole.error else 1.0
+    found = Comparison(
+        whole.form, len(fits), math.sqrt(whole.error / whole.norm), share, ratio, position, rounded=not others
+    )
+    if not quick and position_error(fits) <= MOST_POSITION_ERROR and abs(position) > MOST_POSITION:
+        raise _other(model, found, f"it is {position:.0%} of the way from the aligned model to the base")
+    if not others:
+        return found
+    strict = [fit for fit in others if not fit.calibrated]
+    far = [fit for fit in others if fit.error > MOST_ERROR_OF_ONE * fit.expected]
+    if strict or far:
+        one = (strict or far)[0]
+        size, expected = (
+            math.sqrt(x / one.norm) if one.norm else math.inf for x in (one.error, one.expected)
+        )
+        raise _other(
+            model, found,
+            f"{len({*strict, *far})} of {len(fits)} weights differ by more than their rounding, such as "
+            f"{one.module}, {one.form}: {size:.2%} from the aligned one, where {expected:.2%} is expected",
+        )  # fmt: skip
+    if ratio > MOST_ERROR:
+        raise _other(model, found, f"its squared error is {ratio:.1f} times that of rounding to the nearest")
+    if not quick and position_error(fits) > MOST_POSITION_ERROR:
+        raise ProjectorCacheError(
+            f"{model} is rounded too coarsely to tell the aligned model from the base: {found}. {TRUST}"
+        )
+    return found
+
+
+def _other(model: str, found: Comparison, cause: str) -> ProjectorCacheError:
+    return ProjectorCacheError(
+        f"{model} is not a copy of the aligned model: {cause} ({found.form}). Serve the model given as "
+        f"--aligned or a quantised copy of it, or build a cache for this one. {TRUST}"
+    )
