@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:benchmarks python benchmarks/quantised.py [--base DIR] [--aligned DIR]
 
-Writes ``results/quantised.json``. Each form of quantised checkpoint is made of the aligned model, of the base,
-and of the aligned model with a change of a stated size: a random one of rank 16 in every linear layer, as
+Writes ``results/quantised.json``. Each form of quantised checkpoint is made of the aligned model, of the
+base, and of the aligned model with a change of a stated size: a random one of rank 16 in every linear layer, as
 merging an adapter makes it. GPTQ is also made as its tools do, with inputs of the model itself, and AWQ with
 factors moved between layers. Every checkpoint goes through the check of a server's start.
 """
@@ -49,17 +49,17 @@ def main() -> None:
     names = select_modules(base, aligned, ())
     after, before = ({name: model.read(name) for name in model.tensors} for model in (aligned, base))
     forms = {form: found for form, found in quantised.forms(GROUP).items() if form not in _SKIPPED}
-    copies: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
-        form: (config, lambda state, _, quantise=quantise: (state, quantise))
-        for form, (config, quantise) in {**forms, "bfloat16": ({}, lambda w: {"weight": w})}.items()
-    }
     moments = inputs(args.aligned, names, args.text)
-    copies["GPTQ, 4 bits, calibrated"] = (
-        forms["GPTQ, 4 bits"][0], lambda state, names: (state, calibrated(names, moments))
-    )  # fmt: skip
-    copies["AWQ, 4 bits, rescaled and clipped"] = (
-        forms["AWQ, 4 bits"][0], lambda state, names: rescaled(state, names, moments)
-    )  # fmt: skip
+    copies: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+        "GPTQ, 4 bits, calibrated": (
+            forms["GPTQ, 4 bits"][0], lambda state, names: (state, calibrated(names, moments))
+        ),
+        "AWQ, 4 bits, rescaled and clipped": (
+            forms["AWQ, 4 bits"][0], lambda state, names: rescaled(state, names, moments)
+        ),
+    }  # fmt: skip
+    for form, (config, quantise) in {**forms, "bfloat16": ({}, lambda w: {"weight": w})}.items():
+        copies[form] = (config, lambda state, _, quantise=quantise: (state, quantise))
     cases: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -47,8 +47,8 @@ class ServerSettings:
         store_mirror: address of a bucket, such as ``s3://bucket/prefix``, that decides which names there are.
             Servers with stores on several disks and one bucket serve the same.
         policy: fields of the policy, by their names there.
-        trust_served_model: do not compare the served model with the cache's aligned model. For a quantised
-            or converted copy of it.
+        trust_served_model: do not compare the served model with the cache's aligned model. For a copy in a
+            form that cannot be compared: see quantised-models.md.
         gate_device: where the gate projects: ``worker``, the device of the worker that starts it; ``cpu``; or
             another one that this worker sees, such as ``cuda:1``.
         projector_memory: most bytes of its device that the gate takes for projectors and for the work of an

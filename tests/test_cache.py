@@ -53,7 +53,8 @@ def test_the_manifest_has_these_keys_and_no_others(folder: Path, pair: Pair) -> 
     for name, shard in manifest["shards"].items():
         assert shard["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert ProjectorCache(folder).id == hashlib.sha256(text).hexdigest()
-    assert {file.name for file in folder.iterdir()} == {"manifest.json", "models.json", *manifest["shards"]}
+    others = {"manifest.json", "models.json", "aligned.samples"}
+    assert {file.name for file in folder.iterdir()} == {*others, *manifest["shards"]}
 
 
 def test_verify_accepts_what_the_build_wrote_and_finds_a_flipped_byte(folder: Path) -> None:
@@ -196,7 +197,9 @@ def test_no_cache_there_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_only_the_aligned_model_may_be_served(cache: ProjectorCache, pair: Pair) -> None:
     cache.check_model(Checkpoint(pair.aligned).fingerprint(), pair.aligned)
-    with pytest.raises(ProjectorCacheError, match=r"another aligned model .* `trust_served_model`"):
+    with pytest.raises(
+        ProjectorCacheError, match=r"another aligned model .*no samples.*`trust_served"
+    ):
         cache.check_model(Checkpoint(pair.base).fingerprint(), pair.base)
 
 

@@ -215,9 +215,13 @@ def test_what_is_checked_before_vllm_is_looked_at(
     refused(PolicyError, "max_energy", policy={"energy": 0.9999})
     refused(KeysError, "none.toml", keys=str(tmp_path / "none.toml"))
     refused(ProjectorCacheError, "none", projectors=str(tmp_path / "none"))
-    other = SimpleNamespace(fingerprint=lambda: "f" * 64)
-    monkeypatch.setattr(launch, "Checkpoint", lambda model: other if model == "MODEL" else None)
-    refused(ProjectorCacheError, "another aligned model than MODEL", trust_served_model=False)
+
+    def other(_: ProjectorCache, model: str, quick: bool) -> None:
+        assert (model, quick) == ("MODEL", True)
+        raise ProjectorCacheError("not a copy")
+
+    monkeypatch.setattr(launch, "check_served_model", other)
+    refused(ProjectorCacheError, "not a copy", trust_served_model=False)
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     serve("MODEL", settings, [])
     assert vllm.steps and os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0", "accepted, and switched off"

@@ -145,7 +145,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--trust-served-model",
         action="store_true",
-        help="do not compare the served model with the cache's aligned model: it is a converted copy",
+        help="do not compare the served model with the cache's aligned model: it is a copy of it in a form "
+        "that cannot be compared",
     )
     parser.add_argument(
         "--audit-stdout",

@@ -1,6 +1,6 @@
 """Samples of the aligned model's weights, kept in a projector cache: what a converted copy is compared with.
 
-``samples.safetensors`` holds, for each tensor of the aligned model,
+``aligned.samples``, in the format of safetensors, holds for each tensor of the aligned model,
 
 - ``NAME`` (rows, 8): of each row of a weight (d_out, d_in) the values in 8 columns; a vector as it is;
 - ``NAME.change`` (rows, 8) bfloat16: V = W_aligned − W_base there, where both models have the weight.
@@ -32,7 +32,7 @@ from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.fp8 import FP8
 from safelora_vllm.projectors.weight_files import FLOAT_DTYPES
 
-SAMPLES = "samples.safetensors"
+SAMPLES = "aligned.samples"
 PER_ROW = 8
 _FORMAT, _VERSION = "safelora-samples", "1"
 _CHANGE = ".change"

@@ -110,6 +110,5 @@ def steps(form: str, codes: Tensor, zero: Tensor, scale: Tensor, ends: tuple[int
 def packed(words: Tensor, row: Tensor, index: Tensor, bits: int) -> Tensor:
     """Unsigned numbers out of int32 words (n, m): number ``index`` of a row, lowest bits first."""
     per = 32 // bits
-    found: Tensor = words[row, index // per].to(torch.int64) & 0xFFFFFFFF
-    found = found >> (bits * (index % per))
-    return found & (2**bits - 1)
+    found: Tensor = (words[row, index // per].to(torch.int64) & 0xFFFFFFFF) >> (bits * (index % per))
+    return torch.bitwise_and(found, 2**bits - 1)
