@@ -1,16 +1,17 @@
 """How the check of a quantised served model tells copies of the aligned model from other models.
 
-    PYTHONPATH=.:benchmarks python benchmarks/quantised.py [--base DIR] [--aligned DIR]
+    PYTHONPATH=.:benchmarks python benchmarks/quantised.py [--base DIR] [--aligned DIR] [--layers 0 3 6]
 
-Writes ``results/quantised.json``. Each form of quantised checkpoint is made of the aligned model, of the
-base, and of the aligned model with a change of a stated size: a random one of rank 16 in every linear layer, as
-merging an adapter makes it. GPTQ is also made as its tools do, with inputs of the model itself, and AWQ with
-factors moved between layers. Every checkpoint goes through the check of a server's start.
+Writes ``results/quantised.json``. Of some layers of a pair, each form of quantised checkpoint is made of the
+aligned model, of the base, and of the aligned model with a change of a stated size: a random one of rank 16
+in every linear layer, as merging an adapter makes it. GPTQ is also made as its tools do, with inputs of the
+model itself, and AWQ with factors moved between layers. Every checkpoint goes through the check of a start.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from torch import Tensor
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.samples import open_samples, write_samples
-from safelora_vllm.projectors.selection import select_modules
 from safelora_vllm.served.check import judged
 from safelora_vllm.served.compare import compare, position_error, totals
 from tests import quantised
@@ -43,11 +43,15 @@ def main() -> None:
     parser.add_argument("--aligned", type=Path, default=MODELS / "aligned")
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
     parser.add_argument("--out", type=Path, default=recording.RESULTS)
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(0, 30, 3)))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    base, aligned = Checkpoint(args.base), Checkpoint(args.aligned)
-    names = select_modules(base, aligned, ())
-    after, before = ({name: model.read(name) for name in model.tensors} for model in (aligned, base))
+    given = Checkpoint(args.aligned)
+    after, before = (
+        {name: model.read(name) for name in model.tensors if _taken(name, args.layers)}
+        for model in (given, Checkpoint(args.base))
+    )
+    names = [name.removesuffix(".weight") for name in after if name.endswith("_proj.weight")]
     forms = {form: found for form, found in quantised.forms(GROUP).items() if form not in _SKIPPED}
     moments = inputs(args.aligned, names, args.text)
     copies: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
@@ -63,6 +67,10 @@ def main() -> None:
     cases: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        pair = [folder / "base", folder / "aligned"]
+        for part, state in zip(pair, (before, after), strict=True):
+            quantised.write(part, state, [], given.config, {}, lambda _: {})
+        base, aligned = map(Checkpoint, pair)
         write_samples(folder, base, aligned)
         samples = open_samples(folder, aligned.fingerprint())
         assert samples is not None
@@ -81,10 +89,15 @@ def main() -> None:
                     break
         size = samples.file.stat().st_size
     figures = {
-        "modules": len(names), "group": GROUP, "rank": RANK, "samples_bytes": size,
-        "change_over_weight": round(distance(after, before, names), 6), "cases": cases,
+        "modules": len(names), "layers": len(args.layers), "group": GROUP, "rank": RANK,
+        "samples_bytes": size, "change_over_weight": round(distance(after, before, names), 6), "cases": cases,
     }  # fmt: skip
     print(f"written to {recording.write('quantised', 'quantised.py', 1, figures, args.out)}")
+
+
+def _taken(name: str, layers: list[int]) -> bool:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return found is None or int(found[1]) in layers
 
 
 def distance(state: dict[str, Tensor], other: dict[str, Tensor], names: list[str]) -> float:

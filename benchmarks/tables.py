@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +466,31 @@ def fp8() -> str:
     return markdown(heads, rows, texts=2)
 
 
+def quantised() -> str:
+    """What the check of a quantised served model says of copies and of other models."""
+
+    def verdict(of: Mapping[str, Any]) -> str:
+        return "refused" if not of["served"] else "served" if of["rounded"] else "served, warned"
+
+    rows = []
+    for form, cases in load("quantised")["cases"].items():
+        copy, base = cases["aligned"], cases["base"]
+        changed = {float(case): verdict(of) for case, of in cases.items() if case not in ("aligned", "base")}
+        least = (
+            min((size for size, said in changed.items() if said != "served"), default=None),
+            min((size for size, said in changed.items() if said == "refused"), default=None),
+        )
+        figures = [f"{copy['error']:.2%}", number(copy["ratio"], 2), f"{copy['outside']:.2%}"]
+        figures += [number(of["position"], 2) for of in (copy, base)]
+        figures += ["" if size is None else f"{size:.1%}" for size in least]
+        rows.append([form, verdict(copy), verdict(base), *figures])
+    heads = [
+        "form", "copy", "base", "distance", "squared, over rounding's", "not explained",
+        "position of the copy", "of the base", "warned or refused from a change of", "refused from",
+    ]  # fmt: skip
+    return markdown(heads, rows, texts=3)
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """All tables by name."""
     import gpu_tables
@@ -475,7 +500,7 @@ def tables() -> dict[str, Callable[[], str]]:
         runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, scrape, demo,
         project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
-        build_modules, build_intervals, build_model, bulk, fp8,
+        build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
 

@@ -130,7 +130,10 @@ def scheme(
         "dynamic": False,
         **more,
     }
-    group = {"targets": ["Linear"], "weights": weights}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    if bits == 8:
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+        group["input_activations"] = inputs
     form = {8: "int-quantized" if kind == "int" else "float-quantized"}.get(bits, "pack-quantized")
     return {
         "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],

@@ -12,7 +12,7 @@ from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.served.compare import Fit, compare, position_error, totals
-from safelora_vllm.served.stored import TRUST
+from safelora_vllm.served.stored import FLOATS, TRUST
 
 logger = logging.getLogger("vllm.safelora.served")
 # Measured limits: see docs/quantised-models.md.
@@ -32,7 +32,7 @@ class Comparison:
     Attributes:
         form: how it is stored.
         weights: how many weights were compared.
-        error: ‖W_served − W_aligned‖/‖W_aligned‖.
+        error: ‖W_served − W_aligned‖/‖W_aligned‖ of the quantised weights, or of all if there are none.
         outside: the share of samples that rounding to the nearest does not explain.
         ratio: the error's square over that of rounding to the nearest.
         position: where it is on the way from the aligned model (0) to the base (1).
@@ -102,16 +102,15 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
         raise ProjectorCacheError(f"{model} has no weights that can be compared. {TRUST}")
     if broken := [fit.module for fit in fits if not math.isfinite(fit.error + fit.expected)]:
         raise ProjectorCacheError(f"{broken[0]} of {model} has NaN or infinite values; download it again")
-    whole = totals(fits)
-    position = -whole.along / whole.change if whole.change else 0.0
-    share = whole.outside / whole.count
-    others = [fit for fit in fits if fit.outside > max(FEW, MOST_OUTSIDE_OF_ONE * fit.count)]
+    everything, quantised = totals(fits), totals([fit for fit in fits if fit.form not in FLOATS] or fits)
+    position = -everything.along / everything.change if everything.change else 0.0
+    share = quantised.outside / quantised.count
+    ratio = _over(quantised.error, quantised.expected)
+    others = [fit for fit in fits if fit.outside > _most_outside(fit)]
     if share > MOST_OUTSIDE and not others:
         others = [fit for fit in fits if fit.outside > MOST_OUTSIDE * fit.count]
-    ratio = whole.error / whole.expected if whole.expected else math.inf if whole.error else 1.0
-    found = Comparison(
-        whole.form, len(fits), math.sqrt(whole.error / whole.norm), share, ratio, position, rounded=not others
-    )
+    error = math.sqrt(_over(quantised.error, quantised.norm))
+    found = Comparison(everything.form, len(fits), error, share, ratio, position, rounded=not others)
     if not quick and position_error(fits) <= MOST_POSITION_ERROR and abs(position) > MOST_POSITION:
         raise _other(model, found, f"it is {position:.0%} of the way from the aligned model to the base")
     if not others:
@@ -120,9 +119,7 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
     far = [fit for fit in others if fit.error > MOST_ERROR_OF_ONE * fit.expected]
     if strict or far:
         one = (strict or far)[0]
-        size, expected = (
-            math.sqrt(x / one.norm) if one.norm else math.inf for x in (one.error, one.expected)
-        )
+        size, expected = (math.sqrt(_over(part, one.norm)) for part in (one.error, one.expected))
         raise _other(
             model, found,
             f"{len({*strict, *far})} of {len(fits)} weights differ by more than their rounding, such as "
@@ -135,6 +132,15 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
             f"{model} is rounded too coarsely to tell the aligned model from the base: {found}. {TRUST}"
         )
     return found
+
+
+def _most_outside(fit: Fit) -> float:
+    """How many samples of one weight may be outside: floats are rounded to the nearest by every tool."""
+    return FEW if fit.form in FLOATS else max(FEW, MOST_OUTSIDE_OF_ONE * fit.count)
+
+
+def _over(part: float, whole: float) -> float:
+    return part / whole if whole else math.inf if part else 1.0
 
 
 def _other(model: str, found: Comparison, cause: str) -> ProjectorCacheError:
