@@ -21,8 +21,9 @@ MOST_OUTSIDE_OF_ONE = 0.01  # the same of one weight
 FEW = 4  # samples of one weight that may be outside in any case
 MOST_ERROR = 4.0  # times the expected ‖·‖² of rounding to the nearest, of all calibrated weights
 MOST_ERROR_OF_ONE = 8.0
-MOST_POSITION = 0.25  # on the way from the aligned model to the base
-MOST_POSITION_ERROR = 0.08  # its standard deviation
+MOST_POSITION = 0.1  # on the way from the aligned model to the base, or
+DEVIATIONS = 4.0  # so many standard deviations that rounding gives it
+MOST_DEVIATION = 0.1  # above it, the aligned model and the base are not told apart
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,12 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
         others = [fit for fit in fits if fit.outside > MOST_OUTSIDE * fit.count]
     error = math.sqrt(_over(quantised.error, quantised.norm))
     found = Comparison(everything.form, len(fits), error, share, ratio, position, rounded=not others)
-    if not quick and position_error(fits) <= MOST_POSITION_ERROR and abs(position) > MOST_POSITION:
+    deviation = position_error(fits)
+    if (
+        not quick
+        and deviation <= MOST_DEVIATION
+        and abs(position) > max(MOST_POSITION, DEVIATIONS * deviation)
+    ):
         raise _other(model, found, f"it is {position:.0%} of the way from the aligned model to the base")
     if not others:
         return found
@@ -127,7 +133,7 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
         )  # fmt: skip
     if ratio > MOST_ERROR:
         raise _other(model, found, f"its squared error is {ratio:.1f} times that of rounding to the nearest")
-    if not quick and position_error(fits) > MOST_POSITION_ERROR:
+    if not quick and deviation > MOST_DEVIATION:
         raise ProjectorCacheError(
             f"{model} is rounded too coarsely to tell the aligned model from the base: {found}. {TRUST}"
         )

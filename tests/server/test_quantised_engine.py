@@ -15,7 +15,7 @@ from tests.server import slots
 from tests.server.slots import Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
 
-FORM = "compressed-tensors, int8"
+FORM = "GPTQ, 4 bits"
 
 
 def copy_of(model: Path, folder: Path, form: str = FORM) -> Path:
@@ -50,4 +50,4 @@ def test_an_adapter_is_projected_and_served(tmp_path: Path) -> None:
     read = slots.read(tmp_path / "slots")
     assert slots.from_published(read, slots.published(tmp_path / "store", adapter.folder)) == 0.0
     assert slots.from_projection(read, adapter, pair.weights) < slots.TOLERANCE[torch.bfloat16]
-    assert "copy of the aligned one: compressed-tensors, int8" in (tmp_path / "engine.log").read_text()
+    assert "copy of the aligned one: GPTQ, 4 bits" in (tmp_path / "engine.log").read_text()
