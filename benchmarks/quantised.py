@@ -32,8 +32,10 @@ from tests import quantised
 
 MODELS = Path(__file__).resolve().parents[1] / ".cache" / "models"
 GROUP, RANK = 64, 16
-CHANGES = (0.01, 0.03, 0.1, 0.3)
-_SKIPPED = ("bitsandbytes, FP4", "compressed-tensors, 4 bits, zero points", "bitsandbytes, NF4, not nested")
+CHANGES = (0.01, 0.1, 0.3)
+_TAKEN = (
+    "GPTQ, 4 bits", "AWQ, 4 bits", "compressed-tensors, int8", "compressed-tensors, FP8", "bitsandbytes, NF4",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -52,18 +54,22 @@ def main() -> None:
         for model in (given, Checkpoint(args.base))
     )
     names = [name.removesuffix(".weight") for name in after if name.endswith("_proj.weight")]
-    forms = {form: found for form, found in quantised.forms(GROUP).items() if form not in _SKIPPED}
-    moments = inputs(args.aligned, names, args.text)
-    copies: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
-        "GPTQ, 4 bits, calibrated": (
-            forms["GPTQ, 4 bits"][0], lambda state, names: (state, calibrated(names, moments))
-        ),
-        "AWQ, 4 bits, rescaled and clipped": (
-            forms["AWQ, 4 bits"][0], lambda state, names: rescaled(state, names, moments)
-        ),
-    }  # fmt: skip
+    forms = {form: found for form, found in quantised.forms(GROUP).items() if form in _TAKEN}
+    copies: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {}
     for form, (config, quantise) in {**forms, "bfloat16": ({}, lambda w: {"weight": w})}.items():
         copies[form] = (config, lambda state, _, quantise=quantise: (state, quantise))
+    moments: dict[str, Tensor] = {}
+
+    def with_inputs(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(state: dict[str, Tensor], names: list[str]) -> Any:
+            if not moments:
+                moments.update(inputs(args.aligned, names, args.text))
+            return make(state, names, moments)
+
+        return made
+
+    copies["AWQ, 4 bits, rescaled and clipped"] = forms["AWQ, 4 bits"][0], with_inputs(rescaled)
+    copies["GPTQ, 4 bits, calibrated"] = forms["GPTQ, 4 bits"][0], with_inputs(calibrated)
     cases: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -74,6 +80,11 @@ def main() -> None:
         write_samples(folder, base, aligned)
         samples = open_samples(folder, aligned.fingerprint())
         assert samples is not None
+        figures = {
+            "modules": len(names), "layers": len(args.layers), "group": GROUP, "rank": RANK,
+            "samples_bytes": samples.file.stat().st_size,
+            "change_over_weight": round(distance(after, before, names), 6),
+        }  # fmt: skip
         for form, (config, make) in copies.items():
             for case in ("aligned", "base", *CHANGES):
                 state = {"aligned": after, "base": before}.get(str(case)) or changed(
@@ -85,14 +96,10 @@ def main() -> None:
                 shutil.rmtree(made)
                 cases.setdefault(form, {})[str(case)] = found
                 print(form, case, found, flush=True)
+                recording.write("quantised", "quantised.py", 1, {**figures, "cases": cases}, args.out)
                 if isinstance(case, float) and not found["served"]:
                     break
-        size = samples.file.stat().st_size
-    figures = {
-        "modules": len(names), "layers": len(args.layers), "group": GROUP, "rank": RANK,
-        "samples_bytes": size, "change_over_weight": round(distance(after, before, names), 6), "cases": cases,
-    }  # fmt: skip
-    print(f"written to {recording.write('quantised', 'quantised.py', 1, figures, args.out)}")
+    print(f"written to {args.out}")
 
 
 def _taken(name: str, layers: list[int]) -> bool:
@@ -167,7 +174,7 @@ def inputs(model: Path, names: list[str], text: Path) -> dict[str, Tensor]:
     return moments
 
 
-def calibrated(names: list[str], moments: dict[str, Tensor]) -> Callable[[Tensor], quantised.Parts]:
+def calibrated(state: dict[str, Tensor], names: list[str], moments: dict[str, Tensor]) -> Any:
     """GPTQ (Frantar et al., 2022): columns are rounded in turn, and the rest makes up for the error."""
     queue = iter(names)
 
@@ -175,7 +182,7 @@ def calibrated(names: list[str], moments: dict[str, Tensor]) -> Callable[[Tensor
         codes, scale, zero = gptq_codes(weight.float(), moments[next(queue)])
         return quantised.gptq(codes, scale, zero, 4)
 
-    return quantise
+    return state, quantise
 
 
 def gptq_codes(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,7 +100,7 @@ def _names(samples: Samples, model: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: a tensor that only one of both models has.
     """
-    names, known = set(samples.shapes), set[str]()
+    names, known = {name for name in samples.shapes if not name.endswith(_OTHER)}, set[str]()
     for name in samples.shapes:
         module = name.removesuffix(_WEIGHT)
         known |= {name, *(f"{module}.{part}" for part in forms.PARTS)}
