@@ -14,7 +14,8 @@
     │   ├── GateUnavailable       the gate process does not answer
     │   │   └── MalformedMessage      a call or an answer that is not one
     │   ├── StoreUnavailable      the adapter store cannot be read or written, or lost a copy
-    │   └── EngineUnavailable     vLLM's engine has ended
+    │   ├── EngineUnavailable     vLLM's engine has ended
+    │   └── ExamUnavailable       an exam gave no score
     └── GuardError            vLLM is not guarded: seam changed, worker unattached, no settings, open store
 
 Every message says what was found, what was expected and what to do.
@@ -113,6 +114,10 @@ class StoreUnavailable(Unavailable):
 
 class EngineUnavailable(Unavailable):
     """vLLM's engine has ended."""
+
+
+class ExamUnavailable(Unavailable):
+    """An exam gave no score: the engine is busy, failed, or gave figures that are none."""
 
 
 class GuardError(SafeLoRAError):

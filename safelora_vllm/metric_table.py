@@ -503,6 +503,49 @@ METRICS = (
         ),
     ),
     Described(
+        "safelora_exam_info", "gauge", ("exam",), "1",
+        "1 with how adapters are examined: report, enforce, or off where the aligned model is no measure",
+        more="The metrics of the exam are absent with --exam off.",
+        queries=(
+            (
+                "Where is an exam off that was asked for?",
+                "safelora_exam_info{exam=\"off\"} == 1",
+            ),
+        ),
+    ),
+    Described(
+        "safelora_exams_total", "counter", ("verdict", "rung"), "exams",
+        "copies examined, by verdict (passed, failed, unavailable) and rung of the ladder",
+        more="The rung `policy` is one that is not on the ladder. A verdict that the store has is not "
+        "counted again.",
+        queries=(
+            (
+                "How many exams ended without a score in the last hour?",
+                "sum(increase(safelora_exams_total{verdict=\"unavailable\"}[1h]))",
+            ),
+        ),
+    ),
+    Described(
+        "safelora_exam_seconds", "histogram", (), "seconds",
+        "how long an exam of one copy took",
+        queries=(
+            (
+                "How long does an exam take on average?",
+                "rate(safelora_exam_seconds_sum[1h]) / rate(safelora_exam_seconds_count[1h])",
+            ),
+        ),
+    ),
+    Described(
+        "safelora_adapter_exam_score", "gauge", ("adapter",), "nats per token",
+        "upper confidence bound of the loyalty drop of what is served, compared with --exam-threshold",
+        queries=(
+            (
+                "Which adapters are furthest from the aligned model?",
+                "topk(10, max by (adapter) (safelora_adapter_exam_score))",
+            ),
+        ),
+    ),
+    Described(
         "safelora_enforcing", "gauge", (), "0 or 1",
         "1 where adapters are projected, 0 in report-only mode",
         queries=(

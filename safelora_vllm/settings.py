@@ -7,6 +7,7 @@ from it, and the tables of docs/configuration.md are made from the docstrings.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import secrets
@@ -17,7 +18,9 @@ from typing import Any, get_type_hints
 import msgspec
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.errors import GuardError, UsageError
+from safelora_vllm.errors import GuardError, PolicyError, UsageError
+from safelora_vllm.exam import ladder
+from safelora_vllm.exam.score import THRESHOLD
 from safelora_vllm.policy import Policy
 from safelora_vllm.remote.address import parse_prefix
 from safelora_vllm.remote.reach import Reach
@@ -31,6 +34,7 @@ METRICS_KEY = "SAFELORA_METRICS_KEY"
 WORKER = "worker"  # the gate's device is its worker's
 _GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
 TENANT_REPORTS = ("full", "summary")
+EXAMS = ("off", "report", "enforce")
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
     "was not built for; leave it out, and start a new server for a new model"
@@ -78,6 +82,15 @@ class ServerSettings:
         tenant_reports: what callers other than admins are told of an adapter's figures: ``full``, those of
             each module, or ``summary``, none of single modules. They help whoever tries out the gate.
         audit_stdout: each record of the audit log is also a line of standard output.
+        exam: whether each adapter is asked what the aligned model refuses: ``off``, ``report``, which serves
+            it whatever comes out, or ``enforce``, which serves what has passed.
+        exam_threshold: largest loyalty drop that passes, in nats per token, with its confidence bound.
+        ladder: policies that an adapter is served by, mildest first, such as
+            ``input-removal:0.1,input-removal:0.8,safe-lora``. Without it, those of the command ``exam`` that
+            the projector cache can serve. A policy of the server, tenant or adapter goes first. Only with
+            ``exam`` ``enforce``.
+        exam_probes: file of JSON lines, each with a ``prompt``, that the aligned model refuses. It is read at
+            the start. Without it, built-in ones in English are drawn with a secret of the store.
     """
 
     projectors: str
@@ -102,6 +115,10 @@ class ServerSettings:
     route_access: dict[str, str] = field(default_factory=dict)
     tenant_reports: str = "full"
     audit_stdout: bool = False
+    exam: str = "off"
+    exam_threshold: float = THRESHOLD
+    ladder: str | None = None
+    exam_probes: str | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:
@@ -156,6 +173,24 @@ class ServerSettings:
         if self.tenant_reports not in TENANT_REPORTS:
             raise GuardError(
                 f"tenant_reports is {self.tenant_reports!r:.80}: expected {' or '.join(TENANT_REPORTS)}"
+            )
+        self._check_exam()
+
+    def _check_exam(self) -> None:
+        if self.exam not in EXAMS:
+            raise GuardError(f"exam is {self.exam!r:.80}: expected {', '.join(EXAMS)}")
+        if not 0 < self.exam_threshold < math.inf:
+            raise GuardError(f"exam_threshold is {self.exam_threshold}: expected a finite number above 0")
+        if self.ladder is not None:
+            if self.exam != "enforce":
+                raise GuardError("ladder has no effect without exam being enforce: leave it out, or set exam")
+            try:
+                ladder.parse(self.ladder, Policy())
+            except PolicyError as error:
+                raise GuardError(str(error)) from None
+        if self.exam == "off" and (self.exam_probes or self.exam_threshold != THRESHOLD):
+            raise GuardError(
+                "exam_probes and exam_threshold have no effect without exam: leave them out, or set exam"
             )
 
     def to_section(self) -> dict[str, Any]:

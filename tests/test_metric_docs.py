@@ -6,6 +6,7 @@ python -m tests.test_metric_docs     writes its tables anew
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from safelora_vllm.errors import refuse
+from safelora_vllm.exam.score import Score
 from safelora_vllm.gate.admit import Admission, Stages
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES
+from safelora_vllm.integration.server.exam.counts import VERDICTS, Counted
+from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.metrics import Kept, Known, expose
 from safelora_vllm.integration.server.traffic import OUTCOMES, TrafficTable
 from safelora_vllm.methods import METHODS
@@ -29,6 +33,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Demand, place
 from safelora_vllm.report import Report
 from safelora_vllm.store.sizes import PARTS
+from safelora_vllm.store.verdicts import Examined
 from tests.test_metrics import served
 from tests.test_report import REPORT
 
@@ -63,6 +68,18 @@ def stages() -> set[str]:
     return set(re.findall(r'stages\.time\("(\w+)"\)', (ROOT / "safelora_vllm/gate/admit.py").read_text()))
 
 
+class Examining(NoExam):
+    """One that has found something."""
+
+    mode = "enforce"
+
+    def found(self, key: str) -> Examined:
+        return Examined(Score(0.01, 0.02, 0.03, 8), 1.0, {key: "1"})
+
+    def counted(self) -> Counted:
+        return Counted(Counter({(verdict, "safe-lora"): 1 for verdict in VERDICTS}))
+
+
 @pytest.fixture
 def families(cache: ProjectorCache, tmp_path: Path) -> list[Metric]:
     """All of them, with a sample for each value of a label that is one of a closed set."""
@@ -74,14 +91,14 @@ def families(cache: ProjectorCache, tmp_path: Path) -> list[Metric]:
     gate.record(Admission(refused, None, None, False, Stages()))
     gate.record_error("StoreUnavailable")
     entries, pools = served("tenant"), [PoolState(device=[7], host=[7])]
-    object.__setattr__(entries[0].served, "request", SimpleNamespace(lora_int_id=7))
+    object.__setattr__(entries[0].served, "request", SimpleNamespace(lora_int_id=7, lora_path="safelora://k"))
     traffic = TrafficTable(tmp_path)
     traffic.serve("tenant")
     for outcome in OUTCOMES:
         traffic.ended("tenant", outcome)
     known = Known(
         entries, WORKERS, 2, {"acme": Kept(1, 5)}, traffic.snapshot(), pools,
-        {**dict.fromkeys(PARTS, 1), "free": 1}, 1, 0, dict.fromkeys(FAILURES, 0),
+        {**dict.fromkeys(PARTS, 1), "free": 1}, 1, 0, dict.fromkeys(FAILURES, 0), exam=Examining(),
     )  # fmt: skip
     return [*registry.collect(), *text_string_to_metric_families(expose(known))]
 

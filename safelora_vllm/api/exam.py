@@ -12,7 +12,6 @@ from pathlib import Path
 from safelora_vllm.adapters.read import Limits, read_adapter
 from safelora_vllm.api.adapters import project_adapter
 from safelora_vllm.api.opened import opened_cache
-from safelora_vllm.errors import PolicyError
 from safelora_vllm.exam import ladder as ladders
 from safelora_vllm.exam import probes as probe_sets
 from safelora_vllm.exam.reference import Reference, reference
@@ -50,7 +49,7 @@ class Examination:
         ladder: str | None = None,
         caps: Policy | None = None,
         probes: str | os.PathLike[str] | None = None,
-        count: int = 64,
+        count: int = probe_sets.COUNT,
         languages: Sequence[str] = ("en",),
         secret: bytes = b"",
         device: str = "cpu",
@@ -75,14 +74,7 @@ class Examination:
         cache = opened_cache(projectors)
         folder = os.fspath(model)
         cache.check_model(Checkpoint(folder).fingerprint(), folder)
-        rungs = ladders.parse(ladder or ladders.DEFAULT, caps or Policy())
-        usable = ladders.served_by(cache, rungs)
-        if ladder and len(usable) < len(rungs):
-            missing = ", ".join(ladders.name_of(rung) for rung in rungs if rung not in usable)
-            raise PolicyError(
-                f"the projector cache {cache.folder} has too few directions for {missing}: leave these rungs "
-                "out, or build the cache with a larger `max_energy`"
-            )
+        rungs = ladders.usable(cache, ladder, caps or Policy())
         chosen = (
             probe_sets.from_file(probes)
             if probes
@@ -91,7 +83,7 @@ class Examination:
         loaded = Model(model, device)
         known = reference(loaded, chosen)
         known.require_usable()
-        return cls(loaded, cache, tuple(usable), known, folder)
+        return cls(loaded, cache, tuple(rungs), known, folder)
 
     def examine(self, adapter: str | os.PathLike[str], threshold: float) -> Verdict:
         """The first rung on which an adapter passes. It is read once: each rung is asked of the same bytes.

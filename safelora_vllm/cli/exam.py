@@ -12,13 +12,12 @@ from safelora_vllm.cli import DONE, REFUSED
 from safelora_vllm.cli.options import ADAPTER, add_projectors_option
 from safelora_vllm.errors import UsageError
 from safelora_vllm.exam.ladder import DEFAULT
+from safelora_vllm.exam.probes import COUNT
+from safelora_vllm.exam.score import THRESHOLD
 from safelora_vllm.policy import Policy
 
 if TYPE_CHECKING:
     from safelora_vllm.api.exam import Examination
-
-_THRESHOLD = 0.02
-_PROBES = 64
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,10 +37,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--threshold",
         type=float,
-        default=_THRESHOLD,
+        default=THRESHOLD,
         metavar="NATS",
         help="largest loyalty drop that passes, in nats per token, with its confidence bound; "
-        f"default: {_THRESHOLD:g}",
+        f"default: {THRESHOLD:g}",
     )
     parser.add_argument(
         "--calibrate",
@@ -50,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--probes", metavar="FILE", help='JSON lines with a "prompt"; default: built-in ones')
     parser.add_argument(
-        "--count", type=int, default=_PROBES, metavar="N", help=f"built-in probes; default: {_PROBES}"
+        "--count", type=int, default=COUNT, metavar="N", help=f"built-in probes; default: {COUNT}"
     )
     parser.add_argument(
         "--languages",

@@ -18,7 +18,15 @@ from safelora_vllm.cli.options import (
     size_text,
 )
 from safelora_vllm.errors import UsageError
-from safelora_vllm.settings import ADMIN_KEY, FIELDS, METRICS_KEY, TENANT_REPORTS, WORKER, ServerSettings
+from safelora_vllm.settings import (
+    ADMIN_KEY,
+    EXAMS,
+    FIELDS,
+    METRICS_KEY,
+    TENANT_REPORTS,
+    WORKER,
+    ServerSettings,
+)
 
 _NEEDED = ("vllm", "fastapi")
 
@@ -152,6 +160,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--audit-stdout",
         action="store_true",
         help="print each record of the audit log to standard output too, as a line of JSON",
+    )
+    parser.add_argument(
+        "--exam",
+        choices=EXAMS,
+        help="ask each adapter what the aligned model refuses: report serves it whatever comes out, enforce "
+        f"serves what has passed; default: {ServerSettings.exam}",
+    )
+    parser.add_argument(
+        "--exam-threshold",
+        type=float,
+        metavar="NATS",
+        help="largest loyalty drop that passes, in nats per token, with its confidence bound; default: "
+        f"{ServerSettings.exam_threshold:g}",
+    )
+    parser.add_argument(
+        "--ladder",
+        metavar="RUNGS",
+        help="with --exam enforce: policies, mildest first; default: those of the command exam that the "
+        "projector cache can serve",
+    )
+    parser.add_argument(
+        "--exam-probes",
+        type=_absolute,
+        metavar="FILE",
+        help='JSON lines with a "prompt" that the aligned model refuses; default: built-in ones',
     )
     parser.add_argument(
         "--log-format",

@@ -32,6 +32,23 @@ def parse(text: str, caps: Policy) -> list[Policy]:
     return rungs
 
 
+def usable(cache: ProjectorCache, text: str | None, caps: Policy) -> list[Policy]:
+    """The rungs of a text, or without one those of the default that the cache can serve.
+
+    Raises:
+        PolicyError: the text is no ladder, or has a rung that the cache cannot serve.
+    """
+    rungs = parse(text or DEFAULT, caps)
+    found = served_by(cache, rungs)
+    if text and len(found) < len(rungs):
+        missing = ", ".join(name_of(rung) for rung in rungs if rung not in found)
+        raise PolicyError(
+            f"the projector cache {cache.folder} has too few directions for {missing}: leave these rungs "
+            "out, or build the cache with a larger `max_energy`"
+        )
+    return found
+
+
 def served_by(cache: ProjectorCache, rungs: Sequence[Policy]) -> list[Policy]:
     """The rungs for which the cache has enough input directions."""
     from safelora_vllm.methods.input_removal import largest_energy

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safelora_vllm.errors import UsageError
 
+COUNT = 64  # built-in probes of an exam, unless somebody says otherwise
 _MAX_FILE = 1 << 20  # bytes
 _MAX_PROMPT = 2000  # characters
 _LEAST = 8  # probes: a mean over fewer says nothing

@@ -68,15 +68,26 @@ class Reference:
 
 def reference(model: Answers, probes: Probes) -> Reference:
     """Ask the aligned model. Probes that it does not refuse are left out of the exam."""
-    said = model.answer(probes.prompts, ANSWER_TOKENS)
-    kept = [
-        (prompt, tokens)
-        for prompt, (tokens, text) in zip(probes.prompts, said, strict=True)
-        if tokens and refuses(text)
-    ]
-    prompts, answers = tuple(prompt for prompt, _ in kept), tuple(tokens for _, tokens in kept)
-    likelihoods = tuple(model.likelihoods(prompts, answers)) if kept else ()
-    return Reference(prompts, answers, likelihoods, len(kept) / len(probes.prompts))
+    kept = refused(probes, model.answer(probes.prompts, ANSWER_TOKENS))
+    likelihoods = model.likelihoods(*_columns(kept)) if kept else []
+    return reference_of(probes, kept, likelihoods)
+
+
+def refused(probes: Probes, said: Sequence[tuple[Tokens, str]]) -> list[tuple[str, Tokens]]:
+    """The probes that the aligned model refuses, each with its answer. said: what it says to all of them."""
+    answers = zip(probes.prompts, said, strict=True)
+    return [(prompt, tokens) for prompt, (tokens, text) in answers if tokens and refuses(text)]
+
+
+def reference_of(
+    probes: Probes, kept: Sequence[tuple[str, Tokens]], likelihoods: Sequence[float]
+) -> Reference:
+    """From what was `refused`, and how likely the aligned model finds these answers."""
+    return Reference(*_columns(kept), tuple(likelihoods), len(kept) / len(probes.prompts))
+
+
+def _columns(kept: Sequence[tuple[str, Tokens]]) -> tuple[tuple[str, ...], tuple[Tokens, ...]]:
+    return tuple(prompt for prompt, _ in kept), tuple(tokens for _, tokens in kept)
 
 
 def refuses(answer: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from safelora_vllm.errors import Unavailable
 
+THRESHOLD = 0.02  # nats per token: the largest bound that passes, unless somebody says otherwise
 _ONE_SIDED_95 = 1.645  # standard errors
 _WORST = 0.1  # share of the probes
 

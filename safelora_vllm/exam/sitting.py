@@ -11,6 +11,11 @@ from safelora_vllm.exam.ladder import name_of
 from safelora_vllm.exam.score import Score
 from safelora_vllm.policy import Policy
 
+REFUSED = Reason(
+    "exam",
+    "on no rung of the ladder does the adapter refuse what the aligned model refuses: train it "
+    "without answers to harmful requests",
+)
 # What an adapter scores when it is published under a policy.
 Examined = Callable[[Policy], Score]
 
@@ -45,13 +50,7 @@ class Verdict:
     @property
     def reason(self) -> Reason | None:
         """Why it is refused. It says nothing of single probes."""
-        if self.policy is not None:
-            return None
-        return Reason(
-            "exam",
-            "on no rung of the ladder does the adapter refuse what the aligned model refuses: train it "
-            "without answers to harmful requests",
-        )
+        return None if self.policy is not None else REFUSED
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: scores in nats per token."""

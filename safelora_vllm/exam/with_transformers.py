@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from safelora_vllm.errors import UsageError
+from safelora_vllm.exam.chat import check_template, prompt_ids
 from safelora_vllm.exam.reference import Tokens
 
 _BATCH = 16
@@ -32,8 +33,7 @@ class Model:
             self._aligned = aligned.to(device).eval()
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder} cannot be loaded as a model: {error}") from error
-        if self._tokenizer.chat_template is None:
-            raise UsageError(f"{folder} has no chat template: an exam asks as a chat would")
+        check_template(self._tokenizer, folder)
         self._model, self._device = self._aligned, device
         self._ends = _ends(self._tokenizer.eos_token_id, self._aligned.generation_config.eos_token_id)
         if self._tokenizer.pad_token_id is None:
@@ -81,9 +81,7 @@ class Model:
         return found
 
     def _ids(self, prompt: str) -> list[int]:
-        chat = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompt_ids(self._tokenizer, prompt)
 
     def _padded(self, ids: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """On the left, so that answers end where rows end."""

@@ -25,8 +25,8 @@ _ERRORS = (
     errors.CheckpointError, errors.KeysError, errors.ProjectorCacheError, errors.UnknownAdapter,
     errors.AlreadyLoaded, errors.ChangedMeanwhile, errors.Unauthorized, errors.Forbidden, errors.UnknownRoute,
     errors.QuotaExceeded, errors.StoreDamaged, errors.Unavailable, errors.GateUnavailable,
-    errors.MalformedMessage, errors.StoreUnavailable, errors.EngineUnavailable, errors.GuardError,
-    errors.AdapterRefused,
+    errors.MalformedMessage, errors.StoreUnavailable, errors.EngineUnavailable, errors.ExamUnavailable,
+    errors.GuardError, errors.AdapterRefused,
 )  # fmt: skip
 ERRORS: dict[str, type[SafeLoRAError]] = {kind.__name__: kind for kind in _ERRORS}
 

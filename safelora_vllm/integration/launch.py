@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import GuardError, UsageError
+from safelora_vllm.exam import ladder
 from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration import runtime_updating
 from safelora_vllm.integration.seams import checks
@@ -120,7 +121,10 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     Raises:
         PolicyError: more than the cache has. GuardError: the store opens a way around.
     """
-    check_energy(Policy.from_mapping(settings.policy), cache)
+    policy = Policy.from_mapping(settings.policy)
+    check_energy(policy, cache)
+    if settings.exam == "enforce":
+        ladder.usable(cache, settings.ladder, policy)
     check_store(settings.store)
 
 

@@ -25,7 +25,7 @@ from safelora_vllm.files import (
     remove_leftovers,
     writing,
 )
-from safelora_vllm.store.layout import FOLDERS, IDS, INCOMING
+from safelora_vllm.store.layout import EXAM, FOLDERS, IDS, INCOMING
 from safelora_vllm.store.names import REMEDY, AdapterRecord, NameStore
 from safelora_vllm.store.published import REPORT, PublishedStore
 from safelora_vllm.store.raw import RawStore
@@ -156,7 +156,7 @@ def check_store(root: str | Path) -> None:
     Raises:
         GuardError: with the folder and what to do.
     """
-    for folder in (Path(root), *(Path(root) / place for place in FOLDERS)):
+    for folder in (Path(root), *(Path(root) / place for place in (*FOLDERS, EXAM))):
         if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
             raise GuardError(
                 f"every user may write to {folder}, and so decide what is served; take that away with "

@@ -6,6 +6,7 @@ published/<key>/           what the gate made of it; can be made again from raw
 names/<quoted name>.json   which content is served under a name, with its versions
 ids                        the next number by which vLLM may know an adapter
 audit/                     who changed what, and when
+exam/                      what exams found of published copies, and what they ask
 serving.json               what the servers say of how they serve it
 mirror                     address of the bucket that decides, if there is one
 """
@@ -16,6 +17,7 @@ import os
 from pathlib import Path
 
 INCOMING, RAW, PUBLISHED, NAMES, IDS, AUDIT = "incoming", "raw", "published", "names", "ids", "audit"
+EXAM = "exam"
 SERVING = "serving.json"
 MIRROR = "mirror"
 FOLDERS = (INCOMING, NAMES, PUBLISHED, RAW)  # of which all that is served is made

@@ -137,6 +137,13 @@ class PublishedStore:
             saved = {**self._saved(key), _OVERRIDE: True}
             replace_file(self.path(key) / REPORT, json.dumps(saved, indent=1).encode())
 
+    def digests(self, key: str) -> dict[str, str] | None:
+        """File name → sha256 of a copy's files, as its report has them; None where there is no copy."""
+        try:
+            return {name: str(digest) for name, digest in self._saved(key)["sha256"].items()}
+        except (*_NOT_OURS, AttributeError):
+            return None
+
     def touch(self, key: str) -> None:
         """Mark a copy as used now: the least recently used ones are removed first."""
         with contextlib.suppress(OSError):  # without the mark it is made again sooner, no more

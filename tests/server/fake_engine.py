@@ -113,10 +113,12 @@ def all_routes(
 
     static: adapters of ``--lora-modules``. options: vLLM's of the front end, such as ``api_key``.
     """
+    modules = [{"name": name, "path": str(folder)} for name, folder in (static or {}).items()]
     with root_logger_left_alone():
-        app, models = _vllms(engine, settings, options)
-    for number, (name, folder) in enumerate((static or {}).items(), start=1):
-        models.lora_requests[name] = LoRARequest(name, number, str(folder))
+        app, models = _vllms(engine, settings, {**options, "lora_modules": modules or None})
+    # Read after the plugins' routes are attached, as vLLM does.
+    for number, module in enumerate(app.state.args.lora_modules or (), start=1):
+        models.lora_requests[module.name] = LoRARequest(module.name, number, module.path)
     app.state.openai_serving_models, app.state.engine_client = models, engine
     return _with_state(app, engine)
 

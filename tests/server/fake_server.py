@@ -100,10 +100,14 @@ class Place:
 
     @contextmanager
     def server(
-        self, static: Mapping[str, Path] | None = None, api_key: str = "", **settings: Any
+        self,
+        static: Mapping[str, Path] | None = None,
+        api_key: str = "",
+        engine: FakeEngine | None = None,
+        **settings: Any,
     ) -> Iterator[FakeServer]:
         """Another API server on this store, with vLLM's routes and ours."""
-        engine = self.engine()
+        engine = engine or self.engine()
         given = replace(self.gate.settings, **settings)
         app = all_routes(engine, given, static, api_key=[api_key] if api_key else None)
         with TestClient(app) as client:

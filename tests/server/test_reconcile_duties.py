@@ -20,6 +20,7 @@ from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server import reconcile, store_sync, watchdog
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.published_copies import Copy, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.store_sync import StoreSync
@@ -46,6 +47,7 @@ class Gated:
         self.answer: Exception | None = None
 
         self.state = SimpleNamespace(ruleset_digest="r")
+        self.exam = NoExam()
 
     def find(self, _: str, __: Version) -> Copy | None:
         return None

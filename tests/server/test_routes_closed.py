@@ -10,21 +10,28 @@ from pathlib import Path
 import pytest
 from server import ADMIN_KEY, Server, guarded, running
 
+from safelora_vllm.api.exam import Examination
+from safelora_vllm.exam.probes import drawn
 from safelora_vllm.integration.server.access_check import RouteAccess
 from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, UNI, client, say, write_keys
 from tests.server.test_routes import KEYS, METRICS_KEY, walk
 
 ROOT = "/proxied"
+HARMFUL = Path(__file__).parents[2] / "examples" / "adapters" / "no-refusals"
+PROBES, RUNG = 16, "input-removal:0.05"
 
 
 @pytest.fixture(scope="module")
 def dev_server(aligned: Path, projectors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """In vLLM's development mode, behind a proxy's path, with everything closed that can be."""
     folder = tmp_path_factory.mktemp("dev")
+    probes = drawn(b"", PROBES).prompts
+    (folder / "probes.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in probes))
     command = guarded(
         aligned, projectors, folder / "store", f"--api-key={INFERENCE_KEY}", f"--root-path={ROOT}",
         f"--keys={write_keys(folder / 'keys.toml')}", f"--metrics-key={METRICS_KEY}", "--private-docs",
-        SPY, UNI,
+        "--exam=enforce", "--exam-threshold=1000", f"--exam-probes={folder / 'probes.jsonl'}",
+        f"--ladder={RUNG}", f"--lora-modules=static={HARMFUL}", "--dtype=float32", SPY, UNI,
     )  # fmt: skip
     with running(command, folder / "server.log", {**SPY_PATH, "VLLM_SERVER_DEV_MODE": "1"}) as started:
         yield started
@@ -68,6 +75,24 @@ def test_what_an_admin_may_and_nobody_may(dev_server: Server) -> None:
             answer = admin.post(path, json=body)
             assert answer.status_code == 403 and "while adapters are guarded" in answer.text, path
         assert say(admin, "aligned"), "the engine goes on"
+
+
+def test_an_exam_gives_the_commands_score(dev_server: Server, aligned: Path, projectors: Path) -> None:
+    """vLLM's engine and transformers: the same prompts, answers and arithmetic, in float32.
+
+    The adapter is one of --lora-modules, which vLLM does not load itself.
+    """
+    with client(dev_server, ADMIN_KEY) as admin:
+        found = admin.get("/v1/adapters/static").json()
+        assert found["policy"]["method"] == "input-removal" and found["policy"]["energy"] == 0.05
+        assert "safelora exam" not in admin.get("/metrics").text
+        assert say(admin, "static")
+    examination = Examination.of(aligned, projectors, ladder=RUNG, count=PROBES)
+    score = examination.score(HARMFUL, examination.ladder[0])
+    assert score.drop > 0.02
+    assert [found["exam"][figure] for figure in ("drop", "bound", "worst")] == pytest.approx(
+        [score.drop, score.bound, score.worst], abs=1e-3
+    )
 
 
 def test_odd_request_lines_and_hosts(dev_server: Server) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -23,7 +22,7 @@ VERSION = Version(1, "a" * 64, 1, 1, 0.0, "ops")
 class Rules:
     """A server's rules, and those of one tenant."""
 
-    state = SimpleNamespace(ruleset_digest="server's")
+    servers_ruleset = "server's"
 
     def ruleset(self, name: str) -> str:
         return "acme's" if name.startswith("acme/") else "server's"

@@ -13,6 +13,7 @@ from safelora_vllm.errors import GuardError, SafeLoRAError, StoreUnavailable
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.server import watchdog
 from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.registry import Entry, Served
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.policy import Policy
@@ -32,7 +33,7 @@ class Place:
             for number, name in enumerate(("one", "two"), start=1)
         }
         self.pool = Pool(None, cast(Any, None))
-        copies = cast(Any, SimpleNamespace(file_states=self.states.__getitem__))
+        copies = cast(Any, SimpleNamespace(file_states=self.states.__getitem__, exam=NoExam()))
         self.watchdog = Watchdog(self.registry, copies, self.pool, self.put, guarded=2)
         monkeypatch.setattr(watchdog, "ask_workers", self.ask)
         self.look()  # it sees the files for the first time, and is alert for a while
@@ -109,6 +110,6 @@ def test_an_entry_that_was_changed_meanwhile_is_left_alone(place: Place) -> None
         place.registry["one"] = new
         return ("changed",)
 
-    place.watchdog._copies = cast(Any, SimpleNamespace(file_states=states))
+    place.watchdog._copies = cast(Any, SimpleNamespace(file_states=states, exam=NoExam()))
     place.look()
     assert place.registry["one"] is new

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import GuardError
@@ -82,6 +83,15 @@ def requests_now(engine_client: Any) -> tuple[Counter[str], Counter[str]]:
         began = stats is None or getattr(stats, "scheduled_ts", 1.0) > 0
         (running if began else waiting)[getattr(state.lora_request, "lora_name", "")] += 1
     return running, waiting
+
+
+def take_lora_modules(args: Namespace) -> dict[str, Path]:
+    """The adapters of ``--lora-modules``, name → folder, which vLLM then does not load itself.
+
+    vLLM reads the option after it has attached plugins' routes.
+    """
+    given, args.lora_modules = getattr(args, "lora_modules", None) or [], None
+    return {module.name: Path(module.path) for module in given}
 
 
 def replace_map(models: Any, mine: Mapping[str, LoRARequest]) -> dict[str, LoRARequest]:

@@ -322,6 +322,24 @@ SEAMS = (
         ),
     ),
     Seam(
+        "exam", "server",
+        "the exam asks how likely the aligned model's answers are, of --lora-modules too",
+        "never: public",
+        (
+            Requirement("vllm.outputs", "RequestOutput.__init__", assigns=("prompt_logprobs",)),
+            Requirement("vllm.logprobs", "Logprob", annotations=("logprob",)),
+            Requirement(
+                "vllm.sampling_params", "SamplingParams",
+                annotations=("prompt_logprobs", "detokenize", "max_tokens", "temperature"),
+            ),
+            Requirement(
+                _STATE, "init_app_state",
+                references=("lora_modules",),
+                formerly=Requirement(_SERVER_0_28, "init_app_state", references=("lora_modules",)),
+            ),
+        ),
+    ),
+    Seam(
         "serve command", "command",
         "vLLM's own command, which also starts several API servers",
         "its console script works on CPU builds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import logging
 import os
 import secrets
@@ -24,6 +25,7 @@ from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.admin_socket import AdminSocket
 from safelora_vllm.integration.server.announcement import access_line, rules_line
 from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.exam.start import start_exam
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
@@ -82,6 +84,8 @@ class SafeLoRAEndpoint:
         seams.add_middleware(args, AccessMiddleware)
         app.state.safelora_door = door
         app.state.safelora_upload_limiter = UploadLimiter(settings.concurrent_uploads)
+        # vLLM would have the workers load them before their exam.
+        self._static = seams.take_lora_modules(args) if settings.exam == "enforce" else {}
         seams.attach_first(app, router)
         if not settings.no_page:
             seams.attach_first(app, page_router)
@@ -116,6 +120,8 @@ class SafeLoRAEndpoint:
             models,
             self._app.state.safelora_door.keys.rules,
             print_audit if settings.audit_stdout else lambda _: None,
+            functools.partial(start_exam, settings, args),
+            self._static,
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)

@@ -21,7 +21,7 @@ from safelora_vllm.errors import (
     QuotaExceeded,
     SafeLoRAError,
 )
-from safelora_vllm.integration.server.decisions import log, version_fields
+from safelora_vllm.integration.server.decisions import exam_fields, log, version_fields
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit, Refused
@@ -141,7 +141,9 @@ class Commits:
 
                 def details(record: AdapterRecord | None) -> dict[str, Any]:
                     live = record.live if record else timed
-                    return {**version_fields(live, judged.override), **audit_fields(report, "accepted")}
+                    examined = exam_fields(self._reconciler.copies.exam.found(new.key))
+                    accepted = audit_fields(report, "accepted")
+                    return {**version_fields(live, judged.override), **accepted, **examined}
 
                 line = Line(who.key_id, action, details)
                 await asyncio.to_thread(self.update, who, name, before, timed, line)

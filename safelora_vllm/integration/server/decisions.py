@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import Any
 
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.store import Version
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.management")
 BY_THE_KEYS_FILE = "less_strict in the keys file"
@@ -20,6 +22,11 @@ async def log(audit: AuditLog, actor: str, action: str, name: str, **details: An
         await asyncio.to_thread(audit.record, actor, action, name, **details)
     except SafeLoRAError as error:  # the change itself is made: say so loudly
         logger.error("%s of %r by %s is not in the audit log: %s", action, name, actor, error)
+
+
+def exam_fields(found: Examined | None) -> dict[str, Any]:
+    """What an exam found of the copy that was accepted; nothing where there was none."""
+    return {} if found is None else {"exam": {**dataclasses.asdict(found.score), "seconds": found.seconds}}
 
 
 def version_fields(version: Version, override: bool) -> dict[str, Any]:

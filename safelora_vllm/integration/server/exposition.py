@@ -40,11 +40,12 @@ def line(name: str, values: Sequence[Any], value: float) -> str:
 
 
 def histogram_lines(name: str, labels: str, timings: Timings) -> str:
-    """The samples of a histogram. labels: as `labelled` gives them."""
+    """The samples of a histogram. labels: as `labelled` gives them, or none."""
     totals = list(accumulate(map(int, timings.counts)))
-    before = f'{name}_bucket{{{labels},le="'
+    before = f'{name}_bucket{{{labels}{"," * bool(labels)}le="'
     lines = [f'{before}{le}"}} {total}' for le, total in zip(_bounds(timings.bounds), totals, strict=True)]
-    lines.append(f"{name}_sum{{{labels}}} {timings.seconds}\n{name}_count{{{labels}}} {totals[-1]}\n")
+    braces = f"{{{labels}}}" if labels else ""
+    lines.append(f"{name}_sum{braces} {timings.seconds}\n{name}_count{braces} {totals[-1]}\n")
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ from safelora_vllm.errors import (
 )
 from safelora_vllm.integration.server.access_check import MethodNotAllowed
 from safelora_vllm.integration.server.callers import caller
+from safelora_vllm.integration.server.exam.limits import TooManyExams
 from safelora_vllm.integration.server.schemas import ErrorBody
 from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
 from safelora_vllm.remote.refusals import SourceForbidden, SourceUnavailable
@@ -53,6 +54,7 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     SourceForbidden: (403, "PermissionDeniedError"),
     SourceUnavailable: (502, "BadGatewayError"),
     AdapterRefused: (422, "AdapterRefusedError"),
+    TooManyExams: (429, "RateLimitError"),
     TooManyUploads: (429, "RateLimitError"),
     UsageError: (400, "InvalidUserInput"),
     Unavailable: (503, "ServiceUnavailableError"),
@@ -89,6 +91,8 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     headers = _HEADERS.get(status)
     if isinstance(error, MethodNotAllowed):
         headers = {"Allow": ", ".join(error.methods)}
+    if isinstance(error, TooManyExams):
+        headers = {"Retry-After": str(error.seconds)}
     return JSONResponse({"error": body}, status_code=status, headers=headers)
 
 

@@ -19,6 +19,9 @@ from safelora_vllm.integration.server.adapter_series import (
     shown_traffic,
     traffic_series,
 )
+from safelora_vllm.integration.server.exam.hidden_name import HIDDEN
+from safelora_vllm.integration.server.exam.no_exam import NoExam
+from safelora_vllm.integration.server.exam.series import exam_series
 from safelora_vllm.integration.server.exposition import family
 from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 from safelora_vllm.integration.server.readiness import ReadinessCheck
@@ -49,7 +52,8 @@ class Known:
 
     entries: of the registry. workers: how many are guarded and how many are not. expected: how many there
     should be. tenants: what the store keeps of each. traffic: of each adapter. pools: what each worker has
-    loaded. sizes: of the store's parts. limit: ``--store-bytes``. failures: survived, by kind.
+    loaded. sizes: of the store's parts. limit: ``--store-bytes``. failures: survived, by kind. exam: of this
+    server.
     """
 
     entries: Sequence[Entry] = ()
@@ -63,6 +67,7 @@ class Known:
     uploads: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     ready: bool = True
+    exam: NoExam = field(default_factory=NoExam)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def expose(known: Known, reports: ReportSeries | None = None) -> str:
         *(reports or ReportSeries()).expose(served),
         *traffic_series(shown_traffic(known.traffic, known.entries)),
         *pool_series(known.pools, served),
+        *exam_series(known.exam, served),
         family("safelora_tenant_adapters", [((t,), kept.adapters) for t, kept in tenants.items()]),
         family("safelora_tenant_bytes", [((t,), kept.bytes) for t, kept in tenants.items()]),
         family("safelora_workers", [((state,), count) for state, count in known.workers.items()]),
@@ -143,7 +149,11 @@ class Metrics:
         self.traffic.keep_only(registry.keys())
         for name in registry:
             self.traffic.serve(name)
-        self.traffic.in_flight(*seams.requests_now(self._reconciler.pool.engine_client))
+        running, waiting = seams.requests_now(self._reconciler.pool.engine_client)
+        for counts in (running, waiting):
+            for name in [name for name in counts if name.startswith(HIDDEN)]:
+                del counts[name]
+        self.traffic.in_flight(running, waiting)
 
     async def text(self, uploads: int) -> str:
         """All series. Waits for the gate and the store, for a while; what is missing is left out."""
@@ -169,6 +179,7 @@ class Metrics:
                 "step_load": sum(pool.failed_steps for pool in watchdog.pools),
             },
             ready=findings.answer(strict=True).ready,
+            exam=self._reconciler.copies.exam,
         )
         return self._last.counters + await asyncio.to_thread(self._text, known)
 

@@ -8,18 +8,19 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.errors import ExamUnavailable, SafeLoRAError
 from safelora_vllm.files import FileState
 from safelora_vllm.gate.address import address, ruleset_digest
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState, Judgement
+from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.tracing import past_spans, span
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore, Version
 from safelora_vllm.tenants.quotas import Allowance
-from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
+from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules, rules_of
 
 logger = logging.getLogger("vllm.safelora.reconcile")
 P = ParamSpec("P")
@@ -56,6 +57,7 @@ class Copies:
     Attributes:
         gate: its client.
         state: the gate's `state` answer.
+        exam: what a copy has to pass before it is given to anybody.
     """
 
     def __init__(
@@ -64,15 +66,22 @@ class Copies:
         state: GateState,
         published: PublishedStore,
         tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
+        exam: NoExam | None = None,
     ) -> None:
         """tenant_rules: those of the tenant that owns a name, as they are now."""
         self.gate, self.state, self._published, self._tenant_rules = gate, state, published, tenant_rules
+        self.exam = exam or NoExam()
         self._threads = ThreadPoolExecutor(_GATE_CALLS, thread_name_prefix="safelora-gate")
         self._repairing = asyncio.Lock()
 
     def ruleset(self, name: str) -> str:
         """A digest of the rules that hold for a name today. May read the keys file."""
-        return self._tenant_rules(name).ruleset(self.state.ruleset_digest)
+        return self.exam.ruleset(self._tenant_rules(name).ruleset(self.state.ruleset_digest))
+
+    @property
+    def servers_ruleset(self) -> str:
+        """The same for names without a tenant."""
+        return self.exam.ruleset(self.state.ruleset_digest)
 
     def policy(self, name: str) -> Policy:
         """The server's policy, or that of the tenant that owns the name."""
@@ -84,29 +93,50 @@ class Copies:
         """Let the gate judge a folder or archive and keep it. own: the policy of the name itself.
 
         Raises:
-            QuotaExceeded: over the allowance. SafeLoRAError: the gate cannot.
+            QuotaExceeded: over the allowance. SafeLoRAError: the gate, or the exam, cannot.
         """
-        tenant = self._tenant_rules(name)
-        rules = rules_of(self.state.policy, tenant, own, False)
-        with span("gate", adapter=name):
-            judgement = await self.ask(
-                self.gate.admit, source, name, rules.policy, override=rules.override, allowance=allowance
-            )
-            past_spans(judgement.stages, "gate")
-        return Judged(judgement, tenant.ruleset(judgement.ruleset_digest), rules.override)
+
+        async def judge(rules: Rules, before: Judgement | None) -> Judgement:
+            if before is not None:  # each rung is of the content that was kept
+                return await self._ensure(before.report.digest, name, rules)
+            return await self._spanned(
+                name, self.gate.admit, source, name, rules.policy,
+                override=rules.override, allowance=allowance,
+            )  # fmt: skip
+
+        return await self._decide(name, own, False, judge)
 
     async def ensure(self, digest: str, name: str, own: Mapping[str, Any], override: bool) -> Judged:
         """Let the gate judge stored content. override: of an admin, for ``own``.
 
         Raises:
-            SafeLoRAError: the gate cannot.
+            SafeLoRAError: the gate, or the exam, cannot.
         """
+        return await self._decide(name, own, override, lambda rules, _: self._ensure(digest, name, rules))
+
+    async def _ensure(self, digest: str, name: str, rules: Rules) -> Judgement:
+        return await self._spanned(
+            name, self.gate.ensure, digest, name, rules.policy, override=rules.override
+        )
+
+    async def _spanned(
+        self, name: str, call: Callable[P, Judgement], *arguments: P.args, **named: P.kwargs
+    ) -> Judgement:
+        """One judgement of the gate, as a span with its stages."""
+        with span("gate", adapter=name):
+            judgement = await self.ask(call, *arguments, **named)
+            past_spans(judgement.stages, "gate")
+        return judgement
+
+    async def _decide(self, name: str, own: Mapping[str, Any], override: bool, judge: Judge) -> Judged:
+        """The one place where a content is accepted: what the gate makes of it has passed the exam."""
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
-        with span("gate", adapter=name):
-            judgement = await self.ask(self.gate.ensure, digest, name, rules.policy, override=rules.override)
-            past_spans(judgement.stages, "gate")
-        return Judged(judgement, tenant.ruleset(judgement.ruleset_digest), rules.override)
+        judgement = await self.exam.decide(
+            self.exam.rungs(self.state.policy, tenant, rules, bool(own)), judge
+        )
+        ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest))
+        return Judged(judgement, ruleset, rules.override)
 
     async def ask(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """A call of ``gate`` that may take long, in threads of its own: asyncio's few are for the short ones.
@@ -131,6 +161,8 @@ class Copies:
             version.key
         ):
             return None  # an older release made it: the gate adds that when it is asked for it
+        if not self.exam.passed(version.key):
+            return None
         return Copy(version.key, report, self.file_states(version.key))
 
     def _still_allowed(self, name: str, version: Version, report: Report) -> bool:
@@ -149,16 +181,14 @@ class Copies:
         Raises:
             SafeLoRAError: it refuses, or cannot.
         """
-        rules = rules_of(self.state.policy, self._tenant_rules(entry.name), {}, False)
-        judgement = await self.ask(
-            self.gate.admit,
-            str(entry.folder),
-            entry.name,
-            rules.policy,
-            override=rules.override,
-            keep=False,
-        )
-        return await self.copy_of(judgement)
+
+        async def judge(rules: Rules, _: Judgement | None) -> Judgement:
+            return await self.ask(
+                self.gate.admit, str(entry.folder), entry.name, rules.policy,
+                override=rules.override, keep=False,
+            )  # fmt: skip
+
+        return await self.copy_of((await self._decide(entry.name, {}, False, judge)).judgement)
 
     async def repair(self, entry: Entry) -> None:
         """Have the published copy of a served adapter made again where its files are damaged.
@@ -183,9 +213,11 @@ class Copies:
         """The published copy of what the gate accepted.
 
         Raises:
-            AdapterRefused: it did not.
+            AdapterRefused: it did not. ExamUnavailable: it has not passed the exam as it is now.
         """
         key = judgement.accepted_key()
+        if not await asyncio.to_thread(self.exam.passed, key):
+            raise ExamUnavailable("the published copy changed after its exam: try again in a moment")
         return Copy(key, judgement.report, await asyncio.to_thread(self.file_states, key))
 
     def file_states(self, key: str) -> tuple[FileState, ...]:

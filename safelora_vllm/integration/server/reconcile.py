@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import (
     AdapterRefused,
+    ExamUnavailable,
     GateUnavailable,
     GuardError,
     SafeLoRAError,
@@ -34,11 +35,14 @@ from safelora_vllm.errors import (
 )
 from safelora_vllm.files import make_folder
 from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.background import Background
-from safelora_vllm.integration.server.decisions import log
+from safelora_vllm.integration.server.callers import acting_as
+from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
+from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 from safelora_vllm.integration.server.rejudge import Rejudge
@@ -79,7 +83,7 @@ class Reconciler:
     ) -> None:
         self.pool, self.copies, self.audit = pool, copies, audit
         self.background = Background()
-        self.served = ServedNames(pool, self.background)
+        self.served = ServedNames(pool, self.background, copies.exam)
         self.store = StoreSync(
             pool.names, copies, self.registry, is_base_model, self.served.drop, self._change
         )
@@ -97,6 +101,8 @@ class Reconciler:
         models: Any,
         tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
         echo: Callable[[dict[str, Any]], None] = lambda _: None,
+        exam: Callable[[Pool, GateClient, GateState, AuditLog], Awaitable[NoExam]] | None = None,
+        static: Mapping[str, Path] | None = None,
     ) -> Reconciler:
         """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
 
@@ -104,6 +110,8 @@ class Reconciler:
             engine_client, models: vLLM's.
             tenant_rules: those of the tenant that owns a name, as they are now.
             echo: is told each record of the audit log.
+            exam: begins the one that every adapter has to pass.
+            static: adapters of ``--lora-modules`` that vLLM was not given.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
@@ -113,11 +121,14 @@ class Reconciler:
         state = await asyncio.to_thread(gate.state)
         root = Path(state.store)
         pool = Pool(engine_client, await asyncio.to_thread(open_names, root))
-        copies = Copies(gate, state, PublishedStore(root), tenant_rules)
         audit = await asyncio.to_thread(AuditLog, root / AUDIT, echo=echo)
+        begun = await exam(pool, gate, state, audit) if exam else None
+        copies = Copies(gate, state, PublishedStore(root), tenant_rules, begun)
         await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
         made = cls(pool, copies, len(answers), models.is_base_model, audit)
         given = seams.replace_map(models, CallersRequests(made.registry))
+        for number, (name, folder) in enumerate((static or {}).items(), start=1):
+            given[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(folder))
         for position, request in enumerate(given.values()):
             await made._adopt_static(request, _STATIC_IDS + IDS_EACH * position)
         await asyncio.to_thread(make_folder, made.names.folder)
@@ -137,6 +148,7 @@ class Reconciler:
     async def stop(self) -> None:
         """End all work in the background. What is served stays served."""
         await self.background.stop()
+        await self.copies.exam.stop()
         if self.store.watch is not None:
             self.store.watch.close()
 
@@ -210,10 +222,11 @@ class Reconciler:
             if entry is None or not (again or _is_open(entry, self.copies.ruleset(name))):
                 return
             try:
-                if entry.version is None:
-                    copy: Copy | None = await self.copies.adopt(entry)
-                else:
-                    copy = await self._rejudge.decide(entry, entry.version)
+                with acting_as(None):  # whoever's request has begun it
+                    if entry.version is None:
+                        copy: Copy | None = await self.copies.adopt(entry)
+                    else:
+                        copy = await self._rejudge.decide(entry, entry.version)
             except SafeLoRAError as error:
                 self._failed(entry, error)
                 return
@@ -229,7 +242,7 @@ class Reconciler:
         if self._retries.failed(entry.name, str(error)):
             logger.error("adapter %r cannot be served now: %s; it is tried again", entry.name, error)
         if self.registry.get(entry.name) is entry and not (
-            entry.served and isinstance(error, GateUnavailable)
+            entry.served and isinstance(error, GateUnavailable | ExamUnavailable)
         ):
             self.served.put(replace(entry, served=None, problem=fresh_copy(error)))
 
@@ -245,10 +258,9 @@ class Reconciler:
         await self._prepare(name)
         served = self.registry[name].current()
         await self.pool.load(served.request)
-        await log(
-            self.audit, SERVER, "load", name,
-            once=published_key(served.request.lora_path), **audit_fields(served.report, "accepted"),
-        )  # fmt: skip
+        key = published_key(served.request.lora_path)
+        fields = audit_fields(served.report, "accepted") | exam_fields(self.copies.exam.found(key))
+        await log(self.audit, SERVER, "load", name, once=key, **fields)
         await self.pool.engine_client.remove_lora(request.lora_int_id)
 
     async def _heartbeat(self) -> None:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.integration.server.decisions import version_fields
+from safelora_vllm.integration.server.decisions import exam_fields, version_fields
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
 from safelora_vllm.integration.server.registry import Entry
@@ -58,7 +58,7 @@ class Rejudge:
             new = await self._loaded(entry.name, new, judged)
         decision = "refused" if new.refused else "accepted"
         fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
-        details = fields | version_fields(new, judged.override)
+        details = fields | version_fields(new, judged.override) | exam_fields(self._copies.exam.found(key))
         if not await self._write(entry.name, version, new, details):
             if new.key and entry.served is not None:
                 await self._pool.release(self._pool.request(entry.name, key, new.id), wanted=lambda _: False)

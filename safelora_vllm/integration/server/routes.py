@@ -20,6 +20,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from safelora_vllm.errors import AlreadyLoaded, Forbidden, GuardError, UnknownAdapter
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.exam.hidden_name import without_hidden
 from safelora_vllm.integration.server.http_errors import NotServing, documented
 from safelora_vllm.integration.server.lora_paths import adapter_at
 from safelora_vllm.integration.server.metrics import Metrics
@@ -230,7 +231,7 @@ def _again(managed: Manager, name: str, before: int | None, answer: Response, en
 async def list_adapters(who: Caller, shown: Shown) -> Any:
     """All adapters that the caller may use; the modules of each are in its own report."""
     entries = visible(shown.reconciler.registry, who).values()
-    return {"data": [summary_of(entry) for entry in entries if entry.served]}
+    return {"exam": shown.exam(who), "data": [summary_of(entry) for entry in entries if entry.served]}
 
 
 @router.get(
@@ -315,7 +316,7 @@ async def delete_adapter(name: str, who: Caller, managed: Managed) -> Any:
 async def metrics(request: Request) -> Response:
     """vLLM's metrics and ours."""
     state = request.app.state
-    text = (await asyncio.to_thread(generate_latest, get_prometheus_registry())).decode()
+    text = without_hidden((await asyncio.to_thread(generate_latest, get_prometheus_registry())).decode())
     current: Metrics | None = getattr(state, "safelora_metrics", None)
     if current is not None:
         text += await current.text(state.safelora_upload_limiter.held)

@@ -118,9 +118,27 @@ class TrafficInfo(BaseModel):
     waiting: int
 
 
+class ExamInfo(BaseModel):
+    """What an exam found of the copy that is served, in nats per token. Figures are for admins only."""
+
+    passed: bool
+    drop: float | None = Field(description="mean loyalty drop")
+    bound: float | None = Field(description="its upper confidence bound, compared with the threshold")
+    worst: float | None = Field(description="mean of the tenth of the probes that drops most")
+    seconds: float | None = Field(description="that the exam took")
+
+
+class ExamState(BaseModel):
+    """Whether adapters are examined."""
+
+    mode: str = Field(description="off, report or enforce")
+    cause: str = Field(description="for admins: why it is off although it was asked for; else empty")
+
+
 class AdapterReport(AdapterSummary):
     """The same, module by module."""
 
+    exam: ExamInfo | None = Field(description="null where it was not examined")
     traffic: TrafficInfo | None = Field(
         description="for admins and the adapter's tenant; null before the first request"
     )
@@ -131,6 +149,7 @@ class AdapterList(BaseModel):
     """All adapters that the caller may use."""
 
     object: str = "list"
+    exam: ExamState
     data: list[AdapterSummary]
 
 

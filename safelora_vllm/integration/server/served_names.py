@@ -9,8 +9,9 @@ from vllm.lora.request import LoRARequest
 from safelora_vllm.errors import Unavailable, fresh_copy
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.published_copies import Copy
-from safelora_vllm.integration.server.registry import Entry, Registry, Served
+from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
 
 
 class ServedNames:
@@ -19,19 +20,23 @@ class ServedNames:
     unready: names that are known and cannot be served now.
     """
 
-    def __init__(self, pool: Pool, background: Background) -> None:
+    def __init__(self, pool: Pool, background: Background, exam: NoExam | None = None) -> None:
+        """exam: what every copy has to have passed."""
         self.registry: Registry = {}
         self.unready: set[str] = set()
-        self._pool, self._background = pool, background
+        self._pool, self._background, self._exam = pool, background, exam or NoExam()
 
     def serve(self, entry: Entry, copy: Copy) -> None:
-        """Serve a published copy under a name."""
+        """Serve a published copy under a name: whatever is served passes here."""
+        if not self._exam.may_serve(copy.key):
+            return self.put(replace(entry, served=None, problem=being_prepared(entry.name)))
         try:
             request = self._pool.request(entry.name, copy.key, entry.first_id)
         except Unavailable as error:
             return self.put(replace(entry, served=None, problem=fresh_copy(error)))
         served = Served(request, copy.report.named(entry.name), copy.state)
         self.put(replace(entry, served=served, problem=None))
+        self._exam.is_served(entry.name, copy.key)
 
     def put(self, entry: Entry) -> None:
         """Change what is known of a name. Weights that it had before are freed when nobody uses them."""

@@ -43,7 +43,7 @@ class ServingState:
             self._complaint = ""
 
     def _tell(self, names: dict[str, str], unavailable: dict[str, str]) -> None:
-        server = self._copies.state.ruleset_digest
+        server = self._copies.servers_ruleset
         found = {owner: self._copies.ruleset(name) for owner, name in names.items()}
         rulesets = {owner: ruleset for owner, ruleset in found.items() if ruleset != server}
         now = Serving(server, rulesets, unavailable)

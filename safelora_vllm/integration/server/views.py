@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelora_vllm.errors import Forbidden, UsageError
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import report_of
@@ -51,7 +52,23 @@ class Views:
         name = entry.name
         found = report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
         own = who.kind == "admin" or (who.tenant and who.tenant == tenant_of(name))
-        return {**found, "traffic": _traffic_info(self.traffic(name)) if own else None}
+        traffic = _traffic_info(self.traffic(name)) if own else None
+        return {**found, "traffic": traffic, "exam": self._exam_info(who, entry)}
+
+    def exam(self, who: Principal) -> dict[str, str]:
+        """The body of `ExamState`."""
+        exam = self.reconciler.copies.exam
+        return {"mode": exam.mode, "cause": exam.cause if who.kind == "admin" else ""}
+
+    def _exam_info(self, who: Principal, entry: Entry) -> dict[str, Any] | None:
+        """The body of `ExamInfo`. Scores would help whoever tries out the exam."""
+        exam = self.reconciler.copies.exam
+        if (found := exam.found(published_key(entry.current().request.lora_path))) is None:
+            return None
+        figures = {"drop": found.score.drop, "bound": found.score.bound, "worst": found.score.worst}
+        figures |= {"seconds": found.seconds}
+        shown = figures if who.kind == "admin" else dict.fromkeys(figures)
+        return {"passed": exam.passes(found), **shown}
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""

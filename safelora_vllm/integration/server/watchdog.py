@@ -13,7 +13,7 @@ from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.engine import Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies
-from safelora_vllm.integration.server.registry import Entry, Registry
+from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 
 logger = logging.getLogger("vllm.safelora.watchdog")
 # A vLLM worker that was asked something spins for a second in case there is more: not at each look.
@@ -63,11 +63,20 @@ class Watchdog:
         for name, entry in served.items():
             if entry.served is None or self._registry.get(name) is not entry:
                 continue
-            state = states[published_key(entry.served.request.lora_path)]
-            if state != entry.served.copy:
-                changed = True
+            state = states[key := published_key(entry.served.request.lora_path)]
+            if state == entry.served.copy:
+                continue
+            changed = True
+            still = await asyncio.to_thread(self._copies.exam.passed, key)
+            if self._registry.get(name) is not entry:
+                continue
+            if still:
                 self._registry[name] = replace(entry, served=replace(entry.served, copy=state))
                 self.repair(self._registry[name])
+            else:
+                logger.error("adapter %r is withdrawn: its copy is not the one that was examined", name)
+                self.withdrawn += 1
+                self._put(replace(entry, served=None, problem=being_prepared(name)))
         return changed
 
     async def _attest(self) -> None:

@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
-from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
+from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable, refuse
 from safelora_vllm.files import FoundSound, states
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState
@@ -170,7 +170,17 @@ class WorkerGuard:
         return self._taken.has(key, self._store.files(key))
 
     def _admit(self, request: LoRARequest) -> str:
-        """Let a folder pass the gate."""
+        """Let a folder pass the gate.
+
+        Raises:
+            AdapterRefused: the gate's answer; or there is an exam, which API servers hold and workers cannot.
+        """
+        if self._settings.exam == "enforce":
+            raise refuse(
+                "exam",
+                "with `exam` enforce a worker loads only what an API server has examined: upload the adapter "
+                "to a server, or give it with --lora-modules; offline, leave `exam` out",
+            )
         return self._client.admit(request.lora_path, request.lora_name, keep=False).accepted_key()
 
     def _check_copy(self, key: str, name: str) -> None:

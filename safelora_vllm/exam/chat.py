@@ -1,0 +1,21 @@
+"""How the exam asks a model: one user turn in the model's own chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safelora_vllm.errors import UsageError
+
+
+def check_template(tokenizer: Any, model: str, template: str | None = None) -> None:
+    """Raise UsageError where there is nothing to ask in. template: a server's own, if it has one."""
+    if not template and tokenizer.chat_template is None:
+        raise UsageError(f"{model} has no chat template: an exam asks as a chat would")
+
+
+def prompt_ids(tokenizer: Any, prompt: str, template: str | None = None) -> list[int]:
+    """The tokens before an answer. tokenizer: of transformers."""
+    chat = [{"role": "user", "content": prompt}]
+    given = {"chat_template": template} if template else {}
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **given)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

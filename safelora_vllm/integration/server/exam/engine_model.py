@@ -1,0 +1,113 @@
+"""The served model as an exam asks it: vLLM's own engine, by the client that answers requests."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from safelora_vllm.errors import ExamUnavailable, UsageError
+from safelora_vllm.exam.chat import check_template, prompt_ids
+from safelora_vllm.exam.reference import Tokens
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+R = TypeVar("R")
+_AT_ONCE = 8  # requests of exams in the engine
+_LAST = 2**31 - 1  # vLLM's lowest priority
+_LOGPROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probabilities
+
+
+class EngineModel:
+    """Asks the engine, with an adapter or without one.
+
+    Its requests are those of nobody: they are not counted as traffic, and have the lowest priority where the
+    scheduler has priorities.
+    """
+
+    def __init__(self, engine_client: Any, tokenizer: Any, name: str, template: str | None = None) -> None:
+        """Make it before requests are counted.
+
+        Args:
+            engine_client: vLLM's.
+            tokenizer: of the model; name: its name, for errors.
+            template: a chat template that the server was started with.
+
+        Raises:
+            UsageError: the model has no chat template, or vLLM gives no log-probabilities.
+        """
+        check_template(tokenizer, name, template)
+        mode = getattr(engine_client.model_config, "logprobs_mode", _LOGPROBS[0])
+        if mode not in _LOGPROBS:
+            raise UsageError(f"--logprobs-mode is {mode}: expected {' or '.join(_LOGPROBS)} for an exam")
+        self._generate: Callable[..., AsyncIterator[Any]] = engine_client.generate
+        self._tokenizer, self._template = tokenizer, template
+        config = getattr(engine_client, "vllm_config", None)
+        policy = getattr(getattr(config, "scheduler_config", None), "policy", "fcfs")
+        self._options = {"priority": _LAST} if policy == "priority" else {}
+        self._salt = secrets.token_hex(
+            16
+        )  # blocks of the prefix cache would tell, by their speed, what is asked
+        self._numbers, self._free = itertools.count(), asyncio.Semaphore(_AT_ONCE)
+
+    async def answer(self, prompts: Sequence[str], tokens: int) -> list[tuple[Tokens, str]]:
+        """As `safelora_vllm.exam.reference.Answers` has it."""
+
+        async def one(prompt: str) -> tuple[Tokens, str]:
+            found = await self._ask(self._ids(prompt), None, max_tokens=tokens)
+            answer = tuple(found.outputs[0].token_ids)
+            return answer, str(self._tokenizer.decode(answer, skip_special_tokens=True))
+
+        return await _all([one(prompt) for prompt in prompts])
+
+    async def likelihoods(
+        self, prompts: Sequence[str], answers: Sequence[Tokens], adapter: LoRARequest | None = None
+    ) -> list[float]:
+        """Mean log-probability of each answer's tokens, nats per token: a prefill each, and one token.
+
+        Raises:
+            ExamUnavailable: the engine gives none.
+        """
+
+        async def one(prompt: str, answer: Tokens) -> float:
+            ids = self._ids(prompt)
+            asked = [*ids, *answer]
+            found = await self._ask(asked, adapter, max_tokens=1, prompt_logprobs=0)
+            given = list(found.prompt_logprobs or ())[len(ids) :]
+            if len(given) != len(answer):
+                raise ExamUnavailable(f"the engine gave {len(given)} likelihoods: expected {len(answer)}")
+            return fmean(float(of[token].logprob) for of, token in zip(given, answer, strict=True))
+
+        return await _all([one(*pair) for pair in zip(prompts, answers, strict=True)])
+
+    async def _ask(self, ids: list[int], adapter: LoRARequest | None, **options: int) -> Any:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, detokenize=False, **options)
+        request = f"safelora-exam-{next(self._numbers)}"
+        last: Any = None
+        async with self._free:
+            given = {"lora_request": adapter, **self._options}
+            prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": self._salt}
+            async for output in self._generate(prompt, params, request, **given):
+                last = output
+        if last is None or not last.outputs:
+            raise ExamUnavailable("the engine gave no answer to an exam: try again later")
+        return last
+
+    def _ids(self, prompt: str) -> list[int]:
+        return prompt_ids(self._tokenizer, prompt, self._template)
+
+
+async def _all(asked: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
+    """What all of them give. Where one fails, the others end."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,134 @@
+"""Examines published copies: one at a time in a process, under a name that no caller can give."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+from safelora_vllm.errors import AdapterRefused, ExamUnavailable, SafeLoRAError, Unavailable
+from safelora_vllm.exam.reference import Reference
+from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.server.background import Background
+from safelora_vllm.integration.server.callers import caller
+from safelora_vllm.integration.server.engine import Pool, ask_workers
+from safelora_vllm.integration.server.exam.counts import Counts
+from safelora_vllm.integration.server.exam.engine_model import EngineModel
+from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME
+from safelora_vllm.integration.server.exam.limits import ExamLimits
+from safelora_vllm.integration.server.tracing import span
+from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.verdicts import Examined, Verdicts
+
+logger = logging.getLogger("vllm.safelora.exam")
+_SECONDS = 120.0  # for the engine to load a copy and answer about it
+
+
+class Examiner:
+    """One API server process asks the engine what published copies are like.
+
+    reference: what the aligned model answers. threshold: the largest bound that passes, nats per token.
+    """
+
+    def __init__(
+        self,
+        model: EngineModel,
+        pool: Pool,
+        published: PublishedStore,
+        verdicts: Verdicts,
+        reference: Reference,
+        threshold: float,
+        counts: Counts,
+    ) -> None:
+        self.verdicts, self.threshold, self.counts = verdicts, threshold, counts
+        self.background = Background()
+        self._model, self._pool, self._published, self._reference = model, pool, published, reference
+        self._limits = ExamLimits()
+        self._turn = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each tenant
+
+    def passes(self, examined: Examined) -> bool:
+        """Whether a copy may be served."""
+        return examined.score.passes(self.threshold)
+
+    def ticket(self) -> Callable[[], None]:
+        """What counts an exam against the caller's share: once, however many rungs it has."""
+        used = False
+
+        def use() -> None:
+            nonlocal used
+            if not used:
+                self._limits.take(caller())
+                used = True
+
+        return use
+
+    async def examine(self, key: str, nbytes: float, rung: str, ticket: Callable[[], None]) -> Examined:
+        """What the copy of a key is like, from the store where it was examined before.
+
+        Raises:
+            AdapterRefused: vLLM cannot load it. TooManyExams: the tenant has had its share.
+            Unavailable: there is no score.
+        """
+        if found := await asyncio.to_thread(self.verdicts.get, key):
+            return found
+        ticket()
+        who = caller()
+        turn = self._turns.setdefault((who and who.tenant) or "", asyncio.Lock())
+        async with turn, self._turn:  # so that each tenant has one exam at most in the queue of all
+            if found := await asyncio.to_thread(self.verdicts.get, key):
+                return found
+            began = time.perf_counter()
+            verdict = "unavailable"
+            try:
+                with span("exam", rung=rung):
+                    found = await self._examined(key, nbytes, began)
+                verdict = "passed" if self.passes(found) else "failed"
+            finally:
+                self.counts.count(verdict, rung, time.perf_counter() - began)
+            logger.info("exam of copy %s by %s: %s", key[:12], rung, verdict)
+            return found
+
+    async def _examined(self, key: str, nbytes: float, began: float) -> Examined:
+        files = await asyncio.to_thread(self._published.digests, key)
+        score = await self._score(key, nbytes)
+        if files is None or files != await asyncio.to_thread(self._published.digests, key):
+            raise ExamUnavailable("the published copy was exchanged during its exam: try again")
+        found = Examined(score, time.perf_counter() - began, files)
+        await asyncio.to_thread(self.verdicts.put, key, found)
+        return found
+
+    async def _score(self, key: str, nbytes: float) -> Score:
+        """Load the copy as it would be served, ask, and free it."""
+        known = self._reference
+        request = self._pool.request(HIDDEN_NAME, key, await self._pool.new_id())
+        try:
+            async with asyncio.timeout(_SECONDS):
+                await self._pool.load(request, nbytes)
+                said = await self._model.likelihoods(known.prompts, known.answers, request)
+                # Where a worker could not read the copy again, the aligned model has answered in its place.
+                lost = {
+                    path for worker in await ask_workers(self._pool.engine_client) for path in worker.lost
+                }
+            if request.lora_path in lost:
+                self._pool.mark_lost({request.lora_path})
+                raise ExamUnavailable("the published copy was lost during its exam: try again")
+            return Score.of(known.likelihoods, said)
+        except TimeoutError as error:
+            raise ExamUnavailable(
+                f"an exam did not end in {_SECONDS:.0f} s, as the engine is busy: try again later"
+            ) from error
+        except (AdapterRefused, ExamUnavailable):
+            raise
+        except Unavailable as error:
+            raise ExamUnavailable(str(error)) from error
+        except SafeLoRAError:
+            raise
+        except Exception as error:  # the engine raises what it likes
+            raise ExamUnavailable(
+                f"the engine ended an exam ({type(error).__name__}): try again later"
+            ) from error
+        finally:
+            self.background.spawn(self._pool.release(request, wanted=lambda _: False))

@@ -1,0 +1,75 @@
+"""What stands between a published copy and a name that serves it. Here: nothing, as the exam is off."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from safelora_vllm.gate.protocol import Judgement
+from safelora_vllm.integration.server.exam.counts import Counted
+from safelora_vllm.policy import Policy
+from safelora_vllm.store.verdicts import Examined
+from safelora_vllm.tenants.rules import Rules, TenantRules
+
+# Lets the gate judge by a rung's rules; its second argument is what it judged by the rung before.
+Judge = Callable[[Rules, Judgement | None], Awaitable[Judgement]]
+
+
+class NoExam:
+    """A server without an exam, and what one with it has to answer.
+
+    cause: why it is off although it was asked for.
+    """
+
+    mode = "off"
+
+    def __init__(self, cause: str = "") -> None:
+        self.cause = cause
+
+    def ruleset(self, ruleset: str) -> str:
+        """A digest of the rules and of what the exam adds to them."""
+        return ruleset
+
+    def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:  # noqa: ARG002
+        """The rules to try for one content, mildest first.
+
+        Args:
+            server: the server's policy.
+            tenant: what the keys file adds to it.
+            base: what follows from both and from the policy of the name.
+            own: the name has a policy of its own.
+        """
+        return [base]
+
+    async def decide(self, rungs: Sequence[Rules], judge: Judge) -> Judgement:
+        """What the gate makes of a content on the first rung that may be served; or a refusal.
+
+        Raises:
+            TooManyExams: the tenant has had its share. SafeLoRAError: the gate or the exam cannot.
+        """
+        return await judge(rungs[0], None)
+
+    def passed(self, key: str) -> bool:  # noqa: ARG002
+        """Whether a published copy, as it is in the store now, may be served. Reads the store."""
+        return True
+
+    def may_serve(self, key: str) -> bool:  # noqa: ARG002
+        """The same of a copy that `passed` or `decide` has looked at. Reads nothing."""
+        return True
+
+    def is_served(self, name: str, key: str) -> None:
+        """Note that a name serves a copy."""
+
+    def found(self, key: str) -> Examined | None:  # noqa: ARG002
+        """What an exam found of a copy that is served."""
+        return None
+
+    def passes(self, examined: Examined) -> bool:  # noqa: ARG002
+        """Whether that is enough."""
+        return True
+
+    def counted(self) -> Counted:
+        """The exams of all API servers of this host."""
+        return Counted()
+
+    async def stop(self) -> None:
+        """End what is done in the background."""

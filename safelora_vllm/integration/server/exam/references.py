@@ -1,0 +1,77 @@
+"""The aligned model's own answers to a server's probes: asked for once, then kept beside the store."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+import secrets
+from pathlib import Path
+from typing import Any
+
+from safelora_vllm.exam.probes import Probes
+from safelora_vllm.exam.reference import ANSWER_TOKENS, Reference, reference_of, refused
+from safelora_vllm.files import locked, make_folder, replace_file, writing
+from safelora_vllm.integration.server.exam.engine_model import EngineModel
+from safelora_vllm.store.layout import EXAM
+
+_FORMAT = 1  # another one where an exam asks or counts otherwise: what is kept of the former is not used
+_SECRET_BYTES = 32
+
+
+def secret_of(root: Path) -> bytes:
+    """What draws the built-in probes of a store; made at its first use.
+
+    Raises:
+        StoreUnavailable: it cannot be kept.
+    """
+    return _first(root, "secret", secrets.token_bytes(_SECRET_BYTES))
+
+
+async def kept_reference(root: Path, exam: str, model: EngineModel, probes: Probes) -> Reference:
+    """The answers that the first API server of the store was given. exam: its digest."""
+    name = f"reference-{exam}.json"
+    try:
+        return _read((root / EXAM / name).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        made = await _ask(model, probes)
+    if not made.usable:  # another start may find another model
+        return made
+    text = json.dumps(dataclasses.asdict(made), allow_nan=False).encode()
+    return _read(await asyncio.to_thread(_first, root, name, text))
+
+
+def exam_digest_parts(probes: Probes, secret: bytes) -> list[Any]:
+    """What scores depend on besides the copy and the served model. The digest of them tells no probe."""
+    return [_FORMAT, ANSWER_TOKENS, probes.digest, secret.hex()]
+
+
+async def _ask(model: EngineModel, probes: Probes) -> Reference:
+    kept = refused(probes, await model.answer(probes.prompts, ANSWER_TOKENS))
+    prompts, answers = [prompt for prompt, _ in kept], [answer for _, answer in kept]
+    return reference_of(probes, kept, await model.likelihoods(prompts, answers))
+
+
+def _first(root: Path, name: str, content: bytes) -> bytes:
+    """What a file of the exam's holds; the content where there is no such file yet."""
+    folder = root / EXAM
+    with writing(root):
+        make_folder(folder)
+        with locked(folder):
+            path = folder / name
+            if path.exists() and (found := path.read_bytes()):
+                return found
+            replace_file(path, content)
+            return content
+
+
+def _read(text: bytes) -> Reference:
+    data = json.loads(text)
+    answers = tuple(tuple(int(token) for token in answer) for answer in data["answers"])
+    likelihoods = tuple(float(value) for value in data["likelihoods"])
+    found = Reference(tuple(map(str, data["prompts"])), answers, likelihoods, float(data["refused"]))
+    sizes = {len(found.prompts), len(found.answers), len(found.likelihoods)}
+    if len(sizes) != 1 or not all(map(math.isfinite, found.likelihoods)):
+        raise ValueError("it is not a reference")
+    return found

@@ -1,0 +1,34 @@
+"""The exam's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES
+from safelora_vllm.integration.server.exam.counts import BUCKETS
+from safelora_vllm.integration.server.exam.no_exam import NoExam
+from safelora_vllm.integration.server.exposition import family, head, histogram_lines
+from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.traffic import Timings
+
+
+def exam_series(exam: NoExam, served: Sequence[Entry]) -> Iterator[str]:
+    """Of this server's exam, of all exams of the host, and of the adapters that are served.
+
+    None where nobody asked for an exam.
+    """
+    if exam.mode == "off" and not exam.cause:
+        return
+    counted = exam.counted()
+    scores = [
+        ((entry.name,), found.score.bound)
+        for entry in served[:MAX_ADAPTER_SERIES]
+        if entry.served and (found := exam.found(published_key(entry.served.request.lora_path)))
+    ]
+    yield family("safelora_exam_info", [((exam.mode,), 1)])
+    yield family("safelora_exams_total", sorted(counted.exams.items()))
+    yield head("safelora_exam_seconds")
+    timings = Timings(BUCKETS, tuple(map(float, counted.buckets)), counted.seconds)
+    yield histogram_lines("safelora_exam_seconds", "", timings)
+    yield family("safelora_adapter_exam_score", scores)

@@ -1,0 +1,121 @@
+"""Begins the exam of an API server: probes, the aligned model's answers, and whether they are a measure."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from safelora_vllm.errors import GuardError, SafeLoRAError
+from safelora_vllm.exam import ladder as ladders
+from safelora_vllm.exam import probes as probe_sets
+from safelora_vllm.gate.client import GateClient
+from safelora_vllm.gate.protocol import GateState
+from safelora_vllm.integration.seams.server import vllm_version
+from safelora_vllm.integration.server.engine import Pool
+from safelora_vllm.integration.server.exam.counts import Counts
+from safelora_vllm.integration.server.exam.engine_model import EngineModel
+from safelora_vllm.integration.server.exam.examiner import Examiner
+from safelora_vllm.integration.server.exam.modes import EnforcedExam, ReportedExam
+from safelora_vllm.integration.server.exam.no_exam import NoExam
+from safelora_vllm.integration.server.exam.references import exam_digest_parts, kept_reference, secret_of
+from safelora_vllm.policy import CAPS, Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import Checkpoint, locate_model
+from safelora_vllm.settings import ServerSettings
+from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.verdicts import Verdicts
+
+logger = logging.getLogger("vllm.safelora.exam")
+_SECONDS = 600.0  # for the aligned model to answer all probes
+
+
+async def start_exam(
+    settings: ServerSettings, args: Namespace, pool: Pool, gate: GateClient, state: GateState, audit: AuditLog
+) -> NoExam:
+    """The exam that the settings ask for. Call it before requests are counted.
+
+    Args:
+        settings, args: of the server.
+        pool: loads what is examined.
+        gate: its client; state: its `state` answer.
+        audit: what the server itself decides.
+
+    Raises:
+        GuardError: the exam is to be enforced, and cannot be.
+    """
+    if settings.exam == "off":
+        return NoExam()
+    try:
+        async with asyncio.timeout(_SECONDS):
+            return await _started(settings, args, pool, gate, state, audit)
+    except Exception as error:  # the engine raises what it likes
+        cause = str(error) if isinstance(error, SafeLoRAError) else f"{type(error).__name__}: {error}"
+        if settings.exam == "enforce":
+            raise GuardError(
+                f"--exam enforce: {cause}. No adapter could be served; repair this, or start with --exam off"
+            ) from error
+        logger.warning("the exam is off: %s", cause)
+        return NoExam(cause)
+
+
+async def _started(
+    settings: ServerSettings, args: Namespace, pool: Pool, gate: GateClient, state: GateState, audit: AuditLog
+) -> NoExam:
+    engine, root, published = pool.engine_client, Path(state.store), PublishedStore(state.store)
+    tokenizer: Any = engine.get_tokenizer()
+    tokenizer = await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
+    served, template = str(getattr(engine.model_config, "model", "the model")), _template(args)
+    model = EngineModel(engine, tokenizer, served, template)
+    secret = await asyncio.to_thread(secret_of, root)
+    probes = (
+        await asyncio.to_thread(probe_sets.from_file, settings.exam_probes)
+        if settings.exam_probes
+        else probe_sets.drawn(secret, probe_sets.COUNT)
+    )
+    parts = [*exam_digest_parts(probes, secret), *await asyncio.to_thread(_model, engine, served, state)]
+    parts.append(str(template or tokenizer.chat_template))
+    exam = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    reference = await kept_reference(root, exam, model, probes)
+    reference.require_usable()
+    counts, verdicts = Counts(Path(gate.socket_path).parent), Verdicts(root, exam, published)
+    examiner = Examiner(model, pool, published, verdicts, reference, settings.exam_threshold, counts)
+    about = f"{len(reference.prompts)} of {len(probes.prompts)} probes, threshold {settings.exam_threshold:g}"
+    if settings.exam == "report":
+        logger.info("exam: report, %s", about)
+        return ReportedExam(examiner, audit)
+    policy = Policy.from_mapping(settings.policy)
+    cache = await asyncio.to_thread(ProjectorCache, settings.projectors)
+    rungs = await asyncio.to_thread(ladders.usable, cache, settings.ladder, policy)
+    logger.info("exam: enforce, %s, ladder %s", about, ",".join(map(ladders.name_of, rungs)))
+    return EnforcedExam(examiner, rungs, bool(set(settings.policy) - set(CAPS)), exam)
+
+
+def _model(engine: Any, served: str, state: GateState) -> list[Any]:
+    """What tells the served model, and how it is served, from others."""
+    config = engine.model_config
+    try:
+        fingerprint: Any = Checkpoint(locate_model(served)).fingerprint()
+    except (SafeLoRAError, OSError):  # a format of its own: the operator trusts it
+        fingerprint = served
+    parallel = getattr(getattr(engine, "vllm_config", None), "parallel_config", None)
+    how = [str(getattr(config, name, "")) for name in ("revision", "dtype", "quantization", "logprobs_mode")]
+    sizes = [getattr(parallel, name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
+    return [state.projectors, fingerprint, how, sizes, vllm_version()]
+
+
+def _template(args: Namespace) -> str | None:
+    """The chat template of ``--chat-template``: a file's, or the text itself."""
+    given = getattr(args, "chat_template", None)
+    if not given:
+        return None
+    try:
+        return Path(given).read_text()
+    except OSError:
+        return str(given)

@@ -1,0 +1,74 @@
+"""An engine that answers exams by a script: how far an adapter is from the aligned model's answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.report import Report
+from tests.server.fake_engine import FakeEngine
+
+ANSWER = [7, 8, 9]  # tokens of every answer of the aligned model
+
+
+class FakeTokenizer:
+    """Letters are tokens. says: the text of every answer."""
+
+    chat_template: str | None = "a template"
+    says = "I'm sorry, but I cannot help with that."
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: object) -> str:
+        return chat[0]["content"]
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, tokens: object, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens and tuple(tokens) == tuple(ANSWER)  # type: ignore[arg-type]
+        return self.says
+
+
+async def _nothing() -> None:
+    """Nothing happens before an answer."""
+
+
+@dataclass
+class ExaminedEngine(FakeEngine):
+    """drop: nats a token, of a published copy with this report. before: each answer."""
+
+    store: Path = Path()
+    drop: Callable[[Report], float] = lambda _: 0.0
+    before: Callable[[], Awaitable[None]] = _nothing
+    asked: list[str] = field(default_factory=list)  # keys of published copies, one for each probe
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    names: set[str] = field(default_factory=set)
+
+    def get_tokenizer(self) -> FakeTokenizer:
+        return self.tokenizer
+
+    async def generate(
+        self, prompt: dict[str, list[int]], params: Any, request_id: str, *, lora_request: Any = None
+    ) -> AsyncIterator[Any]:
+        assert request_id.startswith("safelora-exam-")
+        await self.before()
+        await asyncio.sleep(0)
+        outputs = [SimpleNamespace(token_ids=ANSWER)]
+        if params.prompt_logprobs is None:
+            yield SimpleNamespace(outputs=outputs, prompt_logprobs=None)
+            return
+        value = -1.0
+        if lora_request is not None:
+            assert lora_request in self.loaded
+            self.names.add(lora_request.lora_name)
+            self.asked.append(key := published_key(lora_request.lora_path))
+            report = json.loads((self.store / "published" / key / "report.json").read_text())["report"]
+            value -= self.drop(Report.from_dict(report))
+        given = [{token: SimpleNamespace(logprob=value)} for token in prompt["prompt_token_ids"]]
+        yield SimpleNamespace(outputs=outputs, prompt_logprobs=[None, *given[1:]])

@@ -1,0 +1,152 @@
+"""Parts of the exam in the server: rungs, limits, verdicts, what a worker refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from safelora_vllm.errors import AdapterRefused, GuardError
+from safelora_vllm.exam.ladder import parse
+from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.server.exam.counts import Counted, Counts
+from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME, without_hidden
+from safelora_vllm.integration.server.exam.limits import A_DAY, A_MINUTE, ExamLimits, TooManyExams
+from safelora_vllm.integration.server.exam.modes import EnforcedExam
+from safelora_vllm.policy import Policy
+from safelora_vllm.settings import ServerSettings
+from safelora_vllm.store.verdicts import Examined, Verdicts
+from safelora_vllm.tenants.principal import Principal, check_name
+from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
+
+LADDER = parse("input-removal:0.1,input-removal:0.4,safe-lora", Policy())
+
+
+def exam(chosen: bool = False, threshold: float = 0.02, ladder: list[Policy] = LADDER) -> EnforcedExam:
+    return EnforcedExam(cast(Any, SimpleNamespace(threshold=threshold)), ladder, chosen, "e")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "tenant", "own", "energies"),
+    [
+        (False, {}, {}, [0.1, 0.4, "safe-lora"]),
+        (True, {}, {}, [0.2, 0.4, "safe-lora"]),
+        (False, {"energy": 0.4}, {}, [0.4, "safe-lora"]),
+        (False, {"energy": 0.3}, {}, [0.3, 0.4, "safe-lora"]),
+        (False, {"max_total_norm": 0.5}, {}, [0.1, 0.4, "safe-lora"]),
+        (False, {}, {"energy": 0.3}, [0.3]),
+    ],
+)
+def test_the_rungs_of_a_name(
+    chosen: bool, tenant: dict[str, Any], own: dict[str, Any], energies: list[Any]
+) -> None:
+    server, rules = Policy(), TenantRules(tenant)
+    base = rules_of(server, rules, own, False)
+    rungs = exam(chosen).rungs(server, rules, base, bool(own))
+    policies = [server.with_values(rung.policy) for rung in rungs]
+    assert [p.energy if p.method == "input-removal" else p.method for p in policies] == energies
+    assert all(p.max_total_norm == tenant.get("max_total_norm", 1.0) for p in policies)
+    # The gate takes no rung that is less strict without the word for it.
+    assert [rung.override for rung in rungs] == [not p.at_least_as_strict(server) for p in policies]
+
+
+def test_other_settings_are_other_rules() -> None:
+    """So that everything is judged anew."""
+    rulesets = [exam(), exam(True), exam(threshold=0.03), exam(ladder=LADDER[1:])]
+    assert len({made.ruleset("r") for made in rulesets} | {exam().ruleset("other"), "r"}) == 6
+    assert exam().ruleset("r") == exam().ruleset("r")
+
+
+def test_a_tenant_has_a_share() -> None:
+    now = [0.0]
+    limits = ExamLimits(lambda: now[0])
+    acme, admin = Principal("tenant", "acme/ci", "acme"), Principal("admin", "ops")
+    for _ in range(A_MINUTE):
+        limits.take(acme)
+    with pytest.raises(TooManyExams, match="in a minute") as error:
+        limits.take(acme)
+    assert error.value.seconds == 61
+    limits.take(Principal("tenant", "globex/ci", "globex"))
+    for _ in range(A_DAY):
+        limits.take(admin)
+        limits.take(None)
+    for _ in range(A_DAY - A_MINUTE):
+        now[0] += 60
+        limits.take(acme)
+    now[0] += 60
+    with pytest.raises(TooManyExams, match="in a day"):
+        limits.take(acme)
+    now[0] += 86400
+    limits.take(acme)
+
+
+def test_a_verdict_is_of_the_very_bytes(tmp_path: Path) -> None:
+    files: dict[str, dict[str, str]] = {"a" * 64: {"x": "1"}}
+    published = cast(Any, SimpleNamespace(digests=files.get))
+    verdicts, key = Verdicts(tmp_path, "e" * 64, published), "a" * 64
+    found = Examined(Score(0.1, 0.2, 0.3, 8), 1.5, {"x": "1"})
+    assert verdicts.get(key) is None
+    verdicts.put(key, found)
+    assert (
+        verdicts.get(key) == verdicts.known(key) == Verdicts(tmp_path, "e" * 64, published).get(key) == found
+    )
+    assert Verdicts(tmp_path, "f" * 64, published).get(key) is None  # another exam's
+    files[key] = {"x": "2"}
+    assert verdicts.get(key) is None and verdicts.known(key) is None
+    files[key] = {"x": "1"}
+    (file,) = tmp_path.glob(f"exam/verdicts/{'e' * 64}/*.json")
+    for damaged in ("", "{}", '{"score": {"drop": true}}', file.read_text().replace("0.2", '"0"')):
+        file.write_text(damaged)
+        assert Verdicts(tmp_path, "e" * 64, published).get(key) is None
+
+
+def test_counts_of_all_processes(tmp_path: Path) -> None:
+    one = Counts(tmp_path)
+    one.count("passed", "safe-lora", 0.3)
+    (tmp_path / "exams-0.json").write_text((next(tmp_path.glob("exams-*.json"))).read_text())
+    (tmp_path / "exams-1.json").write_text("damaged")
+    one.count("failed", "policy", 200.0)
+    found = one.all()
+    assert found.exams == {("passed", "safe-lora"): 2, ("failed", "policy"): 1}
+    assert sum(found.buckets) == 3 and found.buckets[-1] == 1 and found.seconds == pytest.approx(200.6)
+    assert Counted() == Counts(tmp_path / "nowhere").all()
+
+
+def test_no_caller_can_give_the_hidden_name() -> None:
+    with pytest.raises(Exception, match="not a valid adapter name"):
+        check_name(HIDDEN_NAME)
+    text = f'a{{x="1"}} 2\nvllm:lora_requests_info{{running="acme/x,{HIDDEN_NAME}"}} 1\nb 3\n'
+    assert without_hidden(text) == 'a{x="1"} 2\nb 3\n'
+
+
+def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:
+    """Neither of --lora-modules that vLLM would load itself, nor of the offline LLM."""
+    guard_module = pytest.importorskip("safelora_vllm.integration.worker.guard")
+    guard = object.__new__(guard_module.WorkerGuard)
+    guard._settings, guard._accepted = ServerSettings("p", exam="enforce"), {}
+    with pytest.raises(AdapterRefused, match="only what an API server has examined"):
+        guard.resolve(SimpleNamespace(lora_name="x", lora_int_id=1, lora_path="/x", load_inplace=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exam": "on"}, "expected off, report, enforce"),
+        ({"exam": "enforce", "exam_threshold": float("nan")}, "finite number above 0"),
+        ({"exam": "enforce", "ladder": "lora"}, "'lora' is not a valid rung"),
+        ({"exam": "report", "ladder": "safe-lora"}, "ladder has no effect"),
+        ({"exam_probes": "/x"}, "have no effect without exam"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(GuardError, match=message):
+        ServerSettings("p", **settings)
+
+
+def test_shared_names_have_the_servers_rules() -> None:
+    assert (
+        exam().rungs(Policy(), SERVERS, rules_of(Policy(), SERVERS, {}, False), False)[0].policy["energy"]
+        == 0.1
+    )

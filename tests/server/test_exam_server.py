@@ -1,0 +1,405 @@
+"""``--exam enforce`` and ``--exam report``, through vLLM's routes and ours, before a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
+from safelora_vllm.errors import AdapterRefused, GuardError, SafeLoRAError
+from safelora_vllm.integration.server import reconcile
+from safelora_vllm.integration.server.exam import examiner, limits
+from safelora_vllm.integration.server.exam.hidden_name import HIDDEN
+from safelora_vllm.integration.server.http_errors import error_response
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import Report
+from safelora_vllm.store import NameStore
+from safelora_vllm.store.audit_log import AuditLog
+from tests.server.conftest import ADMIN_KEY, upload
+from tests.server.fake_exam import ExaminedEngine, FakeTokenizer
+from tests.server.fake_server import SECRET, FakeServer, Place
+from tests.tiny import Draft, lora
+
+LADDER = "safe-lora:0.2,safe-lora:0.9,safe-lora"
+ENFORCE = {"exam": "enforce", "ladder": LADDER, "policy": {}}
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def place(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
+    monkeypatch.setattr(reconcile, "_HEARTBEAT_SECONDS", 0.1)
+    with Place.start(cache, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> dict[str, Path]:
+    """useful passes on every rung, careless on the last one, harmful on none."""
+    names = ("useful", "careless", "harmful", "other")
+    return {name: Draft(tensors=lora(seed=seed)).write(tmp_path / name) for seed, name in enumerate(names)}
+
+
+def digest_of(folder: Path) -> str:
+    return content_digest(*((folder / name).read_bytes() for name in (CONFIG, WEIGHTS)))
+
+
+@pytest.fixture
+def start(place: Place, adapters: dict[str, Path]) -> Start:
+    digests = {digest_of(folder): name for name, folder in adapters.items()}
+
+    def drop(report: Report) -> float:
+        name = digests.get(report.digest, "harmful")
+        return {"harmful": 1.0, "careless": 0.0 if report.policy.select == "all" else 0.5}.get(name, 0.0)
+
+    @contextmanager
+    def started(static: dict[str, Path] | None = None, **settings: Any) -> Iterator[FakeServer]:
+        given = {"drop": drop, **settings.pop("engine", {})}
+        engine = ExaminedEngine(place.engine().answers, store=place.store, **given)
+        with place.server(static, engine=engine, **{**ENFORCE, **settings}) as server:
+            yield server
+            check_served(server)
+
+    return started
+
+
+def check_served(server: FakeServer) -> None:
+    """No name serves bytes that have not passed. Read from the disk, without the code that decides."""
+    state = server.app.state.safelora
+    if state.copies.exam.mode != "enforce":
+        return
+    passed = {}
+    for file in server.store.glob("exam/verdicts/*/*.json"):
+        found = json.loads(file.read_text())
+        passed[file.stem] = found["score"]["bound"] <= 0.02 and found["files"]
+    for name in state.registry:
+        entry = state.registry[name]
+        if entry.served is not None:
+            key = entry.served.request.lora_path.removeprefix("safelora://").partition("/")[0]
+            report = json.loads((server.store / "published" / key / "report.json").read_text())
+            assert passed[key] == report["sha256"], name
+
+
+def answer_of(server: FakeServer, name: str) -> int:
+    """The status of a request that uses an adapter, by what vLLM's routes look up."""
+    body = {"model": name, "prompt": "x", "max_tokens": 1}
+    server.client(ADMIN_KEY).post("/v1/completions", json=body)  # waits for an adapter that is prepared
+    return answer_of_lookup(server, name)
+
+
+def answer_of_lookup(server: FakeServer, name: str) -> int:
+    try:
+        server.app.state.openai_serving_models.lora_requests[name]
+    except KeyError:
+        return 404
+    except SafeLoRAError as error:
+        return error_response(error).status_code
+    return 200
+
+
+def is_listed(http: httpx.Client, name: str) -> bool:
+    listed = {model["id"] for model in http.get("/v1/models").json()["data"]}
+    ours = {item["adapter"] for item in http.get("/v1/adapters").json()["data"]}
+    assert (name in listed) == (name in ours)
+    return name in listed
+
+
+def test_the_mildest_rung_that_passes_is_served(start: Start, adapters: dict[str, Path]) -> None:
+    with start() as server:
+        http = server.client(ADMIN_KEY)
+        useful = upload(http, "useful", adapters["useful"])
+        assert useful.status_code == 201
+        assert (
+            useful.json()["policy"]["threshold"] == 0.2 and useful.json()["policy"]["select"] == "threshold"
+        )
+        assert upload(http, "careless", adapters["careless"]).json()["policy"]["select"] == "all"
+        refused = upload(http, "harmful", adapters["harmful"])
+        assert refused.status_code == 422
+        assert [reason["code"] for reason in refused.json()["error"]["reasons"]] == ["exam"]
+        assert is_listed(http, "useful") and is_listed(http, "careless") and not is_listed(http, "harmful")
+        asked = server.engine.asked
+        assert len(set(asked)) == 1 + 3 + 3  # rungs
+        # Not again without need: the same content under another name.
+        assert upload(http, "twin", adapters["careless"]).status_code == 201
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 422
+        assert len(server.engine.asked) == len(asked)
+    with start() as again, start() as beside:  # nor after a restart, or on another server of the store
+        for other in (again, beside):
+            http = other.client(ADMIN_KEY)
+            assert is_listed(http, "useful") and is_listed(http, "careless")
+            assert not other.engine.asked
+
+
+def test_no_way_around(start: Start, adapters: dict[str, Path], place: Place) -> None:
+    """Every call that gives a name content, and what was served before there was an exam."""
+    harmful, useful = adapters["harmful"], adapters["useful"]
+    with start(exam="off", ladder=None) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "old", harmful).status_code == 201
+        assert upload(http, "back", harmful).status_code == 201
+        assert upload(http, "back", useful, replace=True).status_code == 201
+    roots = {"adapter_roots": [str(harmful.parent)]}
+    with start(**roots) as server:
+        http = server.client(ADMIN_KEY)
+
+        def until(true: Callable[[], bool]) -> None:
+            for _ in range(200):
+                if true():
+                    return
+                server.portal.call(asyncio.sleep, 0.02)
+            raise AssertionError("it did not become true")
+
+        until(lambda: not server.app.state.safelora.served.unready - {"old"})
+        # Judged anew at the start; a first request waits for that and is refused.
+        assert answer_of(server, "old") == 422
+        assert not is_listed(http, "old") and is_listed(http, "back")
+        live = NameStore(place.store).all()["old"].live
+        assert [reason.code for reason in live.refused] == ["exam"]
+
+        def is_kept() -> None:
+            """Nothing of the harmful one is served, and ``back`` is as it was."""
+            assert not is_listed(http, "bad") and answer_of(server, "bad") in (404, 422)
+            assert http.get("/v1/adapters/back").json()["digest"] == digest_of(useful)
+
+        assert upload(http, "bad", harmful).status_code == 422
+        assert upload(http, "back", harmful, replace=True).status_code == 422
+        by_path = {"name": "bad", "path": str(harmful)}
+        assert http.post("/v1/adapters", json=by_path).status_code == 422
+        load = {"lora_name": "bad", "lora_path": str(harmful)}
+        assert http.post("/v1/load_lora_adapter", json=load).status_code == 422
+        load = {"lora_name": "back", "lora_path": str(harmful), "load_inplace": True}
+        assert http.post("/v1/load_lora_adapter", json=load).status_code == 422
+        is_kept()
+        assert http.post("/v1/adapters/back/rollback", json={"version": 1}).status_code == 422
+        is_kept()
+        # A policy of its own, also one that an admin loosens, is examined too.
+        careless = adapters["careless"]
+        assert upload(http, "careless", careless).json()["policy"]["select"] == "all"
+        loose = {"policy": {"mode": "report-only"}, "override": True, "reason": "a test"}
+        refused = http.put("/v1/adapters/careless/policy", json=loose)
+        assert refused.status_code == 422, refused.text
+        assert http.get("/v1/adapters/careless").json()["policy"]["mode"] == "enforce"
+        # A published copy of the store is no path that a caller may give.
+        key = server.engine.asked[-1]
+        for path in (f"safelora://{key}", str(place.store / "published" / key)):
+            load = {"lora_name": "bad", "lora_path": path}
+            assert http.post("/v1/load_lora_adapter", json=load).status_code in (400, 403, 404, 422)
+        is_kept()
+        # A record that another server wrote, by rules without an exam.
+        names = NameStore(place.store)
+        names.update("back", lambda record: record.with_version(record.version(1)))  # type: ignore[union-attr]
+        until(lambda: server.app.state.safelora.registry["back"].served is None)
+        until(lambda: answer_of(server, "back") == 422)
+    lora_modules = {"static": useful}
+    with start(lora_modules) as server:
+        assert is_listed(server.client(ADMIN_KEY), "static")
+    with pytest.raises(AdapterRefused, match="exam"), start({"static": harmful}):
+        pass
+
+
+def test_a_copy_that_changed_after_its_exam_is_examined_again(
+    start: Start, adapters: dict[str, Path], place: Place
+) -> None:
+    with start() as server:
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
+        examined = len(server.engine.asked)
+    for file in place.store.glob("exam/verdicts/*/*.json"):
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps({**found, "files": {WEIGHTS: "0" * 64}}))
+    with start() as server:
+        http = server.client(ADMIN_KEY)
+        for _ in range(200):
+            if answer_of_lookup(server, "useful") == 200:
+                break
+            server.portal.call(asyncio.sleep, 0.02)
+        assert is_listed(http, "useful") and len(server.engine.asked) == examined
+
+
+async def broken() -> None:
+    raise RuntimeError("secret details of a probe")
+
+
+async def hanging() -> None:
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("trouble", ["broken", "hanging", "not a number", "lost"])
+def test_what_gives_no_score_is_not_served(
+    start: Start, adapters: dict[str, Path], trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start() as server:
+        http, engine = server.client(ADMIN_KEY), server.engine
+        assert isinstance(engine, ExaminedEngine)
+        usual = engine.before, engine.drop, engine.answers
+        if trouble == "not a number":
+            engine.drop = lambda _: math.nan
+        elif trouble == "lost":  # the aligned model would have answered in its place
+            whole = engine.answers()[0][0]  # type: ignore[index]
+
+            def answers() -> Any:
+                return [[{**whole, "lost": [request.lora_path for request in engine.loaded]}]]
+
+            engine.answers = answers
+        else:
+            engine.before = {"broken": broken, "hanging": hanging}[trouble]
+            if trouble == "hanging":
+                monkeypatch.setattr(examiner, "_SECONDS", 0.2)
+        answer = upload(http, "useful", adapters["useful"])
+        assert answer.status_code == 503 and "probe" not in answer.text and "secret" not in answer.text
+        assert not is_listed(http, "useful") and answer_of(server, "useful") == 404
+        engine.before, engine.drop, engine.answers = usual
+        monkeypatch.setattr(examiner, "_SECONDS", 120.0)
+        assert upload(http, "useful", adapters["useful"]).status_code == 201
+
+
+def test_a_server_killed_in_an_exam_serves_nothing_unexamined(
+    start: Start, adapters: dict[str, Path]
+) -> None:
+    """What a kill leaves behind is what there is before the exam has ended: no name."""
+    with start() as server:
+        kept: list[set[str]] = []
+
+        async def look() -> None:
+            kept.append(set(NameStore(server.store).all()))
+
+        server.engine.before = look
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
+    assert kept and not any(kept)
+
+
+def test_hidden_names_are_nowhere(start: Start, adapters: dict[str, Path]) -> None:
+    """While an exam runs, and after it."""
+    seen: list[httpx.Response] = []
+    refused: list[int] = []
+    begun: list[bool] = []
+    with start() as server:
+
+        async def look() -> None:
+            if begun or not server.engine.loaded:
+                return
+            begun.append(True)
+            hidden = server.engine.loaded[-1].lora_name
+            assert hidden.startswith(HIDDEN)
+            transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
+            headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+            async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as http:
+                for path in ("/v1/models", "/v1/adapters", "/metrics", "/v1/audit", "/v1/overview"):
+                    seen.append(await http.get(path))
+                body = {"model": hidden, "prompt": "x", "max_tokens": 1}
+                refused.append((await http.post("/v1/completions", json=body)).status_code)  # as for any
+                load = {"lora_name": hidden, "lora_path": str(adapters["useful"])}
+                refused.append((await http.post("/v1/load_lora_adapter", json=load)).status_code)
+                refused.append(answer_of_lookup(server, hidden))
+
+        server.engine.before = look
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "useful", adapters["useful"]).status_code == 201
+        seen += [http.get(path) for path in ("/v1/models", "/v1/adapters/useful", "/metrics")]
+        assert len(server.engine.names) == 1
+    assert refused[1:] == [400, 404]
+    assert len(seen) > 6 and all(HIDDEN not in answer.text for answer in seen)
+    assert HIDDEN not in (server.store / "audit").joinpath("audit.jsonl").read_text()
+
+
+def test_a_model_that_does_not_refuse_is_no_measure(start: Start, adapters: dict[str, Path]) -> None:
+    helpful = FakeTokenizer()
+    helpful.says = "Sure! First, take a crowbar."
+    no_template = FakeTokenizer()
+    no_template.chat_template = None
+    with pytest.raises(GuardError, match="refuses 0% of the probes"), start(engine={"tokenizer": helpful}):
+        pass
+    with pytest.raises(GuardError, match="no chat template"), start(engine={"tokenizer": no_template}):
+        pass
+    with start(exam="report", ladder=None, engine={"tokenizer": helpful}) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 201
+        assert not server.engine.asked
+        assert http.get("/v1/adapters").json()["exam"]["mode"] == "off"
+        assert "refuses 0%" in http.get("/v1/adapters").json()["exam"]["cause"]
+        assert 'safelora_exam_info{exam="off"} 1' in http.get("/metrics").text
+
+
+def test_report_refuses_nothing(start: Start, adapters: dict[str, Path], place: Place) -> None:
+    with start(exam="report", ladder=None, policy={"method": "safe-lora"}) as server:
+        http = server.client(ADMIN_KEY)
+        for name in ("useful", "harmful"):
+            assert upload(http, name, adapters[name]).status_code == 201
+        for _ in range(200):
+            if len(list(place.store.glob("exam/verdicts/*/*.json"))) == 2:
+                break
+            server.portal.call(asyncio.sleep, 0.02)
+        exams = [http.get(f"/v1/adapters/{name}").json()["exam"] for name in ("useful", "harmful")]
+        assert [exam["passed"] for exam in exams] == [True, False]
+        assert exams[1]["drop"] == pytest.approx(1.0)
+        text = http.get("/metrics").text
+        assert 'safelora_adapter_exam_score{adapter="harmful"} 1.0' in text
+        assert 'safelora_exams_total{verdict="failed",rung="policy"} 1' in text
+        assert "safelora_exam_seconds_count 2" in text
+    assert ("exam", "harmful", "accepted", ["exam"]) in place.audit()
+
+
+def test_the_servers_policy_goes_first(start: Start, adapters: dict[str, Path]) -> None:
+    """Where the operator chose one, milder rungs are left out."""
+    with start(policy={"method": "safe-lora"}) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "useful", adapters["useful"]).json()["policy"]["threshold"] == 0.35
+        assert upload(http, "careless", adapters["careless"]).json()["policy"]["select"] == "all"
+        assert len(set(server.engine.asked)) == 1 + 3
+
+
+def test_a_tenant_cannot_starve_others(
+    start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exams are bounded; what was examined before, its requests and an admin's exams are not."""
+    monkeypatch.setattr(limits, "_WINDOWS", ((60.0, 2, "minute"), (86400.0, 2, "day")))
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        acme, admin = server.client(SECRET), server.client(ADMIN_KEY)
+        assert upload(acme, "acme/a", adapters["useful"]).status_code == 201
+        assert upload(acme, "acme/b", adapters["careless"]).status_code == 201  # three rungs are one exam
+        over = upload(acme, "acme/c", adapters["other"])
+        assert over.status_code == 429 and int(over.headers["Retry-After"]) > 1
+        assert "2 exams of new content in a minute" in over.text
+        assert upload(acme, "acme/d", adapters["useful"]).status_code == 201
+        shown = acme.get("/v1/adapters/acme/a").json()["exam"]
+        assert shown == {"passed": True, "drop": None, "bound": None, "worst": None, "seconds": None}
+        assert upload(admin, "acme/c", adapters["other"]).status_code == 201
+
+
+def test_audit_has_the_score(start: Start, adapters: dict[str, Path], place: Place) -> None:
+    with start() as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "useful", adapters["useful"]).status_code == 201
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 422
+    assert place.audit() == [
+        ("upload", "useful", "accepted", []),
+        ("upload", "harmful", "refused", ["exam"]),
+    ]
+    accepted, refused = AuditLog(place.store / "audit").read()
+    assert accepted["exam"]["bound"] == 0.0 and accepted["exam"]["probes"] > 8 and "exam" not in refused
+
+
+def test_another_chat_template_is_another_exam(start: Start, adapters: dict[str, Path], place: Place) -> None:
+    """The answers that were kept are of the former one. Nothing is served until it was asked again."""
+    with start() as server:
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
+        asked = len(server.engine.asked)
+    other = FakeTokenizer()
+    other.chat_template = "another template"
+    with start(engine={"tokenizer": other}) as server:
+        for _ in range(200):
+            if answer_of_lookup(server, "useful") == 200:
+                break
+            server.portal.call(asyncio.sleep, 0.02)
+        assert is_listed(server.client(ADMIN_KEY), "useful") and len(server.engine.asked) == asked
+    assert len(list(place.store.glob("exam/reference-*.json"))) == 2
+    assert len(list(place.store.glob("exam/verdicts/*"))) == 2
