@@ -111,7 +111,8 @@ def test_the_record_of_each_change(place: Place, adapters: list[Path]) -> None:
     assert (refused["decision"], refused["reasons"]) == ("refused", ["relative_norm"])
     assert refused["policy"]["max_relative_norm"] == 1e-6
     for entry in (removed, unload):
-        assert set(entry) == ALWAYS | {"change"} and entry["decision"] == "removed"
+        assert set(entry) == ALWAYS | {"change", "version"} and entry["decision"] == "removed"
+    assert (removed["version"], unload["version"]) == (3, 1), "what was served until then"
     assert (load["version"], load["decision"]) == (1, "accepted")
 
 

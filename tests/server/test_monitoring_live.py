@@ -1,4 +1,4 @@
-"""Every query of examples/monitoring has data where a real engine serves. `test_monitoring` has an incident."""
+"""Every query of examples/monitoring has data where a real engine serves; an incident: `test_monitoring`."""
 
 from __future__ import annotations
 

@@ -175,9 +175,19 @@ class Commits:
         self._recorded.update(name, change, line)
 
     async def remove(self, who: Principal, action: str, name: str, change: Change, **details: Any) -> None:
-        """Change a record without a new version, and say in the audit log that something was removed."""
-        line = Line(who.key_id, action, lambda _: {"decision": "removed", **details})
-        await asyncio.to_thread(self._recorded.update, name, change, line)
+        """Change a record without a new version, and say in the audit log that something was removed.
+
+        details: without a ``version``, the line has the one that was served.
+        """
+
+        said = {"decision": "removed", **details}
+
+        def noted(record: AdapterRecord | None) -> AdapterRecord | None:
+            said.update({"version": record.live.version, **details} if record else {})
+            return change(record)
+
+        line = Line(who.key_id, action, lambda _: said)
+        await asyncio.to_thread(self._recorded.update, name, noted, line)
         await self._reconciler.sync()
 
 
