@@ -28,7 +28,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 HERE = Path(__file__).parent
 DASHBOARD = HERE / "grafana" / "dashboards" / "safelora.json"
@@ -119,7 +119,7 @@ def _card(figure: Any, box: tuple[float, float, float, float], title: str) -> Ax
     card.set(xlim=(0, width * wide), ylim=(0, height * high), xticks=[], yticks=[])
     for spine in card.spines.values():
         spine.set_color(PALE)
-    card.text(0.1, height * high - 0.1, title, fontsize=9, color="#202124", va="top", weight="semibold")
+    card.text(0.1, height * high - 0.1, title, fontsize=8.5, color="#202124", va="top", weight="bold")
     return card
 
 
@@ -172,21 +172,23 @@ def timeseries(
     figure: Any, box: tuple[float, float, float, float], source: Source, panel: dict[str, Any]
 ) -> None:
     """Lines over the time that is shown, with a second axis where an override asks for one."""
-    _card(figure, box, panel["title"])
-    wide, high = figure.get_size_inches()
-    left, bottom, width, height = box
     defaults = panel["fieldConfig"]["defaults"]["unit"]
+    card = _card(figure, box, panel["title"] + (" (req/s)" if defaults == "reqps" else ""))
     others = {each["matcher"]["options"]: _properties(each) for each in panel["fieldConfig"]["overrides"]}
     lines = [
         (legend(target, series), series["values"])
         for target in panel["targets"]
         for series in source.over_time(target["expr"])
     ]
-    below = 0.24 * math.ceil(len(lines) / 2)  # of the legend, in inches
-    right = 0.62 if others else 0.18
+    wide, high = figure.get_size_inches()
+    left, bottom, width, height = box
+    room = int((width * wide - 0.5) / 0.075)  # characters of a line
+    columns = 2 if max([len(name) for name, _ in lines], default=0) + 5 <= room / 2 else 1
+    below = 0.2 * math.ceil(len(lines) / columns)  # of the legend, in inches
+    right = 0.5 if others else 0.2
     inner = (
-        left + 0.72 / wide, bottom + (0.42 + below) / high, width - (0.72 + right) / wide,
-        height - (0.42 + below + 0.45) / high,
+        left + 0.68 / wide, bottom + (0.34 + below) / high, width - (0.68 + right) / wide,
+        height - (0.34 + below + 0.45) / high,
     )  # fmt: skip
     axes = figure.add_axes(inner)
     second = axes.twinx() if others else None
@@ -207,10 +209,10 @@ def timeseries(
         second.yaxis.grid(False)
     if lines:
         drawn = [line for on in filter(None, (axes, second)) for line in on.get_lines()]
-        figure.legend(
-            handles=drawn, labels=[cut(str(line.get_label()), 34) for line in drawn], ncols=2, frameon=False,
-            loc="lower left", bbox_to_anchor=(left + 0.09 / wide, bottom + 0.06 / high), fontsize=8,
-            borderaxespad=0, handlelength=1.4, columnspacing=1.2, labelspacing=0.45,
+        card.legend(
+            handles=drawn, labels=[cut(str(line.get_label()), room // columns - 4) for line in drawn],
+            ncols=columns, frameon=False, loc="lower left", fontsize=8, borderaxespad=0.5, handlelength=1.2,
+            columnspacing=1.2, labelspacing=0.35, borderpad=0.1,
         )  # fmt: skip
     else:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color=GREY)
@@ -222,9 +224,14 @@ def _dress(axes: Axes, unit: str) -> None:
         axes.spines[side].set_color("#9aa0a6")
     axes.yaxis.grid(True, color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.0) if low < 0 else 0.0, high if high > 0 else 1.0)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=unit == "none" and high >= 4))
+    values = [value for line in axes.get_lines() for value in line.get_ydata() if not math.isnan(value)]
+    low, high = min([0.0, *values]), max([0.0, *values])
+    high = high if high > low else 1.0
+    axes.set_ylim(low - 0.02 * (high - low), high + 0.08 * (high - low))
+    scale = 1024.0 ** int(math.log(high, 1024)) if unit == "bytes" and high >= 1024 else 1.0
+    whole = unit == "none" and all(value == int(value) for value in values)
+    ticks = MaxNLocator(4, integer=whole).tick_values(low / scale, high / scale) * scale
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high * 1.08]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(unit, value)))
     axes.tick_params(colors=GREY, length=0, labelsize=8)
 
@@ -257,7 +264,7 @@ def shown(unit: str, value: float) -> str:
         return f"{value:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
     if unit == "s":
         return f"{1000 * value:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
-    return f"{value:.3g}{' req/s' if unit == 'reqps' else ''}"
+    return f"{value:.3g}"
 
 
 KINDS: dict[str, Callable[..., None]] = {"stat": stat, "table": table, "timeseries": timeseries}

@@ -169,7 +169,7 @@ def test_changes_of_one_name_in_one_process_wait_for_each_other(place: Place, ad
         async with place.manager() as (manager, _):
             await manager.add(ADMIN, "x", adapters[0])
             await asyncio.gather(
-                *(manager.add(ADMIN, "x", folder, replace=True) for folder in adapters),
+                *(manager.add(ADMIN, "x", folder, replace=True) for folder in reversed(adapters)),
                 manager.set_policy(ADMIN, "x", {"max_relative_norm": 0.9}, False, ""),
             )
             assert (await Views(manager.reconciler).versions(ADMIN, "x")).current == 4

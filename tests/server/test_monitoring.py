@@ -30,6 +30,7 @@ pytestmark = needs_prometheus
 EMPTY = {
     'absent(up{job="safelora"})': "a server is scraped",
     'mode="report-only"': "adapters are projected",
+    "vllm:num_requests_waiting": "the engine is fake, and vLLM counts none",
 }
 
 
@@ -141,7 +142,7 @@ def test_dashboards_and_alerts_of_a_server_at_work(
     def work() -> None:
         traffic()
         monitored.gate.record_error("StoreUnavailable", "acme/used")
-        assert upload(admin, "acme/again", made[1], replace=True).status_code == 201
+        assert upload(admin, "acme/again", made[1], replace=True).status_code in (200, 201)
         assert upload(admin, "acme/bad", folder).status_code == 422
 
     # Every panel, alert, recording rule and question has data, but for those that have none by design.

@@ -26,6 +26,7 @@ from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit, Refused
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.repeated import live_number
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
@@ -114,6 +115,13 @@ class Commits:
             asked = {field: value for field, value in asked.items() if value}
             await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons)
+
+    async def unchanged(self, who: Principal, name: str, action: str, judged: Judged) -> None:
+        """Say in the audit log that a name was to be replaced by what it serves."""
+        live = live_number(self._reconciler, name)
+        await log(
+            self._audit, who.key_id, action, name, **audit_fields(judged.report, "unchanged"), version=live
+        )
 
     async def commit(
         self,
