@@ -27,7 +27,7 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.dates import MINUTELY, AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 HERE = Path(__file__).parent
@@ -74,11 +74,14 @@ def main() -> None:
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="its URL")
     parser.add_argument("--adapter", required=True, help="of the row about one adapter")
     parser.add_argument("--tenant", required=True, help="of the row about one tenant")
-    parser.add_argument("--minutes", type=float, default=60.0, help="that are shown, up to now")
+    parser.add_argument("--minutes", type=float, default=60.0, help="that are shown")
+    parser.add_argument(
+        "--until", type=float, default=time.time(), help="Unix time of their end (default: now)"
+    )
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures")
     args = parser.parse_args()
     variables = {"adapter": args.adapter, "tenant": args.tenant}
-    source = Source(args.prometheus, 60 * args.minutes, time.time(), variables)
+    source = Source(args.prometheus, 60 * args.minutes, args.until, variables)
     for name, (title, panels) in zip(NAMES, rows(json.loads(DASHBOARD.read_text())), strict=True):
         path = args.out / f"monitoring-{name}.png"
         draw(source, source.filled(title), panels, path)
@@ -201,7 +204,8 @@ def timeseries(
     _dress(axes, defaults)
     begin, end = (datetime.fromtimestamp(t, UTC) for t in (source.until - source.seconds, source.until))
     axes.set_xlim(date2num(begin), date2num(end))
-    locator = AutoDateLocator(minticks=3, maxticks=5)
+    locator = AutoDateLocator(minticks=3, maxticks=max(3, int(inner[2] * wide / 0.55)))
+    locator.intervald[MINUTELY] = [1, 2, 5, 10, 15, 30]
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
     if second is not None:
