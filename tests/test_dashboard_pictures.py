@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "monitoring"
 def draw() -> ModuleType:
     spec = importlib.util.spec_from_file_location("draw", FOLDER / "draw.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["draw"] = importlib.util.module_from_spec(spec)  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 

@@ -187,7 +187,8 @@ def timeseries(
     left, bottom, width, height = box
     room = int((width * wide - 0.5) / 0.075)  # characters of a line
     columns = 2 if max([len(name) for name, _ in lines], default=0) + 5 <= room / 2 else 1
-    below = 0.2 * math.ceil(len(lines) / columns)  # of the legend, in inches
+    named = min(math.ceil(len(lines) / columns), int((height * high - 1.3) / 0.2))  # in the legend
+    below = 0.2 * named  # inches
     right = 0.5 if others else 0.2
     inner = (
         left + 0.68 / wide, bottom + (0.34 + below) / high, width - (0.68 + right) / wide,
@@ -212,7 +213,7 @@ def timeseries(
         _dress(second, next(iter(others.values()))["unit"])
         second.yaxis.grid(False)
     if lines:
-        drawn = [line for on in filter(None, (axes, second)) for line in on.get_lines()]
+        drawn = [line for on in filter(None, (axes, second)) for line in on.get_lines()][: named * columns]
         card.legend(
             handles=drawn, labels=[cut(str(line.get_label()), room // columns - 4) for line in drawn],
             ncols=columns, frameon=False, loc="lower left", fontsize=8, borderaxespad=0.5, handlelength=1.2,
