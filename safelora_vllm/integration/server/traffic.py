@@ -98,7 +98,7 @@ class TrafficTable:
         self._opened: dict[Path, np.memmap] = {}
 
     def began(self, name: str) -> None:
-        """A request for an adapter was given to the engine: from now on it has a row, if there is one left."""
+        """A request for an adapter was given to the engine. It has a row from now on, if one is left."""
         self.serve(name)
         self._row(name)[_AT["last_use"]] = time.time()
 
