@@ -12,6 +12,9 @@ COPY safelora_vllm safelora_vllm
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM ${PYTHON_IMAGE} AS cpu
+# vLLM's CPU kernels are linked with it, and a slim image lacks it.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheel /wheel
 # One index at a time: with two at once, a package of the same name on either could take another's place.
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \

@@ -49,9 +49,10 @@ test: models
 test-fast: .venv/.ready
 	$(BIN)/python -m pytest -q $(PARALLEL) tests -m "not server"
 
-# A real Prometheus, dashboards and alerts against a server with a fake engine. Needs Debian's package prometheus.
-monitoring-test: .venv/.ready
-	$(BIN)/python -m pytest -q -rs tests/server/test_monitoring.py
+# A real Prometheus, dashboards and alerts: an incident against a server with a fake engine, then all queries against
+# one with a real engine. Needs Debian's package prometheus.
+monitoring-test: models
+	$(BIN)/python -m pytest -q -rs tests/server/test_monitoring.py tests/server/test_monitoring_live.py
 
 # A million executions, guided by coverage; `make test` runs the same targets for some seconds.
 fuzz: .venv/.ready

@@ -207,7 +207,7 @@ def operator(
             name, (_, before) = f"n{number}", ledger.states[f"n{number}"][-1]
             match choice.choices(("replaced", "removed", "refused"), (6, 2, 2))[0]:
                 case "replaced":
-                    after = choice.randrange(len(contents))
+                    after = choice.choice([other for other in range(len(contents)) if other not in before])
                     ledger.now(name, *before, after)
                     expect(upload(http, name, contents[after]), 201, ledger, "replaced")
                     ledger.now(name, after)

@@ -6,6 +6,7 @@ SAFELORA_KEY=... python examples/client.py ADAPTER [--name acme/mine] [--url htt
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def main() -> None:
     )
     print(f"{args.name}: {reply.choices[0].message.content}")
 
-    again = http.post("/v1/adapters", params={"replace": "true"}, data={"name": args.name}, files=files)
+    config = json.loads(files[FILES[0]])
+    weaker = {**files, FILES[0]: json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}).encode()}
+    again = http.post("/v1/adapters", params={"replace": "true"}, data={"name": args.name}, files=weaker)
     print(f"replaced: version {again.json()['version']}")
     back = http.post(f"/v1/adapters/{args.name}/rollback", json={"version": 1})
     print(f"rolled back: version {back.json()['version']}, {back.json()['reason']}")

@@ -38,7 +38,7 @@ def put(folder: Path, source: str) -> str:
 def load(http: httpx.Client, name: str, source: str, digest: str) -> dict[str, Any]:
     """Let the server download, judge and serve it; returns the report."""
     answer = http.post("/v1/adapters", json={"name": name, "source": source, "digest": digest})
-    if answer.status_code != 201:
+    if answer.is_error:
         sys.exit(f"status {answer.status_code}: {answer.json()['error']['message']}")
     return dict(answer.json())
 

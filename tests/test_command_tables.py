@@ -284,6 +284,26 @@ def test_a_value_of_the_audit_log(value: Any, text: str) -> None:
     assert audit_table._cell(value) == text
 
 
+@pytest.mark.parametrize("columns", [120, 160])
+def test_the_table_of_the_audit_log_breaks_no_time(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    policy = {"method": "input-removal", "select": "threshold", "energy": 0.8, "threshold": 0.5,
+              "max_relative_norm": 0.042, "max_total_norm": 0.006}  # fmt: skip
+    record = {
+        "time": "2026-03-04T05:06:07.891011+00:00", "actor": "a-long-tenant/a-long-key-of-it",
+        "action": "delete-version", "adapter": "a-long-tenant/summaries-of-orders", "version": 117,
+        "digest": "0123456789abcdef" * 4, "policy": policy, "decision": "refused", "count": 12,
+        "reasons": ["modules_to_save", "rank_mismatch"], "override": True, "reason": "as agreed with them",
+    }  # fmt: skip
+    assert audit_table.print_records([(record, {"energy": 0.2})]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for whole in ("2026-03-04 05:06:07Z", "delete-version", " 117 ", "0123456789ab"):
+        assert any(whole in line for line in lines), whole
+
+
 def test_the_policy_before_is_that_of_the_last_acceptance() -> None:
     first, second, third = {"energy": 0.1}, {"energy": 0.2}, {"energy": 0.3}
     records: list[dict[str, Any]] = [

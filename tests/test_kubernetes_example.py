@@ -50,6 +50,53 @@ def test_objects_are_valid(version: str) -> None:
             validate(document, version, strict=True)
 
 
+def test_the_pod_that_fills_the_volume_of_the_models(version: str = "1.33") -> None:
+    """It writes, as the servers' user and with their image, what they read."""
+    validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate").validate
+    pod = yaml.safe_load((FOLDER / "fill" / "pod.yaml").read_text())
+    validate(pod, version, strict=True)
+    servers = of("Deployment")["spec"]["template"]["spec"]
+    assert pod["spec"]["securityContext"] == servers["securityContext"]
+    (fill,), (server,) = pod["spec"]["containers"], servers["containers"]
+    assert fill["image"] == server["image"]
+    assert fill["securityContext"] == server["securityContext"]
+    (models,) = [v[CLAIM] for v in pod["spec"]["volumes"] if CLAIM in v]
+    (read,) = [v[CLAIM] for v in servers["volumes"] if v["name"] == "models"]
+    assert models["claimName"] == read["claimName"] and read["readOnly"] and "readOnly" not in models
+    places = [
+        {m["name"]: m["mountPath"] for m in container["volumeMounts"]}["models"]
+        for container in (fill, server)
+    ]
+    assert places[0] == places[1] and all(
+        path.startswith(f"{places[0]}/") for path in _models(server["args"])
+    )
+    (claim,) = [
+        d for d in documents() if d["kind"] == "PersistentVolumeClaim" and d["metadata"]["name"] == "models"
+    ]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "others mount what one pod has written"
+    page = (FOLDER.parents[1] / "docs" / "deployment.md").read_text()
+    assert all(path in page for path in _models(server["args"])), "where the page has them put"
+
+
+def _models(args: list[str]) -> list[str]:
+    """The model and the projectors of a server's arguments."""
+    return [args[1], *(a.partition("=")[2] for a in args if a.startswith("--projectors="))]
+
+
+def test_the_autoscaler_goes_by_a_recording_rule_that_the_page_provides() -> None:
+    (metric,) = of("HorizontalPodAutoscaler")["spec"]["metrics"]
+    page = (FOLDER.parents[1] / "docs" / "deployment.md").read_text()
+    _, found, block = page.partition("```yaml\nrules:\n")
+    assert found, "no configuration of the adapter"
+    (rule,) = yaml.safe_load("rules:\n" + block.partition("```")[0])["rules"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+    recorded = [
+        r["record"] for g in of("PrometheusRule")["spec"]["groups"] for r in g["rules"] if "record" in r
+    ]
+    assert rule["seriesQuery"].partition("{")[0] in recorded
+    assert set(rule["resources"]["overrides"]) == {"namespace", "pod"}
+
+
 def test_the_deployment() -> None:
     pod = of("Deployment")["spec"]["template"]
     (server,) = pod["spec"]["containers"]

@@ -240,6 +240,17 @@ def test_series_of_requests(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_first_request_after_an_upload_is_counted_for_its_adapter(tmp_path: Path) -> None:
+    """It may come to another API server, and before that has looked at its names again."""
+    table = TrafficTable(tmp_path, max_rows=1)
+    for name in ("new", "one too many"):
+        table.began(name)
+        table.ended(name, "stop", tokens=5)
+    found = {name: row.requests["stop"] for name, row in table.snapshot().items() if row.last_use}
+    assert found == {"new": 1, OTHERS: 1}
+    table.close()
+
+
 def test_the_traffic_of_one_adapter(tmp_path: Path) -> None:
     """As among all, without a look at all."""
     one, two = TrafficTable(tmp_path), TrafficTable(tmp_path)

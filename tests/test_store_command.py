@@ -259,4 +259,5 @@ def test_rm_is_in_the_audit_log(run: Run, root: Path) -> None:
     (record,) = AuditLog(root / "audit").read()
     assert record.pop("change") and {**record, "time": ""} == {
         "time": "", "actor": "operator", "action": "delete", "adapter": "b", "decision": "removed",
+        "version": 1,
     }  # fmt: skip

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Judged = tuple[dict[str, Any], dict[str, Any]]  # a record and the policy before it
 COLUMNS = ("time", "actor", "action", "adapter", "version", "digest", "policy", "decision", "reasons")
+_WHOLE = ("time", "action", "version", "digest")  # short, and unreadable in parts
 _WIDE = 120  # columns of a terminal on which the table is readable
 _UNPROJECTED = ("report-only", "audit")  # the mode and its former name
 _INDENT = "    "
@@ -34,9 +35,9 @@ def _print_table(records: Iterable[Judged], console: Console) -> int:
 
     table = Table()
     for column in COLUMNS:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     for record, before in records:
-        shown = {"policy": _policy(record, before), "decision": _decision(record)}
+        shown = {"time": _time(record), "policy": _policy(record, before), "decision": _decision(record)}
         cells = {**record, **shown, "digest": str(record.get("digest") or "")[:12]}
         table.add_row(*(Text(_cell(cells.get(column))) for column in COLUMNS))
     if table.row_count:
@@ -50,9 +51,9 @@ def _print_lines(records: Iterable[Judged], console: Console) -> int:
     for record, before in records:
         count += 1
         number = f" version {record['version']}" if record.get("version") else ""
-        time = str(record.get("time"))[:19].replace("T", " ") + "Z"
         what = " ".join(filter(None, (_cell(record.get("action")), _decision(record))))
-        told = [f"{time}  {what}: {_cell(record.get('adapter'))}{number}, by {_cell(record.get('actor'))}"]
+        adapter, actor = _cell(record.get("adapter")), _cell(record.get("actor"))
+        told = [f"{_time(record)}  {what}: {adapter}{number}, by {actor}"]
         told += [_INDENT + text for text in _below(record, before)]
         for line in told:
             wrapped = textwrap.wrap(
@@ -60,6 +61,11 @@ def _print_lines(records: Iterable[Judged], console: Console) -> int:
             )
             console.print("\n".join(wrapped), markup=False, highlight=False, soft_wrap=True)
     return count
+
+
+def _time(record: dict[str, Any]) -> str:
+    """To the second."""
+    return _cell(str(record.get("time"))[:19].replace("T", " ") + "Z")
 
 
 def _decision(record: dict[str, Any]) -> str:

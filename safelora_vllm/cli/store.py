@@ -173,7 +173,8 @@ def _rm(args: argparse.Namespace) -> int:
     record = names.get(args.name)
     if record is None:
         raise UsageError(f"there is no adapter {args.name!r} in {names.root}; 'store ls' lists them")
-    line = Line(OPERATOR, "delete", lambda _: {"decision": "removed"})
+    removed = {"decision": "removed", "version": record.live.version}
+    line = Line(OPERATOR, "delete", lambda _: removed)
     RecordedNames(names, AuditLog(root / AUDIT)).update(args.name, lambda _: None, line)
     print(f"{args.name} with {len(record.versions)} versions removed; 'gc --unreferenced' frees its space")
     return 0

@@ -18,6 +18,7 @@ from re import compile as pattern
 CONFIG = Path(__file__).with_name("json_logs.json")
 VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
 _REQUEST_ID = pattern(r"[\w.-]{1,64}")
+_OF_ADAPTERS = ("adapter", "version", "copy")  # what a caller of the logger gives as `extra`
 _about: ContextVar[Mapping[str, str]] = ContextVar("safelora_about", default={})  # noqa: B039  (never changed)
 
 
@@ -53,6 +54,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             "process": record.process,
+            **{name: found for name in _OF_ADAPTERS if (found := getattr(record, name, None)) is not None},
             **about(),
         }
         if record.exc_info:

@@ -15,7 +15,6 @@ from safelora_vllm.gate.socket_folder import remove_leftovers
 from safelora_vllm.integration import runtime_updating
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
-from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -30,6 +29,7 @@ from safelora_vllm.settings import (
 )
 from safelora_vllm.store.housekeeping import check_store
 from safelora_vllm.tenants.keys import KeyRing
+from safelora_vllm.tenants.rules_check import tenant_check
 
 REQUIRED = "safelora_vllm.integration.required.Guard"
 _DEFAULT_GROUPS = (
@@ -57,7 +57,9 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     granted(settings.route_access)
     if settings.keys:
         admin, metrics = os.environ.get(ADMIN_KEY), os.environ.get(METRICS_KEY)
-        ring = KeyRing.open(Path(settings.keys), admin, [], metrics, tenant_check(settings))
+        ring = KeyRing.open(
+            Path(settings.keys), admin, [], metrics, tenant_check(settings.policy, settings.projectors)
+        )
         if not ring.has_admin:
             print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it

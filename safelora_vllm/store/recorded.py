@@ -90,7 +90,7 @@ class RecordedNames:
                 self._write(intent)
             except StoreUnavailable as error:  # the change itself is made: say so loudly
                 what = "%s of %r by %s is not in the audit log: %s"
-                logger.error(what, line.action, name, line.actor, error)
+                logger.error(what, line.action, name, line.actor, error, extra=_about(intent))
 
         return self._names.update(name, change, around)
 
@@ -124,7 +124,7 @@ class RecordedNames:
                     known = intent.after in states or not self._names.is_mirror
                     self._write(intent if known else _unknown(intent), completed=True)
             except StoreUnavailable as error:
-                logger.error("the audit log lacks a line for %r: %s", name, error)
+                logger.error("the audit log lacks a line for %r: %s", name, error, extra=_about(intent))
             else:
                 path.unlink(missing_ok=True)
 
@@ -161,6 +161,11 @@ class RecordedNames:
                 with contextlib.suppress(FileNotFoundError):
                     found.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(found)]
+
+
+def _about(intent: _Intent) -> dict[str, Any]:
+    """What a line of the server's log says of the adapter."""
+    return {"adapter": intent.adapter, "version": intent.details.get("version")}
 
 
 def _unknown(intent: _Intent) -> _Intent:

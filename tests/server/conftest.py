@@ -212,10 +212,15 @@ def first_token(
 
 
 def metric_samples(http: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """All samples of /metrics, read by prometheus_client's own parser."""
+    """All samples of /metrics."""
+    return samples_of(http.get("/metrics").text)
+
+
+def samples_of(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All samples of an exposition, read by prometheus_client's own parser."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    families = text_string_to_metric_families(http.get("/metrics").text)
+    families = text_string_to_metric_families(text)
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in families

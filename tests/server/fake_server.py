@@ -22,12 +22,12 @@ from safelora_vllm.gate.protocol import GateConfig
 from safelora_vllm.gate.server import GateService, _Handler, _Server
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.reconcile import Reconciler
-from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.principal import Principal
+from safelora_vllm.tenants.rules_check import tenant_check
 from tests.server.fake_engine import MODEL, FakeEngine, all_routes
 
 SECRET = "the tenant's long secret"
@@ -91,7 +91,8 @@ class Place:
         engine = self.engine()
         models = SimpleNamespace(lora_requests={}, is_base_model=MODEL.__eq__)
         keys = self.keys if self.keys.exists() else None
-        ring = KeyRing.open(keys, None, [], None, tenant_check(self.gate.settings))
+        given = self.gate.settings
+        ring = KeyRing.open(keys, None, [], None, tenant_check(given.policy, given.projectors))
         reconciler = await Reconciler.start(engine, models, ring.rules)
         try:
             yield Manager(reconciler, reconciler.audit, models.is_base_model), engine

@@ -111,7 +111,8 @@ def test_the_record_of_each_change(place: Place, adapters: list[Path]) -> None:
     assert (refused["decision"], refused["reasons"]) == ("refused", ["relative_norm"])
     assert refused["policy"]["max_relative_norm"] == 1e-6
     for entry in (removed, unload):
-        assert set(entry) == ALWAYS | {"change"} and entry["decision"] == "removed"
+        assert set(entry) == ALWAYS | {"change", "version"} and entry["decision"] == "removed"
+    assert (removed["version"], unload["version"]) == (3, 1), "what was served until then"
     assert (load["version"], load["decision"]) == (1, "accepted")
 
 
@@ -168,7 +169,7 @@ def test_changes_of_one_name_in_one_process_wait_for_each_other(place: Place, ad
         async with place.manager() as (manager, _):
             await manager.add(ADMIN, "x", adapters[0])
             await asyncio.gather(
-                *(manager.add(ADMIN, "x", folder, replace=True) for folder in adapters),
+                *(manager.add(ADMIN, "x", folder, replace=True) for folder in reversed(adapters)),
                 manager.set_policy(ADMIN, "x", {"max_relative_norm": 0.9}, False, ""),
             )
             assert (await Views(manager.reconciler).versions(ADMIN, "x")).current == 4

@@ -79,7 +79,7 @@ def test_a_server_that_is_open_says_so(
     keys: bool, open_to_all: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(endpoint, "tenant_check", lambda _: None)  # it reads the projector cache
+    monkeypatch.setattr(endpoint, "tenant_check", lambda *_: None)  # it reads the projector cache
     file = tmp_path / "keys.toml"
     file.touch(0o600)
     file.write_text('[tenants.acme.keys]\nci = "a long secret of acme"\n')
@@ -134,7 +134,7 @@ def test_a_server_with_lora_and_without_a_section_does_not_start() -> None:
 def test_where_the_admin_key_comes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(endpoint, "tenant_check", lambda _: None)  # it reads the projector cache
+    monkeypatch.setattr(endpoint, "tenant_check", lambda *_: None)  # it reads the projector cache
 
     def admin(key: str, **options: Any) -> bool:
         app, _ = attached(args(**options))

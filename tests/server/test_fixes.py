@@ -146,12 +146,34 @@ def test_ranks_load_an_adapter_or_none_does() -> None:
     assert not any(rank.answers for rank in half.response_mqs), "every answer was read"
 
 
+@pytest.mark.parametrize(("index", "quiet"), [(0, True), (1, False), (None, False)])
+def test_an_adapter_that_is_still_being_read_is_no_error(index: int | None, quiet: bool) -> None:
+    """Of several engines, the API server sees the first one's answer, and the errors of all."""
+    request, (reading,) = LoRARequest("tenant", 7, "safelora://a"), rank_says(False)
+    ranks = executor(Queue((WORKS, reading), (WORKS, False)), Queue((WORKS, ""), (WORKS, True)))
+    ranks.parallel_config = SimpleNamespace(**({} if index is None else {"data_parallel_index": index}))
+    if quiet:
+        assert load_on_all_ranks(ranks, request) is False
+    else:
+        with pytest.raises(SafeLoRAError, match="has not been read yet"):
+            load_on_all_ranks(ranks, request)
+    assert ranks.asked == ["safelora_load", "remove_lora"], "no rank keeps it alone"
+    failed = executor(Queue((WORKS, reading), (WORKS, True)), Queue((WORKS, "no room"), (WORKS, True)))
+    failed.parallel_config = SimpleNamespace(data_parallel_index=0)
+    with pytest.raises(SafeLoRAError, match="no room"):
+        load_on_all_ranks(failed, request)
+
+
 def test_a_rank_answers_with_words() -> None:
-    request = LoRARequest("tenant", 7, "safelora://a")
+    answers = rank_says(True, False, RuntimeError("no room"), RuntimeError())
+    assert answers == ["", "it has not been read yet; load it again", "no room", "RuntimeError"]
+
+
+def rank_says(*results: object) -> list[str]:
+    """What a rank answers, by what vLLM's worker gives or raises."""
     worker = MagicMock()
-    worker.add_lora.side_effect = [True, False, RuntimeError("no room"), RuntimeError()]
-    answers = [load_on_rank(worker, request) for _ in range(4)]
-    assert answers == ["", "vLLM did not take tenant", "no room", "RuntimeError"]
+    worker.add_lora.side_effect = list(results)
+    return [load_on_rank(worker, LoRARequest("tenant", 7, "safelora://a")) for _ in results]
 
 
 def test_vllm_still_leaves_answers_unread() -> None:

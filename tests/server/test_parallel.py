@@ -7,6 +7,8 @@ them on CPUs, but its engine ends at the first request, with or without the guar
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 from server import ADMIN_KEY, guarded, running
 
+from safelora_vllm.integration.attestation import Attestation
+from safelora_vllm.integration.server.metrics import Known, expose
+from safelora_vllm.integration.server.traffic import OUTCOMES
 from tests.server import slots
-from tests.server.conftest import UNI, client, metric_samples, say, upload
+from tests.server.conftest import UNI, client, metric_samples, samples_of, say, upload
 from tests.server.slots import Adapter, Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
 
@@ -30,6 +35,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "narrow": {"r": 2, "lora_alpha": 2, "target_modules": ["k_proj", "o_proj", "up_proj"]},
     "late": {"r": 8, "lora_alpha": 4, "use_rslora": True},
 }
+REQUESTS = 32
+BODY: dict[str, Any] = {
+    "model": "wide", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0,
+    "ignore_eos": True,
+}  # fmt: skip
 TOLERANCE = slots.TOLERANCE[torch.float32]
 
 
@@ -113,6 +123,7 @@ def tensor(pair: Pair, made: dict[str, Adapter], tmp_path_factory: pytest.TempPa
     for name in ("wide", "narrow"):  # both are in the pool
         steps.read(f"{name} slots", name)
     steps.add("metrics", "gate", "metrics")
+    steps.add("counted", "rpc", "safelora_attest")
     steps.add("said", "say", *steps.request("wide"))
     steps.load("refused", "bad")
     steps.add("attested after a refusal", "rpc", "safelora_attest")
@@ -177,6 +188,23 @@ def test_projection_is_done_once_for_all_ranks(tensor: Steps) -> None:
     assert len(list((tensor.store / "published").iterdir())) == 3
 
 
+def test_the_ranks_of_an_engine_count_once(tensor: Steps) -> None:
+    """Requests and tokens are counted where they arrive, which knows no ranks."""
+    ranks = Attestation.from_answers(tensor["counted"])
+    known = Known(workers={"guarded": len(ranks)}, pools=[rank.pool for rank in ranks])
+    samples = samples_of(expose(known))
+    assert samples["safelora_workers", frozenset({("state", "guarded")})] == 2
+    engine = ("engine", "0")
+    assert samples["safelora_lora_loads_total", frozenset({engine, ("when", "request")})] == 2
+    assert samples["safelora_lora_loads_total", frozenset({engine, ("when", "step")})] == 0
+    assert samples["safelora_lora_adapter_load_seconds_count", frozenset({engine})] == 2
+    assert samples["safelora_num_gpu_loaded_lora_adapters", frozenset({engine})] == 2
+    assert samples["safelora_max_gpu_lora_adapters", frozenset({engine})] == 2
+    assert {dict(labels)["engine"] for _, labels in samples if "engine" in dict(labels)} == {"0"}
+    after = Attestation.from_answers(tensor["attested after a step"])
+    assert [rank.pool.failed_steps for rank in after] == [0, 1]
+
+
 def test_a_refused_adapter_costs_nobody_else(tensor: Steps) -> None:
     """vLLM's own way leaves an answer unread, which the next question gets."""
     assert "non_finite" in tensor["refused"]["error"]
@@ -206,6 +234,15 @@ def test_a_rank_that_cannot_load_in_a_step(tensor: Steps) -> None:
     assert [answer["lost"] for answer in tensor["attested after a step"]] == [[], [path]]
 
 
+def loads(samples: Mapping[tuple[str, frozenset[tuple[str, str]]], float]) -> dict[str, float]:
+    """Engine → adapters that it has loaded, where there are any."""
+    found: dict[str, float] = {}
+    for (name, labels), value in samples.items():
+        if name == "safelora_lora_loads_total" and value:
+            found[dict(labels)["engine"]] = found.get(dict(labels)["engine"], 0) + value
+    return found
+
+
 def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: Path) -> None:
     """Both are guarded and reported, share one gate, and answer alike with an adapter."""
     command = guarded(
@@ -219,16 +256,39 @@ def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: P
         assert upload(admin, "bad", made["bad"].folder).status_code == 422
         aligned = say(admin, "aligned")
 
-        def ask(_: int) -> str:
+        def ask(_: int) -> tuple[str, int, int]:
             with client(server, ADMIN_KEY) as http:
-                return say(http, "wide")
+                answer = http.post("/v1/completions", json=BODY).json()
+                usage = answer["usage"]
+                return answer["choices"][0]["text"], usage["prompt_tokens"], usage["completion_tokens"]
 
         with ThreadPoolExecutor(8) as pool:
-            said = set(pool.map(ask, range(32)))
-        samples = metric_samples(admin)
+            answers = list(pool.map(ask, range(REQUESTS)))
+        deadline = time.monotonic() + 90  # workers are asked every 30 s what they have loaded
+        while not loads(samples := metric_samples(admin)) and time.monotonic() < deadline:
+            time.sleep(1)
+    said = {text for text, _, _ in answers}
     assert len(said) == 1 and said != {aligned}
     assert samples["safelora_workers", frozenset({("state", "guarded")})] == 2
     assert samples["safelora_workers", frozenset({("state", "unguarded")})] == 0
+    assert samples["safelora_workers_expected", frozenset()] == 2
+    assert samples["safelora_ready", frozenset()] == 1
+
+    # Each request and token once, whichever engine it went to; and each engine's loads by themselves.
+    wide = ("adapter", "wide")
+    ended = {
+        o: samples["safelora_adapter_requests_total", frozenset({wide, ("outcome", o)})] for o in OUTCOMES
+    }
+    assert ended == {**dict.fromkeys(OUTCOMES, 0), "length": REQUESTS}
+    prompts, tokens = (sum(answer[at] for answer in answers) for at in (1, 2))
+    assert tokens == REQUESTS * BODY["max_tokens"]
+    assert samples["safelora_adapter_prompt_tokens_total", frozenset({wide})] == prompts
+    assert samples["safelora_adapter_generation_tokens_total", frozenset({wide})] == tokens
+    for histogram in ("time_to_first_token", "time_per_output_token"):
+        assert samples[f"safelora_adapter_{histogram}_seconds_count", frozenset({wide})] == REQUESTS
+    assert loads(samples) == {"0": 1, "1": 1}
+    for engine in ("0", "1"):
+        assert samples["safelora_num_gpu_loaded_lora_adapters", frozenset({("engine", engine)})] == 1
     assert samples["safelora_gate_cache_total", frozenset({("outcome", "miss")})] == 2  # wide, bad
     finished = {
         dict(labels)["engine"]: value
@@ -236,6 +296,7 @@ def test_data_parallel_engines(pair: Pair, made: dict[str, Adapter], tmp_path: P
         if name == "vllm:request_success_total" and dict(labels)["finished_reason"] == "length"
     }
     assert len(finished) == 2 and all(finished.values()), "each engine has answered"
+    assert sum(finished.values()) - REQUESTS in (0, 1), "vLLM counts as many, and the model's own one"
     assert log.read_text(errors="replace").count("starting the gate") == 1
 
 

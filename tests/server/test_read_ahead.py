@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -202,7 +203,10 @@ def manager(guard: Guard) -> Any:
     """With nothing of vLLM."""
     made: Any = object.__new__(GuardedLoRAManager)
     made.guard, made._in_step = guard, False
-    made.read_ahead = ReadAhead(made._read, CPU)
+    made.read_ahead, made.counts = (
+        ReadAhead(made._read, CPU),
+        SimpleNamespace(change=lambda *_: nullcontext()),
+    )
     return made
 
 
@@ -220,13 +224,20 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     return found
 
 
-def test_only_a_load_by_the_api_server_is_bounded(loads: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_load_by_the_api_server_is_bounded(
+    loads: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The folder of an offline load may take its time, and an evicted adapter has requests that wait."""
     monkeypatch.setattr(guarded, "_LOAD_SECONDS", 0.0)
     made = manager(Guard(0))
     made.read_ahead._thread.submit(time.sleep, 0.5)
+    monkeypatch.setattr(guarded.LRUCacheWorkerLoRAManager, "add_adapter", GuardedLoRAManager._load_adapter)
     with pytest.raises(StoreUnavailable, match="adapter1 has not been read yet"):
         made._load_adapter(request(1))
+    with caplog.at_level("INFO", "vllm.safelora.worker"):
+        assert made.add_adapter(request(1)) is False, "an error would be one of the engine's in vLLM's log"
+    (line,) = caplog.records
+    assert (line.levelname, line.adapter, line.copy) == ("INFO", "adapter1", f"safelora://{KEY}")  # type: ignore[attr-defined]
     assert made._load_adapter(request(2, "/a/folder")).id == 2
     made._in_step = True
     assert made._load_adapter(request(3)).id == 3
@@ -371,8 +382,10 @@ class Engine:
 
     errored = False
 
-    def __init__(self, answers: list[list[bool] | Exception], failures: Sequence[Exception] = ()) -> None:
-        self.answers, self.failures = iter(answers), [*failures]
+    def __init__(
+        self, answers: list[list[bool] | Exception], results: Sequence[Exception | bool] = ()
+    ) -> None:
+        self.answers, self.results = iter(answers), [*results]
         self.asked: list[Any] = []
         self.core_engines, self.engine_core = (0, 1), self
 
@@ -383,10 +396,12 @@ class Engine:
             raise answer
         return answer
 
-    async def add_lora(self, loaded: Any) -> None:
+    async def add_lora(self, loaded: Any) -> bool:
         self.asked.append(loaded.lora_int_id)
-        if self.failures:
-            raise self.failures.pop(0)
+        result = self.results.pop(0) if self.results else True
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 CALL = ("collective_rpc", "safelora_prepare", None, ("adapter1", 1, f"safelora://{KEY}"), None)
@@ -416,17 +431,20 @@ READ = [(0, *CALL), (1, *CALL)]
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "failures", "asked"),
+    ("nbytes", "results", "asked"),
     [
-        (4 * 1024**2, 0, [1]),
-        (4 * 1024**2, 1, [1, *READ, 1]),
-        (4 * 1024**2 + 1, 0, [*READ, 1]),
+        (4 * 1024**2, [], [1]),
+        (4 * 1024**2, [False], [1, *READ, 1]),
+        (4 * 1024**2, [RuntimeError("of another engine: has not been read yet")], [1, *READ, 1]),
+        (4 * 1024**2 + 1, [], [*READ, 1]),
     ],
-    ids=["small", "small, but it takes long", "large"],
+    ids=["small", "small, but it takes long", "small, but the second engine takes long", "large"],
 )
-def test_a_small_adapter_is_loaded_with_one_question(nbytes: int, failures: int, asked: list[Any]) -> None:
+def test_a_small_adapter_is_loaded_with_one_question(
+    nbytes: int, results: list[Exception | bool], asked: list[Any]
+) -> None:
     """Each question waits for a step of the engine."""
-    engine = Engine([[True, True], [True]], [RuntimeError("has not been read yet")] * failures)
+    engine = Engine([[True, True], [True]], results)
     asyncio.run(Pool(engine, cast(Any, None)).load(request(), nbytes))
     assert engine.asked == asked
 
@@ -434,6 +452,12 @@ def test_a_small_adapter_is_loaded_with_one_question(nbytes: int, failures: int,
 def test_what_is_wrong_with_a_small_adapter_is_said() -> None:
     engine = Engine([[True, True], [True]], [RuntimeError("first"), RuntimeError("no room")])
     with pytest.raises(AdapterRefused, match="vLLM cannot load the adapter: no room"):
+        asyncio.run(Pool(engine, cast(Any, None)).load(request(), 1))
+
+
+def test_an_adapter_that_is_not_read_in_time_is_unavailable() -> None:
+    engine = Engine([[True, True], [True]], [False, False])
+    with pytest.raises(StoreUnavailable, match="adapter1 has not been read in time; load it again"):
         asyncio.run(Pool(engine, cast(Any, None)).load(request(), 1))
 
 

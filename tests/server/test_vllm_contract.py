@@ -78,8 +78,32 @@ def test_an_upload_of_the_same_content_again_is_200(fake: FakeServer, drafts: di
     assert again.json() == first.json() and versions(acme, "acme/x") == [1]
     other = upload(acme, "acme/x", drafts["other"])
     assert (other.status_code, other.json()["error"]["type"]) == (409, "ConflictError")
-    assert upload(acme, "acme/x", drafts["qv"], replace=True).status_code == 201, "asked for by name"
-    assert versions(acme, "acme/x") == [1, 2]
+
+
+def test_a_replacement_by_the_same_content_is_a_version_under_other_rules_only(
+    fake: FakeServer, admin: TestClient, drafts: dict[str, Path]
+) -> None:
+    acme, route = fake.client(TENANT_KEYS["acme"]), "/v1/adapters/acme/x/policy"
+    first = upload(acme, "acme/x", drafts["qv"], replace=True)
+    loaded = len(fake.engine.loaded)
+    again = upload(acme, "acme/x", drafts["qv"], replace=True)
+    assert (first.status_code, again.status_code) == (201, 200) and again.json() == first.json()
+    assert versions(acme, "acme/x") == [1] and len(fake.engine.loaded) == loaded, "nothing was done"
+    assert actions(fake, "acme/x") == [("upload", "accepted"), ("upload", "unchanged")]
+    said = {"decision": "unchanged", "adapter": "acme/x"}
+    (line,) = acme.get("/v1/audit", params=said).json()["records"]
+    assert (line["version"], line["actor"], line["reasons"]) == (1, "acme/ci", [])
+    loosened = {"policy": {"select": "number", "number": 3}, "override": True, "reason": "a trusted author"}
+    assert admin.put(route, json=loosened).status_code == 200
+    taken_back = upload(acme, "acme/x", drafts["qv"], replace=True)
+    assert (taken_back.status_code, taken_back.json()["version"]) == (201, 3), "an override was for version 2"
+    assert taken_back.json()["policy"] == first.json()["policy"]
+    assert admin.put(route, json={"policy": {"max_relative_norm": 0.9}}).status_code == 200
+    assert upload(acme, "acme/x", drafts["qv"], replace=True).status_code == 200, (
+        "this rule holds for the name"
+    )
+    assert upload(acme, "acme/x", drafts["other"], replace=True).status_code == 201
+    assert versions(acme, "acme/x") == [1, 2, 3, 4, 5]
 
 
 def test_a_taken_name_is_answered_in_vllms_words(admin: TestClient, drafts: dict[str, Path]) -> None:

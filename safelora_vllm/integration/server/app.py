@@ -37,10 +37,10 @@ from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import CallersRequests
-from safelora_vllm.integration.tenant_check import tenant_check
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.mirror import attach
 from safelora_vllm.tenants.keys import KeyRing
+from safelora_vllm.tenants.rules_check import tenant_check
 
 logger = logging.getLogger("vllm.safelora.endpoint")
 _WORKER_END_SECONDS = 10.0
@@ -66,7 +66,7 @@ class SafeLoRAEndpoint:
             _admin_key(args, settings),
             inference,
             metrics_key,
-            tenant_check(settings) if lora and settings.keys else None,
+            tenant_check(settings.policy, settings.projectors) if lora and settings.keys else None,
         )
         more = granted(settings.route_access)
         if getattr(args, "enable_offline_docs", False):

@@ -18,7 +18,7 @@ from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError
 from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.repeated import LOAD, may_load, served_again
+from safelora_vllm.integration.server.repeated import LOAD, is_unchanged, may_load, served_again
 from safelora_vllm.integration.server.visibility import unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
@@ -55,9 +55,9 @@ class Manager:
     ) -> Entry:
         """Let a folder or archive pass the gate and serve it under ``name``, as a new version.
 
-        The content that the name serves already is not a new version; with ``replace`` it is, but for
-        vLLM's own call (action `LOAD`), which controllers repeat. That call also gives new content to a name
-        whose adapter is refused. One that is unavailable for a moment stays.
+        The content that the name serves already is not a new version; with ``replace`` it is where other
+        rules hold now, but for vLLM's own call (action `LOAD`), which controllers repeat. That call also
+        gives new content to a name whose adapter is refused. One that is unavailable for a moment stays.
 
         Raises:
             UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name.
@@ -76,6 +76,9 @@ class Manager:
                 same = await served_again(self.reconciler, previous, judged)
                 if same is not None:
                     return same
+            elif is_unchanged(self.reconciler, previous, judged):
+                await self._commits.unchanged(who, name, action, judged)
+                return self.reconciler.registry[name]
             loads = action == LOAD
             if previous and not replace and not (loads and may_load(self.reconciler, previous, judged)):
                 raise taken(name)

@@ -26,6 +26,7 @@ from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit, Refused
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.repeated import live_number
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
@@ -115,6 +116,13 @@ class Commits:
             await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons)
 
+    async def unchanged(self, who: Principal, name: str, action: str, judged: Judged) -> None:
+        """Say in the audit log that a name was to be replaced by what it serves."""
+        live = live_number(self._reconciler, name)
+        await log(
+            self._audit, who.key_id, action, name, **audit_fields(judged.report, "unchanged"), version=live
+        )
+
     async def commit(
         self,
         who: Principal,
@@ -177,9 +185,19 @@ class Commits:
         self._recorded.update(name, change, line)
 
     async def remove(self, who: Principal, action: str, name: str, change: Change, **details: Any) -> None:
-        """Change a record without a new version, and say in the audit log that something was removed."""
-        line = Line(who.key_id, action, lambda _: {"decision": "removed", **details})
-        await asyncio.to_thread(self._recorded.update, name, change, line)
+        """Change a record without a new version, and say in the audit log that something was removed.
+
+        details: without a ``version``, the line has the one that was served.
+        """
+
+        said = {"decision": "removed", **details}
+
+        def noted(record: AdapterRecord | None) -> AdapterRecord | None:
+            said.update({"version": record.live.version, **details} if record else {})
+            return change(record)
+
+        line = Line(who.key_id, action, lambda _: said)
+        await asyncio.to_thread(self._recorded.update, name, noted, line)
         await self._reconciler.sync()
 
 

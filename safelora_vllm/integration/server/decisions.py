@@ -21,7 +21,8 @@ async def log(audit: AuditLog, actor: str, action: str, name: str, **details: An
     try:
         await asyncio.to_thread(audit.record, actor, action, name, **details)
     except SafeLoRAError as error:  # the change itself is made: say so loudly
-        logger.error("%s of %r by %s is not in the audit log: %s", action, name, actor, error)
+        about = {"adapter": name, "version": details.get("version")}
+        logger.error("%s of %r by %s is not in the audit log: %s", action, name, actor, error, extra=about)
 
 
 def exam_fields(found: Examined | None) -> dict[str, Any]:

@@ -90,13 +90,16 @@ class Pool:
         with span("load", adapter=request.lora_name, bytes=nbytes):
             if nbytes <= _SMALL_BYTES:
                 with contextlib.suppress(AdapterRefused):
-                    return await self._add(request)
+                    if await self._add(request):
+                        return
             await self._read_ahead(request)
-            await self._add(request)
+            if not await self._add(request):
+                raise StoreUnavailable(f"{request.lora_name} has not been read in time; load it again")
 
-    async def _add(self, request: LoRARequest) -> None:
+    async def _add(self, request: LoRARequest) -> bool:
+        """False where the workers are still reading it."""
         try:
-            await self.engine_client.add_lora(request)
+            return bool(await self.engine_client.add_lora(request))
         except Exception as error:  # the engine sends back whatever class the worker raised
             if getattr(self.engine_client, "errored", False):
                 raise EngineUnavailable(f"the engine has ended: {error}") from error

@@ -204,9 +204,10 @@ class Copies:
                     version = entry.version
                     await self.ensure(version.digest, entry.name, version.policy, version.override)
             except SafeLoRAError as error:
+                about = {"adapter": entry.name, "version": entry.version and entry.version.version}
                 logger.error(
                     "the published copy of %r has changed and cannot be checked or made again: %s. It is "
-                    "served until a worker has to read it", entry.name, error,
+                    "served until a worker has to read it", entry.name, error, extra=about,
                 )  # fmt: skip
 
     async def copy_of(self, judgement: Judgement) -> Copy:

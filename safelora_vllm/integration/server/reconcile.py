@@ -231,7 +231,7 @@ class Reconciler:
                 self._failed(entry, error)
                 return
             if self._retries.served(name):
-                logger.info("adapter %r could be judged again", name)
+                logger.info("adapter %r could be judged again", name, extra=_about(entry))
             if copy is None:  # the record has changed: by this decision, or by somebody else
                 await self.sync()
             elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
@@ -240,7 +240,8 @@ class Reconciler:
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
         """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
         if self._retries.failed(entry.name, str(error)):
-            logger.error("adapter %r cannot be served now: %s; it is tried again", entry.name, error)
+            problem = "adapter %r cannot be served now: %s; it is tried again"
+            logger.error(problem, entry.name, error, extra=_about(entry))
         if self.registry.get(entry.name) is entry and not (
             entry.served and isinstance(error, GateUnavailable | ExamUnavailable)
         ):
@@ -293,6 +294,11 @@ def _complete(recorded: RecordedNames) -> None:
         recorded.settle()
     except SafeLoRAError as error:
         logger.error("the audit log is not complete: %s", error)
+
+
+def _about(entry: Entry) -> dict[str, object]:
+    """What a line of the log says of its adapter."""
+    return {"adapter": entry.name, "version": entry.version and entry.version.version}
 
 
 def _is_open(entry: Entry, ruleset: str) -> bool:

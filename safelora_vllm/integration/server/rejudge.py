@@ -63,7 +63,10 @@ class Rejudge:
             if new.key and entry.served is not None:
                 await self._pool.release(self._pool.request(entry.name, key, new.id), wanted=lambda _: False)
         else:
-            logger.info("adapter %r was judged anew by the rules of today: %s", entry.name, decision)
+            about = {"adapter": entry.name, "version": new.version}
+            logger.info(
+                "adapter %r was judged anew by the rules of today: %s", entry.name, decision, extra=about
+            )
         return None
 
     async def _loaded(self, name: str, new: Version, judged: Judged) -> Version:

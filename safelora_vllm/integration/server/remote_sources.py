@@ -113,7 +113,8 @@ async def add_from_source(
     async with incoming(managed.reconciler.names.root) as folder:
         async with _refusals_recorded(who, managed, wanted.name, action):
             path = await _fetched(remote, source, folder, managed.max_adapter_bytes, wanted.digest)
-        logger.info("%s was downloaded from %s for %s", wanted.name, source, who.key_id)
+        about = {"adapter": wanted.name}  # a version follows, if it is accepted
+        logger.info("%s was downloaded from %s for %s", wanted.name, source, who.key_id, extra=about)
         return await managed.add(who, wanted.name, path, replace=replace, action=action)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from safelora_vllm.errors import AdapterRefused
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -29,6 +30,18 @@ async def served_again(reconciler: Reconciler, before: AdapterRecord | None, jud
         await reconciler.sync()
         await reconciler.prepare(before.name)
     return reconciler.registry[before.name] if is_served(reconciler, before.name) else None
+
+
+def is_unchanged(reconciler: Reconciler, before: AdapterRecord | None, judged: Judged) -> bool:
+    """Whether a name serves the very copy that was judged: the same content, by the same rules.
+
+    An override is for its content: uploading that again takes it back.
+    """
+    entry = before and reconciler.registry.get(before.name)
+    if not before or not entry or not entry.served or before.live.override:
+        return False
+    key = published_key(entry.served.request.lora_path)
+    return before.live.digest == judged.report.digest and key == judged.judgement.key
 
 
 def may_load(reconciler: Reconciler, before: AdapterRecord, judged: Judged) -> bool:

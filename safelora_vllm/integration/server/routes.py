@@ -102,7 +102,7 @@ def answers(request: Request) -> Views:
 Caller = Annotated[Principal, Depends(identified)]
 Managed = Annotated[Manager, Depends(manager)]
 Shown = Annotated[Views, Depends(answers)]
-Decision = Literal["accepted", "refused", "removed"]
+Decision = Literal["accepted", "refused", "removed", "unchanged"]
 
 
 class BoundedRoute(APIRoute):

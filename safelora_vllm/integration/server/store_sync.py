@@ -94,10 +94,13 @@ class StoreSync:
         records = self._names.all()
         taken = {name for name, entry in list(self._registry.items()) if entry.folder}
         for name in [name for name in records if name in taken or self._is_base_model(name)]:
-            del records[name]  # the server's own command line goes first
+            live = records.pop(name).live  # the server's own command line goes first
             if name not in self.passed_over:
                 self.passed_over.add(name)
-                logger.error("the store's adapter %r is not served: the server itself has that name", name)
+                about = {"adapter": name, "version": live.version}
+                logger.error(
+                    "the store's adapter %r is not served: the server itself has that name", name, extra=about
+                )
         known = {name: entry.version for name, entry in list(self._registry.items())}
         return [
             (record, self._copies.find(name, record.live))

@@ -98,7 +98,8 @@ class TrafficTable:
         self._opened: dict[Path, np.memmap] = {}
 
     def began(self, name: str) -> None:
-        """A request for an adapter was given to the engine."""
+        """A request for an adapter was given to the engine. It has a row from now on, if one is left."""
+        self.serve(name)
         self._row(name)[_AT["last_use"]] = time.time()
 
     def prompt(self, name: str, tokens: int) -> None:

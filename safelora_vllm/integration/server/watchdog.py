@@ -100,7 +100,8 @@ class Watchdog:
         }
         for name, entry in found.items():
             assert entry.served is not None
-            logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name)
+            about = {"adapter": name, "version": entry.version and entry.version.version}
+            logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name, extra=about)
             self.withdrawn += 1
             self._pool.mark_lost({entry.served.request.lora_path})
             damaged = StoreUnavailable(f"the published copy of {name} was damaged; it is being made again")

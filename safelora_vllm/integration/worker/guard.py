@@ -30,7 +30,7 @@ from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation, PoolState
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
-from safelora_vllm.integration.worker.read_ahead import ReadAhead
+from safelora_vllm.integration.worker.read_ahead import NotReadYet, ReadAhead, about
 from safelora_vllm.projectors.checkpoint import locate_model
 from safelora_vllm.report import Report
 from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, WORKER, ServerSettings
@@ -53,9 +53,18 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
         self._in_step = False
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """As in vLLM, but counts loads and evictions."""
-        with self.counts.change(self, lora_request.lora_int_id, self._in_step):
-            return bool(super().add_adapter(lora_request))
+        """As in vLLM, but counts loads and evictions.
+
+        False where it is still being read: vLLM logs an error here as one of its own, with its traceback.
+        """
+        try:
+            with self.counts.change(self, lora_request.lora_int_id, self._in_step):
+                return bool(super().add_adapter(lora_request))
+        except NotReadYet:
+            logger.info(
+                "adapter %r is read beside the steps", lora_request.lora_name, extra=about(lora_request)
+            )
+            return False
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """As in vLLM, but remembers that an error from here on would end the engine."""
@@ -96,7 +105,7 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
                 raise
             logger.error(
                 "adapter %r cannot be loaded (%s); its requests are answered by the aligned model alone",
-                lora_request.lora_name, error,
+                lora_request.lora_name, error, extra=about(lora_request),
             )  # fmt: skip
             self.guard.lost.add(lora_request.lora_path)
             self.counts.failed_steps += 1
@@ -263,7 +272,8 @@ def prepare(worker: Any, name: str, lora_id: int, path: str) -> bool:
         ready = not path.startswith(SCHEME) or lora_id in manager.list_adapters()
         return ready or bool(manager.read_ahead.begin(request))
     except Exception as error:  # an answer that is an error would be taken for that to another question
-        logger.info("adapter %r is not read ahead (%s)", name, error)
+        where = {"adapter": name, "copy": path}
+        logger.info("adapter %r is not read ahead (%s)", name, error, extra=where)
         return True
 
 

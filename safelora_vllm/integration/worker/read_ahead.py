@@ -28,6 +28,10 @@ _FORGOTTEN_SECONDS = 10.0  # since somebody asked: whoever wants an adapter asks
 Identity = tuple[int, str]  # vLLM's id and the path, which names the published copy
 
 
+class NotReadYet(StoreUnavailable):
+    """An adapter is still being read, and the engine's steps do not wait for it."""
+
+
 class ReadAhead:
     """What one worker has read, or is reading. Its methods return at once.
 
@@ -67,14 +71,14 @@ class ReadAhead:
         """What was read, once, or is read within some seconds.
 
         Raises:
-            StoreUnavailable: it is not read by then. It goes on being read.
+            NotReadYet: it is not read by then. It goes on being read.
             Exception: whatever reading raised.
         """
         self.begin(request)
         with self._lock:
             reading = self._reads.get(_identity(request))
         if reading is None or not wait([reading], seconds).done:
-            raise StoreUnavailable(f"{request.lora_name} has not been read yet; load it again")
+            raise NotReadYet(f"{request.lora_name} has not been read yet; load it again")
         with self._lock:
             self._drop(_identity(request))
         return reading.result()
@@ -86,9 +90,15 @@ class ReadAhead:
         if reading is None or reading.cancelled() or not reading.done():
             return None
         if error := reading.exception():
-            logger.info("adapter %r could not be read ahead (%s)", request.lora_name, error)
+            found = "adapter %r could not be read ahead (%s)"
+            logger.info(found, request.lora_name, error, extra=about(request))
             return None
         return reading.result()
+
+
+def about(request: Any) -> dict[str, object]:
+    """What a line of the log says of the adapter. A worker does not know its version, but the copy."""
+    return {"adapter": request.lora_name, "copy": request.lora_path}
 
 
 def _use_device(device: torch.device) -> None:

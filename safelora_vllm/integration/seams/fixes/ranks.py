@@ -2,6 +2,9 @@
 
 vLLM reads the ranks' answers up to the first failure. Those behind it would be taken for the answers to its
 next questions, so no rank answers with a failure here.
+
+An adapter that a rank is still reading is no failure, and no error in vLLM's log, where the API servers see
+the answer: of several data-parallel engines they see the first one's only.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
 
 _LOAD = "safelora_load"
+_READING = "it has not been read yet; load it again"
 
 
 def load_on_all_ranks(self: Executor, lora_request: LoRARequest) -> bool:
-    """In place of ``Executor.add_lora``.
+    """In place of ``Executor.add_lora``. False where no rank has it, because some are still reading it.
 
     Raises:
         SafeLoRAError: in the words of the ranks that could not.
@@ -31,13 +35,15 @@ def load_on_all_ranks(self: Executor, lora_request: LoRARequest) -> bool:
         return True
     if not all(failures):
         self.collective_rpc("remove_lora", args=(lora_request.lora_int_id,))
+    if {*failures} <= {"", _READING} and getattr(self.parallel_config, "data_parallel_index", None) == 0:
+        return False
     raise SafeLoRAError("; ".join(dict.fromkeys(failure for failure in failures if failure)))
 
 
 def load_on_rank(self: WorkerBase, lora_request: LoRARequest) -> str:
     """A method that each worker gets: what went wrong, or nothing."""
     try:
-        return "" if self.add_lora(lora_request) else f"vLLM did not take {lora_request.lora_name}"
+        return "" if self.add_lora(lora_request) else _READING
     except Exception as error:
         return str(error) or type(error).__name__
 
@@ -69,6 +75,7 @@ RANKS = Fix(
             "vllm.v1.executor.abstract", "Executor.collective_rpc",
             parameters=("self", "method", "timeout", "args", "kwargs", "..."),
         ),
+        Requirement("vllm.v1.executor.abstract", "Executor.__init__", assigns=("parallel_config",)),
         Requirement("vllm.v1.executor.multiproc_executor", "MultiprocExecutor", inherits=("add_lora",)),
         Requirement("vllm.v1.worker.worker_base", "WorkerBase.add_lora", parameters=("self", "lora_request")),
         Requirement("vllm.v1.worker.worker_base", "WorkerBase.remove_lora", parameters=("self", "lora_id")),

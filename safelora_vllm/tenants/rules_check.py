@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.settings import ServerSettings
 from safelora_vllm.tenants.keys_file import RulesCheck
 from safelora_vllm.tenants.rules import TenantRules
 
 
-def tenant_check(settings: ServerSettings) -> RulesCheck:
-    """The check of a keys file for a server with these settings."""
-    server, cache = Policy.from_mapping(settings.policy), ProjectorCache(settings.projectors)
+def tenant_check(policy: Mapping[str, Any], projectors: str) -> RulesCheck:
+    """The check of a keys file for a server with this policy and this folder of projectors."""
+    server, cache = Policy.from_mapping(policy), ProjectorCache(projectors)
     fits = functools.partial(check_energy, cache=cache)
 
     def check(entry: str, rules: TenantRules) -> None:
