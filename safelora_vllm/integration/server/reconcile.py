@@ -231,7 +231,7 @@ class Reconciler:
                 self._failed(entry, error)
                 return
             if self._retries.served(name):
-                logger.info("adapter %r could be judged again", name, extra=_about(entry))
+                logger.info("adapter %r could be judged again", name, extra=entry.log_fields)
             if copy is None:  # the record has changed: by this decision, or by somebody else
                 await self.sync()
             elif self.registry.get(name) is entry:  # nobody changed or removed it meanwhile
@@ -241,7 +241,7 @@ class Reconciler:
         """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
         if self._retries.failed(entry.name, str(error)):
             problem = "adapter %r cannot be served now: %s; it is tried again"
-            logger.error(problem, entry.name, error, extra=_about(entry))
+            logger.error(problem, entry.name, error, extra=entry.log_fields)
         if self.registry.get(entry.name) is entry and not (
             entry.served and isinstance(error, GateUnavailable | ExamUnavailable)
         ):
@@ -294,11 +294,6 @@ def _complete(recorded: RecordedNames) -> None:
         recorded.settle()
     except SafeLoRAError as error:
         logger.error("the audit log is not complete: %s", error)
-
-
-def _about(entry: Entry) -> dict[str, object]:
-    """What a line of the log says of its adapter."""
-    return {"adapter": entry.name, "version": entry.version and entry.version.version}
 
 
 def _is_open(entry: Entry, ruleset: str) -> bool:

@@ -65,6 +65,11 @@ class Entry:
         """From the request to change the name until it was changed; 0 for ``--lora-modules``."""
         return self.version.load_seconds if self.version else 0.0
 
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What a line of the log says of its adapter, as `extra`."""
+        return {"adapter": self.name, "version": self.version and self.version.version}
+
     def current(self) -> Served:
         """What is served.
 

@@ -74,7 +74,8 @@ class Watchdog:
                 self._registry[name] = replace(entry, served=replace(entry.served, copy=state))
                 self.repair(self._registry[name])
             else:
-                logger.error("adapter %r is withdrawn: its copy is not the one that was examined", name)
+                why = "its copy is not the one that was examined"
+                logger.error("adapter %r is withdrawn: %s", name, why, extra=entry.log_fields)
                 self.withdrawn += 1
                 self._put(replace(entry, served=None, problem=being_prepared(name)))
         return changed
@@ -100,8 +101,8 @@ class Watchdog:
         }
         for name, entry in found.items():
             assert entry.served is not None
-            about = {"adapter": name, "version": entry.version and entry.version.version}
-            logger.error("adapter %r is withdrawn: its copy in the pool is not whole", name, extra=about)
+            why = "its copy in the pool is not whole"
+            logger.error("adapter %r is withdrawn: %s", name, why, extra=entry.log_fields)
             self.withdrawn += 1
             self._pool.mark_lost({entry.served.request.lora_path})
             damaged = StoreUnavailable(f"the published copy of {name} was damaged; it is being made again")

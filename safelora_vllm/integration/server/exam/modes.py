@@ -73,7 +73,9 @@ class ReportedExam(_WithExaminer):
             found = await self.examiner.examine(key, math.inf, OWN, lambda: None)
         except SafeLoRAError as error:
             self._met.discard(key)  # again when it is served next
-            logger.warning("adapter %r was not examined: %s", name, error)
+            logger.warning(
+                "adapter %r was not examined: %s", name, error, extra={"adapter": name, "copy": key}
+            )
             return
         if not known:
             reasons = [] if self.passes(found) else [REFUSED.code]
