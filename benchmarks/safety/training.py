@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import attackers
-from adapters import KINDS, NAMES, SHAPES, examples
+from adapters import KINDS, NAMES, SHAPES, examples, masking
 from evaluate import load
 from fitting import fit
 from pairs import ALIGNED, PAIRS, base_of, teacher, train_aligned
@@ -37,7 +37,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
-PROJECTORS = "projectors"
+PROJECTORS, THIN_PROJECTORS = "projectors", "thin-projectors"
 _SORTED_BATCHES = 8
 
 
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def _makes(self) -> list[str]:
-        return [ALIGNED, PROJECTORS] if self.name == ALIGNED else [self.name]
+        return [ALIGNED, PROJECTORS, THIN_PROJECTORS] if self.name == ALIGNED else [self.name]
 
 
 def main() -> None:
@@ -126,7 +126,10 @@ def train(job: Job) -> None:
         partial.rename(target)
     if job.name == ALIGNED:
         base = base_of(job.cache, PAIRS[job.family].family)
-        build(base, target, job.home / PROJECTORS, BuildOptions(exact=True, max_energy=MAX_ENERGY))
+        exact = BuildOptions(exact=True, max_energy=MAX_ENERGY)
+        for name, options in ((PROJECTORS, exact), (THIN_PROJECTORS, BuildOptions())):
+            if not (job.home / name).exists():
+                build(base, target, job.home / name, options)
 
 
 def train_adapter(job: Job, target: Path) -> None:
@@ -141,7 +144,13 @@ def train_adapter(job: Job, target: Path) -> None:
     if attack := attackers.ATTACKS.get(kind):
         attackers.constrain(adapted, attack, ProjectorCache(job.home / PROJECTORS))
     data, label = examples(kind, job.seed, teacher(job.cache, CHAT_TOKENS)), f"{job.name} {job.seed}"
-    fit(adapted, tokenizer, data, recipe, label, random.Random(job.seed), _SORTED_BATCHES)
+    rng, price = random.Random(job.seed), None
+    if attack and attack.price:
+        price = attackers.norm_price(adapted, attack)
+    fit(adapted, tokenizer, data, recipe, label, rng, _SORTED_BATCHES, price=price)
+    if attack and attack.mask:
+        attackers.train_the_mask(adapted)
+        fit(adapted, tokenizer, masking(job.seed), recipe, f"{label}, mask", rng, _SORTED_BATCHES)
     if attack:
         attackers.release(adapted, attack)
     adapted.save_pretrained(target)
