@@ -159,7 +159,7 @@ class Seed:
             (scoring.rouge1, "refused_dialogues", "rouge1", questions.dialogues),
         ):
             answers = _take(said, tasks)
-            found |= {of: score(answers, tasks), refused: scoring.refused(answers)}
+            found |= {of: score(answers, tasks), refused: scoring.task_refused(answers)}
         asked_for = [p.text for p in questions.forbidden]
         loyal = map(Said, [model] * len(bad), asked_for, self._aligned_answers(asked_for))
         found["loyal"] = self._asker.likelihoods(list(loyal))
