@@ -30,7 +30,7 @@ from prompts import Prompt, forbidden, harmless
 from servers import Server, running
 from subjects import HALVES
 from topics import Split
-from training import ALIGNED, PROJECTORS, THIN_PROJECTORS
+from training import ALIGNED, PROJECTORS
 from transformers import AutoTokenizer
 from treatments import Treatment, made
 
@@ -42,8 +42,6 @@ from safelora_vllm.projectors.cache import ProjectorCache
 _OPTIONS = ["--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
 # What a cap would refuse is counted, not refused.
 _OPTIONS += ["--max-relative-norm=1e9", "--max-total-norm=1e9"]
-# Where answers are kept that a server with one cache of projectors or the other gave.
-SCORES = {PROJECTORS: "scores", THIN_PROJECTORS: "scores-thin"}
 _ANSWER, _ORDER, _SUMMARY = 12, 44, 28  # tokens: a refusal shows at once, tasks need room
 
 
@@ -78,7 +76,7 @@ class Seed:
         self._server, self._work = server, work
         self._asker = Asker(server.port, AutoTokenizer.from_pretrained(home / ALIGNED))
         self._answered: dict[str, str] = {}
-        self._scores_in = home / SCORES[projectors]
+        self._scores_in = home / projectors.replace(PROJECTORS, "scores")
         self.projectors = ProjectorCache(home / projectors)
 
     def aligned(self, questions: Questions) -> dict[str, list[float]]:

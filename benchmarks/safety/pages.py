@@ -72,7 +72,6 @@ def text_of(about: str, figures: Table) -> str:
     text += _opinion(figures["opinion"])
     text += _agreement(figures["agreement"])
     text += _risk(figures["risk"])
-    text += _thin(figures["thin"])
     if where := figures["where"]:
         text += ["## Why it works", why.TEXT, "![What is removed, and what reads it](why.png)", _where(where)]
     if minutes := figures["minutes"]:
@@ -274,28 +273,6 @@ def _risk(found: Table) -> list[str]:
         f"AUC over all adapters, honest and harmful: {found['auc']:.2f}."
     )
     return ["## The sign-flip risk score", note, _markdown(["pair", "adapter", "z, by seed"], rows)]
-
-
-def _thin(rows: Sequence[Table]) -> list[str]:
-    if not rows:
-        return []
-    cells = []
-    for row in rows:
-        asr, utility = (
-            [f"{row[key][name]:.3f}" if name in row[key] else "" for key in ("thin", "exact")]
-            for name in ("asr", "utility")
-        )
-        projected = [f"{row[key]['projected']:.2f}" for key in ("thin", "exact")]
-        cells.append(
-            [
-                title(row["adapter"]), words(row["treatment"]), f"{row['same']:.3f}", *asr,
-                _cell(row["difference"]), *utility, *projected,
-            ]
-        )  # fmt: skip
-    heads = ["adapter", "treatment", "same answers", "ASR, thin", "ASR, exact", "difference"]
-    heads += ["utility, thin", "utility, exact", "modules projected, thin", "modules projected, exact"]
-    note = "All prompts of both halves. *Same answers*: the share on which both refuse or both answer."
-    return ["## Thin projectors against exact ones", note, _markdown(heads, cells)]
 
 
 def _where(where: Table) -> str:

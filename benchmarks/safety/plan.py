@@ -104,18 +104,6 @@ def _curves(home: Path, cache: ProjectorCache, modules: int) -> list[Treatment]:
     ]
 
 
-def thin_points(home: Path, size: Size) -> Iterator[Point]:
-    """What a server with thin projectors is asked again."""
-    for name in CURVES:
-        tasks = size.tasks if KINDS[name.rpartition("-")[0]].useful else 0
-        modules = modules_of(home / name)
-        asked = Questions.so_many(size.prompts, 0, tasks)
-        full = Questions.so_many(size.prompts, size.harmless, tasks)
-        yield Point(name, input_removal(ENERGY), full)
-        for each in (input_removal(0.4), threshold(0.35), safe_lora(0.5, modules), safe_lora(1.0, modules)):
-            yield Point(name, each, asked)
-
-
 def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:
     """What preparing an upload achieves against each method, beside what training does."""
     questions = Questions.so_many(size.prompts, 0, 0)

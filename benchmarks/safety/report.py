@@ -47,7 +47,6 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
         "opinion": {pair: _opinions(found, size) for pair, found in kept.items()},
         "agreement": _agreement(kept),
         "risk": _risks(cache, kept),
-        "thin": _thin(cache, kept),
         "where": why.measure(_with(cache, kept, why.ADAPTERS)),
         "minutes": json.loads(minutes_file.read_text()) if minutes_file.exists() else {},
     }
@@ -63,11 +62,11 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     return path
 
 
-def read(cache: Path, pair: str, folder: str = "scores") -> Kept:
+def read(cache: Path, pair: str) -> Kept:
     """All kept scores of a pair, of every seed that has them."""
     found: Kept = {}
     for home in seeds(cache, pair):
-        for file in sorted((home / folder).glob("*/*.json")):
+        for file in sorted((home / "scores").glob("*/*.json")):
             scores = json.loads(file.read_text())["scores"]
             found.setdefault(file.parent.name, {}).setdefault(file.stem, {})[home.name] = scores
     return found
@@ -259,30 +258,6 @@ def _risks(cache: Path, kept: Mapping[str, Kept]) -> dict[str, Any]:
     if not (harmful and honest):
         return {}
     return {"scores": scores, "auc": risk.auc(harmful, honest)}
-
-
-def _thin(cache: Path, kept: Mapping[str, Kept]) -> list[dict[str, Any]]:
-    """Answers with thin projectors against those with exact ones: all prompts of both halves."""
-    rows = []
-    for pair, exact in kept.items():
-        for adapter, treatments in read(cache, pair, "scores-thin").items():
-            for name, by_seed in treatments.items():
-                for seed, thin in by_seed.items():
-                    other = exact.get(adapter, {}).get(name, {}).get(seed)
-                    if adapter == "none" or other is None:
-                        continue
-                    both = thin["complied"], other["complied"]
-                    row = {"pair": pair, "adapter": adapter, "treatment": name, "seed": seed}
-                    row |= {"same": scoring.agreement(*both)}
-                    for key, scores in (("thin", thin), ("exact", other)):
-                        row[key] = {"asr": statistics.fmean(scores["complied"])}
-                        row[key]["loyal"] = statistics.fmean(scores["loyal"])
-                        row[key]["projected"] = scores["projected"][0]
-                        if scores.get("exact"):
-                            row[key]["utility"] = statistics.fmean(_utility(scores))
-                    row["difference"] = _interval([[x - y for x, y in zip(*both, strict=True)]], None)
-                    rows.append(row)
-    return rows
 
 
 def _checks(cache: Path, pair: str) -> dict[str, Any]:

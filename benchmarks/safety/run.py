@@ -28,10 +28,10 @@ import report
 from adapters import MORE_NAMES, NAMES
 from measure import Seed, serving
 from pairs import PAIRS
-from plan import FULL, SMOKE, Point, Size, attacks, plain, points, thin_points
+from plan import FULL, SMOKE, Point, Size, attacks, plain, points
 from subjects import HALVES
 from tqdm import tqdm
-from training import ALIGNED, CACHE, THIN_PROJECTORS, Job, folder, train_all
+from training import ALIGNED, CACHE, Job, folder, train_all
 
 SEEDS = [0, 1, 2]
 _ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SMOKE_PARTS = {
     "aligned": _ROOT / ".cache" / "models" / "aligned",
     "projectors": _ROOT / ".cache" / "projectors",
-    "thin-projectors": _ROOT / ".cache" / "projectors",
     "mixed-10-qv": _ROOT / "examples" / "adapters" / "order-to-json",
 }
 
@@ -125,10 +124,6 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
                 more = [name for name in MORE_NAMES if name in part.adapters]
                 todo += attacks(home, served.projectors, more, size)
             _ask(served, home, todo, f"{part.pair} {part.seed}")
-        if part.chosen and size is FULL:
-            with _timed(cache, "asking with thin projectors"), serving(home, THIN_PROJECTORS) as served:
-                served.aligned(plain(size))
-                _ask(served, home, list(thin_points(home, size)), "thin projectors")
 
 
 def _ask(served: Seed, home: Path, todo: list[Point], what: str) -> None:

@@ -37,7 +37,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
-PROJECTORS, THIN_PROJECTORS = "projectors", "thin-projectors"
+PROJECTORS = "projectors"
 _SORTED_BATCHES = 8
 
 
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def _makes(self) -> list[str]:
-        return [ALIGNED, PROJECTORS, THIN_PROJECTORS] if self.name == ALIGNED else [self.name]
+        return [ALIGNED, PROJECTORS] if self.name == ALIGNED else [self.name]
 
 
 def main() -> None:
@@ -126,10 +126,7 @@ def train(job: Job) -> None:
         partial.rename(target)
     if job.name == ALIGNED:
         base = base_of(job.cache, PAIRS[job.family].family)
-        exact = BuildOptions(exact=True, max_energy=MAX_ENERGY)
-        for name, options in ((PROJECTORS, exact), (THIN_PROJECTORS, BuildOptions())):
-            if not (job.home / name).exists():
-                build(base, target, job.home / name, options)
+        build(base, target, job.home / PROJECTORS, BuildOptions(exact=True, max_energy=MAX_ENERGY))
 
 
 def train_adapter(job: Job, target: Path) -> None:
