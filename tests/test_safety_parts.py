@@ -324,7 +324,11 @@ def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
 
 
 def test_the_page_of_results_is_that_of_the_figures() -> None:
-    """`python benchmarks/safety/report.py` writes it anew."""
-    figures = json.loads((report.HERE / "results.json").read_text())
-    about = (report.HERE / "about.md").read_text()
-    assert (report.HERE / "RESULTS.md").read_text() == pages.text_of(about, figures)
+    """`python benchmarks/safety/report.py` writes it anew. Figures of the earlier pairs have another form."""
+    figures, page = (report.HERE / name for name in ("results.json", "RESULTS.md"))
+    found = json.loads(figures.read_text())
+    if "pairs" in found:
+        assert page.read_text() == pages.text_of((report.HERE / "about.md").read_text(), found)
+    else:
+        assert "**These figures are of earlier pairs.**" in page.read_text()
+        assert "No pair has passed the check yet." in (report.HERE / "README.md").read_text()

@@ -49,9 +49,8 @@ def main() -> None:
     rows = [compared(name, *(answers[kind][name] for kind in (_THIN, PROJECTORS))) for name in answers[_THIN]]
     path = recording.write("thin_answers", "safety/thin.py", "vLLM default", {"rows": rows})
     for row in rows:
-        print(
-            f"{row['adapter']}: {row['same']:.3f} same, ASR {row['thin']['asr']:.3f} {row['exact']['asr']:.3f}"
-        )
+        asr = [f"{row[kind]['asr']:.3f}" for kind in ("thin", "exact")]
+        print(f"{row['adapter']}: {row['same']:.3f} of the answers are the same, ASR {' and '.join(asr)}")
     print(f"written to {path}")
 
 
