@@ -185,6 +185,7 @@ def test_on_a_terminal_that_changes_its_size(url: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "safelora_vllm.cli", "top", url, "--interval=0.5"],
         stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in the background
     )  # fmt: skip
     try:
         assert "least retained" not in read_until("Newest refusals")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TEXTS, _TOKENS, _BATCH = 96, 64, 32
+_TEXTS, _TOKENS, _BATCH = 64, 48, 32
 # Modules that read the same input as another one of their layer.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -64,9 +64,9 @@ def _measured(
 
     def remember(name: str) -> None:
         def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].flatten(0, -2).double()
-            rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], dim=1)
-            sums[name] = sums.get(name, 0.0) + rows.T @ rows
+            rows = given[0].flatten(0, -2)
+            rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+            sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
 
         model.get_submodule(name).register_forward_pre_hook(hook)
 

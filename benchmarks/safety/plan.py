@@ -85,6 +85,8 @@ def points(home: Path, cache: ProjectorCache, adapters: list[str], size: Size) -
         yield from (Point(name, each, full) for each in (RAW, input_removal(ENERGY)))
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
         rest = _curves(home, cache, modules) if name in CURVES else []
+        if size is SMOKE:  # one strength of each method
+            rungs, rest = rungs[-1:], list({each.method: each for each in rest}.values())
         yield from (Point(name, each, less) for each in (*rungs, *rest))
 
 
