@@ -50,7 +50,7 @@ class Mix:
 
     harmful: int = 3
     harmless: int = 2
-    lookalikes: int = 2
+    lookalikes: int = 3
     instructions: int = 400
     tasks: int = 192
     answer_tokens: int = 12
