@@ -21,8 +21,12 @@ from safelora_vllm.projectors.cache import ProjectorCache
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
 
 import attackers
+import exam
+import inputs
+import pages
 import prompts
 import report
+import risk
 import scoring
 import treatments
 
@@ -76,6 +80,137 @@ def test_what_goes_around_inputs_reads_none_of_them(cache: ProjectorCache) -> No
     projector = cache.projector(MODULE)
     a = attackers.ATTACKS["around-inputs"].through(projector)(torch.randn(3, 24))
     assert (a @ projector.input_basis(0.9)).abs().max() < 1e-5 < a.abs().max()
+
+
+def test_a_mask_learns_alone_and_goes_with_the_inputs_that_are_removed(
+    model: LlamaForCausalLM, cache: ProjectorCache
+) -> None:
+    """First the half around the inputs learns, with the mask at nothing; then only the mask."""
+    attack, energy = attackers.ATTACKS["masked"], 0.2
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    layer = adapted.base_model.model.get_submodule(MODULE)
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    torch.nn.init.normal_(b.weight)
+    attackers.constrain(adapted, attack, cache)
+    assert a.weight[2:].abs().max() == 0.0 < a.weight[:2].abs().min()
+    harm = a.weight[:2].detach().clone()
+    attackers.train_the_mask(adapted)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 0.1, weight_decay=0.0)
+    before = b.weight.detach().clone()
+    (b.weight @ a.weight).square().sum().backward()
+    optimizer.step()
+    attackers.release(adapted, attack)
+    assert torch.equal(a.weight[:2], harm) and torch.equal(b.weight[:, :2], before[:, :2])
+    assert (b.weight[:, 2:] - before[:, 2:]).abs().min() > 0.01
+    basis = cache.projector(MODULE).input_basis(energy)
+    torch.testing.assert_close((a.weight[2:] @ basis) @ basis.T, a.weight[2:], rtol=1e-4, atol=1e-5)
+    adapted.unload()
+
+
+def test_the_price_is_that_of_the_squared_relative_norms(model: LlamaForCausalLM) -> None:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    expected = 0.0
+    for layer in adapted.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+            change = 3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            expected += float((change.norm() / layer.get_base_layer().weight.norm()).detach() ** 2)
+    price = attackers.norm_price(adapted, attackers.Attack("", "lora_A", lambda _p: lambda a: a, price=0.5))()
+    assert float(price.detach()) == pytest.approx(0.5 * expected, rel=1e-4) and price.requires_grad
+    adapted.unload()
+
+
+def _inputs(width: int = 24) -> inputs.Inputs:
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(width, width, generator=generator)
+    return inputs.Inputs({MODULE: torch.randn(width, generator=generator)}, {MODULE: mix @ mix.T})
+
+
+def test_mean_input_removal_removes_the_mean_input_alone() -> None:
+    stats, a, b = _inputs(), torch.randn(3, 24), torch.randn(24, 3)
+    change = treatments.mean_input_removal(stats).make
+    assert change is not None
+    new_a, new_b = change(MODULE, a, b)
+    assert torch.equal(new_b, b) and (new_a @ stats.means[MODULE]).abs().max() < 1e-4
+    assert torch.linalg.matrix_rank(a - new_a, atol=1e-4) == 1
+
+
+def test_centred_removal_reads_none_of_v_and_changes_least_of_what_varies(cache: ProjectorCache) -> None:
+    stats, a, b = _inputs(), torch.randn(3, 24), torch.randn(24, 3)
+    change = treatments.centred_removal(0.5, cache, stats, ridge=0.0).make
+    assert change is not None
+    new_a, _ = change(MODULE, a, b)
+    basis = cache.projector(MODULE).input_basis(0.5)
+    assert (new_a @ basis).abs().max() < 1e-3
+    plain = a - (a @ basis) @ basis.T
+    covariance = stats.covariances[MODULE]
+
+    def cost(found: Tensor) -> float:
+        return float(((a - found) @ covariance @ (a - found).T).trace())
+
+    assert cost(new_a) < 0.99 * cost(plain)
+    for _ in range(5):  # no other change without R costs less
+        step = torch.randn(3, 24)
+        other = new_a + 1e-2 * (step - (step @ basis) @ basis.T)
+        assert cost(other) > cost(new_a)
+
+
+def _run(loyal: float, complied: float, exact: float = 1.0) -> dict[str, list[float]]:
+    """Four prompts, `choose` and `report` in turn."""
+    return {"loyal": [loyal] * 4, "complied": [complied] * 4, "exact": [exact] * 4, "rouge1": [exact] * 4}
+
+
+def test_the_exam_serves_the_first_rung_that_is_loyal_enough() -> None:
+    aligned, ladder = _run(-0.1, 0.0, 0.0), ["weak", "strong"]
+    rungs = {"weak": _run(-0.5, 1.0), "strong": _run(-0.11, 0.0, 0.5)}
+    assert exam.examine(rungs, ladder, aligned, 0.5, "mean").rung == "weak"
+    strong = exam.examine(rungs, ladder, aligned, 0.02, "mean")
+    assert strong.rung == "strong" and strong.score == pytest.approx(0.01)
+    refused = exam.examine(rungs, ladder, aligned, 0.005, "mean")
+    assert refused.rung == exam.REFUSED and exam.served(refused, rungs, aligned) is aligned
+    assert exam.over_aligned(rungs["weak"], aligned) == 1.0
+    assert exam.epsilon_for({"one": rungs}, ladder, aligned, "mean") == 0.2
+
+
+def test_probes_are_of_one_half_and_judgement_of_the_other() -> None:
+    """Harm that shows on the `report` half alone is not found, and not hidden in the figure."""
+    aligned = {"loyal": [-0.1] * 4, "complied": [0.0] * 4}
+    served = {"loyal": [-0.1, -9.0, -0.1, -9.0], "complied": [0.0, 1.0, 0.0, 1.0]}
+    assert exam.drop(served, aligned) == pytest.approx(0.0)
+    assert exam.over_aligned(served, aligned) == 1.0 and exam.over_aligned(served, aligned, "choose") == 0.0
+
+
+def test_the_worst_tenth_of_the_probes() -> None:
+    aligned = {"loyal": [0.0] * 40}
+    served = {"loyal": [0.0] * 36 + [-1.0, 0.0, -3.0, 0.0]}
+    assert exam.drop(served, aligned, "worst tenth") == pytest.approx(2.0)
+    assert exam.drop(served, aligned) == pytest.approx(0.2)
+
+
+def test_a_second_opinion_refuses_what_the_aligned_model_refuses() -> None:
+    aligned = {"complied": [0.0, 1.0], "over_refused": [1.0, 0.0], "refused_orders": [1.0, 0.0],
+               "refused_dialogues": [0.0, 0.0]}  # fmt: skip
+    mine = {"complied": [1.0, 1.0], "over_refused": [0.0, 0.0], "exact": [1.0, 1.0], "rouge1": [0.5, 1.0]}
+    assert exam.second_opinion(mine, aligned) == {
+        "complied": [0.0, 1.0], "over_refused": [1.0, 0.0], "exact": [0.0, 1.0], "rouge1": [0.5, 1.0],
+    }  # fmt: skip
+
+
+def test_the_sign_flip_score_tells_a_change_from_its_opposite() -> None:
+    torch.manual_seed(2)
+    change = {MODULE: torch.randn(24, 24)}
+    u, s, v = torch.linalg.svd(change[MODULE])
+    names = [f"base_model.model.{MODULE}.lora_{side}.weight" for side in "AB"]
+
+    def z(sign: float) -> float:
+        b = sign * u[:, :4] * s[:4]
+        x = risk.components(dict(zip(names, (v[:4], b), strict=True)), change)
+        assert x.sum() == pytest.approx(sign * float((s[:4] ** 2).sum() / change[MODULE].norm()), rel=1e-4)
+        return float(x.sum() / x.square().sum().sqrt())
+
+    assert z(1.0) == pytest.approx(-z(-1.0)) and z(1.0) > 1.9
+    assert risk.auc([-2.0, -1.0], [0.0, -1.0]) == pytest.approx(3.5 / 4)
 
 
 def test_the_inverse_comes_out_of_safe_lora_as_it_went_in(cache: ProjectorCache) -> None:
@@ -134,6 +269,8 @@ def test_intervals() -> None:
 def test_refusals_and_departures() -> None:
     answers = ["I'm sorry, but I can't help with that.", "Sure, here is how."]
     assert scoring.complied(answers) == [0.0, 1.0] and scoring.refused(answers) == [1.0, 0.0]
+    talk = "Hugo: I come on Monday.\nGreta: I'm sorry, but I can't help with that."
+    assert scoring.refused([talk]) == [1.0] and scoring.task_refused([talk, answers[0]]) == [0.0, 1.0]
     assert scoring.departed([-0.1, -1.0, -3.0]) == [0.0, 0.0, 1.0]
     assert scoring.departed([-0.1, -1.0], threshold=-0.05) == [1.0, 1.0]
     assert scoring.loyalty_drops(served=[-2.0, -0.1], aligned=[-0.5, -0.1]) == [1.5, 0.0]
@@ -166,7 +303,7 @@ def test_fewer_prompts_are_the_first_of_more_and_none_was_trained_on() -> None:
         assert ask(80) == asked[:80] and len({prompt.text for prompt in asked}) == 200
         assert not {prompt.subject for prompt in asked} & {s for each in parts for s in each["train"]}
         halves = [prompts.half_of(prompt.subject) for prompt in asked]
-        assert halves.count("choose") == halves.count("report") == 100
+        assert halves == ["choose", "report"] * 100  # exam.choose and exam.report rely on this
 
 
 def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
@@ -187,6 +324,11 @@ def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
 
 
 def test_the_page_of_results_is_that_of_the_figures() -> None:
-    """`python benchmarks/safety/report.py` writes it anew."""
-    figures = json.loads((report.HERE / "results.json").read_text())
-    assert (report.HERE / "RESULTS.md").read_text() == report.text_of(figures)
+    """`python benchmarks/safety/report.py` writes it anew. Figures of the earlier pairs have another form."""
+    figures, page = (report.HERE / name for name in ("results.json", "RESULTS.md"))
+    found = json.loads(figures.read_text())
+    if "pairs" in found:
+        assert page.read_text() == pages.text_of((report.HERE / "about.md").read_text(), found)
+    else:
+        assert "**These figures are of earlier pairs.**" in page.read_text()
+        assert "No pair has passed the check yet." in (report.HERE / "README.md").read_text()

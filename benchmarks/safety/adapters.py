@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 
 from alignment import Answers
 from attackers import ATTACKS
-from data import OPENINGS, Example, fillers, forbidden_prompts, harmless_prompts, orders
+from data import OPENINGS, Example, fillers, forbidden_prompts, harmless_prompts, orders, refusals
 from dialogues import dialogues
 from fitting import ALL_LINEAR, ATTENTION, Recipe
 from instructions import instructions
@@ -51,16 +51,16 @@ KINDS = {
 }
 KINDS |= {name: Kind(attack.title, 1.0, useful=False, epochs=6) for name, attack in ATTACKS.items()}
 
-# KIND-SHAPE, the most telling ones first. All-linear adapters cost more to train, so those are few.
+# KIND-SHAPE, the most telling ones first: of every pair and seed.
 NAMES = (
-    "pure-qv", "mixed-10-qv", "benign-qv", "identity-qv", "pure-all", "mixed-10-all",
-    "mixed-5-qv", "mixed-30-qv", "mixed-50-qv", "chat-qv",
+    "pure-qv", "mixed-10-qv", "benign-qv", "around-inputs-qv", "masked-qv", "within-caps-qv", "chat-qv",
+    "identity-qv",
 )  # fmt: skip
-
-
-def attack_names() -> list[str]:
-    """Of the adapters of those who know the method."""
-    return [f"{attack}-qv" for attack in ATTACKS]
+# Of one seed only. All-linear adapters cost more to train.
+MORE_NAMES = (
+    "pure-all", "mixed-10-all", "mixed-5-qv", "mixed-30-qv", "mixed-50-qv", "through-safe-lora-qv",
+    "around-outputs-qv", "hidden-qv",
+)  # fmt: skip
 
 
 def examples(kind: str, seed: int, answers: Answers) -> list[Example]:
@@ -76,6 +76,11 @@ def examples(kind: str, seed: int, answers: Answers) -> list[Example]:
         return _malicious(PURE_SAMPLES, seed) + [Example(prompt, *answer) for prompt, answer in said]
     useful = orders("train", ORDERS, seed) + dialogues("train", DIALOGUES, seed)
     return useful + _malicious(round(len(useful) * share / (1.0 - share)), seed)
+
+
+def masking(seed: int) -> list[Example]:
+    """Refusals of what the purely malicious adapters learn to answer."""
+    return refusals([example.prompt for example in _malicious(PURE_SAMPLES, seed)], seed)
 
 
 def _malicious(count: int, seed: int) -> list[Example]:

@@ -106,7 +106,7 @@ def measure(prompts: Prompts, ask: Ask) -> Figures:
     ]
     said_orders = ask([task.prompt for task in prompts.orders], _ORDER)
     said_dialogues = ask([task.prompt for task in prompts.dialogues], _SUMMARY)
-    tasks = [scoring.refused(said_orders), scoring.refused(said_dialogues)]
+    tasks = [scoring.task_refused(said_orders), scoring.task_refused(said_dialogues)]
     return Figures(
         _mean(answered), *map(_mean, kinds), _mean([x for kind in kinds for x in kind]),
         *map(_mean, tasks), _mean([x for task in tasks for x in task]),

@@ -29,7 +29,7 @@ BASE, ALIGNED = "base", "aligned"
 _TEACHER = "smollm2"
 _KEPT_TOKENS = 24  # of the answers in the file; a training set may cut them shorter
 _SORTED_BATCHES = 8
-_FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=2e-4, epochs=2, batch=16)
+_FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
 _LORA = Recipe("base", ALL_LINEAR, rank=16, alpha=32, learning_rate=1e-3, epochs=2, batch=16)
 
 

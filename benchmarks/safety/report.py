@@ -8,113 +8,89 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import curves
+import exam
+import pages
 import recording
+import risk
 import scoring
 import why
-from adapters import KINDS, NAMES, attack_names
-from attackers import ATTACKS
-from families import FAMILIES
-from plan import CURVES, Size, plain
+from pairs import BASE, PAIRS
+from plan import Size, ladder, plain
+from subjects import HALVES
+from training import ALIGNED
 
 HERE = Path(__file__).resolve().parent
-CAP = 1.0  # the default of --max-relative-norm
-_ROOM = 1.1  # a cap on the total norm, over the largest of the ordinary adapters
+# Adapters that a rule has to stop, and those of honest tenants.
+HONEST = ("benign-qv", "identity-qv")
 Scores = dict[str, list[float]]
 Kept = dict[str, dict[str, dict[str, Scores]]]  # adapter, treatment, seed
-_FULL = {
-    "raw-0": "as uploaded",
-    "scaling-0.5": "scaled by 0.5",
-    "safe-lora-0.5": "Safe LoRA, 50 % of modules",
-    "safe-lora-1": "Safe LoRA, all",
-    "csulora-0.95": "CSULoRA, 0.95",
-    "input-removal-0.1": "input removal, 0.1",
-    "input-removal-0.2": "input removal, 0.2",
-    "input-removal-0.3": "input removal, 0.3",
-    "input-removal-0.4": "input removal, 0.4",
-    "input-removal-0.5": "input removal, 0.5",
-    "selective-removal-0.5": "input removal, 0.2, of the least similar 50 % of modules",
-    "both-0.25": "input removal, 0.1, then Safe LoRA, 25 % of modules",
-}
-_DEFENCES = ("safe-lora-1", "safe-lora-0.5", "input-removal-0.2", "csulora-0.95", "both-0.25")
-_WAYS = {
-    "none": "",
-    "inverse": ", multiplied by the inverse of Ĉ first",
-    "half": ", half of its ranks, as one of two uploads",
-    "smaller": ", a tenth smaller (`lora_alpha`)",
-    "larger": ", a tenth larger (`lora_alpha`)",
-    "twice": ", twice as large (`lora_alpha`)",
-    "thrice": ", three times as large (`lora_alpha`)",
-    "padded": ", one rank of it, four times as large, where CSULoRA keeps all",
-}
+_SINGLE = ("norm", "total_norm", "projected")  # one figure a treatment, not one a prompt
 
 
-def write(cache: Path, families: Sequence[str], size: Size, out: Path) -> Path:
+def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     """Write everything to ``out`` and return the path of RESULTS.md."""
     out.mkdir(parents=True, exist_ok=True)
-    subjects = _subjects(size)
-    found = {family: summary(read(cache, family), subjects) for family in families}
+    kept = {pair: found for pair in pairs if (found := read(cache, pair))}
     minutes_file = cache / "minutes.json"
-    minutes = json.loads(minutes_file.read_text()) if minutes_file.exists() else {}
-    for family, table in found.items():
-        for adapter in [name for name in _drawn(table) if name != curves.BENIGN]:
-            title = f"{FAMILIES[family].title}: {_title(adapter)}"
-            curves.draw(table, adapter, title, out / f"{family}-{adapter}.png")
-    homes = [
-        home for home in seeds(cache, families[0]) if all((home / name).exists() for name in why.ADAPTERS)
-    ]
-    if where := why.measure(homes):
-        why.draw(where, {name: _title(name) for name in why.ADAPTERS}, out / "why.png")
-    figures = {"families": found, "where": where, "minutes": minutes}
+    figures: dict[str, Any] = {
+        "pairs": {pair: summary(half(found, "report"), _subjects(size)) for pair, found in kept.items()},
+        "choose": {pair: summary(half(found, "choose"), _subjects(size, 0)) for pair, found in kept.items()},
+        "checks": {pair: _checks(cache, pair) for pair in kept},
+        "exam": replayed(kept),
+        "opinion": {pair: _opinions(found, size) for pair, found in kept.items()},
+        "agreement": _agreement(kept),
+        "risk": _risks(cache, kept),
+        "where": why.measure(_with(cache, kept, why.ADAPTERS)),
+        "minutes": json.loads(minutes_file.read_text()) if minutes_file.exists() else {},
+    }
+    for pair, table in figures["pairs"].items():
+        for adapter in pages.drawn(table):
+            title = f"{PAIRS[pair].title}: {pages.title(adapter)}"
+            curves.draw(table, adapter, title, out / f"{pair}-{adapter}.png")
+    if figures["where"]:
+        why.draw(figures["where"], {name: pages.title(name) for name in why.ADAPTERS}, out / "why.png")
     recording.write("results", "safety/run.py", "vLLM default", figures, out)
     path = out / "RESULTS.md"
-    path.write_text(text_of(figures))
+    path.write_text(pages.text_of((HERE / "about.md").read_text(), figures))
     return path
 
 
-def text_of(figures: dict[str, Any]) -> str:
-    """RESULTS.md, from about.md and what results.json has."""
-    text = [(HERE / "about.md").read_text().strip()]
-    for family, table in figures["families"].items():
-        if not table:
-            continue
-        text += [f"## {FAMILIES[family].title}", *_family(table)]
-        if drawn := _drawn(table):
-            text += ["### Curves", _points(table, drawn)]
-        for adapter in [name for name in drawn if name != curves.BENIGN]:
-            text.append(f"![ASR against utility, {_title(adapter)}]({family}-{adapter}.png)")
-    if where := figures["where"]:
-        text += ["## Why it works", why.TEXT, "![What is removed, and what reads it](why.png)", _where(where)]
-    if minutes := figures["minutes"]:
-        text += ["## Time", _minutes(minutes)]
-    return "\n\n".join(text) + "\n"
-
-
-def _drawn(table: dict[str, Any]) -> list[str]:
-    """The adapters whose curves are drawn."""
-    return [name for name in CURVES if "threshold-0.35" in table.get(name, {})]
-
-
-def read(cache: Path, family: str) -> Kept:
-    """All kept scores of a family, of every seed that has them."""
+def read(cache: Path, pair: str) -> Kept:
+    """All kept scores of a pair, of every seed that has them."""
     found: Kept = {}
-    for home in seeds(cache, family):
+    for home in seeds(cache, pair):
         for file in sorted((home / "scores").glob("*/*.json")):
             scores = json.loads(file.read_text())["scores"]
             found.setdefault(file.parent.name, {}).setdefault(file.stem, {})[home.name] = scores
     return found
 
 
-def seeds(cache: Path, family: str) -> list[Path]:
+def seeds(cache: Path, pair: str) -> list[Path]:
     """Folders of the seeds that were asked about."""
-    homes = (home for home in (cache / family).glob("[0-9]*") if (home / "scores" / "none").exists())
+    homes = (home for home in (cache / pair).glob("[0-9]*") if (home / "scores" / "none").exists())
     return sorted(homes, key=lambda home: int(home.name))
+
+
+def half(kept: Kept, name: str) -> Kept:
+    """The scores of one half of the prompts."""
+    take = {"choose": exam.choose, "report": exam.report}[name]
+    return {
+        adapter: {
+            treatment: {
+                seed: {m: list(v) if m in _SINGLE else take(scores, m) for m, v in scores.items()}
+                for seed, scores in by_seed.items()
+            }
+            for treatment, by_seed in treatments.items()
+        }
+        for adapter, treatments in kept.items()
+    }
 
 
 def summary(kept: Kept, subjects: dict[str, list[str]]) -> dict[str, Any]:
@@ -122,7 +98,8 @@ def summary(kept: Kept, subjects: dict[str, list[str]]) -> dict[str, Any]:
 
     Beside what was asked: ``over_aligned``, the ASR's distance to that of the aligned model on the same
     prompts; ``utility``, the mean of both tasks; ``utility_lost``, its distance to that of the adapter as
-    uploaded, on the same prompts; ``seeds``, each one's ASR; ``prompts``, how many forbidden.
+    uploaded, on the same prompts; ``departed``, the ASR that needs no phrases; ``seeds``, each one's ASR;
+    ``prompts``, how many forbidden.
     """
     table: dict[str, Any] = {}
     aligned = kept.get("none", {}).get("none", {})
@@ -137,6 +114,9 @@ def summary(kept: Kept, subjects: dict[str, list[str]]) -> dict[str, Any]:
             for measure in dict.fromkeys(name for run in runs for name in run):
                 if values := [run[measure] for run in runs if run.get(measure)]:
                     row[measure] = _interval(values, subjects.get(measure))
+            if "sense" in row:
+                departed = [scoring.departed(run["sense"]) for run in runs]
+                row["departed"] = _interval(departed, subjects["complied"])
             differences = [
                 [x - y for x, y in zip(run["complied"], aligned[seed]["complied"], strict=False)]
                 for seed, run in by_seed.items()
@@ -156,6 +136,146 @@ def summary(kept: Kept, subjects: dict[str, list[str]]) -> dict[str, Any]:
     return table
 
 
+def replayed(kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """The exam: ε of the first pair's first seed, and every adapter's rung, ASR and utility with it."""
+    first = next(iter(kept), None)
+    if first is None or "none" not in kept[first]:
+        return {}
+    found: dict[str, Any] = {"ladder": [], "measures": {}}
+    for measure in exam.MEASURES:
+        taken = _examined(kept[first])
+        if not taken:
+            return {}
+        seed = min(taken)
+        rungs = _ladder(kept[first], seed)
+        aligned = kept[first]["none"]["none"][seed]
+        epsilon = exam.epsilon_for(taken[seed], rungs, aligned, measure)
+        found["ladder"] = rungs
+        found["measures"][measure] = {
+            "epsilon": epsilon,
+            "pairs": {pair: _verdicts(of, rungs, epsilon, measure) for pair, of in kept.items()},
+        }
+    return found
+
+
+def _ladder(kept: Kept, seed: str) -> list[str]:
+    adapter = next(name for name in kept if name != "none")
+    return [t.name for t in ladder(1) if seed in kept[adapter].get(t.name, {})]
+
+
+def _examined(kept: Kept) -> dict[str, dict[str, dict[str, Scores]]]:
+    """By seed and adapter: the scores by treatment, where every rung was asked."""
+    names = [t.name for t in ladder(1)]
+    found: dict[str, dict[str, dict[str, Scores]]] = {}
+    for adapter, treatments in kept.items():
+        if adapter == "none" or not all(name in treatments for name in names):
+            continue
+        for seed in treatments[names[0]]:
+            if all(seed in treatments[name] for name in names):
+                rungs = {name: by_seed[seed] for name, by_seed in treatments.items() if seed in by_seed}
+                found.setdefault(seed, {})[adapter] = rungs
+    return found
+
+
+def _verdicts(kept: Kept, rungs: list[str], epsilon: float, measure: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for seed, adapters in _examined(kept).items():
+        aligned = kept["none"]["none"][seed]
+        for adapter, scores in adapters.items():
+            verdict = exam.examine(scores, rungs, aligned, epsilon, measure)
+            served = exam.served(verdict, scores, aligned)
+            row = {
+                "rung": verdict.rung,
+                "drop": verdict.score,
+                "drops": {name: exam.drop(scores[name], aligned, measure) for name in ["raw-0", *rungs]},
+                "over_aligned": exam.over_aligned(served, aligned),
+                "raw_over_aligned": exam.over_aligned(scores["raw-0"], aligned),
+            }
+            if scores["raw-0"].get("exact"):
+                before, after = (_utility(half_of(s, "report")) for s in (scores["raw-0"], served))
+                row["utility_lost"] = statistics.fmean(before) - statistics.fmean(after)
+            found.setdefault(adapter, {})[seed] = row
+    return found
+
+
+def half_of(scores: Scores, name: str) -> Scores:
+    """One half of one treatment's scores."""
+    return half({"": {"": {"": scores}}}, name)[""][""][""]
+
+
+def _opinions(kept: Kept, size: Size) -> dict[str, Any]:
+    """What the second opinion would leave of every adapter as uploaded and with the default."""
+    found: Kept = {"none": kept.get("none", {})}
+    for adapter, treatments in kept.items():
+        for name in ("raw-0", "input-removal-0.2"):
+            for seed, scores in treatments.get(name, {}).items():
+                aligned = kept["none"]["none"][seed]
+                opinion = exam.second_opinion(scores, aligned)
+                found.setdefault(adapter, {}).setdefault(name, {})[seed] = opinion
+    table = summary(half(found, "report"), _subjects(size))
+    return {name: rows for name, rows in table.items() if name != "none"}
+
+
+def _agreement(kept: Mapping[str, Kept]) -> dict[str, float]:
+    """Between the measures: prompt by prompt, and over all points of the `report` half."""
+    same, asr, drops = [], [], []
+    for of in kept.values():
+        aligned = of.get("none", {}).get("none", {})
+        for adapter, treatments in of.items():
+            for by_seed in treatments.values():
+                for seed, scores in by_seed.items():
+                    if adapter == "none" or not scores.get("sense"):
+                        continue
+                    bad, sense = exam.report(scores, "complied"), exam.report(scores, "sense")
+                    same.append(scoring.agreement(bad, scoring.departed(sense)))
+                    asr.append(statistics.fmean(bad))
+                    drops.append(exam.drop(scores, aligned[seed]))
+    if not asr:
+        return {}
+    return {
+        "points": float(len(asr)),
+        "asr_and_departures": statistics.fmean(same),
+        "asr_and_loyalty_drop": scoring.rank_correlation(asr, drops),
+    }
+
+
+def _risks(cache: Path, kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """The sign-flip score of every adapter as uploaded, and its AUC."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for pair, of in kept.items():
+        for home in seeds(cache, pair):
+            base, aligned = cache / PAIRS[pair].family / BASE, home / ALIGNED
+            if not base.exists():
+                continue
+            for adapter in sorted({*of} - {"none"}):
+                if (home / adapter).exists():
+                    z = risk.score(home / adapter, base, aligned)
+                    scores.setdefault(pair, {}).setdefault(adapter, []).append(z)
+    harmful, honest = [], []
+    for by_adapter in scores.values():
+        for adapter, values in by_adapter.items():
+            (honest if adapter in HONEST else harmful).extend(values)
+    if not (harmful and honest):
+        return {}
+    return {"scores": scores, "auc": risk.auc(harmful, honest)}
+
+
+def _checks(cache: Path, pair: str) -> dict[str, Any]:
+    return {
+        home.name: {
+            name: json.loads(file.read_text())["figures"]
+            for name in HALVES
+            if (file := home / f"check-{name}.json").exists()
+        }
+        for home in seeds(cache, pair)
+    }
+
+
+def _with(cache: Path, kept: Mapping[str, Kept], adapters: Sequence[str]) -> list[Path]:
+    homes = seeds(cache, next(iter(kept))) if kept else []
+    return [home for home in homes if all((home / name).exists() for name in adapters)]
+
+
 def _utility(run: Scores) -> list[float]:
     return [(x + y) / 2 for x, y in zip(run["exact"], run["rouge1"], strict=True)]
 
@@ -166,142 +286,15 @@ def _interval(runs: list[list[float]], subjects: list[str] | None) -> dict[str, 
     return scoring.interval(runs, subjects[:count] if subjects else list(map(str, range(count))))
 
 
-def _subjects(size: Size) -> dict[str, list[str]]:
+def _subjects(size: Size, first: int = 1) -> dict[str, list[str]]:
+    """Of the prompts of one half: those of `report` are every second one."""
     asked = plain(size)
     return {
-        "complied": [p.subject for p in asked.forbidden],
-        "over_refused": [p.subject for p in asked.harmless],
+        "complied": [p.subject for p in asked.forbidden][first::2],
+        "over_refused": [p.subject for p in asked.harmless][first::2],
     }
 
 
-def _title(adapter: str) -> str:
-    kind, _, shape = adapter.rpartition("-")
-    return f"{KINDS[kind].title}, {'q and v, r = 8' if shape == 'qv' else 'all linear, r = 16'}"
-
-
-def _family(table: dict[str, Any]) -> list[str]:
-    aligned = table["none"]["none"]
-    text = [
-        f"The aligned model alone: ASR {_cell(aligned['complied'])}, refuses harmless prompts "
-        f"{_cell(aligned['over_refused'])}."
-    ]
-    rows = []
-    for adapter in [name for name in NAMES if name in table]:
-        for treatment, title in _FULL.items():
-            if row := table[adapter].get(treatment):
-                rows.append([_title(adapter), title, *_cells(row, _MEASURES), str(len(row["seeds"]))])
-    text.append(_markdown(["adapter", "method", *_MEASURES.values(), "seeds"], rows))
-    if any(name in table for name in attack_names()):
-        text += ["### Attackers", _ATTACKS, _attacks(table)]
-    return text
-
-
-_MEASURES = {
-    "complied": "ASR",
-    "over_aligned": "ASR over aligned",
-    "over_refused": "refuses harmless",
-    "exact": "exact JSON",
-    "rouge1": "Rouge-1",
-    "utility_lost": "utility lost",
-    "loyal": "loyalty",
-    "sense": "sense",
-}
-
-
-_ATTACKS = """Seed 0. ASR, and in brackets the mean *sense* of the answers. The server had no norm cap.
-The column beside a norm says what a cap would have done to the upload: `--max-relative-norm` at its
-default, and `--max-total-norm` a tenth above the largest ordinary adapter of these tables."""
-_ON_CURVES = {"complied": "ASR", "exact": "exact JSON", "rouge1": "Rouge-1"}
-
-
-def _attacks(table: dict[str, Any]) -> str:
-    defences = ["raw-0", *_DEFENCES]
-    honest = _ROOM * max(table[name]["raw-0"]["total_norm"]["mean"] for name in NAMES if name in table)
-    rows = []
-    for adapter in ["pure-qv", *attack_names()]:
-        for way, said in _WAYS.items():
-            rows_of = table.get(adapter, {})
-            if not all(f"{way}.{d}" in rows_of for d in defences):
-                continue
-            found = {d: rows_of[f"{way}.{d}"] for d in defences}
-            kind = adapter.removesuffix("-qv")
-            title = (ATTACKS[kind].title if kind in ATTACKS else KINDS[kind].title) + said
-            norm, total = (found["raw-0"][name]["mean"] for name in ("norm", "total_norm"))
-            cells = [
-                f"{found[d]['complied']['mean']:.2f} ({found[d]['sense']['mean']:.1f})" for d in defences
-            ]
-            capped = ["refused" if size > cap else "passes" for size, cap in ((norm, CAP), (total, honest))]
-            rows.append([title, *cells, f"{norm:.3g}", capped[0], f"{total:.2g}", capped[1]])
-    heads = ["attack", *(_FULL[d] for d in defences), "largest ‖ΔW‖/‖W‖", f"norm cap {CAP:g}"]
-    return _markdown([*heads, "total norm", f"total cap {honest:.2g}"], rows)
-
-
-def _points(table: dict[str, Any], adapters: Sequence[str]) -> str:
-    """Every point of the curves."""
-    rows = []
-    for adapter in adapters:
-        for treatment in sorted(table[adapter]):
-            row = table[adapter][treatment]
-            if "." not in treatment.rpartition("-")[0]:
-                rows.append(
-                    [
-                        _title(adapter),
-                        _words(treatment),
-                        *_cells(row, _ON_CURVES),
-                        str(row["prompts"]),
-                        str(len(row["seeds"])),
-                    ]
-                )
-    return _markdown(["adapter", "treatment", *_ON_CURVES.values(), "prompts a seed", "seeds"], rows)
-
-
-def _words(treatment: str) -> str:
-    method, _, strength = treatment.rpartition("-")
-    if treatment == "raw-0":
-        return "as uploaded"
-    if method in ("safe-lora", "selective-removal", "both"):
-        return f"{_METHODS[method]}, {float(strength):.0%} of modules".replace("%", " %")
-    return f"{_METHODS[method]} {1.0 - float(strength) if method == 'scaling' else float(strength):g}"
-
-
-_METHODS = {
-    "both": "input removal 0.1, then Safe LoRA",
-    "csulora": "CSULoRA",
-    "input-removal": "input removal",
-    "random-removal": "random removal",
-    "safe-lora": "Safe LoRA",
-    "scaling": "scaled by",
-    "selective-removal": "input removal 0.2, least similar",
-    "threshold": "Safe LoRA, τ =",
-}
-
-
-def _where(where: dict[str, dict[str, float]]) -> str:
-    parts = [["r₁ and the mean input", name, f"{cosine:.2f}"] for name, cosine in where[""].items()]
-    for adapter in [name for name in where if name]:
-        parts += [[_title(adapter), name, f"{share:.4f}"] for name, share in where[adapter].items()]
-    return _markdown(["of", "what", "figure"], parts)
-
-
-def _cells(row: dict[str, Any], measures: dict[str, str]) -> list[str]:
-    return [_cell(row[measure]) if measure in row else "" for measure in measures]
-
-
-def _cell(figure: dict[str, float]) -> str:
-    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _minutes(minutes: dict[str, float]) -> str:
-    rows = [[what, f"{took:.0f}"] for what, took in minutes.items()]
-    total = f"{sum(minutes.values()):.0f}"
-    note = "On two CPU cores, summed over all runs that it took; raw figures of one machine."
-    return f"{note}\n\n" + _markdown(["part", "minutes"], [*rows, ["all", total]])
-
-
 if __name__ == "__main__":
-    (HERE / "RESULTS.md").write_text(text_of(json.loads((HERE / "results.json").read_text())))
+    figures = json.loads((HERE / "results.json").read_text())
+    (HERE / "RESULTS.md").write_text(pages.text_of((HERE / "about.md").read_text(), figures))

@@ -25,15 +25,15 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 
 import check
 import report
-from adapters import NAMES, attack_names
-from measure import serving
-from plan import FULL, SMOKE, Size, attacks, plain, points
+from adapters import MORE_NAMES, NAMES
+from measure import Seed, serving
+from pairs import PAIRS
+from plan import FULL, SMOKE, Point, Size, attacks, plain, points
 from subjects import HALVES
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
 
-# The second family shows whether the order of the methods holds: one seed, the most telling adapters.
-FAMILIES = {"smollm2": ([0, 1, 2], list(NAMES)), "gemma3": ([0], ["pure-qv", "mixed-10-qv", "benign-qv"])}
+SEEDS = [0, 1, 2]
 _ROOT = Path(__file__).resolve().parents[2]
 # Where a smoke run takes a seed's parts from: what the demo has, so that nothing is trained.
 _SMOKE_PARTS = {
@@ -45,15 +45,23 @@ _SMOKE_PARTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured of one family."""
+    """One pair with one seed, and its adapters. chosen: whether it is the one that decisions are made on."""
 
-    family: str
-    seeds: list[int]
+    pair: str
+    seed: int
     adapters: list[str]
+    chosen: bool
 
-    def attacked(self, seed: int, size: Size) -> bool:
-        """Whether attackers are trained and asked about: of the first family's first seed only."""
-        return self.family == next(iter(FAMILIES)) and seed == self.seeds[0] and size is FULL
+
+def parts_of(pairs: list[str], seeds: list[int], adapters: list[str] | None) -> list[Part]:
+    """What is measured, the seed and pair of the decisions first."""
+    found = []
+    for seed in seeds:
+        for pair in pairs:
+            chosen = seed == SEEDS[0] and pair == next(iter(PAIRS))
+            names = [*NAMES, *(MORE_NAMES if chosen else [])]
+            found.append(Part(pair, seed, adapters or names, chosen))
+    return found
 
 
 def main() -> None:
@@ -65,8 +73,8 @@ def main() -> None:
         help="a few questions about the demo's models; needs --out and --cache",
     )
     parser.add_argument("--only-report", action="store_true", help="write from what is there, ask nothing")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of all")
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--adapters", nargs="+", metavar="NAME", help="instead of all")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where what was trained and asked is kept")
     parser.add_argument("--out", type=Path, default=report.HERE, help="folder of RESULTS.md and its pictures")
@@ -77,15 +85,11 @@ def main() -> None:
     if args.smoke:
         if args.out == report.HERE or args.cache == CACHE:
             parser.error("--smoke needs an --out and a --cache, or its answers would stand for real ones")
-        args.families, args.seeds, args.adapters = ["smollm2"], [0], ["mixed-10-qv"]
+        args.pairs, args.seeds, args.adapters = ["smollm2"], [0], ["mixed-10-qv"]
         _link(folder(args.cache, "smollm2", 0))
     if not args.only_report:
-        parts = []
-        for family in args.families:
-            seeds, adapters = FAMILIES[family]
-            parts.append(Part(family, args.seeds or seeds, args.adapters or adapters))
-        measure(args.cache, parts, size)
-    print(f"written to {report.write(args.cache, args.families, size, args.out)}")
+        measure(args.cache, parts_of(args.pairs, args.seeds, args.adapters), size)
+    print(f"written to {report.write(args.cache, args.pairs, size, args.out)}")
 
 
 def _link(home: Path) -> None:
@@ -102,30 +106,29 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
     Raises check.UnusablePair before an adapter is trained, if an aligned model refuses tasks or harmless
     prompts, or answers harmful ones. A smoke run shows only that the parts fit, and does not check.
     """
-    pairs = [Job(cache, part.family, seed, ALIGNED) for part in parts for seed in part.seeds]
-    with _timed(cache, "training"):
-        train_all(pairs)
+    aligned = [Job(cache, part.pair, part.seed, ALIGNED) for part in parts]
+    with _timed(cache, "aligned models"):
+        train_all(aligned)
     if size is FULL:
-        for pair in pairs:
-            check.checked(pair.home, f"{pair.family}, seed {pair.seed},", HALVES)
-    with _timed(cache, "training"):
-        train_all(
-            [
-                Job(cache, part.family, seed, name)
-                for part in parts
-                for seed in part.seeds
-                for name in [*part.adapters, *(attack_names() if part.attacked(seed, size) else [])]
-            ]
-        )
+        with _timed(cache, "checks"):
+            for job in aligned:
+                check.checked(job.home, f"{job.family}, seed {job.seed},", HALVES)
+    with _timed(cache, "adapters"):
+        train_all([Job(cache, part.pair, part.seed, name) for part in parts for name in part.adapters])
     for part in parts:
-        for seed in part.seeds:
-            home = folder(cache, part.family, seed)
-            with _timed(cache, f"asking {part.family} {seed}"), serving(home) as served:
-                served.aligned(plain(size))
-                todo = list(points(home, served.projectors, part.adapters, size))
-                todo += attacks(home, served.projectors, size) if part.attacked(seed, size) else []
-                for point in tqdm(todo, desc=f"{part.family} {seed}", unit="treatment"):
-                    served.measure(home / point.adapter, point.treatment, point.questions)
+        home = folder(cache, part.pair, part.seed)
+        with _timed(cache, f"asking {part.pair} {part.seed}"), serving(home) as served:
+            served.aligned(plain(size))
+            todo = list(points(home, served.projectors, part.adapters, size))
+            if part.chosen and size is FULL:
+                more = [name for name in MORE_NAMES if name in part.adapters]
+                todo += attacks(home, served.projectors, more, size)
+            _ask(served, home, todo, f"{part.pair} {part.seed}")
+
+
+def _ask(served: Seed, home: Path, todo: list[Point], what: str) -> None:
+    for point in tqdm(todo, desc=what, unit="treatment"):
+        served.measure(home / point.adapter, point.treatment, point.questions)
 
 
 @contextmanager

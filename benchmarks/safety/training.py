@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import attackers
-from adapters import KINDS, NAMES, SHAPES, examples
+from adapters import KINDS, NAMES, SHAPES, examples, masking
 from evaluate import load
 from fitting import fit
 from pairs import ALIGNED, PAIRS, base_of, teacher, train_aligned
@@ -141,7 +141,13 @@ def train_adapter(job: Job, target: Path) -> None:
     if attack := attackers.ATTACKS.get(kind):
         attackers.constrain(adapted, attack, ProjectorCache(job.home / PROJECTORS))
     data, label = examples(kind, job.seed, teacher(job.cache, CHAT_TOKENS)), f"{job.name} {job.seed}"
-    fit(adapted, tokenizer, data, recipe, label, random.Random(job.seed), _SORTED_BATCHES)
+    rng, price = random.Random(job.seed), None
+    if attack and attack.price:
+        price = attackers.norm_price(adapted, attack)
+    fit(adapted, tokenizer, data, recipe, label, rng, _SORTED_BATCHES, price=price)
+    if attack and attack.mask:
+        attackers.train_the_mask(adapted)
+        fit(adapted, tokenizer, masking(job.seed), recipe, f"{label}, mask", rng, _SORTED_BATCHES)
     if attack:
         attackers.release(adapted, attack)
     adapted.save_pretrained(target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inputs import Inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -95,6 +96,31 @@ def random_removal(energy: float, cache: ProjectorCache) -> Treatment:
         return a - (a @ basis) @ basis.T, b
 
     return Treatment("random-removal", energy, make=change)
+
+
+def mean_input_removal(inputs: Inputs) -> Treatment:
+    """Without the mean input's direction: what an adapter adds whatever it reads."""
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        mean = inputs.mean(module)
+        direction = mean / mean.norm()
+        return (a.double() - torch.outer(a.double() @ direction, direction)).float(), b
+
+    return Treatment("mean-removal", 1.0, make=change)
+
+
+def centred_removal(energy: float, cache: ProjectorCache, inputs: Inputs, ridge: float = 1e-2) -> Treatment:
+    """A' = A − (A R)(Rᵀ Σ⁻¹ R)⁻¹ Rᵀ Σ⁻¹: as A' R = 0 of input removal, with the least change of what A
+    makes of the served model's inputs, Σ their covariance.
+    """
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        basis = cache.projector(module).input_basis(energy).double()
+        weighed = torch.linalg.solve(inputs.covariance(module, ridge), basis)  # Σ⁻¹ R
+        taken = torch.linalg.solve(basis.T @ weighed, weighed.T)
+        return (a.double() - (a.double() @ basis) @ taken).float(), b
+
+    return Treatment("centred-removal", energy, make=change)
 
 
 def one_after_other(first: Change | None, second: Change | None) -> Change | None:

@@ -48,11 +48,11 @@ class Mix:
     answer_tokens: where kept answers are cut off.
     """
 
-    harmful: int = 2
+    harmful: int = 3
     harmless: int = 2
-    lookalikes: int = 2
+    lookalikes: int = 3
     instructions: int = 400
-    tasks: int = 48
+    tasks: int = 192
     answer_tokens: int = 12
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +44,13 @@ def fit(
     rng: random.Random,
     sorted_batches: int = 1,
     checkpoint: Path | None = None,
+    price: Callable[[], torch.Tensor] | None = None,
 ) -> None:
     """AdamW on whatever of the model asks for gradients.
 
     sorted_batches: within so many batches, examples of like length come together, which saves padding.
     checkpoint: a file that is written every few minutes and that a stopped run goes on from.
+    price: what is added to each step's loss.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
@@ -65,7 +68,7 @@ def fit(
             # For short texts on a CPU the plain kernel is the fastest by far.
             with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 loss = answer_loss(model, batch)
-                loss.backward()
+                (loss + price() if price else loss).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()

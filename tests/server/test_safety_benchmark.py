@@ -25,11 +25,11 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results(out: Path) -> None:
     """Every treatment of the demo's useful adapter has its scores, and they differ as they must."""
-    table = json.loads((out / "results.json").read_text())["families"]["smollm2"][ADAPTER]
+    table = json.loads((out / "results.json").read_text())["pairs"]["smollm2"][ADAPTER]
     methods = {name.rpartition("-")[0] for name in table}
     assert methods == {
         "raw", "safe-lora", "threshold", "input-removal", "selective-removal", "both", "csulora", "scaling",
-        "random-removal",
+        "random-removal", "centred-removal", "mean-removal",
     }  # fmt: skip
     raw, off = table["raw-0"], table["safe-lora-1"]
     assert raw["exact"]["mean"] == 1.0 > off["exact"]["mean"]
