@@ -149,5 +149,5 @@ def test_the_class_of_each_error_that_a_caller_may_catch() -> None:
         "AlreadyLoaded": ours, "ChangedMeanwhile": ours, "Unauthorized": ours, "Forbidden": ours,
         "UnknownRoute": ours, "QuotaExceeded": ours, "StoreDamaged": ours, "Unavailable": ours,
         "GateUnavailable": later, "MalformedMessage": "GateUnavailable", "StoreUnavailable": later,
-        "EngineUnavailable": later, "GuardError": ours, "AdapterRefused": ours,
+        "EngineUnavailable": later, "ExamUnavailable": later, "GuardError": ours, "AdapterRefused": ours,
     }  # fmt: skip

@@ -142,7 +142,8 @@ def test_defaults_of_arguments(function: Any, expected: dict[str, Any]) -> None:
     assert given == expected
 
 
-MUTABLE = {"Stages", "PartialCache", "_Object"}  # they add up while a gate, a build or a download works
+# They add up while a gate, a build, a comparison or a download works.
+MUTABLE = {"Stages", "PartialCache", "Rescaling", "_Object"}
 
 
 def test_dataclasses_are_frozen() -> None:

@@ -52,6 +52,7 @@ STATUSES: dict[type[SafeLoRAError], tuple[int, str]] = {
     errors.MalformedMessage: (503, "ServiceUnavailableError"),
     errors.StoreUnavailable: (503, "ServiceUnavailableError"),
     errors.EngineUnavailable: (503, "ServiceUnavailableError"),
+    errors.ExamUnavailable: (503, "ServiceUnavailableError"),
     errors.StoreDamaged: (503, "ServiceUnavailableError"),
     errors.GuardError: (503, "ServiceUnavailableError"),
     NotServing: (503, "ServiceUnavailableError"),

@@ -295,7 +295,7 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
     for changes, kind, message in wrong:
         with pytest.raises(kind, match=message):
             GateService(with_settings(config, **changes))
-    with pytest.raises(ProjectorCacheError, match="another aligned model"):
+    with pytest.raises(ProjectorCacheError, match="is not a copy of the aligned model"):
         GateService(other)
     GateService(with_settings(other, trust_served_model=True))
 
