@@ -77,8 +77,9 @@ class Manager:
                 if same is not None:
                     return same
             elif is_unchanged(self.reconciler, previous, judged):
+                served = self.reconciler.registry[name]
                 await self._commits.unchanged(who, name, action, judged)
-                return self.reconciler.registry[name]
+                return served
             loads = action == LOAD
             if previous and not replace and not (loads and may_load(self.reconciler, previous, judged)):
                 raise taken(name)

@@ -77,7 +77,7 @@ class Commits:
             await self._refusals.flush(all_of_them=True)
 
     async def refused(self, who: Principal, action: str, name: str, kind: str, **details: Any) -> None:
-        """Record a refusal: many of one kind and tenant as one line with their count."""
+        """Record what changed nothing: many of one kind and tenant as one line with their count."""
         refusal = Refused(who.key_id, action, name, details)
         if who.tenant is None:
             await self._write_refusal(refusal)
@@ -119,9 +119,8 @@ class Commits:
     async def unchanged(self, who: Principal, name: str, action: str, judged: Judged) -> None:
         """Say in the audit log that a name was to be replaced by what it serves."""
         live = live_number(self._reconciler, name)
-        await log(
-            self._audit, who.key_id, action, name, **audit_fields(judged.report, "unchanged"), version=live
-        )
+        found = audit_fields(judged.report, "unchanged")
+        await self.refused(who, action, name, "unchanged", **found, version=live)
 
     async def commit(
         self,
