@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import AdapterRefused, StoreUnavailable, refuse
 from safelora_vllm.integration.server import lora_paths
+from safelora_vllm.integration.server.refusal_limit import LINES
 from safelora_vllm.integration.server.registry import Registry, being_prepared
 from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, load, upload
@@ -104,6 +105,15 @@ def test_a_replacement_by_the_same_content_is_a_version_under_other_rules_only(
     )
     assert upload(acme, "acme/x", drafts["other"], replace=True).status_code == 201
     assert versions(acme, "acme/x") == [1, 2, 3, 4, 5]
+
+
+def test_many_replacements_by_the_same_content_are_few_lines_of_the_audit_log(
+    fake: FakeServer, drafts: dict[str, Path]
+) -> None:
+    acme = fake.client(TENANT_KEYS["acme"])
+    for _ in range(LINES + 5):
+        assert upload(acme, "acme/x", drafts["qv"], replace=True).status_code in (200, 201)
+    assert actions(fake, "acme/x") == [("upload", "accepted"), *[("upload", "unchanged")] * LINES]
 
 
 def test_a_taken_name_is_answered_in_vllms_words(admin: TestClient, drafts: dict[str, Path]) -> None:
