@@ -24,17 +24,19 @@ from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
 LADDER = parse("input-removal:0.1,input-removal:0.4,safe-lora", Policy())
 
 
-def exam(chosen: bool = False, threshold: float = 0.02, ladder: list[Policy] = LADDER) -> EnforcedExam:
-    return EnforcedExam(cast(Any, SimpleNamespace(threshold=threshold)), ladder, chosen, "e")
+def exam(
+    chosen: bool = False, threshold: float = 0.02, ladder: list[Policy] = LADDER, named: bool = False
+) -> EnforcedExam:
+    return EnforcedExam(cast(Any, SimpleNamespace(threshold=threshold)), ladder, chosen, "e", named)
 
 
 @pytest.mark.parametrize(
     ("chosen", "tenant", "own", "energies"),
     [
         (False, {}, {}, [0.1, 0.4, "safe-lora"]),
-        (True, {}, {}, [0.2, 0.4, "safe-lora"]),
-        (False, {"energy": 0.4}, {}, [0.4, "safe-lora"]),
-        (False, {"energy": 0.3}, {}, [0.3, 0.4, "safe-lora"]),
+        (True, {}, {}, [0.2, 0.4]),
+        (False, {"energy": 0.4}, {}, [0.4]),
+        (False, {"energy": 0.3}, {}, [0.3, 0.4]),
         (False, {"max_total_norm": 0.5}, {}, [0.1, 0.4, "safe-lora"]),
         (False, {}, {"energy": 0.3}, [0.3]),
     ],
@@ -52,10 +54,38 @@ def test_the_rungs_of_a_name(
     assert [rung.override for rung in rungs] == [not p.at_least_as_strict(server) for p in policies]
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "safe-lora", "select": "all"},
+        {"method": "safe-lora", "threshold": 0.35},
+        {"method": "safe-lora", "select": "number", "number": 5},
+        {"method": "csulora", "energy": 0.9},
+        {"energy": 0.3},
+        {},
+    ],
+)
+@pytest.mark.parametrize("whose", ["server", "tenant"])
+def test_no_rung_is_milder_than_a_chosen_policy(given: dict[str, Any], whose: str, named: bool) -> None:
+    """Policies of two methods cannot be compared: only the operator's own ladder follows one with another."""
+    server = Policy.from_mapping(given if whose == "server" else {})
+    tenant = TenantRules({"method": "input-removal", **given} if whose == "tenant" else {}, less_strict=True)
+    made = exam(whose == "server", named=named)
+    rungs = made.rungs(server, tenant, rules_of(server, tenant, {}, False), False)
+    first, *others = [server.with_values(rung.policy) for rung in rungs]
+    assert first == tenant.over(server)
+    for rung in others:
+        if whose == "tenant" or not named or rung.method == first.method:
+            assert rung.at_least_as_strict(first) and rung != first
+    if named and whose == "server" and first.method != "input-removal":
+        assert any(rung.method == "input-removal" for rung in others)
+
+
 def test_other_settings_are_other_rules() -> None:
     """So that everything is judged anew."""
-    rulesets = [exam(), exam(True), exam(threshold=0.03), exam(ladder=LADDER[1:])]
-    assert len({made.ruleset("r") for made in rulesets} | {exam().ruleset("other"), "r"}) == 6
+    rulesets = [exam(), exam(True), exam(threshold=0.03), exam(ladder=LADDER[1:]), exam(named=True)]
+    assert len({made.ruleset("r") for made in rulesets} | {exam().ruleset("other"), "r"}) == 7
     assert exam().ruleset("r") == exam().ruleset("r")
 
 

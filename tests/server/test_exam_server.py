@@ -356,6 +356,15 @@ def test_the_servers_policy_goes_first(start: Start, adapters: dict[str, Path]) 
         assert len(set(server.engine.asked)) == 1 + 3
 
 
+def test_a_chosen_policy_is_no_start_of_a_milder_ladder(start: Start, adapters: dict[str, Path]) -> None:
+    """Safe LoRA fails here, input removal would pass: nobody named a ladder that has it."""
+    policy = {"method": "safe-lora"}
+    engine = {"drop": lambda report: 1.0 if report.policy.method == "safe-lora" else 0.0}
+    with start(policy=policy, ladder=None, engine=engine) as server:
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 422
+        assert len(set(server.engine.asked)) == 2  # that policy, and all modules by it
+
+
 def test_a_tenant_cannot_starve_others(
     start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

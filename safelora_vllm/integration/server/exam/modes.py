@@ -89,16 +89,19 @@ class EnforcedExam(_WithExaminer):
     """No copy is served that has not passed.
 
     ladder: policies, mildest first. chosen: the operator gave the server a policy, which is the first rung.
+    named: the operator gave the ladder.
     """
 
     mode = "enforce"
 
-    def __init__(self, examiner: Examiner, ladder: Sequence[Policy], chosen: bool, exam: str) -> None:
+    def __init__(
+        self, examiner: Examiner, ladder: Sequence[Policy], chosen: bool, exam: str, named: bool = False
+    ) -> None:
         """exam: digest of all that scores depend on besides the copy."""
         super().__init__(examiner)
-        self._ladder, self._chosen = tuple(ladder), chosen
+        self._ladder, self._chosen, self._named = tuple(ladder), chosen, named
         self._names = {_strength(rung): name_of(rung) for rung in ladder}
-        self._digest_of = [exam, examiner.threshold, [rung.id for rung in ladder], chosen]
+        self._digest_of = [exam, examiner.threshold, [rung.id for rung in ladder], chosen, named]
 
     def ruleset(self, ruleset: str) -> str:
         """Another one for another exam, threshold or ladder: then all adapters are judged anew."""
@@ -107,16 +110,19 @@ class EnforcedExam(_WithExaminer):
     def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:
         """A policy of the name itself is the only rung.
 
-        One of the tenant's, or of the server's that the operator chose, is the first: rungs that are milder
-        are left out.
+        One of the tenant's, or of the server's that the operator chose, is the first, and rungs follow that
+        are as strict. A rung of another method cannot be compared: it follows the server's policy where the
+        operator gave the ladder, a tenant's never.
         """
         if own:
             return [base]
         first = server.with_values(base.policy)
         caps = {cap: getattr(first, cap) for cap in CAPS}
         ladder = [dataclasses.replace(rung, **caps) for rung in self._ladder]
-        if self._chosen or set(tenant.policy) - set(CAPS):
-            return [base, *(_rules(rung, server) for rung in ladder if not first.at_least_as_strict(rung))]
+        tenants = bool(set(tenant.policy) - set(CAPS))
+        if self._chosen or tenants:
+            named = self._named and not tenants
+            return [base, *(_rules(rung, server) for rung in ladder if _follows(rung, first, named))]
         return [_rules(rung, server) for rung in ladder]
 
     async def decide(self, rungs: Sequence[Rules], judge: Judge) -> Judgement:
@@ -146,6 +152,13 @@ class EnforcedExam(_WithExaminer):
         """By what is in memory."""
         found = self.found(key)
         return found is not None and self.passes(found)
+
+
+def _follows(rung: Policy, first: Policy, named: bool) -> bool:
+    """Whether a rung may be tried after a policy that somebody chose. named: so may one of another method."""
+    if rung.at_least_as_strict(first):
+        return rung != first
+    return named and rung.method != first.method
 
 
 def _rules(rung: Policy, server: Policy) -> Rules:

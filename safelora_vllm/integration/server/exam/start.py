@@ -94,7 +94,8 @@ async def _started(
     cache = await asyncio.to_thread(ProjectorCache, settings.projectors)
     rungs = await asyncio.to_thread(ladders.usable, cache, settings.ladder, policy)
     logger.info("exam: enforce, %s, ladder %s", about, ",".join(map(ladders.name_of, rungs)))
-    return EnforcedExam(examiner, rungs, bool(set(settings.policy) - set(CAPS)), exam)
+    chosen = bool(set(settings.policy) - set(CAPS))
+    return EnforcedExam(examiner, rungs, chosen, exam, named=settings.ladder is not None)
 
 
 def _model(engine: Any, served: str, state: GateState) -> list[Any]:
