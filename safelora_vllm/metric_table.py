@@ -516,7 +516,8 @@ METRICS = (
     Described(
         "safelora_exams_total", "counter", ("verdict", "rung"), "exams",
         "copies examined, by verdict (passed, failed, unavailable) and rung of the ladder",
-        more="The rung `policy` is one that is not on the ladder. A verdict that the store has is not "
+        more="The rung `policy` is one that is not on the ladder. Without SAFELORA_METRICS_KEY `rung` is "
+        "empty. A verdict that the store has is not "
         "counted again.",
         queries=(
             (
@@ -538,6 +539,7 @@ METRICS = (
     Described(
         "safelora_adapter_exam_score", "gauge", ("adapter",), "nats per token",
         "upper confidence bound of the loyalty drop of what is served, compared with --exam-threshold",
+        more="Absent without SAFELORA_METRICS_KEY: it would help authors to train against the exam.",
         queries=(
             (
                 "Which adapters are furthest from the aligned model?",

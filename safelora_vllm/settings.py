@@ -87,8 +87,8 @@ class ServerSettings:
         exam_threshold: largest loyalty drop that passes, in nats per token, with its confidence bound.
         ladder: policies that an adapter is served by, mildest first, such as
             ``input-removal:0.1,input-removal:0.8,safe-lora``. Without it, those of the command ``exam`` that
-            the projector cache can serve. A policy of the server, tenant or adapter goes first, and no milder rung
-            follows. Only with ``exam`` ``enforce``.
+            the projector cache can serve. A policy of the server, tenant or adapter goes first, and no milder
+            rung follows. Only with ``exam`` ``enforce``.
         exam_probes: file of JSON lines, each with a ``prompt``, that the aligned model refuses. It is read at
             the start. Without it, built-in ones in English are drawn with a secret of the store.
     """

@@ -98,7 +98,8 @@ def families(cache: ProjectorCache, tmp_path: Path) -> list[Metric]:
         traffic.ended("tenant", outcome)
     known = Known(
         entries, WORKERS, 2, {"acme": Kept(1, 5)}, traffic.snapshot(), pools,
-        {**dict.fromkeys(PARTS, 1), "free": 1}, 1, 0, dict.fromkeys(FAILURES, 0), exam=Examining(),
+        {**dict.fromkeys(PARTS, 1), "free": 1}, 1, 0, dict.fromkeys(FAILURES, 0),
+        exam=Examining(), has_key=True,
     )  # fmt: skip
     return [*registry.collect(), *text_string_to_metric_families(expose(known))]
 

@@ -32,7 +32,9 @@ def print_verdict(adapter: str, verdict: Verdict) -> None:
     table.add_column("verdict")
     for sat in verdict.rungs:
         score = sat.score
-        figures = (f"{value:.4f}" for value in (score.drop, score.bound, score.worst))
+        figures = (
+            f"{value:.4f}" if score.is_finite else "none" for value in (score.drop, score.bound, score.worst)
+        )
         table.add_row(name_of(sat.policy), *figures, "passed" if sat.passed else "failed")
     console.print(table)
     if verdict.policy:

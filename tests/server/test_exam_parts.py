@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,10 +12,12 @@ import pytest
 from safelora_vllm.errors import AdapterRefused, GuardError
 from safelora_vllm.exam.ladder import parse
 from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.server.exam import start as begin
 from safelora_vllm.integration.server.exam.counts import Counted, Counts
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME, without_hidden
 from safelora_vllm.integration.server.exam.limits import A_DAY, A_MINUTE, ExamLimits, TooManyExams
 from safelora_vllm.integration.server.exam.modes import EnforcedExam
+from safelora_vllm.integration.server.exam.start import model_parts
 from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.verdicts import Examined, Verdicts
@@ -149,6 +152,43 @@ def test_no_caller_can_give_the_hidden_name() -> None:
         check_name(HIDDEN_NAME)
     text = f'a{{x="1"}} 2\nvllm:lora_requests_info{{running="acme/x,{HIDDEN_NAME}"}} 1\nb 3\n'
     assert without_hidden(text) == 'a{x="1"} 2\nb 3\n'
+
+
+def test_how_a_model_is_served_is_part_of_its_exam(tmp_path: Path) -> None:
+    """Its revision, tokenizer and configuration too: a verdict of another one says nothing."""
+    config, served = SimpleNamespace(revision=None, hf_overrides={}), str(tmp_path)
+    engine = SimpleNamespace(model_config=config, vllm_config=SimpleNamespace(cache_config=SimpleNamespace()))
+    seen = []
+
+    def look() -> None:
+        parts = model_parts(engine, served, cast(Any, SimpleNamespace(projectors="p")))
+        assert parts == model_parts(engine, served, cast(Any, SimpleNamespace(projectors="p")))
+        seen.append(json.dumps(parts))
+
+    look()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    look()
+    (tmp_path / "config.json").write_text('{"rope_theta": 1}')
+    look()
+    config.hf_overrides = {"rope_theta": 2}
+    look()
+    engine.vllm_config.cache_config.cache_dtype = "fp8"
+    look()
+    engine.vllm_config.speculative_config = SimpleNamespace(method="ngram")
+    look()
+    (other := tmp_path / "other").mkdir()
+    (other / "tokenizer.json").write_text("[]")
+    config.tokenizer = str(other)
+    look()
+    assert len(set(seen)) == len(seen) == 7
+
+
+def test_a_model_of_the_hub_is_looked_at_in_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(begin, "locate_model", lambda name: asked.append(name) or Path("/nowhere"))
+    config = SimpleNamespace(revision="abc")
+    model_parts(SimpleNamespace(model_config=config), "org/x", cast(Any, SimpleNamespace(projectors="p")))
+    assert asked == ["org/x@abc"]
 
 
 def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:

@@ -232,7 +232,7 @@ async def hanging() -> None:
     await asyncio.sleep(60)
 
 
-@pytest.mark.parametrize("trouble", ["broken", "hanging", "not a number", "lost"])
+@pytest.mark.parametrize("trouble", ["broken", "hanging", "lost"])
 def test_what_gives_no_score_is_not_served(
     start: Start, adapters: dict[str, Path], trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,9 +240,7 @@ def test_what_gives_no_score_is_not_served(
         http, engine = server.client(ADMIN_KEY), server.engine
         assert isinstance(engine, ExaminedEngine)
         usual = engine.before, engine.drop, engine.answers
-        if trouble == "not a number":
-            engine.drop = lambda _: math.nan
-        elif trouble == "lost":  # the aligned model would have answered in its place
+        if trouble == "lost":  # the aligned model would have answered in its place
             whole = engine.answers()[0][0]  # type: ignore[index]
 
             def answers() -> Any:
@@ -259,6 +257,39 @@ def test_what_gives_no_score_is_not_served(
         engine.before, engine.drop, engine.answers = usual
         monkeypatch.setattr(examiner, "_SECONDS", 120.0)
         assert upload(http, "useful", adapters["useful"]).status_code == 201
+
+
+def test_an_adapter_without_likelihoods_fails(start: Start, adapters: dict[str, Path]) -> None:
+    """On a rung where its weights give values that are not finite. It climbs on."""
+    drop = {"drop": lambda report: 0.0 if report.policy.select == "all" else math.nan}
+    with start(engine=drop) as server:
+        answer = upload(server.client(ADMIN_KEY), "useful", adapters["useful"])
+        assert answer.status_code == 201 and answer.json()["policy"]["select"] == "all"
+
+
+def test_a_copy_that_cannot_be_loaded_is_no_lasting_refusal(
+    start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what the store has, which may be a disk's bad moment. An upload is refused."""
+    monkeypatch.setattr(examiner, "_PAUSE_SECONDS", 0.0)
+    with start(exam="off", ladder=None) as server:
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
+    load, broken = ExaminedEngine.add_lora, [True]
+
+    async def fails(engine: ExaminedEngine, request: Any) -> Any:
+        if broken[0]:
+            raise RuntimeError("the disk, for a moment")
+        return await load(engine, request)
+
+    monkeypatch.setattr(ExaminedEngine, "add_lora", fails)
+    with start() as server:
+        assert answer_of(server, "useful") == 503
+        assert not NameStore(place.store).all()["useful"].live.refused
+        other = upload(server.client(ADMIN_KEY), "other", adapters["other"])
+        assert other.status_code == 422 and "not_loadable" in other.text
+        broken[0] = False
+        server.portal.call(server.app.state.safelora.prepare, "useful")
+        assert answer_of(server, "useful") == 200
 
 
 def test_a_server_killed_in_an_exam_serves_nothing_unexamined(
@@ -328,7 +359,9 @@ def test_a_model_that_does_not_refuse_is_no_measure(start: Start, adapters: dict
         assert 'safelora_exam_info{exam="off"} 1' in http.get("/metrics").text
 
 
-def test_report_refuses_nothing(start: Start, adapters: dict[str, Path], place: Place) -> None:
+def test_report_refuses_nothing(
+    start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with start(exam="report", ladder=None, policy={"method": "safe-lora"}) as server:
         http = server.client(ADMIN_KEY)
         for name in ("useful", "harmful"):
@@ -340,6 +373,10 @@ def test_report_refuses_nothing(start: Start, adapters: dict[str, Path], place: 
         exams = [http.get(f"/v1/adapters/{name}").json()["exam"] for name in ("useful", "harmful")]
         assert [exam["passed"] for exam in exams] == [True, False]
         assert exams[1]["drop"] == pytest.approx(1.0)
+        everybodys = http.get("/metrics").text
+        assert "safelora_adapter_exam_score" not in everybodys
+        assert 'safelora_exams_total{verdict="failed",rung=""} 1' in everybodys
+        monkeypatch.setattr(server.app.state.safelora_metrics, "_has_key", True)
         text = http.get("/metrics").text
         assert 'safelora_adapter_exam_score{adapter="harmful"} 1.0' in text
         assert 'safelora_exams_total{verdict="failed",rung="policy"} 1' in text

@@ -71,7 +71,8 @@ class SafeLoRAEndpoint:
         more = granted(settings.route_access)
         if getattr(args, "enable_offline_docs", False):
             more["* /static/*"] = Access.DOCS
-        access = RouteAccess(lora, metrics_key is not None, settings.private_docs, more)
+        self._metrics_have_key = metrics_key is not None
+        access = RouteAccess(lora, self._metrics_have_key, settings.private_docs, more)
         door = Door(keys, secrets.token_urlsafe(32), access)
         if inference:
             args.api_key = [*inference, door.inner_key]
@@ -156,7 +157,11 @@ class SafeLoRAEndpoint:
         )
         served.missed = lambda name: traffic.ended(name, "unavailable")
         state.safelora_metrics = made = Metrics(
-            reconciler, traffic, seams.worker_count(engine_client), settings.store_bytes
+            reconciler,
+            traffic,
+            seams.worker_count(engine_client),
+            settings.store_bytes,
+            self._metrics_have_key,
         )
         reconciler.watchdog.also = made.count_now
         made.count_now()

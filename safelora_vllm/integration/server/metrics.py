@@ -53,7 +53,7 @@ class Known:
     entries: of the registry. workers: how many are guarded and how many are not. expected: how many there
     should be. tenants: what the store keeps of each. traffic: of each adapter. pools: what each worker has
     loaded. sizes: of the store's parts. limit: ``--store-bytes``. failures: survived, by kind. exam: of this
-    server.
+    server. has_key: the metrics need a key.
     """
 
     entries: Sequence[Entry] = ()
@@ -68,6 +68,7 @@ class Known:
     failures: Mapping[str, int] = field(default_factory=dict)
     ready: bool = True
     exam: NoExam = field(default_factory=NoExam)
+    has_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def expose(known: Known, reports: ReportSeries | None = None) -> str:
         *(reports or ReportSeries()).expose(served),
         *traffic_series(shown_traffic(known.traffic, known.entries)),
         *pool_series(known.pools, served),
-        *exam_series(known.exam, served),
+        *exam_series(known.exam, served, known.has_key),
         family("safelora_tenant_adapters", [((t,), kept.adapters) for t, kept in tenants.items()]),
         family("safelora_tenant_bytes", [((t,), kept.bytes) for t, kept in tenants.items()]),
         family("safelora_workers", [((state,), count) for state, count in known.workers.items()]),
@@ -132,12 +133,18 @@ class Metrics:
         traffic: its counters.
         expected: workers that the server has.
         limit: ``--store-bytes``.
+        has_key: the metrics need a key.
     """
 
     def __init__(
-        self, reconciler: Reconciler, traffic: TrafficTable, expected: int, limit: int | None = None
+        self,
+        reconciler: Reconciler,
+        traffic: TrafficTable,
+        expected: int,
+        limit: int | None = None,
+        has_key: bool = False,
     ) -> None:
-        self.traffic = traffic
+        self.traffic, self._has_key = traffic, has_key
         self._reconciler, self._expected, self._limit = reconciler, expected, limit
         self._reports, self._sizes = ReportSeries(), StoreSizes(reconciler.names.root)
         self.readiness = ReadinessCheck(reconciler, expected)
@@ -180,6 +187,7 @@ class Metrics:
             },
             ready=findings.answer(strict=True).ready,
             exam=self._reconciler.copies.exam,
+            has_key=self._has_key,
         )
         return self._last.counters + await asyncio.to_thread(self._text, known)
 

@@ -104,7 +104,7 @@ class Copies:
                 override=rules.override, allowance=allowance,
             )  # fmt: skip
 
-        return await self._decide(name, own, False, judge)
+        return await self._decide(name, own, False, judge, upload=True)
 
     async def ensure(self, digest: str, name: str, own: Mapping[str, Any], override: bool) -> Judged:
         """Let the gate judge stored content. override: of an admin, for ``own``.
@@ -128,12 +128,14 @@ class Copies:
             past_spans(judgement.stages, "gate")
         return judgement
 
-    async def _decide(self, name: str, own: Mapping[str, Any], override: bool, judge: Judge) -> Judged:
+    async def _decide(
+        self, name: str, own: Mapping[str, Any], override: bool, judge: Judge, upload: bool = False
+    ) -> Judged:
         """The one place where a content is accepted: what the gate makes of it has passed the exam."""
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
         judgement = await self.exam.decide(
-            self.exam.rungs(self.state.policy, tenant, rules, bool(own)), judge
+            self.exam.rungs(self.state.policy, tenant, rules, bool(own)), judge, upload
         )
         ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest))
         return Judged(judgement, ruleset, rules.override)

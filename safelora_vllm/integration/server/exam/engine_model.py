@@ -49,9 +49,10 @@ class EngineModel:
         config = getattr(engine_client, "vllm_config", None)
         policy = getattr(getattr(config, "scheduler_config", None), "policy", "fcfs")
         self._options = {"priority": _LAST} if policy == "priority" else {}
-        self._salt = secrets.token_hex(
-            16
-        )  # blocks of the prefix cache would tell, by their speed, what is asked
+        # Blocks of the prefix cache would tell, by their speed, what is asked.
+        self._salt = secrets.token_hex(16)
+        # vLLM's ids need not be random, and API servers share an engine.
+        self._ids_begin = f"safelora-exam-{secrets.token_hex(8)}"
         self._numbers, self._free = itertools.count(), asyncio.Semaphore(_AT_ONCE)
 
     async def answer(self, prompts: Sequence[str], tokens: int) -> list[tuple[Tokens, str]]:
@@ -88,7 +89,7 @@ class EngineModel:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, detokenize=False, **options)
-        request = f"safelora-exam-{next(self._numbers)}"
+        request = f"{self._ids_begin}-{next(self._numbers)}"
         last: Any = None
         async with self._free:
             given = {"lora_request": adapter, **self._options}

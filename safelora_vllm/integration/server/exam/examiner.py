@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
-from safelora_vllm.errors import AdapterRefused, ExamUnavailable, SafeLoRAError, Unavailable
+from vllm.lora.request import LoRARequest
+
+from safelora_vllm.errors import AdapterRefused, ExamUnavailable, Reason, SafeLoRAError, Unavailable
 from safelora_vllm.exam.reference import Reference
 from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.server.background import Background
@@ -24,6 +26,15 @@ from safelora_vllm.store.verdicts import Examined, Verdicts
 
 logger = logging.getLogger("vllm.safelora.exam")
 _SECONDS = 120.0  # for the engine to load a copy and answer about it
+_PAUSE_SECONDS = 1.0  # before a copy that vLLM could not load is loaded again
+
+
+class NotLoaded(ExamUnavailable):
+    """vLLM could not load a copy, twice. reasons: in its own words."""
+
+    def __init__(self, reasons: Sequence[Reason]) -> None:
+        super().__init__(f"{reasons[0].message}. It is tried again")
+        self.reasons = list(reasons)
 
 
 class Examiner:
@@ -69,8 +80,8 @@ class Examiner:
         """What the copy of a key is like, from the store where it was examined before.
 
         Raises:
-            AdapterRefused: vLLM cannot load it. TooManyExams: the tenant has had its share.
-            Unavailable: there is no score.
+            TooManyExams: the tenant has had its share.
+            Unavailable: there is no score. NotLoaded: as vLLM cannot load it.
         """
         if found := await asyncio.to_thread(self.verdicts.get, key):
             return found
@@ -106,7 +117,7 @@ class Examiner:
         request = self._pool.request(HIDDEN_NAME, key, await self._pool.new_id())
         try:
             async with asyncio.timeout(_SECONDS):
-                await self._pool.load(request, nbytes)
+                await self._load(request, nbytes)
                 said = await self._model.likelihoods(known.prompts, known.answers, request)
                 # Where a worker could not read the copy again, the aligned model has answered in its place.
                 lost = {
@@ -120,7 +131,7 @@ class Examiner:
             raise ExamUnavailable(
                 f"an exam did not end in {_SECONDS:.0f} s, as the engine is busy: try again later"
             ) from error
-        except (AdapterRefused, ExamUnavailable):
+        except ExamUnavailable:
             raise
         except Unavailable as error:
             raise ExamUnavailable(str(error)) from error
@@ -132,3 +143,14 @@ class Examiner:
             ) from error
         finally:
             self.background.spawn(self._pool.release(request, wanted=lambda _: False))
+
+    async def _load(self, request: LoRARequest, nbytes: float) -> None:
+        """Load a copy. vLLM does not say whether the copy or a moment is to blame when it fails."""
+        try:
+            await self._pool.load(request, nbytes)
+        except AdapterRefused:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            try:
+                await self._pool.load(request, nbytes)
+            except AdapterRefused as error:
+                raise NotLoaded(error.reasons) from error

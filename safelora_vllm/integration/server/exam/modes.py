@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from safelora_vllm.errors import AdapterRefused, Reason, SafeLoRAError
+from safelora_vllm.errors import Reason, SafeLoRAError
 from safelora_vllm.exam.ladder import name_of
 from safelora_vllm.exam.sitting import REFUSED
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.exam.counts import Counted
-from safelora_vllm.integration.server.exam.examiner import Examiner
+from safelora_vllm.integration.server.exam.examiner import Examiner, NotLoaded
 from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.store.audit_log import SERVER, AuditLog
@@ -125,7 +125,7 @@ class EnforcedExam(_WithExaminer):
             return [base, *(_rules(rung, server) for rung in ladder if _follows(rung, first, named))]
         return [_rules(rung, server) for rung in ladder]
 
-    async def decide(self, rungs: Sequence[Rules], judge: Judge) -> Judgement:
+    async def decide(self, rungs: Sequence[Rules], judge: Judge, upload: bool = False) -> Judgement:
         """As `NoExam.decide`: the first rung that passes."""
         ticket = self.examiner.ticket()
         judgement: Judgement | None = None
@@ -136,7 +136,9 @@ class EnforcedExam(_WithExaminer):
             try:
                 rung = self._names.get(_strength(judgement.report.policy), OWN)
                 found = await self.examiner.examine(judgement.key, judgement.bytes, rung, ticket)
-            except AdapterRefused as error:
+            except NotLoaded as error:
+                if not upload:
+                    raise
                 return _refused(judgement, error.reasons)
             if self.passes(found):
                 return judgement

@@ -40,8 +40,10 @@ class NoExam:
         """
         return [base]
 
-    async def decide(self, rungs: Sequence[Rules], judge: Judge) -> Judgement:
+    async def decide(self, rungs: Sequence[Rules], judge: Judge, upload: bool = False) -> Judgement:  # noqa: ARG002
         """What the gate makes of a content on the first rung that may be served; or a refusal.
+
+        upload: what vLLM cannot load is refused. What the store has already is tried again later instead.
 
         Raises:
             TooManyExams: the tenant has had its share. SafeLoRAError: the gate or the exam cannot.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from safelora_vllm.integration.adapter_uri import published_key
@@ -13,22 +14,27 @@ from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.traffic import Timings
 
 
-def exam_series(exam: NoExam, served: Sequence[Entry]) -> Iterator[str]:
+def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterator[str]:
     """Of this server's exam, of all exams of the host, and of the adapters that are served.
 
-    None where nobody asked for an exam.
+    None where nobody asked for an exam. Without a key for the metrics everybody sees them: then there are no
+    scores, nor rungs, by which authors could train against the probes.
     """
     if exam.mode == "off" and not exam.cause:
         return
     counted = exam.counted()
+    exams: Counter[tuple[str, str]] = Counter()
+    for (verdict, rung), count in counted.exams.items():
+        exams[verdict, rung if has_key else ""] += count
     scores = [
         ((entry.name,), found.score.bound)
         for entry in served[:MAX_ADAPTER_SERIES]
         if entry.served and (found := exam.found(published_key(entry.served.request.lora_path)))
     ]
     yield family("safelora_exam_info", [((exam.mode,), 1)])
-    yield family("safelora_exams_total", sorted(counted.exams.items()))
+    yield family("safelora_exams_total", sorted(exams.items()))
     yield head("safelora_exam_seconds")
     timings = Timings(BUCKETS, tuple(map(float, counted.buckets)), counted.seconds)
     yield histogram_lines("safelora_exam_seconds", "", timings)
-    yield family("safelora_adapter_exam_score", scores)
+    if has_key:
+        yield family("safelora_adapter_exam_score", scores)

@@ -79,7 +79,7 @@ async def _started(
         if settings.exam_probes
         else probe_sets.drawn(secret, probe_sets.COUNT)
     )
-    parts = [*exam_digest_parts(probes, secret), *await asyncio.to_thread(_model, engine, served, state)]
+    parts = [*exam_digest_parts(probes, secret), *await asyncio.to_thread(model_parts, engine, served, state)]
     parts.append(str(template or tokenizer.chat_template))
     exam = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     reference = await kept_reference(root, exam, model, probes)
@@ -98,17 +98,45 @@ async def _started(
     return EnforcedExam(examiner, rungs, chosen, exam, named=settings.ladder is not None)
 
 
-def _model(engine: Any, served: str, state: GateState) -> list[Any]:
+_HOW = {
+    "model_config": ("revision", "dtype", "quantization", "logprobs_mode", "hf_overrides"),
+    "parallel_config": ("tensor_parallel_size", "pipeline_parallel_size"),
+    "cache_config": ("cache_dtype",),
+    "speculative_config": ("method", "model", "num_speculative_tokens"),
+}
+_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def model_parts(engine: Any, served: str, state: GateState) -> list[Any]:
     """What tells the served model, and how it is served, from others."""
     config = engine.model_config
+    folder = _folder(served, getattr(config, "revision", None))
     try:
-        fingerprint: Any = Checkpoint(locate_model(served)).fingerprint()
+        fingerprint: Any = Checkpoint(folder).fingerprint() if folder else served
     except (SafeLoRAError, OSError):  # a format of its own: the operator trusts it
         fingerprint = served
-    parallel = getattr(getattr(engine, "vllm_config", None), "parallel_config", None)
-    how = [str(getattr(config, name, "")) for name in ("revision", "dtype", "quantization", "logprobs_mode")]
-    sizes = [getattr(parallel, name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
-    return [state.projectors, fingerprint, how, sizes, vllm_version()]
+    tokenizer = str(getattr(config, "tokenizer", "") or served)
+    text = folder if tokenizer == served else _folder(tokenizer, getattr(config, "tokenizer_revision", None))
+    files = [[tokenizer, *(_sha256(of / name) for name in _FILES)] for of in (folder, text) if of]
+    of_engine = getattr(engine, "vllm_config", None)
+    parts = {part: getattr(of_engine, part, None) for part in _HOW} | {"model_config": config}
+    how = {part: [str(getattr(parts[part], name, "")) for name in names] for part, names in _HOW.items()}
+    return [state.projectors, fingerprint, files, how, vllm_version()]
+
+
+def _folder(name: str, revision: str | None) -> Path | None:
+    """Where a model's files are; None where they cannot be seen."""
+    try:
+        return locate_model(f"{name}@{revision}" if revision and not Path(name).is_dir() else name)
+    except (SafeLoRAError, OSError):
+        return None
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _template(args: Namespace) -> str | None:
