@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,14 +17,15 @@ from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.server.exam import start as begin
 from safelora_vllm.integration.server.exam.counts import Counted, Counts
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME, without_hidden
-from safelora_vllm.integration.server.exam.limits import A_DAY, A_MINUTE, ExamLimits, TooManyExams
+from safelora_vllm.integration.server.exam.limits import A_DAY, A_MINUTE, AT_ONCE, ExamLimits, TooManyExams
 from safelora_vllm.integration.server.exam.modes import EnforcedExam
 from safelora_vllm.integration.server.exam.start import model_parts
 from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.verdicts import Examined, Verdicts
-from safelora_vllm.tenants.principal import Principal, check_name
+from safelora_vllm.tenants.principal import check_name
 from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
+from tests.server.fake_exam import ANSWER, FakeTokenizer
 
 LADDER = parse("input-removal:0.1,input-removal:0.4,safe-lora", Policy())
 
@@ -95,24 +98,44 @@ def test_other_settings_are_other_rules() -> None:
 def test_a_tenant_has_a_share() -> None:
     now = [0.0]
     limits = ExamLimits(lambda: now[0])
-    acme, admin = Principal("tenant", "acme/ci", "acme"), Principal("admin", "ops")
+
+    def take(tenant: str | None) -> None:
+        with limits.share(tenant) as ticket:
+            ticket()
+            ticket()  # an upload with all its rungs is one
+
     for _ in range(A_MINUTE):
-        limits.take(acme)
+        take("acme")
     with pytest.raises(TooManyExams, match="in a minute") as error:
-        limits.take(acme)
+        take("acme")
     assert error.value.seconds == 61
-    limits.take(Principal("tenant", "globex/ci", "globex"))
+    take("globex")
     for _ in range(A_DAY):
-        limits.take(admin)
-        limits.take(None)
+        take(None)
     for _ in range(A_DAY - A_MINUTE):
         now[0] += 60
-        limits.take(acme)
+        take("acme")
     now[0] += 60
     with pytest.raises(TooManyExams, match="in a day"):
-        limits.take(acme)
+        take("acme")
     now[0] += 86400
-    limits.take(acme)
+    take("acme")
+
+
+def test_few_exams_of_a_tenant_are_under_way() -> None:
+    """Each holds the place of an upload. Those that need no exam are not counted."""
+    limits = ExamLimits()
+    with ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(limits.share("acme"))
+        for _ in range(AT_ONCE):
+            held.enter_context(limits.share("acme"))()
+        with limits.share("acme") as ticket, pytest.raises(TooManyExams, match="are under way"):
+            ticket()
+        with limits.share("globex") as ticket:
+            ticket()
+    with limits.share("acme") as ticket:
+        ticket()
 
 
 def test_a_verdict_is_of_the_very_bytes(tmp_path: Path) -> None:
@@ -189,6 +212,29 @@ def test_a_model_of_the_hub_is_looked_at_in_its_revision(monkeypatch: pytest.Mon
     config = SimpleNamespace(revision="abc")
     model_parts(SimpleNamespace(model_config=config), "org/x", cast(Any, SimpleNamespace(projectors="p")))
     assert asked == ["org/x@abc"]
+
+
+def test_an_exam_is_not_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler with priorities that is always busy never gets to its last request."""
+    pytest.importorskip("vllm")
+    engine_model = pytest.importorskip("safelora_vllm.integration.server.exam.engine_model")
+    monkeypatch.setattr(engine_model, "_PATIENCE_SECONDS", 0.05)
+    asked: list[tuple[str, int]] = []
+
+    async def generate(_: Any, __: Any, request: str, *, priority: int, **___: Any) -> Any:
+        asked.append((request, priority))
+        if priority:
+            await asyncio.sleep(60)
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ANSWER)])
+
+    scheduler = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
+    engine = SimpleNamespace(model_config=SimpleNamespace(), generate=generate, vllm_config=scheduler)
+    model = engine_model.EngineModel(engine, FakeTokenizer(), "x")
+    other = engine_model.EngineModel(engine, FakeTokenizer(), "x")
+    for one in (model, other):
+        assert len(asyncio.run(one.answer(["p"] * 20, 4))) == 20
+    urgent = [request for request, priority in asked if priority == 0]
+    assert len(urgent) == 40 and len({request for request, _ in asked}) == len(asked)
 
 
 def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:

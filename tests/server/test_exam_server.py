@@ -421,6 +421,40 @@ def test_a_tenant_cannot_starve_others(
         assert upload(admin, "acme/c", adapters["other"]).status_code == 201
 
 
+def test_reports_are_of_what_is_served_and_bounded(
+    start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant that replaces an adapter again and again, or uploads many, is not examined all the time."""
+    monkeypatch.setattr(limits, "_WINDOWS", ((60.0, 1, "minute"), (86400.0, 1, "day")))
+    place.tenant()
+    with start(exam="report", ladder=None, policy={"method": "safe-lora"}, keys=str(place.keys)) as server:
+        http, go, exam = server.client(SECRET), asyncio.Event(), server.app.state.safelora.copies.exam
+        server.engine.before = go.wait  # type: ignore[assignment]
+        assert upload(http, "acme/a", adapters["useful"]).status_code == 201
+        for content in ("careless", "other"):
+            assert upload(http, "acme/b", adapters[content], replace=True).status_code == 201
+        assert upload(http, "acme/c", adapters["harmful"]).status_code == 201
+        assert http.delete("/v1/adapters/acme/c").status_code == 200
+        assert set(exam._waiting) == {"acme/a", "acme/b"} and len(exam.examiner.background.tasks) == 1
+        server.portal.call(go.set)
+        for _ in range(200):
+            if set(exam._waiting) == {"acme/b"}:
+                break
+            server.portal.call(asyncio.sleep, 0.02)
+        server.portal.call(asyncio.sleep, 0.1)
+        assert len(set(server.engine.asked)) == 1 and set(exam._waiting) == {"acme/b"}  # over the limit
+
+
+def test_waiting_for_ones_turn_ends(
+    start: Start, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start() as server:
+        monkeypatch.setattr(examiner, "_SECONDS", 0.2)
+        server.portal.call(server.app.state.safelora.copies.exam.examiner._turn.acquire)
+        answer = upload(server.client(ADMIN_KEY), "useful", adapters["useful"])
+        assert answer.status_code == 503 and "other exams have not ended" in answer.text
+
+
 def test_audit_has_the_score(start: Start, adapters: dict[str, Path], place: Place) -> None:
     with start() as server:
         http = server.client(ADMIN_KEY)

@@ -52,6 +52,7 @@ class ServedNames:
         """Forget a name, and free its weights."""
         entry = self.registry.pop(name)
         self.unready.discard(name)
+        self._exam.is_gone(name)
         if entry.served is not None:
             self._release(entry.served.request)
 

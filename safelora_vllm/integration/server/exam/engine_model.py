@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 _AT_ONCE = 8  # requests of exams in the engine
-_LAST = 2**31 - 1  # vLLM's lowest priority
+_LAST, _USUAL = 2**31 - 1, 0  # vLLM's lowest priority, and that of requests that name none
+_PATIENCE_SECONDS = 30.0  # for which an exam lets all others go first
 _LOGPROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probabilities
 
 
 class EngineModel:
     """Asks the engine, with an adapter or without one.
 
-    Its requests are those of nobody: they are not counted as traffic, and have the lowest priority where the
-    scheduler has priorities.
+    Its requests are those of nobody: they are not counted as traffic. Where the scheduler has priorities they
+    have the lowest, but for a while only: a server that is always busy would never answer them.
     """
 
     def __init__(self, engine_client: Any, tokenizer: Any, name: str, template: str | None = None) -> None:
@@ -48,7 +49,7 @@ class EngineModel:
         self._tokenizer, self._template = tokenizer, template
         config = getattr(engine_client, "vllm_config", None)
         policy = getattr(getattr(config, "scheduler_config", None), "policy", "fcfs")
-        self._options = {"priority": _LAST} if policy == "priority" else {}
+        self._has_priorities = policy == "priority"
         # Blocks of the prefix cache would tell, by their speed, what is asked.
         self._salt = secrets.token_hex(16)
         # vLLM's ids need not be random, and API servers share an engine.
@@ -58,8 +59,10 @@ class EngineModel:
     async def answer(self, prompts: Sequence[str], tokens: int) -> list[tuple[Tokens, str]]:
         """As `safelora_vllm.exam.reference.Answers` has it."""
 
+        until = _until()
+
         async def one(prompt: str) -> tuple[Tokens, str]:
-            found = await self._ask(self._ids(prompt), None, max_tokens=tokens)
+            found = await self._ask(self._ids(prompt), None, until, max_tokens=tokens)
             answer = tuple(found.outputs[0].token_ids)
             return answer, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
@@ -74,10 +77,12 @@ class EngineModel:
             ExamUnavailable: the engine gives none.
         """
 
+        until = _until()
+
         async def one(prompt: str, answer: Tokens) -> float:
             ids = self._ids(prompt)
             asked = [*ids, *answer]
-            found = await self._ask(asked, adapter, max_tokens=1, prompt_logprobs=0)
+            found = await self._ask(asked, adapter, until, max_tokens=1, prompt_logprobs=0)
             given = list(found.prompt_logprobs or ())[len(ids) :]
             if len(given) != len(answer):
                 raise ExamUnavailable(f"the engine gave {len(given)} likelihoods: expected {len(answer)}")
@@ -85,23 +90,38 @@ class EngineModel:
 
         return await _all([one(*pair) for pair in zip(prompts, answers, strict=True)])
 
-    async def _ask(self, ids: list[int], adapter: LoRARequest | None, **options: int) -> Any:
+    async def _ask(self, ids: list[int], adapter: LoRARequest | None, until: float, **options: int) -> Any:
+        """The engine's last output. until: when, by the loop's time, the request is as urgent as others."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, detokenize=False, **options)
-        request = f"{self._ids_begin}-{next(self._numbers)}"
-        last: Any = None
-        async with self._free:
-            given = {"lora_request": adapter, **self._options}
-            prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": self._salt}
-            async for output in self._generate(prompt, params, request, **given):
+        prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": self._salt}
+
+        async def ask(**priority: int) -> Any:
+            request, last = f"{self._ids_begin}-{next(self._numbers)}", None
+            async for output in self._generate(prompt, params, request, lora_request=adapter, **priority):
                 last = output
+            return last
+
+        async with self._free:
+            if not self._has_priorities:
+                last = await ask()
+            else:
+                try:
+                    async with asyncio.timeout_at(until):
+                        last = await ask(priority=_LAST)
+                except TimeoutError:
+                    last = await ask(priority=_USUAL)
         if last is None or not last.outputs:
             raise ExamUnavailable("the engine gave no answer to an exam: try again later")
         return last
 
     def _ids(self, prompt: str) -> list[int]:
         return prompt_ids(self._tokenizer, prompt, self._template)
+
+
+def _until() -> float:
+    return asyncio.get_running_loop().time() + _PATIENCE_SECONDS
 
 
 async def _all(asked: Sequence[Coroutine[Any, Any, R]]) -> list[R]:

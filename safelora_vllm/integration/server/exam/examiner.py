@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from weakref import WeakValueDictionary
 
 from vllm.lora.request import LoRARequest
@@ -54,27 +55,14 @@ class Examiner:
         counts: Counts,
     ) -> None:
         self.verdicts, self.threshold, self.counts = verdicts, threshold, counts
-        self.background = Background()
+        self.background, self.limits = Background(), ExamLimits()
         self._model, self._pool, self._published, self._reference = model, pool, published, reference
-        self._limits = ExamLimits()
         self._turn = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each tenant
 
     def passes(self, examined: Examined) -> bool:
         """Whether a copy may be served."""
         return examined.score.passes(self.threshold)
-
-    def ticket(self) -> Callable[[], None]:
-        """What counts an exam against the caller's share: once, however many rungs it has."""
-        used = False
-
-        def use() -> None:
-            nonlocal used
-            if not used:
-                self._limits.take(caller())
-                used = True
-
-        return use
 
     async def examine(self, key: str, nbytes: float, rung: str, ticket: Callable[[], None]) -> Examined:
         """What the copy of a key is like, from the store where it was examined before.
@@ -86,9 +74,7 @@ class Examiner:
         if found := await asyncio.to_thread(self.verdicts.get, key):
             return found
         ticket()
-        who = caller()
-        turn = self._turns.setdefault((who and who.tenant) or "", asyncio.Lock())
-        async with turn, self._turn:  # so that each tenant has one exam at most in the queue of all
+        async with self._in_turn():
             if found := await asyncio.to_thread(self.verdicts.get, key):
                 return found
             began = time.perf_counter()
@@ -101,6 +87,22 @@ class Examiner:
                 self.counts.count(verdict, rung, time.perf_counter() - began)
             logger.info("exam of copy %s by %s: %s", key[:12], rung, verdict)
             return found
+
+    @asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        """One exam at a time. Each tenant has one at most in the queue of all."""
+        who = caller()
+        turn = self._turns.setdefault((who and who.tenant) or "", asyncio.Lock())
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(_SECONDS):
+                    await held.enter_async_context(turn)
+                    await held.enter_async_context(self._turn)
+            except TimeoutError as error:
+                raise ExamUnavailable(
+                    f"other exams have not ended in {_SECONDS:.0f} s: try again later"
+                ) from error
+            yield
 
     async def _examined(self, key: str, nbytes: float, began: float) -> Examined:
         files = await asyncio.to_thread(self._published.digests, key)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from safelora_vllm.errors import SafeLoRAError
-from safelora_vllm.tenants.principal import Principal
 
 A_MINUTE, A_DAY = 6, 100
+AT_ONCE = 2  # one that runs, and one that waits: each holds the place of an upload
+_SOON_SECONDS = 5
 _WINDOWS = ((60.0, A_MINUTE, "minute"), (86400.0, A_DAY, "day"))
 
 
@@ -26,16 +28,38 @@ class ExamLimits:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._times = now, defaultdict[str, deque[float]](deque)
+        self._under_way: Counter[str] = Counter()
 
-    def take(self, who: Principal | None) -> None:
-        """Count an exam. Those of admins, and of the server itself, have no bound.
+    @contextmanager
+    def share(self, tenant: str | None) -> Iterator[Callable[[], None]]:
+        """What counts an exam, which ends with the block: once, however often it is called.
 
-        Raises:
-            TooManyExams: over a limit; it is not counted.
+        Those of admins, and of the server itself, have no tenant and no bound. It raises TooManyExams, and
+        counts nothing, over a limit.
         """
-        if who is None or who.tenant is None:
-            return
-        now, times = self._now(), self._times[who.tenant]
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            if tenant and not begun:
+                if self._under_way[tenant] >= AT_ONCE:
+                    raise TooManyExams(
+                        f"{AT_ONCE} exams of the tenant are under way; try again in {_SOON_SECONDS} s",
+                        _SOON_SECONDS,
+                    )
+                self._take(tenant)
+                self._under_way[tenant] += 1
+                begun = True
+
+        try:
+            yield begin
+        finally:
+            if tenant and begun:
+                self._under_way[tenant] -= 1
+                self._under_way += Counter()  # forgets those that have none
+
+    def _take(self, tenant: str) -> None:
+        now, times = self._now(), self._times[tenant]
         while times and now - times[0] >= _WINDOWS[-1][0]:
             times.popleft()
         for seconds, most, unit in _WINDOWS:

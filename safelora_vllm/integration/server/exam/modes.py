@@ -8,23 +8,27 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from safelora_vllm.errors import Reason, SafeLoRAError
+from safelora_vllm.errors import Reason
 from safelora_vllm.exam.ladder import name_of
 from safelora_vllm.exam.sitting import REFUSED
 from safelora_vllm.gate.protocol import Judgement
+from safelora_vllm.integration.server.callers import acting_as, caller
 from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.examiner import Examiner, NotLoaded
+from safelora_vllm.integration.server.exam.limits import TooManyExams
 from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.store.audit_log import SERVER, AuditLog
+from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.rules import Rules, TenantRules
 
 logger = logging.getLogger("vllm.safelora.exam")
+_LATER_SECONDS = 15.0
 OWN = "policy"  # the rung's name where the policy is not one of the ladder's
 
 
@@ -53,30 +57,59 @@ class _WithExaminer(NoExam):
 
 
 class ReportedExam(_WithExaminer):
-    """Copies are examined once they are served, and nothing is refused."""
+    """Copies are examined once they are served, one after the other, and nothing is refused."""
 
     mode = "report"
 
     def __init__(self, examiner: Examiner, audit: AuditLog) -> None:
         super().__init__(examiner)
-        self._audit, self._met = audit, set[str]()
+        self._audit, self._working = audit, False
+        self._waiting: dict[str, str] = {}  # name → the copy that it serves now
 
     def is_served(self, name: str, key: str) -> None:
-        """Examine a copy that this process has not met before, in the background."""
-        if key not in self._met:
-            self._met.add(key)
-            self.examiner.background.spawn(self._report(name, key))
+        """Examine a copy in the background, if it is still served by the name when its turn comes."""
+        self._waiting.pop(name, None)
+        if self.found(key) is None:
+            self._waiting[name] = key
+            if not self._working:
+                self._working = True
+                self.examiner.background.spawn(self._work())
 
-    async def _report(self, name: str, key: str) -> None:
-        known = await asyncio.to_thread(self.examiner.verdicts.get, key) is not None
+    def is_gone(self, name: str) -> None:
+        """Its copy is not examined any more."""
+        self._waiting.pop(name, None)
+
+    async def _work(self) -> None:
+        """Examine what waits. What is over its tenant's limits stays until later."""
         try:
-            found = await self.examiner.examine(key, math.inf, OWN, lambda: None)
-        except SafeLoRAError as error:
-            self._met.discard(key)  # again when it is served next
-            logger.warning(
-                "adapter %r was not examined: %s", name, error, extra={"adapter": name, "copy": key}
-            )
-            return
+            while self._waiting:
+                for name, key in list(self._waiting.items()):
+                    if self._is_due(name, key) and await self._tried(name, key) and self._is_due(name, key):
+                        del self._waiting[name]
+                if self._waiting:
+                    await asyncio.sleep(_LATER_SECONDS)
+        finally:
+            self._working = False
+
+    def _is_due(self, name: str, key: str) -> bool:
+        return self._waiting.get(name) == key
+
+    async def _tried(self, name: str, key: str) -> bool:
+        """Examine a copy, unless its tenant has had its share."""
+        try:
+            # Whoever's request has begun this, it is the exam of the name's owner.
+            with acting_as(None), self.examiner.limits.share(tenant_of(name)) as ticket:
+                await self._report(name, key, ticket)
+        except TooManyExams:
+            return False
+        except Exception as error:  # a full disk, say: the other copies still have their turn
+            about = {"adapter": name, "copy": key}  # again when it is served next
+            logger.warning("adapter %r was not examined: %s", name, error, extra=about)
+        return True
+
+    async def _report(self, name: str, key: str, ticket: Callable[[], None]) -> None:
+        known = await asyncio.to_thread(self.examiner.verdicts.get, key) is not None
+        found = await self.examiner.examine(key, math.inf, OWN, ticket)
         if not known:
             reasons = [] if self.passes(found) else [REFUSED.code]
             await log(
@@ -127,7 +160,13 @@ class EnforcedExam(_WithExaminer):
 
     async def decide(self, rungs: Sequence[Rules], judge: Judge, upload: bool = False) -> Judgement:
         """As `NoExam.decide`: the first rung that passes."""
-        ticket = self.examiner.ticket()
+        who = caller()
+        with self.examiner.limits.share(who.tenant if who else None) as ticket:
+            return await self._first_that_passes(rungs, judge, upload, ticket)
+
+    async def _first_that_passes(
+        self, rungs: Sequence[Rules], judge: Judge, upload: bool, ticket: Callable[[], None]
+    ) -> Judgement:
         judgement: Judgement | None = None
         for rules in rungs:
             judgement = await judge(rules, judgement)

@@ -61,6 +61,9 @@ class NoExam:
     def is_served(self, name: str, key: str) -> None:
         """Note that a name serves a copy."""
 
+    def is_gone(self, name: str) -> None:
+        """Note that a name is no more."""
+
     def found(self, key: str) -> Examined | None:  # noqa: ARG002
         """What an exam found of a copy that is served."""
         return None

@@ -90,6 +90,12 @@ async def _started(
     if settings.exam == "report":
         logger.info("exam: report, %s", about)
         return ReportedExam(examiner, audit)
+    lora = getattr(getattr(engine, "vllm_config", None), "lora_config", None)
+    if getattr(lora, "max_loras", 2) == 1:
+        logger.warning(
+            "--exam enforce with --max-loras 1: an exam waits until no other adapter is in use, and gives up "
+            "after two minutes. Expected --max-loras 2 or more"
+        )
     policy = Policy.from_mapping(settings.policy)
     cache = await asyncio.to_thread(ProjectorCache, settings.projectors)
     rungs = await asyncio.to_thread(ladders.usable, cache, settings.ladder, policy)
