@@ -15,6 +15,8 @@ from torch import Tensor
 from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.served import check_served_model
+from safelora_vllm.served.scales import limit
+from safelora_vllm.served.stored import Stored
 from tests import quantised
 from tests.test_quantised import FORMS, GROUP, UP0, copy, made
 from tests.tiny import Pair, write_checkpoint
@@ -157,6 +159,65 @@ def test_what_only_the_file_explains(attack: str, copy: Callable[..., Path], mad
         check_served_model(made[0], folder, quick=True)
     with pytest.raises(REFUSED):
         check_served_model(made[0], folder)
+
+
+def one_scale(weight: Tensor) -> quantised.Parts:
+    scale = weight.float().abs().amax() / 127.5
+    return {"weight": (weight / scale).round().clamp(-128, 127).to(torch.int8), "weight_scale": scale[None]}
+
+
+def tiles(weight: Tensor) -> quantised.Parts:
+    """DeepSeek's FP8, in tiles of 16 × 16, with scales that are powers of two."""
+    rows, width = weight.shape
+    parts = weight.float().reshape(rows // 16, 16, width // 16, 16)
+    scale = torch.exp2((parts.abs().amax((1, 3)) / 448).log2().ceil())
+    codes = (parts / scale[:, None, :, None]).reshape(rows, width).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scale}
+
+
+def without_order(weight: Tensor) -> quantised.Parts:
+    parts = FORMS["GPTQ, 4 bits"][1](weight)
+    return {name: part for name, part in parts.items() if name != "g_idx"}
+
+
+HONEST: dict[str, tuple[dict[str, Any], Callable[[Tensor], quantised.Parts]]] = {
+    "GPTQ, one group": (
+        {**quantised.GPTQ, "group_size": -1, "desc_act": True},
+        lambda w: quantised.gptq(*quantised.round_groups(w, 8, w.shape[1], True), bits=8),
+    ),
+    "auto-round": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": True}, without_order
+    ),
+    "AWQ, other keys": (
+        {"quant_method": "awq", "w_bit": 4, "q_group_size": GROUP, "zero_point": True},
+        FORMS["AWQ, 4 bits"][1],
+    ),
+    "int8, one scale": (quantised.scheme(8, strategy="tensor"), one_scale),
+    "FP8, tiles": ({"quant_method": "fp8", "weight_block_size": [16, 16]}, tiles),
+    "packed, 8 bits": (
+        {**quantised.scheme(4, strategy="group", group_size=GROUP), "config_groups": {"group_0": {
+            "weights": {"num_bits": 8, "strategy": "group", "group_size": GROUP}}}},
+        lambda w: quantised.packed_tensors(*quantised.round_groups(w, 8, GROUP, True)[:2], None, 8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", HONEST)
+def test_honest_copies_of_other_sizes(form: str, copy: Callable[..., Path], made: Made) -> None:
+    config, quantise = HONEST[form]
+    if form.startswith("packed"):
+        pytest.importorskip("compressed_tensors")
+    found = check_served_model(made[0], copy(config=config, quantise=quantise))
+    assert found is not None and found.rounded and abs(found.position) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("near", "expected"), [(0, [1, 5, 2, 1]), (1, [5, 5, 5, 2]), (3, [5, 5, 5, 5]), (99, [5, 5, 5, 5])]
+)
+def test_rows_that_share_a_scale(near: int, expected: list[int]) -> None:
+    zeros = torch.zeros(4, 8)
+    stored = Stored("x", zeros, zeros, zeros, zeros, calibrated=True, near=near)
+    assert limit(torch.tensor([1.0, 5, 2, 1]), stored).flatten().tolist() == [2 * part for part in expected]
 
 
 LONG = {f"{UP0}.weight.quant_state.bitsandbytes__nf4": b'{"blocksize": 64}' + b" " * 5000}

@@ -79,7 +79,8 @@ def refuse_other_files(folder: Path) -> None:
     if more:
         raise CheckpointError(
             f"{folder} has {min(more)} besides the weights that are compared: vLLM would load it. Serve a "
-            f"folder without it: expected model.safetensors alone, or shards with {INDEX}"
+            f"folder without it: expected model.safetensors alone, or shards with {INDEX}. "
+            "`trust_served_model` leaves all comparing out"
         )
 
 
