@@ -182,7 +182,7 @@ def without_order(weight: Tensor) -> quantised.Parts:
 
 HONEST: dict[str, tuple[dict[str, Any], Callable[[Tensor], quantised.Parts]]] = {
     "GPTQ, one group": (
-        {**quantised.GPTQ, "group_size": -1, "desc_act": True},
+        {**quantised.GPTQ, "bits": 8, "group_size": -1, "desc_act": True},
         lambda w: quantised.gptq(*quantised.round_groups(w, 8, w.shape[1], True), bits=8),
     ),
     "auto-round": (
@@ -197,7 +197,7 @@ HONEST: dict[str, tuple[dict[str, Any], Callable[[Tensor], quantised.Parts]]] = 
     "packed, 8 bits": (
         {**quantised.scheme(4, strategy="group", group_size=GROUP), "config_groups": {"group_0": {
             "weights": {"num_bits": 8, "strategy": "group", "group_size": GROUP}}}},
-        lambda w: quantised.packed_tensors(*quantised.round_groups(w, 8, GROUP, True)[:2], None, 8),
+        lambda w: quantised.packed_tensors(*quantised.round_groups(w, 8, GROUP, True, torch.bfloat16)[:2], None, 8),
     ),
 }  # fmt: skip
 
