@@ -180,6 +180,11 @@ def without_order(weight: Tensor) -> quantised.Parts:
     return {name: part for name, part in parts.items() if name != "g_idx"}
 
 
+def packed_8(weight: Tensor) -> quantised.Parts:
+    codes, scale, _ = quantised.round_groups(weight, 8, GROUP, True, torch.bfloat16)
+    return quantised.packed_tensors(codes, scale, None, 8)
+
+
 HONEST: dict[str, tuple[dict[str, Any], Callable[[Tensor], quantised.Parts]]] = {
     "GPTQ, one group": (
         {**quantised.GPTQ, "bits": 8, "group_size": -1, "desc_act": True},
@@ -197,7 +202,7 @@ HONEST: dict[str, tuple[dict[str, Any], Callable[[Tensor], quantised.Parts]]] = 
     "packed, 8 bits": (
         {**quantised.scheme(4, strategy="group", group_size=GROUP), "config_groups": {"group_0": {
             "weights": {"num_bits": 8, "strategy": "group", "group_size": GROUP}}}},
-        lambda w: quantised.packed_tensors(*quantised.round_groups(w, 8, GROUP, True, torch.bfloat16)[:2], None, 8),
+        packed_8,
     ),
 }  # fmt: skip
 
