@@ -139,14 +139,23 @@ def _scale_shapes(weight: Shape, block: Block) -> list[Shape]:
     return [(math.ceil(rows / (block[0] or rows)), math.ceil(columns / (block[1] or columns)))]
 
 
-def _blocks_of_groups(config: Mapping[str, Any], where: object) -> tuple[Block, ...]:
-    """Of the groups that are 8-bit floats. The shape of a weight's scale tells which group it is in."""
+def only_scaled(config: Mapping[str, Any], where: object) -> None:
+    """Refuse a quantization_config of weights that are sparse or stored in another basis.
+
+    Raises:
+        CheckpointError: they are.
+    """
     for key in ("transform_config", "sparsity_config"):
         other = config.get(key) or {}
         if other.get("config_groups") or other.get("format", "dense") != "dense":
             raise CheckpointError(
                 f"{where} has a {key}, so its weights are packed or stored in another basis. {CURE}"
             )
+
+
+def _blocks_of_groups(config: Mapping[str, Any], where: object) -> tuple[Block, ...]:
+    """Of the groups that are 8-bit floats. The shape of a weight's scale tells which group it is in."""
+    only_scaled(config, where)
     blocks, others = [], []
     for group in (config.get("config_groups") or {}).values():
         if not (scheme := group.get("weights")):

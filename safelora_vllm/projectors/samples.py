@@ -3,6 +3,7 @@
 ``aligned.samples``, in the format of safetensors, holds for each tensor of the aligned model,
 
 - ``NAME`` (rows, 8): of each row of a weight (d_out, d_in) the values in 8 columns; a vector as it is;
+- ``NAME.largest`` (rows,) float32: of each row of a weight the largest absolute value;
 - ``NAME.change`` (rows, 8) bfloat16: V = W_aligned − W_base there, where both models have the weight.
 
 The columns are random: a copy that is made to agree in them must know the file. So its seed is new for
@@ -34,8 +35,8 @@ from safelora_vllm.projectors.weight_files import FLOAT_DTYPES
 
 SAMPLES = "aligned.samples"
 PER_ROW = 8
-_FORMAT, _VERSION = "safelora-samples", "1"
-_CHANGE = ".change"
+_FORMAT, _VERSION = "safelora-samples", "2"
+_CHANGE, _LARGEST = ".change", ".largest"
 _WEIGHT = ".weight"
 _PIECE = 32 * 1024 * 1024  # bytes of rows that are read at once
 
@@ -56,6 +57,10 @@ class Samples:
     def values(self, name: str) -> Tensor:
         """Of the aligned model, float64."""
         return self._read(name)
+
+    def largest(self, name: str) -> Tensor:
+        """The largest absolute values (rows,) of a weight of the aligned model, float64."""
+        return self._read(f"{name}{_LARGEST}")
 
     def change(self, name: str) -> Tensor | None:
         """V in the same places, float64; None where the base has no such weight."""
@@ -93,10 +98,11 @@ def write_samples(folder: Path, base: Checkpoint, aligned: Checkpoint) -> None:
         if not rows or not width:
             continue
         shapes[name], where = (rows, width), columns(seed, name, rows, width)
-        tensors[name] = _sampled(aligned, name, where)
+        tensors[name], tensors[f"{name}{_LARGEST}"] = _sampled(aligned, name, where)
         other = base.tensors.get(name)
         if other is not None and other.shape == info.shape and _readable(base, name):
-            change = tensors[name].to(torch.float64) - _sampled(base, name, where).to(torch.float64)
+            of_base, _ = _sampled(base, name, where)
+            change = tensors[name].to(torch.float64) - of_base.to(torch.float64)
             tensors[f"{name}{_CHANGE}"] = change.to(torch.bfloat16)
     if wrong := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise CheckpointError(
@@ -159,18 +165,28 @@ def _readable(model: Checkpoint, name: str) -> bool:
     return False
 
 
-def _sampled(model: Checkpoint, name: str, where: Tensor) -> Tensor:
-    """The values of a weight in these columns of its rows; of FP8 what they stand for, in float32."""
+def _sampled(model: Checkpoint, name: str, where: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of a weight in these columns of its rows, of FP8 what they stand for, in float32.
+
+    Also the largest absolute value of each row, in float32.
+    """
     module = name.removesuffix(_WEIGHT)
     if module != name and model.scale_name(module) is not None:
-        return model.linear(module).reshape(len(where), -1).gather(1, where).to(torch.float32)
+        whole = model.linear(module).reshape(len(where), -1)
+        return whole.gather(1, where).to(torch.float32), _largest(whole)
     info = model.tensors[name]
     dtype, width = FLOAT_DTYPES[info.dtype], info.shape[-1]
     step = max(1, _PIECE // (width * dtype.itemsize))
-    found = []
+    found, largest = [], []
     for start in range(0, len(where), step):
         part = where[start : start + step]
         row = width * dtype.itemsize
         data = model.raw(name, start * row, len(part) * row)
-        found.append(torch.frombuffer(data, dtype=dtype).reshape(len(part), width).gather(1, part))
-    return torch.cat(found)
+        rows = torch.frombuffer(data, dtype=dtype).reshape(len(part), width)
+        found.append(rows.gather(1, part))
+        largest.append(_largest(rows))
+    return torch.cat(found), torch.cat(largest)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return torch.maximum(rows.amax(1), -rows.amin(1)).to(torch.float32)

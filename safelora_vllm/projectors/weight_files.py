@@ -64,6 +64,26 @@ def weight_files(folder: Path) -> Iterator[Path]:
         yield file
 
 
+def refuse_other_files(folder: Path) -> None:
+    """Refuse a folder with weights that vLLM would load instead of those of `weight_files`, or after them.
+
+    Source: vLLM 0.32, ``DefaultModelLoader._prepare_weights``. It prefers ``consolidated*.safetensors``, and
+    loads every ``*.safetensors`` where there is no index.
+
+    Raises:
+        CheckpointError: it has such files.
+    """
+    more = {file.name for file in folder.glob("consolidated*.safetensors")}
+    if not (folder / INDEX).is_file():
+        more |= {file.name for file in folder.glob("*.safetensors")} - {"model.safetensors"}
+    if more:
+        raise CheckpointError(
+            f"{folder} has {min(more)} besides the weights that are compared: vLLM would load it. Serve a "
+            f"folder without it: expected model.safetensors alone, or shards with {INDEX}. "
+            "`trust_served_model` leaves all comparing out"
+        )
+
+
 def read_header(file: Path, whole: bool = True) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, from its header. whole: whether the data has to be there too.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
+from safelora_vllm.projectors.weight_files import refuse_other_files
 from safelora_vllm.served.compare import Fit, compare, position_error, totals
 from safelora_vllm.served.stored import FLOATS, TRUST
 
@@ -21,6 +22,9 @@ MOST_OUTSIDE_OF_ONE = 0.01  # the same of one weight
 FEW = 4  # samples of one weight that may be outside in any case
 MOST_ERROR = 4.0  # times the expected ‖·‖² of rounding to the nearest, of all calibrated weights
 MOST_ERROR_OF_ONE = 8.0
+MOST_DISTANCE = 0.35  # not measured; ‖W_served − W_aligned‖/‖W_aligned‖ of all quantised weights together
+MOST_DISTANCE_OF_ONE = 0.5
+MOST_SCALES = 0.001  # share of the samples of one weight whose scale does not fit the aligned weights
 MOST_POSITION = 0.1  # on the way from the aligned model to the base, or
 DEVIATIONS = 4.0  # so many standard deviations that rounding gives it
 MOST_DEVIATION = 0.1  # above it, the aligned model and the base are not told apart
@@ -72,9 +76,10 @@ def check_served_model(cache: ProjectorCache, model: str | Path, quick: bool = F
 
     Raises:
         ProjectorCacheError: it is another model, or the cache has no samples.
-        CheckpointError: it is stored in a form that cannot be compared.
+        CheckpointError: it is stored in a form that cannot be compared, or the folder has other weights.
     """
     checkpoint = Checkpoint(model)
+    refuse_other_files(checkpoint.folder)
     fingerprint = checkpoint.fingerprint()
     if cache.is_aligned(fingerprint):
         return None
@@ -119,10 +124,9 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
         and abs(position) > max(MOST_POSITION, DEVIATIONS * deviation)
     ):
         raise _other(model, found, f"it is {position:.0%} of the way from the aligned model to the base")
-    if not others:
-        return found
+    _check_scales(fits, model, found)
     strict = [fit for fit in others if not fit.calibrated]
-    far = [fit for fit in others if fit.error > MOST_ERROR_OF_ONE * fit.expected]
+    far = [fit for fit in fits if fit.form not in FLOATS and _far(fit)]
     if strict or far:
         one = (strict or far)[0]
         size, expected = (math.sqrt(_over(part, one.norm)) for part in (one.error, one.expected))
@@ -131,13 +135,35 @@ def judged(fits: Sequence[Fit], model: str, quick: bool = False) -> Comparison:
             f"{len({*strict, *far})} of {len(fits)} weights differ by more than their rounding, such as "
             f"{one.module}, {one.form}: {size:.2%} from the aligned one, where {expected:.2%} is expected",
         )  # fmt: skip
-    if ratio > MOST_ERROR:
+    if quantised.form not in FLOATS and ratio > MOST_ERROR:
         raise _other(model, found, f"its squared error is {ratio:.1f} times that of rounding to the nearest")
+    if error > MOST_DISTANCE:
+        raise _other(model, found, f"its weights are {error:.0%} away from the aligned ones")
+    if not others:
+        return found
     if not quick and deviation > MOST_DEVIATION:
         raise ProjectorCacheError(
             f"{model} is rounded too coarsely to tell the aligned model from the base: {found}. {TRUST}"
         )
     return found
+
+
+def _check_scales(fits: Sequence[Fit], model: str, found: Comparison) -> None:
+    """Refuse scales so large that rounding to them explains any weight, or so small that clipping does."""
+    for what in ("coarse", "clipped"):
+        for fit in fits:
+            if (count := getattr(fit, what)) > max(FEW, MOST_SCALES * fit.count):
+                small = "larger" if what == "coarse" else "smaller"
+                raise _other(
+                    model, found,
+                    f"the scales of {count} of {fit.count} samples of {fit.module}, {fit.form}, are {small} "
+                    "than the aligned weights need",
+                )  # fmt: skip
+
+
+def _far(fit: Fit) -> bool:
+    """Whether a weight is further from the aligned one than any tool's rounding."""
+    return fit.error > min(MOST_ERROR_OF_ONE * fit.expected, MOST_DISTANCE_OF_ONE**2 * fit.norm)
 
 
 def _most_outside(fit: Fit) -> float:

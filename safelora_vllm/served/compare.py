@@ -17,13 +17,13 @@ from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.manifest import natural_order
 from safelora_vllm.projectors.samples import PER_ROW, Samples, columns
 from safelora_vllm.projectors.weight_files import FLOAT_DTYPES
-from safelora_vllm.served import forms
+from safelora_vllm.served import forms, scales
 from safelora_vllm.served.floats import spacing
 from safelora_vllm.served.rescaling import Rescaling, first_those_with_rows
+from safelora_vllm.served.scales import CELL
 from safelora_vllm.served.stored import Place, Stored
 
 RESCALED_FROM = 1.5  # times the expected ‖·‖² of rounding: rows that are so far off are tried with factors
-_CELL = 1.02  # scales are rounded too, after the weights were divided by them
 _WEIGHT, _BIAS, _HEAD, _EMBEDDING = ".weight", ".bias", "lm_head.weight", "model.embed_tokens.weight"
 # Of activations and of the key-value cache: they are no weights.
 _OTHER = (
@@ -40,6 +40,8 @@ class Fit:
         module, form, calibrated: see `Stored`.
         count: how many samples.
         outside: of these, values that rounding to the nearest does not explain.
+        coarse: those whose scale is larger than the aligned weights need.
+        clipped: those whose scale is smaller than any tool would choose.
         error, expected, norm, change: sums of squares: of the differences, of what rounding to the nearest
             is expected to make, of the aligned weights, and of V.
         along: the sum of products of the differences and V.
@@ -56,6 +58,8 @@ class Fit:
     norm: float
     change: float
     along: float
+    coarse: int = 0
+    clipped: int = 0
     rescaled: bool = False
 
 
@@ -153,7 +157,7 @@ def _equal(aligned: Tensor, model: Checkpoint, name: str, factors: Tensor | None
     served = model.read(name)
     if served.shape != aligned.shape or served.dtype not in FLOAT_DTYPES.values():
         return False
-    half = spacing(aligned, served.dtype) / 2 * _CELL
+    half = spacing(aligned, served.dtype) / 2 * CELL
     if factors is None:
         return bool(((served.to(torch.float64) - aligned).abs() <= half).all())
     difference = served.to(torch.float64) / factors - aligned
@@ -173,14 +177,17 @@ def _fit(samples: Samples, model: Checkpoint, name: str, rescaling: Rescaling) -
     place = Place(model, module, (rows, width), columns(samples.seed, name, rows, width))
     stored = forms.read(place)
     values, scale = stored.values, torch.ones(1, 1, dtype=torch.float64)
+    limit = scales.limit(samples.largest(name), stored)
     if (factors := rescaling.inputs(module)) is not None:
         scale = factors[place.columns]
-    found = _sums(module, stored, values, scale, aligned, samples.change(name))
+        limit = limit * scales.smallest(factors, stored.size)[place.columns // stored.size].reciprocal()
+    found = _sums(module, stored, limit, scale, aligned, samples.change(name))
     if not stored.calibrated or found.error <= RESCALED_FROM * found.expected:
         return found
     if (of_rows := rescaling.rows(module, aligned, values * scale)) is None:
         return found
-    fitted = _sums(module, stored, values, scale / of_rows[:, None], aligned, samples.change(name), fitted=1)
+    scale, limit = scale / of_rows[:, None], limit * of_rows[:, None]
+    fitted = _sums(module, stored, limit, scale, aligned, samples.change(name), fitted=1)
     if fitted.error > found.error / 2:
         return found
     rescaling.take(module, of_rows)
@@ -188,18 +195,20 @@ def _fit(samples: Samples, model: Checkpoint, name: str, rescaling: Rescaling) -
 
 
 def _sums(
-    module: str, stored: Stored, values: Tensor, scale: Tensor, aligned: Tensor, change: Tensor | None,
+    module: str, stored: Stored, limit: Tensor, scale: Tensor, aligned: Tensor, change: Tensor | None,
     fitted: int = 0,
 ) -> Fit:  # fmt: skip
-    """fitted: how many factors of each row were made from its samples."""
+    """limit: of the scales' reach. fitted: how many factors of each row were made from its samples."""
+    values = stored.values
     difference, freedom = values * scale - aligned, PER_ROW / (PER_ROW - fitted)
-    outside = (difference > stored.below * scale * _CELL) | (-difference > stored.above * scale * _CELL)
+    outside = (difference > stored.below * scale * CELL) | (-difference > stored.above * scale * CELL)
     expected = (stored.expected * scale.square()).expand(values.shape)
     v = torch.zeros_like(aligned) if change is None else change
     return Fit(
         module, stored.form, stored.calibrated, aligned.numel(), int(outside.sum()),
         float(difference.square().sum()) * freedom, float(expected.sum()), float(aligned.square().sum()),
-        float(v.square().sum()), float((difference * v).sum()), rescaled=scale.numel() > 1,
+        float(v.square().sum()), float((difference * v).sum()), *scales.counts(stored, limit, scale, aligned),
+        rescaled=scale.numel() > 1,
     )  # fmt: skip
 
 
@@ -208,7 +217,7 @@ def totals(fits: Sequence[Fit]) -> Fit:
     first = fits[0]
     sums = {
         part: sum(getattr(fit, part) for fit in fits)
-        for part in ("count", "outside", "error", "expected", "norm", "change", "along")
+        for part in ("count", "outside", "error", "expected", "norm", "change", "along", "coarse", "clipped")
     }
     calibrated = any(fit.calibrated for fit in fits)
     form = " and ".join(dict.fromkeys(fit.form for fit in fits))

@@ -40,7 +40,10 @@ def scaled_fp8(place: Place) -> Stored:
     of_blocks = scale.to(torch.float64).reshape(-1, math.ceil(place.shape[1] / width))
     scales = of_blocks[place.rows // height, place.columns // width]
     half = spacing(q, torch.float8_e4m3fn) / 2 * scales.abs()
-    return Stored("FP8", q * scales, half, half, half.square() / 3, calibrated=True)
+    return Stored(
+        "FP8", q * scales, half, half, half.square() / 3, calibrated=True,
+        reach=scales.abs() * torch.finfo(torch.float8_e4m3fn).max, size=width, near=height - 1,
+    )  # fmt: skip
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:

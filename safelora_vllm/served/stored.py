@@ -29,6 +29,10 @@ class Stored:
         below, above: an original of this value that was rounded to the nearest is at most so far from it.
         expected: the square of the error that rounding to the nearest is expected to have made.
         calibrated: whether tools for this form also round otherwise, to lessen the error of the outputs.
+        reach: the largest absolute value that the scale of each sample can stand for; None without scales.
+        clipped: samples at the last value of their scale, which may stand for larger ones.
+        size: how many columns of a row have one scale.
+        near: how many rows a row that has the same scale can be away; 0 where each row has its own.
     """
 
     form: str
@@ -37,6 +41,10 @@ class Stored:
     above: Tensor
     expected: Tensor
     calibrated: bool
+    reach: Tensor | None = None
+    clipped: Tensor | None = None
+    size: int = 1
+    near: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,17 +102,25 @@ class Place:
         )
 
 
-def steps(form: str, codes: Tensor, zero: Tensor, scale: Tensor, ends: tuple[int, int]) -> Stored:
-    """Integers q (rows, 8) that stand for (q − z)·s. Beyond both ends values are clipped."""
-    size = scale.to(torch.float64).abs().expand(codes.shape)
+def steps(
+    form: str, codes: Tensor, zero: Tensor, scale: Tensor, ends: tuple[int, int], size: int, near: int = 0
+) -> Stored:
+    """Integers q (rows, 8) that stand for (q − z)·s. Beyond both ends values are clipped.
+
+    Tools clip to lessen the error of the others. No tool clips a value to less than half of it.
+    """
+    step = scale.to(torch.float64).abs().expand(codes.shape)
     values = (codes.to(torch.float64) - zero.to(torch.float64)) * scale.to(torch.float64)
-    half = size / 2
+    half = step / 2
     low, high = codes == ends[0], codes == ends[1]
     negative = scale.expand(codes.shape) < 0
-    infinite = torch.full_like(half, torch.inf)
-    below = torch.where(torch.where(negative, high, low), infinite, half)
-    above = torch.where(torch.where(negative, low, high), infinite, half)
-    return Stored(form, values, below, above, size.square() / 12, calibrated=True)
+    reach = step * ((ends[1] - ends[0] + 1) / 2)
+    below = torch.where(torch.where(negative, high, low), reach, half)
+    above = torch.where(torch.where(negative, low, high), reach, half)
+    return Stored(
+        form, values, below, above, step.square() / 12, calibrated=True,
+        reach=reach, clipped=low | high, size=size, near=near,
+    )  # fmt: skip
 
 
 def packed(words: Tensor, row: Tensor, index: Tensor, bits: int) -> Tensor:
