@@ -52,7 +52,7 @@ class Size:
 
 
 FULL = Size(prompts=120, harmless=80, tasks=40)
-SMOKE = Size(prompts=8, harmless=8, tasks=4)
+SMOKE = Size(prompts=4, harmless=4, tasks=2)
 
 
 @dataclass(frozen=True)

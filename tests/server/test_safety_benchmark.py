@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = "mixed-10-qv"
 
@@ -18,7 +19,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("safety")
     command = [sys.executable, str(ROOT / "benchmarks" / "safety" / "run.py"), "--smoke"]
     command += ["--cache", str(folder / "cache"), "--out", str(folder / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder / "out"
 
