@@ -22,12 +22,13 @@ MOST_OUTSIDE_OF_ONE = 0.01  # the same of one weight
 FEW = 4  # samples of one weight that may be outside in any case
 MOST_ERROR = 4.0  # times the expected ‖·‖² of rounding to the nearest, of all calibrated weights
 MOST_ERROR_OF_ONE = 8.0
-MOST_DISTANCE = 0.35  # not measured; ‖W_served − W_aligned‖/‖W_aligned‖ of all quantised weights together
-MOST_DISTANCE_OF_ONE = 0.5
-MOST_SCALES = 0.001  # share of the samples of one weight whose scale does not fit the aligned weights
 MOST_POSITION = 0.1  # on the way from the aligned model to the base, or
 DEVIATIONS = 4.0  # so many standard deviations that rounding gives it
 MOST_DEVIATION = 0.1  # above it, the aligned model and the base are not told apart
+# Not measured: far above what was seen of honest copies.
+MOST_DISTANCE = 0.35  # ‖W_served − W_aligned‖/‖W_aligned‖ of all quantised weights together
+MOST_DISTANCE_OF_ONE = 0.5
+MOST_SCALES = 0.001  # share of the samples of one weight whose scale does not fit the aligned weights
 
 
 @dataclass(frozen=True)
