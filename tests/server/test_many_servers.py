@@ -213,7 +213,7 @@ def test_restart_after_a_kill_serves_every_name(
     server, store, unsure = pair_of_servers, own_store, set()
     with client(server, ADMIN_KEY) as http:
         for name in ("adapter-0", "adapter-1"):
-            assert upload(http, name, many[name], replace=True).status_code == 201
+            assert upload(http, name, many[name], replace=True).status_code in (200, 201)
         done = {report["adapter"]: report["digest"] for report in http.get("/v1/adapters").json()["data"]}
         said = {name: say(http, name) for name in ("adapter-0", "adapter-1")}
 
@@ -229,7 +229,7 @@ def test_restart_after_a_kill_serves_every_name(
                         done.pop(name, None)
                     else:
                         answer = upload(own, name, many[f"adapter-{choice.randrange(COUNT)}"], True)
-                        if answer.status_code == 201:
+                        if answer.status_code in (200, 201):
                             done[name] = answer.json()["digest"]
                 except httpx.HTTPError:
                     return
