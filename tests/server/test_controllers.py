@@ -27,6 +27,7 @@ from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGua
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore
 from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY
@@ -320,6 +321,7 @@ def worker(place: Place) -> GuardedLoRAManager:
     guard: WorkerGuard = object.__new__(WorkerGuard)
     guard._store, guard._client = PublishedStore(place.store), GateClient(place.gate.socket)
     guard._accepted, guard._taken, guard.lost = {}, FoundSound(), set()
+    guard._settings = ServerSettings("unused", str(place.store))
     guard.state = guard._client.state()
     made: GuardedLoRAManager = object.__new__(GuardedLoRAManager)
     made.guard, made.counts, made._in_step = guard, PoolCounts(0), False
