@@ -137,7 +137,7 @@ def test_an_output_that_cannot_be_counted_ends_no_request(
     for _ in range(3):
         asyncio.run(use())
     assert caplog.text.count("requests are not counted in full") == 1
-    assert table.snapshot()["(others)"].requests["stop"] == 3
+    assert table.snapshot()["a"].requests["stop"] == 3
     table.close()
 
 
