@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 
 import check
 import report
+import torch
 from adapters import MORE_NAMES, NAMES
 from measure import Seed, serving
 from pairs import PAIRS
@@ -81,6 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     # By default vLLM leaves a core to its scheduler: with two cores, asking took half as long again.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+    torch.set_num_threads(1)  # more would wait for the server's, many times longer than they compute
     size = SMOKE if args.smoke else FULL
     if args.smoke:
         if args.out == report.HERE or args.cache == CACHE:
