@@ -63,13 +63,13 @@ def test_serve_with_a_cache_for_another_model(aligned: Path, projectors: Path, t
     base = aligned.with_name("base")
     run = subprocess.run(guarded(base, projectors, tmp_path), capture_output=True, text=True)
     assert run.returncode == 2
-    assert "another aligned model" in run.stderr and "Traceback" not in run.stderr
+    assert "is not a copy of the aligned model" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_plain_vllm_with_a_cache_for_another_model(aligned: Path, projectors: Path, tmp_path: Path) -> None:
     """A worker whose guard cannot be made stops the server. What else a guard refuses comes below."""
     command = plain(aligned.with_name("base"), "--enable-lora", config(projectors=str(projectors)))
-    assert "another aligned model" in start_and_fail(command, PLUGIN, tmp_path)
+    assert "is not a copy of the aligned model" in start_and_fail(command, PLUGIN, tmp_path)
 
 
 @pytest.fixture

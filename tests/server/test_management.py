@@ -112,8 +112,10 @@ def test_two_names_at_once_do_not_exceed_a_quota_together(
     asyncio.run(use())
 
 
-def test_one_name_at_once_by_two_servers_is_changed_by_one(place: Place, adapters: list[Path]) -> None:
+def test_one_name_at_once_by_two_servers_is_changed_by_one(place: Place, tmp_path: Path) -> None:
+    """Four contents: one that the name serves already would be no change."""
     tenant = place.tenant()
+    adapters = [Draft(tensors=lora(seed=seed)).write(tmp_path / str(seed)) for seed in range(4)]
 
     async def both(call: Callable[[Manager, int], Awaitable[object]], error: type[Exception]) -> None:
         async with place.manager() as (one, first), place.manager() as (other, second):
@@ -122,11 +124,11 @@ def test_one_name_at_once_by_two_servers_is_changed_by_one(place: Place, adapter
             assert sum(isinstance(outcome, error) for outcome in outcomes) == 1, outcomes
             assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 1
 
-    def add(replace: bool) -> Callable[[Manager, int], Awaitable[object]]:
-        return lambda manager, n: manager.add(tenant, "acme/x", adapters[n], replace=replace)
+    def add(folders: list[Path], replace: bool) -> Callable[[Manager, int], Awaitable[object]]:
+        return lambda manager, n: manager.add(tenant, "acme/x", folders[n], replace=replace)
 
-    asyncio.run(both(add(False), AlreadyLoaded))
-    asyncio.run(both(add(True), ChangedMeanwhile))
+    asyncio.run(both(add(adapters[:2], False), AlreadyLoaded))
+    asyncio.run(both(add(adapters[2:], True), ChangedMeanwhile))
 
 
 def test_the_oldest_of_ten_versions_makes_room_for_another(place: Place, tmp_path: Path) -> None:
