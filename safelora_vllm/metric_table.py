@@ -518,7 +518,7 @@ METRICS = (
         "copies examined, by verdict (passed, failed, unavailable) and rung of the ladder",
         more="The rung `policy` is one that is not on the ladder. Without SAFELORA_METRICS_KEY `rung` is "
         "empty. A verdict that the store has is not "
-        "counted again.",
+        "counted again. Re-examinations count.",
         queries=(
             (
                 "How many exams ended without a score in the last hour?",
@@ -539,7 +539,8 @@ METRICS = (
     Described(
         "safelora_adapter_exam_score", "gauge", ("adapter",), "nats per token",
         "upper confidence bound of the loyalty drop of what is served, compared with --exam-threshold",
-        more="Absent without SAFELORA_METRICS_KEY: it would help authors to train against the exam.",
+        more="Of the first exam and the newest re-examination, the larger one. "
+        "Absent without SAFELORA_METRICS_KEY: it would help authors to train against the exam.",
         queries=(
             (
                 "Which adapters are furthest from the aligned model?",

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from safelora_vllm.adapters.read import Limits
+from safelora_vllm.durations import seconds_in
 from safelora_vllm.errors import GuardError, PolicyError, UsageError
 from safelora_vllm.exam import ladder
 from safelora_vllm.exam.score import THRESHOLD
@@ -91,6 +92,9 @@ class ServerSettings:
             rung follows. Only with ``exam`` ``enforce``.
         exam_probes: file of JSON lines, each with a ``prompt``, that the aligned model refuses. It is read at
             the start. Without it, built-in ones in English are drawn with a secret of the store.
+        exam_every: how often what is served is examined again with the held-out half of the probes, such as
+            ``24h``. With ``exam`` ``enforce``, what fails is withdrawn. Without it, only an admin's request
+            examines again.
     """
 
     projectors: str
@@ -119,6 +123,7 @@ class ServerSettings:
     exam_threshold: float = THRESHOLD
     ladder: str | None = None
     exam_probes: str | None = None
+    exam_every: str | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:
@@ -188,10 +193,16 @@ class ServerSettings:
                 ladder.parse(self.ladder, Policy())
             except PolicyError as error:
                 raise GuardError(str(error)) from None
-        if self.exam == "off" and (self.exam_probes or self.exam_threshold != THRESHOLD):
+        if self.exam == "off" and (self.exam_probes or self.exam_every or self.exam_threshold != THRESHOLD):
             raise GuardError(
-                "exam_probes and exam_threshold have no effect without exam: leave them out, or set exam"
+                "exam_probes, exam_every and exam_threshold have no effect without exam: leave them out, or "
+                "set exam"
             )
+        if self.exam_every is not None:
+            try:
+                seconds_in(self.exam_every)
+            except UsageError as error:
+                raise GuardError(f"exam_every: {error}") from None
 
     def to_section(self) -> dict[str, Any]:
         """The inverse, for ``--additional-config``."""

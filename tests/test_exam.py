@@ -55,6 +55,17 @@ def test_an_operators_own_probes(tmp_path: Path) -> None:
     assert len(found.digest) == 64 and "forcer" not in found.digest
 
 
+def test_half_of_an_operators_own_probes_are_held_out() -> None:
+    given = probes.Probes.of([f"How do I force {i}?" for i in range(33)])
+    halves = probes.Halves.of(b"one", given)
+    assert sorted([*halves.first.prompts, *halves.held_out.prompts]) == sorted(given.prompts)
+    assert halves == probes.Halves.of(b"one", given) != probes.Halves.of(b"other", given)
+    few = probes.Probes.of(given.prompts[:31])
+    assert probes.Halves.of(b"one", few) == probes.Halves(few, few), "each half would say too little"
+    built_in = probes.Halves.built_in(b"one")
+    assert not set(built_in.first.prompts) & set(built_in.held_out.prompts)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -28,8 +28,8 @@ from safelora_vllm.report import Report
 logger = logging.getLogger("vllm.safelora.audit")
 SERVER = "server"  # the actor of decisions that no caller asked for
 OPERATOR = "operator"  # of ``safelora-vllm store`` on the machine
-REJUDGE, DELETE_VERSION = "rejudge", "delete-version"
-ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VERSION, REJUDGE)
+REJUDGE, DELETE_VERSION, EXAM = "rejudge", "delete-version", "exam"
+ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VERSION, REJUDGE, EXAM)
 SEARCHED = 8 * 1024 * 1024  # bytes of the log's end in which `AuditLog.newest` looks
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"

@@ -2,12 +2,16 @@
 
 An exam is named by a digest of all that its scores depend on besides the copy. A score is of the very files
 that were examined: where a copy was made again and has other bytes, it is as if it had not been examined.
+The first half of the probes and the held-out half are two exams.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,20 @@ from safelora_vllm.files import is_digest, make_folder, replace_file, writing
 from safelora_vllm.store.layout import EXAM
 from safelora_vllm.store.published import PublishedStore
 
+_SETTLED_NS = 50_000_000
+
 
 @dataclass(frozen=True)
 class Examined:
-    """score: of a copy. seconds: that the exam took. files: name → sha256 of what was examined."""
+    """score: of a copy. seconds: that the exam took. files: name → sha256 of what was examined.
+
+    at: when it ended, seconds since 1970.
+    """
 
     score: Score
     seconds: float
     files: dict[str, str]
+    at: float = 0.0
 
 
 class Verdicts:
@@ -37,10 +47,13 @@ class Verdicts:
         self._root, self._published = Path(root), published
         self._folder = self._root / EXAM / "verdicts" / exam
         self._known: dict[str, Examined] = {}
+        self._stamp, self._stamps = -1, dict[str, int]()
 
     def get(self, key: str) -> Examined | None:
         """What was found of a copy as it is now; None where it was not examined."""
-        found = self._known.get(key) or self._read(key)
+        return self._checked(key, self._known.get(key) or self._read(key))
+
+    def _checked(self, key: str, found: Examined | None) -> Examined | None:
         if found is None or found.files != self._published.digests(key):
             self._known.pop(key, None)
             return None
@@ -50,6 +63,28 @@ class Verdicts:
     def known(self, key: str) -> Examined | None:
         """What `get` or `put` had last, without looking again."""
         return self._known.get(key)
+
+    def read_changed(self, keys: Collection[str]) -> bool:
+        """Read again what any process has written since the last look. Cheap where none did.
+
+        Returns:
+            Whether there was something new of these keys.
+        """
+        try:
+            stamp = self._folder.stat().st_mtime_ns
+            if stamp == self._stamp:
+                return False
+            with os.scandir(self._folder) as files:
+                stamps = {file.name.removesuffix(".json"): file.stat().st_mtime_ns for file in files}
+        except OSError:  # nothing was examined yet, or a file has gone: the next look sees it
+            return False
+        changed = {key for key in {*keys, *self._known} if stamps.get(key) != self._stamps.get(key)}
+        for key in changed:
+            self._checked(key, self._read(key))
+        # A folder's time stamp is as coarse as the kernel's clock tick: a second change may not show.
+        self._stamp = stamp if time.time_ns() - stamp > _SETTLED_NS else -1
+        self._stamps = stamps
+        return not changed.isdisjoint(keys)
 
     def put(self, key: str, found: Examined) -> None:
         """Keep what was found.
@@ -76,7 +111,8 @@ class Verdicts:
 
 def _examined(data: Any) -> Examined:
     score = Score(**data["score"])
-    figures = (score.drop, score.bound, score.worst, data["seconds"])
+    seconds, at = data["seconds"], data.get("at", 0.0)
+    figures = (score.drop, score.bound, score.worst, seconds, at)
     if not all(type(figure) in (int, float) for figure in figures) or type(score.probes) is not int:
         raise TypeError("a score has numbers")
-    return Examined(score, data["seconds"], dict(data["files"]))
+    return Examined(score, seconds, dict(data["files"]), at)

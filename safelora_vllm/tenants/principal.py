@@ -10,7 +10,7 @@ from safelora_vllm.errors import UsageError
 from safelora_vllm.tenants.quotas import Quota
 
 Kind = Literal["admin", "tenant", "inference", "metrics", "anonymous", "stranger"]
-RESERVED = ("versions", "rollback", "policy")  # what routes append to an adapter's name
+RESERVED = ("versions", "rollback", "policy", "exam")  # what routes append to an adapter's name
 # Types of parts of a chat message: vLLM gives chats with such a part the adapter of that name.
 MODALITIES = ("text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool")
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -49,6 +49,9 @@ class ExaminedEngine(FakeEngine):
     asked: list[str] = field(default_factory=list)  # keys of published copies, one for each probe
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     names: set[str] = field(default_factory=set)
+    texts: list[str] = field(
+        default_factory=list
+    )  # probes that adapters were asked, with the answer's tokens
 
     def get_tokenizer(self) -> FakeTokenizer:
         return self.tokenizer
@@ -67,6 +70,7 @@ class ExaminedEngine(FakeEngine):
         if lora_request is not None:
             assert lora_request in self.loaded
             self.names.add(lora_request.lora_name)
+            self.texts.append("".join(map(chr, prompt["prompt_token_ids"])))
             self.asked.append(key := published_key(lora_request.lora_path))
             report = json.loads((self.store / "published" / key / "report.json").read_text())["report"]
             value -= self.drop(Report.from_dict(report))

@@ -18,8 +18,9 @@ from safelora_vllm.integration.server.exam import start as begin
 from safelora_vllm.integration.server.exam.counts import Counted, Counts
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME, without_hidden
 from safelora_vllm.integration.server.exam.limits import A_DAY, A_MINUTE, AT_ONCE, ExamLimits, TooManyExams
-from safelora_vllm.integration.server.exam.modes import EnforcedExam
+from safelora_vllm.integration.server.exam.modes import Exam
 from safelora_vllm.integration.server.exam.start import model_parts
+from safelora_vllm.integration.server.exam.terms import Terms
 from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.verdicts import Examined, Verdicts
@@ -32,8 +33,10 @@ LADDER = parse("input-removal:0.1,input-removal:0.4,safe-lora", Policy())
 
 def exam(
     chosen: bool = False, threshold: float = 0.02, ladder: list[Policy] = LADDER, named: bool = False
-) -> EnforcedExam:
-    return EnforcedExam(cast(Any, SimpleNamespace(threshold=threshold)), ladder, chosen, "e", named)
+) -> Exam:
+    sheets = SimpleNamespace(first=SimpleNamespace(digest="e"))
+    examiner = cast(Any, SimpleNamespace(sheets=sheets, background=None, limits=None))
+    return Exam(examiner, cast(Any, None), Terms("enforce", threshold, tuple(ladder), chosen, named))
 
 
 @pytest.mark.parametrize(
@@ -91,8 +94,10 @@ def test_no_rung_is_milder_than_a_chosen_policy(given: dict[str, Any], whose: st
 def test_other_settings_are_other_rules() -> None:
     """So that everything is judged anew."""
     rulesets = [exam(), exam(True), exam(threshold=0.03), exam(ladder=LADDER[1:]), exam(named=True)]
-    assert len({made.ruleset("r") for made in rulesets} | {exam().ruleset("other"), "r"}) == 7
-    assert exam().ruleset("r") == exam().ruleset("r")
+    assert (
+        len({made.ruleset("r", SERVERS) for made in rulesets} | {exam().ruleset("other", SERVERS), "r"}) == 7
+    )
+    assert exam().ruleset("r", SERVERS) == exam().ruleset("r", SERVERS)
 
 
 def test_a_tenant_has_a_share() -> None:
@@ -156,6 +161,21 @@ def test_a_verdict_is_of_the_very_bytes(tmp_path: Path) -> None:
     for damaged in ("", "{}", '{"score": {"drop": true}}', file.read_text().replace("0.2", '"0"')):
         file.write_text(damaged)
         assert Verdicts(tmp_path, "e" * 64, published).get(key) is None
+
+
+def test_a_verdict_of_another_process_is_seen(tmp_path: Path) -> None:
+    a, b = "a" * 64, "b" * 64
+    files = {key: {"x": "1"} for key in (a, b)}
+    published = cast(Any, SimpleNamespace(digests=files.get))
+    one, two = (Verdicts(tmp_path, "e" * 64, published) for _ in range(2))
+    assert not one.read_changed([a, b])
+    for score in (0.2, 0.3):
+        two.put(a, found := Examined(Score(0.1, score, 0.3, 8), 1.5, {"x": "1"}, 7.0))
+        assert one.read_changed([a, b]) and one.known(a) == found and one.known(b) is None
+        assert not one.read_changed([a, b])
+    two.put(a, again := Examined(Score(0.1, 0.4, 0.3, 8), 1.5, {"x": "1"}, 8.0))
+    assert not one.read_changed([b]), "nobody asked about that one"
+    assert one.known(a) == again, "which is known all the same"
 
 
 def test_counts_of_all_processes(tmp_path: Path) -> None:
@@ -254,6 +274,9 @@ def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:
         ({"exam": "enforce", "ladder": "lora"}, "'lora' is not a valid rung"),
         ({"exam": "report", "ladder": "safe-lora"}, "ladder has no effect"),
         ({"exam_probes": "/x"}, "have no effect without exam"),
+        ({"exam_every": "24h"}, "have no effect without exam"),
+        ({"exam": "report", "exam_every": "daily"}, "exam_every: 'daily' is not a valid duration"),
+        ({"exam": "report", "exam_every": "0h"}, "a number above 0 and a unit"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:

@@ -62,7 +62,7 @@ class Gated:
             raise self.answer
         return Judged(Judgement(REPORT, "1", 1, "r"), "r", False)
 
-    async def copy_of(self, judgement: Judgement) -> Copy:
+    async def copy_of(self, _: object, judgement: Judgement) -> Copy:
         return Copy(judgement.accepted_key(), REPORT, ())
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from safelora_vllm.durations import seconds_in
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.gate.socket_folder import remove_unowned
 from safelora_vllm.integration.json_logs import print_audit
@@ -123,6 +124,7 @@ class SafeLoRAEndpoint:
             print_audit if settings.audit_stdout else lambda _: None,
             functools.partial(start_exam, settings, args),
             self._static,
+            seconds_in(settings.exam_every) if settings.exam_every else None,
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)

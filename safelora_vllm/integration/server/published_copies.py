@@ -76,12 +76,13 @@ class Copies:
 
     def ruleset(self, name: str) -> str:
         """A digest of the rules that hold for a name today. May read the keys file."""
-        return self.exam.ruleset(self._tenant_rules(name).ruleset(self.state.ruleset_digest))
+        tenant = self._tenant_rules(name)
+        return self.exam.ruleset(tenant.ruleset(self.state.ruleset_digest), tenant)
 
     @property
     def servers_ruleset(self) -> str:
         """The same for names without a tenant."""
-        return self.exam.ruleset(self.state.ruleset_digest)
+        return self.exam.ruleset(self.state.ruleset_digest, SERVERS)
 
     def policy(self, name: str) -> Policy:
         """The server's policy, or that of the tenant that owns the name."""
@@ -134,10 +135,9 @@ class Copies:
         """The one place where a content is accepted: what the gate makes of it has passed the exam."""
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
-        judgement = await self.exam.decide(
-            self.exam.rungs(self.state.policy, tenant, rules, bool(own)), judge, upload
-        )
-        ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest))
+        rungs = self.exam.rungs(self.state.policy, tenant, rules, bool(own))
+        judgement = await self.exam.decide(rungs, judge, tenant, upload)
+        ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest), tenant)
         return Judged(judgement, ruleset, rules.override)
 
     async def ask(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
@@ -163,7 +163,7 @@ class Copies:
             version.key
         ):
             return None  # an older release made it: the gate adds that when it is asked for it
-        if not self.exam.passed(version.key):
+        if not self.exam.passed(name, version.key):
             return None
         return Copy(version.key, report, self.file_states(version.key))
 
@@ -190,7 +190,8 @@ class Copies:
                 override=rules.override, keep=False,
             )  # fmt: skip
 
-        return await self.copy_of((await self._decide(entry.name, {}, False, judge)).judgement)
+        judged = await self._decide(entry.name, {}, False, judge)
+        return await self.copy_of(entry.name, judged.judgement)
 
     async def repair(self, entry: Entry) -> None:
         """Have the published copy of a served adapter made again where its files are damaged.
@@ -212,14 +213,14 @@ class Copies:
                     "served until a worker has to read it", entry.name, error, extra=about,
                 )  # fmt: skip
 
-    async def copy_of(self, judgement: Judgement) -> Copy:
-        """The published copy of what the gate accepted.
+    async def copy_of(self, name: str, judgement: Judgement) -> Copy:
+        """The published copy of what the gate accepted for a name.
 
         Raises:
             AdapterRefused: it did not. ExamUnavailable: it has not passed the exam as it is now.
         """
         key = judgement.accepted_key()
-        if not await asyncio.to_thread(self.exam.passed, key):
+        if not await asyncio.to_thread(self.exam.passed, name, key):
             raise ExamUnavailable("the published copy changed after its exam: try again in a moment")
         return Copy(key, judgement.report, await asyncio.to_thread(self.file_states, key))
 

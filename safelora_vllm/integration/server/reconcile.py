@@ -42,7 +42,9 @@ from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
+from safelora_vllm.integration.server.exam.again import Again
 from safelora_vllm.integration.server.exam.no_exam import NoExam
+from safelora_vllm.integration.server.exam.schedule import Schedule
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 from safelora_vllm.integration.server.rejudge import Rejudge
@@ -64,6 +66,7 @@ from safelora_vllm.tenants.rules import SERVERS, TenantRules
 logger = logging.getLogger("vllm.safelora.reconcile")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
+BeginExam = Callable[[Pool, GateClient, GateState, AuditLog, Callable[[str], TenantRules]], Awaitable[NoExam]]
 
 
 class Reconciler:
@@ -89,6 +92,13 @@ class Reconciler:
         )
         self.watchdog = Watchdog(self.registry, copies, pool, self.served.put, workers)
         self.watchdog.repair = lambda entry: self.background.spawn(copies.repair(entry))
+        self.again = Again(
+            copies.exam,
+            self.registry,
+            self.watchdog.withdraw,
+            lambda name: self.background.spawn(self._prepare(name, again=True)),
+            audit,
+        )
         self._rejudge = Rejudge(copies, pool, audit)
         self._state = ServingState(self.registry, copies, pool.names.root)
         self._preparing = asyncio.Lock()
@@ -101,8 +111,9 @@ class Reconciler:
         models: Any,
         tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
         echo: Callable[[dict[str, Any]], None] = lambda _: None,
-        exam: Callable[[Pool, GateClient, GateState, AuditLog], Awaitable[NoExam]] | None = None,
+        exam: BeginExam | None = None,
         static: Mapping[str, Path] | None = None,
+        exam_seconds: float | None = None,
     ) -> Reconciler:
         """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
 
@@ -112,6 +123,7 @@ class Reconciler:
             echo: is told each record of the audit log.
             exam: begins the one that every adapter has to pass.
             static: adapters of ``--lora-modules`` that vLLM was not given.
+            exam_seconds: between two exams of what is served.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
@@ -122,7 +134,7 @@ class Reconciler:
         root = Path(state.store)
         pool = Pool(engine_client, await asyncio.to_thread(open_names, root))
         audit = await asyncio.to_thread(AuditLog, root / AUDIT, echo=echo)
-        begun = await exam(pool, gate, state, audit) if exam else None
+        begun = await exam(pool, gate, state, audit, tenant_rules) if exam else None
         copies = Copies(gate, state, PublishedStore(root), tenant_rules, begun)
         await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
         made = cls(pool, copies, len(answers), models.is_base_model, audit)
@@ -141,6 +153,8 @@ class Reconciler:
                 made.background.spawn(made._prepare(name, again=True))
         await made._state.tell(made.store.passed_over)
         made.background.spawn(made._heartbeat())
+        if exam_seconds and copies.exam.mode != "off":
+            made.background.spawn(Schedule(made.again, root, exam_seconds).work())
         if made.names.is_mirror:
             made.background.spawn(made.store.follow_bucket())
         return made
@@ -271,6 +285,7 @@ class Reconciler:
             try:
                 await self.watchdog.look()
                 await self.store.catch_up()
+                await self.again.look()
                 self._prepare_again()
                 await self._state.tell(self.store.passed_over)
             except Exception as error:  # whatever it is, the next beat may succeed

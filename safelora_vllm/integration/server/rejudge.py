@@ -45,7 +45,7 @@ class Rejudge:
         key = judged.judgement.key or ""
         decided = (judged.ruleset, key, _codes(reasons))
         if decided == (version.ruleset_digest, version.key, _codes(version.refused)):
-            return await self._copies.copy_of(judged.judgement)
+            return await self._copies.copy_of(entry.name, judged.judgement)
         new = dataclasses.replace(
             version,
             key=key,

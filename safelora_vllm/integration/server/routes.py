@@ -41,6 +41,7 @@ from safelora_vllm.integration.server.schemas import (
     AdapterReport,
     LoadRequest,
     PolicyChange,
+    ReExamination,
     Removed,
     RemovedVersion,
     Rollback,
@@ -48,6 +49,7 @@ from safelora_vllm.integration.server.schemas import (
     UploadByPath,
     UploadFromSource,
     VersionList,
+    exam_figures,
     summary_of,
     version_info,
 )
@@ -262,6 +264,20 @@ async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Manage
     """Judge an adapter by other rules than the server's, from what was uploaded."""
     entry = await managed.set_policy(who, name, body.policy, body.override, body.reason)
     return shown.report(who, entry)
+
+
+@router.post(
+    "/v1/adapters/{name:path}/exam", response_model=ReExamination, responses={**_CHANGES, **documented(429)}
+)
+async def examine_again(name: str, who: Caller, managed: Managed, shown: Shown, request: Request) -> Any:
+    """Examine what a name serves with the held-out half of the probes. With ``--exam enforce``, what fails is
+    withdrawn."""
+    with request.app.state.safelora_upload_limiter.take(who.tenant):
+        entry = shown.find(who, name)
+        found, passed, withdrawn = await managed.reconciler.again.examine(entry, who.key_id)
+    threshold = managed.reconciler.copies.exam.terms(name).threshold
+    about = {"adapter": name, "probes": found.score.probes, "threshold": threshold}
+    return {**exam_figures(found, shown=True), **about, "passed": passed, "withdrawn": withdrawn}
 
 
 @router.get(

@@ -13,6 +13,7 @@ from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.uploads import ARCHIVE
 from safelora_vllm.report import ModuleReport
 from safelora_vllm.store import Version
+from safelora_vllm.store.verdicts import Examined
 
 _NAME = Field(description="NAME, or TENANT/NAME for a tenant's adapter", max_length=300)
 
@@ -118,14 +119,30 @@ class TrafficInfo(BaseModel):
     waiting: int
 
 
-class ExamInfo(BaseModel):
-    """What an exam found of the copy that is served, in nats per token. Figures are for admins only."""
+class ExamFigures(BaseModel):
+    """What one exam found of a copy, in nats per token. Figures are for admins only."""
 
     passed: bool
     drop: float | None = Field(description="mean loyalty drop")
     bound: float | None = Field(description="its upper confidence bound, compared with the threshold")
     worst: float | None = Field(description="mean of the tenth of the probes that drops most")
     seconds: float | None = Field(description="that the exam took")
+    at: float | None = Field(description="when it ended: seconds since 1970, UTC")
+
+
+class ExamInfo(ExamFigures):
+    """What the first exam of the copy that is served found, and the newest re-examination."""
+
+    again: ExamFigures | None = Field(description="by the held-out probes; null where there was none")
+
+
+class ReExamination(ExamFigures):
+    """Answer to a re-examination."""
+
+    adapter: str
+    probes: int = Field(description="that were asked")
+    threshold: float = Field(description="the largest bound that passes, nats per token")
+    withdrawn: bool = Field(description="it failed and is not served any more, until it is judged anew")
 
 
 class ExamState(BaseModel):
@@ -207,6 +224,14 @@ def summary_of(entry: Entry) -> dict[str, Any]:
         "override": live.override if live else False,
         "reason": live.reason if live else "",
     }
+
+
+def exam_figures(found: Examined, shown: bool) -> dict[str, float | None]:
+    """Of `ExamFigures`, all but whether it passed. shown: to the caller."""
+    score = found.score
+    figures = {"drop": score.drop, "bound": score.bound, "worst": score.worst}
+    figures |= {"seconds": found.seconds, "at": found.at}
+    return {name: value if shown else None for name, value in figures.items()}
 
 
 def version_info(version: Version) -> dict[str, Any]:

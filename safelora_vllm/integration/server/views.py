@@ -11,7 +11,7 @@ from safelora_vllm.errors import Forbidden, UsageError
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.schemas import report_of
+from safelora_vllm.integration.server.schemas import exam_figures, report_of
 from safelora_vllm.integration.server.traffic import Traffic
 from safelora_vllm.integration.server.usage import usage_of
 from safelora_vllm.integration.server.visibility import look_up, unknown
@@ -63,12 +63,12 @@ class Views:
     def _exam_info(self, who: Principal, entry: Entry) -> dict[str, Any] | None:
         """The body of `ExamInfo`. Scores would help whoever tries out the exam."""
         exam = self.reconciler.copies.exam
-        if (found := exam.found(published_key(entry.current().request.lora_path))) is None:
-            return None
-        figures = {"drop": found.score.drop, "bound": found.score.bound, "worst": found.score.worst}
-        figures |= {"seconds": found.seconds}
-        shown = figures if who.kind == "admin" else dict.fromkeys(figures)
-        return {"passed": exam.passes(found), **shown}
+        key, terms = published_key(entry.current().request.lora_path), exam.terms(entry.name)
+        first, again = (
+            {**exam_figures(found, who.kind == "admin"), "passed": terms.passes(found)} if found else None
+            for found in (exam.found(key), exam.found_again(key))
+        )
+        return {**first, "again": again} if first else None
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""

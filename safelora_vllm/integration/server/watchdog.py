@@ -31,7 +31,8 @@ class Watchdog:
         pools: what each worker has loaded, as it said last.
         also: what else is brought up to date at each look.
         repair: is told each adapter whose published copy changed.
-        withdrawn: how often an adapter was withdrawn, because its copy was not whole or a worker not guarded.
+        withdrawn: how often an adapter was withdrawn: a copy was not whole, an exam was failed, or a
+            worker not guarded.
     """
 
     def __init__(
@@ -67,17 +68,14 @@ class Watchdog:
             if state == entry.served.copy:
                 continue
             changed = True
-            still = await asyncio.to_thread(self._copies.exam.passed, key)
+            still = await asyncio.to_thread(self._copies.exam.passed, name, key)
             if self._registry.get(name) is not entry:
                 continue
             if still:
                 self._registry[name] = replace(entry, served=replace(entry.served, copy=state))
                 self.repair(self._registry[name])
             else:
-                why = "its copy is not the one that was examined"
-                logger.error("adapter %r is withdrawn: %s", name, why, extra=entry.log_fields)
-                self.withdrawn += 1
-                self._put(replace(entry, served=None, problem=being_prepared(name)))
+                self.withdraw(entry, "its copy is not the one that was examined", being_prepared(name))
         return changed
 
     async def _attest(self) -> None:
@@ -101,12 +99,15 @@ class Watchdog:
         }
         for name, entry in found.items():
             assert entry.served is not None
-            why = "its copy in the pool is not whole"
-            logger.error("adapter %r is withdrawn: %s", name, why, extra=entry.log_fields)
-            self.withdrawn += 1
             self._pool.mark_lost({entry.served.request.lora_path})
             damaged = StoreUnavailable(f"the published copy of {name} was damaged; it is being made again")
-            self._put(replace(entry, served=None, problem=error or damaged))
+            self.withdraw(entry, "its copy in the pool is not whole", error or damaged)
+
+    def withdraw(self, entry: Entry, why: str, problem: SafeLoRAError) -> None:
+        """Stop serving an adapter. why: for the log. problem: what its callers are told."""
+        logger.error("adapter %r is withdrawn: %s", entry.name, why, extra=entry.log_fields)
+        self.withdrawn += 1
+        self._put(replace(entry, served=None, problem=problem))
 
 
 def _states(guarded: int) -> dict[str, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from vllm.lora.request import LoRARequest
@@ -21,9 +23,10 @@ from safelora_vllm.integration.server.exam.counts import Counts
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME
 from safelora_vllm.integration.server.exam.limits import ExamLimits
+from safelora_vllm.integration.server.exam.sheets import Sheet, Sheets
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.store import PublishedStore
-from safelora_vllm.store.verdicts import Examined, Verdicts
+from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.exam")
 _SECONDS = 120.0  # for the engine to load a copy and answer about it
@@ -38,10 +41,21 @@ class NotLoaded(ExamUnavailable):
         self.reasons = list(reasons)
 
 
+class Asked(NamedTuple):
+    """A published copy of which the engine is asked.
+
+    rung: its policy's name. threshold: the largest bound that passes, nats per token; both for the counts.
+    """
+
+    key: str
+    rung: str
+    threshold: float
+
+
 class Examiner:
     """One API server process asks the engine what published copies are like.
 
-    reference: what the aligned model answers. threshold: the largest bound that passes, nats per token.
+    sheets: what is asked.
     """
 
     def __init__(
@@ -49,44 +63,51 @@ class Examiner:
         model: EngineModel,
         pool: Pool,
         published: PublishedStore,
-        verdicts: Verdicts,
-        reference: Reference,
-        threshold: float,
+        sheets: Sheets,
         counts: Counts,
     ) -> None:
-        self.verdicts, self.threshold, self.counts = verdicts, threshold, counts
+        self.sheets, self.counts = sheets, counts
         self.background, self.limits = Background(), ExamLimits()
-        self._model, self._pool, self._published, self._reference = model, pool, published, reference
+        self._model, self._pool, self._published = model, pool, published
         self._turn = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each tenant
 
-    def passes(self, examined: Examined) -> bool:
-        """Whether a copy may be served."""
-        return examined.score.passes(self.threshold)
-
-    async def examine(self, key: str, nbytes: float, rung: str, ticket: Callable[[], None]) -> Examined:
-        """What the copy of a key is like, from the store where it was examined before.
+    async def examine(self, asked: Asked, nbytes: float, ticket: Callable[[], None]) -> Examined:
+        """What a copy is like by the first half of the probes, from the store where it was examined before.
 
         Raises:
             TooManyExams: the tenant has had its share.
             Unavailable: there is no score. NotLoaded: as vLLM cannot load it.
         """
-        if found := await asyncio.to_thread(self.verdicts.get, key):
+        sheet = self.sheets.first
+        if found := await asyncio.to_thread(sheet.verdicts.get, asked.key):
             return found
         ticket()
         async with self._in_turn():
-            if found := await asyncio.to_thread(self.verdicts.get, key):
+            if found := await asyncio.to_thread(sheet.verdicts.get, asked.key):
                 return found
-            began = time.perf_counter()
-            verdict = "unavailable"
-            try:
-                with span("exam", rung=rung):
-                    found = await self._examined(key, nbytes, began)
-                verdict = "passed" if self.passes(found) else "failed"
-            finally:
-                self.counts.count(verdict, rung, time.perf_counter() - began)
-            logger.info("exam of copy %s by %s: %s", key[:12], rung, verdict)
-            return found
+            return await self._counted(sheet, asked, nbytes)
+
+    async def examine_again(self, asked: Asked, nbytes: float = math.inf) -> Examined:
+        """What a copy is like now by the held-out half.
+
+        Raises:
+            UsageError: the aligned model does not refuse that half.
+            Unavailable: there is no score. NotLoaded: as vLLM cannot load it.
+        """
+        async with self._in_turn():
+            return await self._counted(self.sheets.held_out, asked, nbytes)
+
+    async def _counted(self, sheet: Sheet, asked: Asked, nbytes: float) -> Examined:
+        began, verdict = time.perf_counter(), "unavailable"
+        try:
+            with span("exam", rung=asked.rung):
+                found = await self._examined(sheet, asked.key, nbytes, began)
+            verdict = "passed" if found.score.passes(asked.threshold) else "failed"
+        finally:
+            self.counts.count(verdict, asked.rung, time.perf_counter() - began)
+        logger.info("exam of copy %s by %s: %s", asked.key[:12], asked.rung, verdict)
+        return found
 
     @asynccontextmanager
     async def _in_turn(self) -> AsyncIterator[None]:
@@ -104,18 +125,18 @@ class Examiner:
                 ) from error
             yield
 
-    async def _examined(self, key: str, nbytes: float, began: float) -> Examined:
+    async def _examined(self, sheet: Sheet, key: str, nbytes: float, began: float) -> Examined:
         files = await asyncio.to_thread(self._published.digests, key)
-        score = await self._score(key, nbytes)
+        known = await _reference(sheet)
+        score = await self._score(known, key, nbytes)
         if files is None or files != await asyncio.to_thread(self._published.digests, key):
             raise ExamUnavailable("the published copy was exchanged during its exam: try again")
-        found = Examined(score, time.perf_counter() - began, files)
-        await asyncio.to_thread(self.verdicts.put, key, found)
+        found = Examined(score, time.perf_counter() - began, files, time.time())
+        await asyncio.to_thread(sheet.verdicts.put, key, found)
         return found
 
-    async def _score(self, key: str, nbytes: float) -> Score:
+    async def _score(self, known: Reference, key: str, nbytes: float) -> Score:
         """Load the copy as it would be served, ask, and free it."""
-        known = self._reference
         request = self._pool.request(HIDDEN_NAME, key, await self._pool.new_id())
         try:
             async with asyncio.timeout(_SECONDS):
@@ -156,3 +177,14 @@ class Examiner:
                 await self._pool.load(request, nbytes)
             except AdapterRefused as error:
                 raise NotLoaded(error.reasons) from error
+
+
+async def _reference(sheet: Sheet) -> Reference:
+    try:
+        return await sheet.reference()
+    except SafeLoRAError:
+        raise
+    except Exception as error:  # the engine raises what it likes
+        raise ExamUnavailable(
+            f"the aligned model did not answer the probes ({type(error).__name__}): try again later"
+        ) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
+from safelora_vllm.errors import UsageError
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.exam.counts import Counted
+from safelora_vllm.integration.server.exam.terms import Terms
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.rules import Rules, TenantRules
@@ -25,8 +28,8 @@ class NoExam:
     def __init__(self, cause: str = "") -> None:
         self.cause = cause
 
-    def ruleset(self, ruleset: str) -> str:
-        """A digest of the rules and of what the exam adds to them."""
+    def ruleset(self, ruleset: str, tenant: TenantRules) -> str:  # noqa: ARG002
+        """A digest of the rules for a tenant's adapters and of what the exam adds to them."""
         return ruleset
 
     def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:  # noqa: ARG002
@@ -40,21 +43,40 @@ class NoExam:
         """
         return [base]
 
-    async def decide(self, rungs: Sequence[Rules], judge: Judge, upload: bool = False) -> Judgement:  # noqa: ARG002
+    async def decide(
+        self,
+        rungs: Sequence[Rules],
+        judge: Judge,
+        tenant: TenantRules,  # noqa: ARG002
+        upload: bool = False,  # noqa: ARG002
+    ) -> Judgement:
         """What the gate makes of a content on the first rung that may be served; or a refusal.
 
-        upload: what vLLM cannot load is refused. What the store has already is tried again later instead.
+        Args:
+            rungs: of `rungs`, to be tried in turn. judge: asks the gate.
+            tenant: whose adapter it is.
+            upload: what vLLM cannot load is refused. What the store has already is tried again later instead.
 
         Raises:
             TooManyExams: the tenant has had its share. SafeLoRAError: the gate or the exam cannot.
         """
         return await judge(rungs[0], None)
 
-    def passed(self, key: str) -> bool:  # noqa: ARG002
-        """Whether a published copy, as it is in the store now, may be served. Reads the store."""
+    async def examine_again(self, name: str, key: str, policy: Policy) -> Examined:  # noqa: ARG002
+        """Examine a copy that a name serves. policy: the one that it was made by.
+
+        Raises:
+            UsageError: there is no exam. Unavailable: it gave no score.
+        """
+        raise UsageError(
+            f"there is no exam: {self.cause or 'start the server with --exam report or --exam enforce'}"
+        )
+
+    def passed(self, name: str, key: str) -> bool:  # noqa: ARG002
+        """Whether a name may serve a published copy as it is in the store now. Reads the store."""
         return True
 
-    def may_serve(self, key: str) -> bool:  # noqa: ARG002
+    def may_serve(self, name: str, key: str) -> bool:  # noqa: ARG002
         """The same of a copy that `passed` or `decide` has looked at. Reads nothing."""
         return True
 
@@ -65,12 +87,20 @@ class NoExam:
         """Note that a name is no more."""
 
     def found(self, key: str) -> Examined | None:  # noqa: ARG002
-        """What an exam found of a copy that is served."""
+        """What the exam found of a copy that is served, before it was."""
         return None
 
-    def passes(self, examined: Examined) -> bool:  # noqa: ARG002
-        """Whether that is enough."""
-        return True
+    def found_again(self, key: str) -> Examined | None:  # noqa: ARG002
+        """What the newest re-examination found of it."""
+        return None
+
+    def look(self, keys: Sequence[str]) -> bool:  # noqa: ARG002
+        """Whether any server has examined one of these copies again since the last look. Reads the store."""
+        return False
+
+    def terms(self, name: str) -> Terms:  # noqa: ARG002
+        """What holds for the adapters of a name."""
+        return Terms("off", math.inf)
 
     def counted(self) -> Counted:
         """The exams of all API servers of this host."""

@@ -42,9 +42,9 @@ async def kept_reference(root: Path, exam: str, model: EngineModel, probes: Prob
     return _read(await asyncio.to_thread(_first, root, name, text))
 
 
-def exam_digest_parts(probes: Probes, secret: bytes) -> list[Any]:
-    """What scores depend on besides the copy and the served model. The digest of them tells no probe."""
-    return [_FORMAT, ANSWER_TOKENS, probes.digest, secret.hex()]
+def exam_digest_parts(probes: Probes) -> list[Any]:
+    """What scores depend on besides the copy, the served model and the secret."""
+    return [_FORMAT, ANSWER_TOKENS, probes.digest]
 
 
 async def _ask(model: EngineModel, probes: Probes) -> Reference:

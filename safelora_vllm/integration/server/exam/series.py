@@ -12,6 +12,7 @@ from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.exposition import family, head, histogram_lines
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.traffic import Timings
+from safelora_vllm.store.verdicts import Examined
 
 
 def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterator[str]:
@@ -27,9 +28,9 @@ def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterato
     for (verdict, rung), count in counted.exams.items():
         exams[verdict, rung if has_key else ""] += count
     scores = [
-        ((entry.name,), found.score.bound)
+        ((entry.name,), max(found.score.bound for found in both if found))
         for entry in served[:MAX_ADAPTER_SERIES]
-        if entry.served and (found := exam.found(published_key(entry.served.request.lora_path)))
+        if entry.served and any(both := _found(exam, entry.served.request.lora_path))
     ]
     yield family("safelora_exam_info", [((exam.mode,), 1)])
     yield family("safelora_exams_total", sorted(exams.items()))
@@ -38,3 +39,9 @@ def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterato
     yield histogram_lines("safelora_exam_seconds", "", timings)
     if has_key:
         yield family("safelora_adapter_exam_score", scores)
+
+
+def _found(exam: NoExam, path: str) -> tuple[Examined | None, Examined | None]:
+    """What both halves of the probes found of a copy."""
+    key = published_key(path)
+    return exam.found(key), exam.found_again(key)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-import json
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.exam import ladder as ladders
-from safelora_vllm.exam import probes as probe_sets
+from safelora_vllm.exam.probes import Halves, from_file
+from safelora_vllm.exam.reference import Reference
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.seams.server import vllm_version
@@ -21,23 +22,30 @@ from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.exam.counts import Counts
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.integration.server.exam.examiner import Examiner
-from safelora_vllm.integration.server.exam.modes import EnforcedExam, ReportedExam
+from safelora_vllm.integration.server.exam.modes import Exam
 from safelora_vllm.integration.server.exam.no_exam import NoExam
-from safelora_vllm.integration.server.exam.references import exam_digest_parts, kept_reference, secret_of
+from safelora_vllm.integration.server.exam.references import secret_of
+from safelora_vllm.integration.server.exam.sheets import Sheets
+from safelora_vllm.integration.server.exam.terms import Terms
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint, locate_model
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore
 from safelora_vllm.store.audit_log import AuditLog
-from safelora_vllm.store.verdicts import Verdicts
+from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 logger = logging.getLogger("vllm.safelora.exam")
-_SECONDS = 600.0  # for the aligned model to answer all probes
 
 
 async def start_exam(
-    settings: ServerSettings, args: Namespace, pool: Pool, gate: GateClient, state: GateState, audit: AuditLog
+    settings: ServerSettings,
+    args: Namespace,
+    pool: Pool,
+    gate: GateClient,
+    state: GateState,
+    audit: AuditLog,
+    tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
 ) -> NoExam:
     """The exam that the settings ask for. Call it before requests are counted.
 
@@ -46,6 +54,7 @@ async def start_exam(
         pool: loads what is examined.
         gate: its client; state: its `state` answer.
         audit: what the server itself decides.
+        tenant_rules: those of the tenant that owns a name, as they are now.
 
     Raises:
         GuardError: the exam is to be enforced, and cannot be.
@@ -53,8 +62,8 @@ async def start_exam(
     if settings.exam == "off":
         return NoExam()
     try:
-        async with asyncio.timeout(_SECONDS):
-            return await _started(settings, args, pool, gate, state, audit)
+        examiner, served = await _examiner(settings, args, pool, gate, state)
+        terms = await _terms(settings)
     except Exception as error:  # the engine raises what it likes
         cause = str(error) if isinstance(error, SafeLoRAError) else f"{type(error).__name__}: {error}"
         if settings.exam == "enforce":
@@ -63,45 +72,49 @@ async def start_exam(
             ) from error
         logger.warning("the exam is off: %s", cause)
         return NoExam(cause)
+    asked = f"{len(served.prompts)} of {examiner.sheets.first.count} probes, threshold {terms.threshold:g}"
+    ladder = f", ladder {','.join(map(ladders.name_of, terms.ladder))}" if terms.ladder else ""
+    logger.info("exam: %s, %s%s", terms.mode, asked, ladder)
+    lora = getattr(getattr(pool.engine_client, "vllm_config", None), "lora_config", None)
+    if terms.enforced and getattr(lora, "max_loras", 2) == 1:
+        logger.warning(
+            "--exam enforce with --max-loras 1: an exam waits until no other adapter is in use, and gives up "
+            "after two minutes. Expected --max-loras 2 or more"
+        )
+    return Exam(examiner, audit, terms, tenant_rules)
 
 
-async def _started(
-    settings: ServerSettings, args: Namespace, pool: Pool, gate: GateClient, state: GateState, audit: AuditLog
-) -> NoExam:
+async def _examiner(
+    settings: ServerSettings, args: Namespace, pool: Pool, gate: GateClient, state: GateState
+) -> tuple[Examiner, Reference]:
+    """The examiner, and what the aligned model answers to the first half of the probes."""
     engine, root, published = pool.engine_client, Path(state.store), PublishedStore(state.store)
     tokenizer: Any = engine.get_tokenizer()
     tokenizer = await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
     served, template = str(getattr(engine.model_config, "model", "the model")), _template(args)
     model = EngineModel(engine, tokenizer, served, template)
     secret = await asyncio.to_thread(secret_of, root)
-    probes = (
-        await asyncio.to_thread(probe_sets.from_file, settings.exam_probes)
-        if settings.exam_probes
-        else probe_sets.drawn(secret, probe_sets.COUNT)
-    )
-    parts = [*exam_digest_parts(probes, secret), *await asyncio.to_thread(model_parts, engine, served, state)]
+    halves = await asyncio.to_thread(_halves, secret, settings.exam_probes)
+    parts = [secret.hex(), *await asyncio.to_thread(model_parts, engine, served, state)]
     parts.append(str(template or tokenizer.chat_template))
-    exam = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    reference = await kept_reference(root, exam, model, probes)
-    reference.require_usable()
-    counts, verdicts = Counts(Path(gate.socket_path).parent), Verdicts(root, exam, published)
-    examiner = Examiner(model, pool, published, verdicts, reference, settings.exam_threshold, counts)
-    about = f"{len(reference.prompts)} of {len(probes.prompts)} probes, threshold {settings.exam_threshold:g}"
+    sheets = Sheets.of(root, model, published, halves, parts)
+    reference = await sheets.first.reference()
+    return Examiner(model, pool, published, sheets, Counts(Path(gate.socket_path).parent)), reference
+
+
+def _halves(secret: bytes, file: str | None) -> Halves:
+    return Halves.of(secret, from_file(file)) if file else Halves.built_in(secret)
+
+
+async def _terms(settings: ServerSettings) -> Terms:
+    """What the settings say."""
     if settings.exam == "report":
-        logger.info("exam: report, %s", about)
-        return ReportedExam(examiner, audit)
-    lora = getattr(getattr(engine, "vllm_config", None), "lora_config", None)
-    if getattr(lora, "max_loras", 2) == 1:
-        logger.warning(
-            "--exam enforce with --max-loras 1: an exam waits until no other adapter is in use, and gives up "
-            "after two minutes. Expected --max-loras 2 or more"
-        )
+        return Terms(settings.exam, settings.exam_threshold)
     policy = Policy.from_mapping(settings.policy)
     cache = await asyncio.to_thread(ProjectorCache, settings.projectors)
     rungs = await asyncio.to_thread(ladders.usable, cache, settings.ladder, policy)
-    logger.info("exam: enforce, %s, ladder %s", about, ",".join(map(ladders.name_of, rungs)))
     chosen = bool(set(settings.policy) - set(CAPS))
-    return EnforcedExam(examiner, rungs, chosen, exam, named=settings.ladder is not None)
+    return Terms("enforce", settings.exam_threshold, tuple(rungs), chosen, named=settings.ladder is not None)
 
 
 _HOW = {

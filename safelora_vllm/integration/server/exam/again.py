@@ -1,0 +1,94 @@
+"""Examining again what is served, with the half of the probes that no first exam asks.
+
+What fails is withdrawn on all servers of the store, and judged anew: a stricter rung that passes both halves
+brings it back, or it is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.exam.sitting import REFUSED
+from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.integration.server.decisions import exam_fields, log
+from safelora_vllm.integration.server.exam.no_exam import NoExam
+from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
+from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
+from safelora_vllm.store.verdicts import Examined
+
+logger = logging.getLogger("vllm.safelora.exam")
+
+
+class Outcome(NamedTuple):
+    """Of a re-examination. withdrawn: it is not served any more."""
+
+    found: Examined
+    passed: bool
+    withdrawn: bool
+
+
+class Again:
+    """Re-examinations of one API server process."""
+
+    def __init__(
+        self,
+        exam: NoExam,
+        registry: Registry,
+        withdraw: Callable[[Entry, str, SafeLoRAError], None],
+        judge_anew: Callable[[str], None],
+        audit: AuditLog,
+    ) -> None:
+        """withdraw: an entry, with why and what callers are told. judge_anew: a name, in the background."""
+        self.exam, self.registry = exam, registry
+        self._withdraw, self._judge_anew, self._audit = withdraw, judge_anew, audit
+
+    async def examine(self, entry: Entry, actor: str = SERVER) -> Outcome:
+        """Examine what a name serves. actor: who wants it, for the audit log.
+
+        Raises:
+            UsageError: there is no exam, or the aligned model does not refuse the held-out half.
+            SafeLoRAError: it is not served, or there is no score; it stays as it is.
+        """
+        served = entry.current()
+        key, terms = published_key(served.request.lora_path), self.exam.terms(entry.name)
+        found = await self.exam.examine_again(entry.name, key, served.report.policy)
+        passed = terms.passes(found)
+        withdrawn = self._withdraw_failed()
+        about = withdrawn.pop(entry.name, entry)
+        gone = not self.exam.may_serve(entry.name, key)
+        if actor != SERVER or not passed:
+            await self._log(about, actor, found, passed, gone)
+        for other in withdrawn.values():  # of the same content
+            await self._log(other, SERVER, found, False, True)
+        return Outcome(found, passed, gone)
+
+    async def look(self) -> None:
+        """Withdraw what another server of the store has found to fail. For each heartbeat."""
+        if self.exam.mode == "off":
+            return
+        keys = {published_key(e.served.request.lora_path) for e in self.registry.values() if e.served}
+        if await asyncio.to_thread(self.exam.look, sorted(keys)):
+            self._withdraw_failed()
+
+    def _withdraw_failed(self) -> dict[str, Entry]:
+        """Stop serving what may not be served any more, and have it judged anew. What was withdrawn."""
+        failed = {
+            name: entry
+            for name, entry in self.registry.items()
+            if entry.served and not self.exam.may_serve(name, published_key(entry.served.request.lora_path))
+        }
+        for name, entry in failed.items():
+            self._withdraw(entry, "it failed its re-examination", being_prepared(name))
+            self._judge_anew(name)
+        return failed
+
+    async def _log(self, entry: Entry, actor: str, found: Examined, passed: bool, gone: bool) -> None:
+        await log(
+            self._audit, actor, EXAM, entry.name,
+            decision="refused" if gone else "accepted", reasons=[] if passed else [REFUSED.code], again=True,
+            version=entry.version.version if entry.version else None, **exam_fields(found),
+        )  # fmt: skip

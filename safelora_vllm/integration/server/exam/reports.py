@@ -1,0 +1,71 @@
+"""Copies that are served whatever comes out are examined in the background, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from safelora_vllm.integration.server.background import Background
+from safelora_vllm.integration.server.callers import acting_as
+from safelora_vllm.integration.server.exam.limits import ExamLimits, TooManyExams
+from safelora_vllm.store.serving import tenant_of
+
+logger = logging.getLogger("vllm.safelora.exam")
+_LATER_SECONDS = 15.0
+
+
+class Reports:
+    """What waits for its exam in one API server process.
+
+    examine: gets a name, the copy that it serves, and what counts an exam.
+    """
+
+    def __init__(
+        self,
+        background: Background,
+        limits: ExamLimits,
+        examine: Callable[[str, str, Callable[[], None]], Awaitable[None]],
+    ) -> None:
+        self._background, self._limits, self._examine = background, limits, examine
+        self.waiting: dict[str, str] = {}  # name → the copy that it serves now
+        self._working = False
+
+    def add(self, name: str, key: str) -> None:
+        """Examine a copy, if it is still served by the name when its turn comes."""
+        self.waiting[name] = key
+        if not self._working:
+            self._working = True
+            self._background.spawn(self._work())
+
+    def drop(self, name: str) -> None:
+        """Its copy is not examined any more."""
+        self.waiting.pop(name, None)
+
+    async def _work(self) -> None:
+        """Examine what waits. What is over its tenant's limits stays until later."""
+        try:
+            while self.waiting:
+                for name, key in list(self.waiting.items()):
+                    if self._is_due(name, key) and await self._tried(name, key) and self._is_due(name, key):
+                        del self.waiting[name]
+                if self.waiting:
+                    await asyncio.sleep(_LATER_SECONDS)
+        finally:
+            self._working = False
+
+    def _is_due(self, name: str, key: str) -> bool:
+        return self.waiting.get(name) == key
+
+    async def _tried(self, name: str, key: str) -> bool:
+        """Examine a copy, unless its tenant has had its share."""
+        try:
+            # Whoever's request has begun this, it is the exam of the name's owner.
+            with acting_as(None), self._limits.share(tenant_of(name)) as ticket:
+                await self._examine(name, key, ticket)
+        except TooManyExams:
+            return False
+        except Exception as error:  # a full disk, say: the other copies still have their turn
+            about = {"adapter": name, "copy": key}  # again when it is served next
+            logger.warning("adapter %r was not examined: %s", name, error, extra=about)
+        return True

@@ -1,0 +1,75 @@
+"""What an exam asks: one half of the probes, the aligned model's answers to it, and the verdicts by it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safelora_vllm.exam.probes import Halves, Probes
+from safelora_vllm.exam.reference import Reference
+from safelora_vllm.integration.server.exam.engine_model import EngineModel
+from safelora_vllm.integration.server.exam.references import exam_digest_parts, kept_reference
+from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.verdicts import Verdicts
+
+_SECONDS = 600.0  # for the aligned model to answer all probes
+
+
+class Sheet:
+    """One half of the probes.
+
+    digest: of all that scores depend on besides the copy. verdicts: what copies scored.
+    """
+
+    def __init__(
+        self, root: Path, model: EngineModel, published: PublishedStore, probes: Probes, parts: Sequence[Any]
+    ) -> None:
+        """parts: what the digest is of besides the probes."""
+        text = json.dumps([*exam_digest_parts(probes), *parts])
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.verdicts = Verdicts(root, self.digest, published)
+        self._root, self._model, self._probes = root, model, probes
+        self._known: Reference | None = None
+        self._asking = asyncio.Lock()
+
+    async def reference(self) -> Reference:
+        """The aligned model's answers. It is asked once for a store.
+
+        Raises:
+            UsageError: it does not refuse enough of the probes. TimeoutError: it takes too long.
+        """
+        async with self._asking:
+            if self._known is None:
+                async with asyncio.timeout(_SECONDS):
+                    known = await kept_reference(self._root, self.digest, self._model, self._probes)
+                known.require_usable()
+                self._known = known
+        return self._known
+
+    @property
+    def count(self) -> int:
+        """How many probes there are, whether the model refuses them or not."""
+        return len(self._probes.prompts)
+
+
+@dataclass(frozen=True)
+class Sheets:
+    """first: what is asked before a copy is served. held_out: what it is asked later."""
+
+    first: Sheet
+    held_out: Sheet
+
+    @classmethod
+    def of(
+        cls, root: Path, model: EngineModel, published: PublishedStore, halves: Halves, parts: Sequence[Any]
+    ) -> Sheets:
+        """Both, of which none was asked yet."""
+        first, held_out = (
+            Sheet(root, model, published, probes, parts) for probes in (halves.first, halves.held_out)
+        )
+        return cls(first, first if held_out.digest == first.digest else held_out)

@@ -1,0 +1,88 @@
+"""How the adapters of a name are examined, and by which policies they may be served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safelora_vllm.exam.ladder import name_of
+from safelora_vllm.policy import CAPS, Policy
+from safelora_vllm.store.verdicts import Examined
+from safelora_vllm.tenants.rules import Rules, TenantRules
+
+OWN = "policy"  # the rung's name where the policy is not one of the ladder's
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Of the server, or of a tenant.
+
+    mode: ``report`` or ``enforce``. threshold: the largest bound that passes, nats per token.
+    ladder: policies, mildest first. chosen: the operator gave the server a policy, which is the first rung.
+    named: the operator gave the ladder.
+    """
+
+    mode: str
+    threshold: float
+    ladder: tuple[Policy, ...] = ()
+    chosen: bool = False
+    named: bool = False
+
+    @property
+    def enforced(self) -> bool:
+        """Whether only what has passed is served."""
+        return self.mode == "enforce"
+
+    def passes(self, found: Examined) -> bool:
+        """Whether a score is good enough."""
+        return found.score.passes(self.threshold)
+
+    @property
+    def parts(self) -> list[Any]:
+        """What a digest of the terms is made of."""
+        return [self.mode, self.threshold, [rung.id for rung in self.ladder], self.chosen, self.named]
+
+    def rung(self, policy: Policy) -> str:
+        """The name of the rung that a policy is."""
+        names = {_strength(rung): name_of(rung) for rung in self.ladder}
+        return names.get(_strength(policy), OWN)
+
+    def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:
+        """See `NoExam.rungs`. A policy of the name itself is the only rung.
+
+        One of the tenant's, or of the server's that the operator chose, is the first, and rungs follow that
+        are as strict. A rung of another method cannot be compared: it follows the server's policy where the
+        operator gave the ladder, a tenant's never.
+        """
+        if own or not self.enforced:
+            return [base]
+        first = server.with_values(base.policy)
+        caps = {cap: getattr(first, cap) for cap in CAPS}
+        ladder = [dataclasses.replace(rung, **caps) for rung in self.ladder]
+        tenants = bool(set(tenant.policy) - set(CAPS))
+        if self.chosen or tenants:
+            named = self.named and not tenants
+            return [base, *(_rules(rung, server) for rung in ladder if _follows(rung, first, named))]
+        return [_rules(rung, server) for rung in ladder]
+
+
+def _follows(rung: Policy, first: Policy, named: bool) -> bool:
+    """Whether a rung may be tried after a policy that somebody chose. named: so may one of another method."""
+    if rung.at_least_as_strict(first):
+        return rung != first
+    return named and rung.method != first.method
+
+
+def _rules(rung: Policy, server: Policy) -> Rules:
+    """For the gate. The ladder is the operator's word that rungs may be less strict than its policy."""
+    if rung == server:
+        return Rules({}, False)
+    return Rules(dataclasses.asdict(rung), not rung.at_least_as_strict(server))
+
+
+def _strength(policy: Policy) -> tuple[Any, ...]:
+    """A policy without its caps."""
+    fields = dataclasses.asdict(policy)
+    return tuple(value for name, value in fields.items() if name not in CAPS)

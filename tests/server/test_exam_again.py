@@ -1,0 +1,237 @@
+"""Examining again what is served: by an admin's request, at intervals, and what another server found."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from safelora_vllm.errors import ExamUnavailable
+from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.server.exam.again import Again
+from safelora_vllm.integration.server.exam.schedule import Schedule
+from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.verdicts import Examined
+from tests.server.conftest import ADMIN_KEY, upload
+from tests.server.fake_server import SECRET, FakeServer, Place
+from tests.server.test_exam_server import (  # noqa: F401
+    Start,
+    adapters,
+    answer_of,
+    answer_of_lookup,
+    is_listed,
+    place,
+    start,
+)
+
+STRICTEST_ONLY = lambda report: 0.0 if report.policy.select == "all" else 1.0  # noqa: E731
+
+
+def until(server: FakeServer, true: Callable[[], bool]) -> None:
+    for _ in range(400):
+        if true():
+            return
+        server.portal.call(asyncio.sleep, 0.02)
+    raise AssertionError("it did not become true")
+
+
+def examine_again(server: FakeServer, name: str, key: str = ADMIN_KEY) -> Any:
+    return server.client(key).post(f"/v1/adapters/{name}/exam")
+
+
+def lines(place: Place) -> list[tuple[str, str, str, list[str]]]:  # noqa: F811
+    """Of re-examinations in the audit log: actor, adapter, decision, reasons."""
+    found = [line for line in AuditLog(place.store / "audit").read() if line.get("again")]
+    return [(line["actor"], line["adapter"], line["decision"], line["reasons"]) for line in found]
+
+
+def test_the_held_out_half_is_asked(start: Start, adapters: dict[str, Path], place: Place) -> None:  # noqa: F811
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        http, engine = server.client(ADMIN_KEY), server.engine
+        assert upload(http, "acme/useful", adapters["useful"]).status_code == 201
+        first = set(engine.texts)
+        answer = examine_again(server, "acme/useful")
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        assert (body["passed"], body["withdrawn"], body["bound"]) == (True, False, 0.0)
+        assert (body["adapter"], body["probes"], body["threshold"]) == ("acme/useful", 64, 0.02)
+        assert abs(body["at"] - time.time()) < 60
+        held_out = set(engine.texts) - first
+        assert len(first) == len(held_out) == 64 and len(engine.texts) == 128
+        shown = http.get("/v1/adapters/acme/useful").json()["exam"]
+        assert shown["again"]["passed"] and shown["again"]["bound"] == 0.0 and shown["passed"]
+        tenants = server.client(SECRET).get("/v1/adapters/acme/useful").json()["exam"]
+        assert tenants["again"] == {
+            "passed": True,
+            **dict.fromkeys(("drop", "bound", "worst", "seconds", "at")),
+        }
+        # Not a tenant's to ask for: it would cost the engine, and tell more of the probes.
+        assert examine_again(server, "acme/useful", SECRET).status_code == 403
+        assert examine_again(server, "nobody").status_code == 404
+    assert lines(place) == [("admin/environment", "acme/useful", "accepted", [])]
+    with start(exam="off", ladder=None) as server:
+        until(server, lambda: answer_of(server, "acme/useful") == 200)
+        answer = examine_again(server, "acme/useful")
+        assert answer.status_code == 400 and "--exam report or --exam enforce" in answer.text
+
+
+def test_what_fails_is_withdrawn_and_climbs(start: Start, adapters: dict[str, Path], place: Place) -> None:  # noqa: F811
+    """On all servers of the store. The rung that brings it back has passed both halves."""
+    with start() as server, start() as beside:
+        for name in ("useful", "twin"):  # one copy
+            assert upload(server.client(ADMIN_KEY), name, adapters["useful"]).status_code == 201
+        until(beside, lambda: answer_of(beside, "useful") == 200)
+        server.engine.drop = beside.engine.drop = STRICTEST_ONLY
+        answer = examine_again(server, "useful").json()
+        assert (answer["passed"], answer["withdrawn"], answer["drop"]) == (False, True, 1.0)
+        assert server.app.state.safelora.watchdog.withdrawn == 2
+
+        def is_strict(which: FakeServer, name: str) -> bool:
+            entry = which.app.state.safelora.registry[name]
+            assert answer_of_lookup(which, name) in (200, 503)
+            return entry.served is not None and entry.served.report.policy.select == "all"
+
+        for name in ("useful", "twin"):
+            until(server, lambda name=name: is_strict(server, name))  # type: ignore[misc]
+            until(beside, lambda name=name: is_strict(beside, name))  # type: ignore[misc]
+        strict = server.client(ADMIN_KEY).get("/v1/adapters/useful").json()["exam"]
+        assert strict["passed"] and strict["again"]["passed"], "both halves"
+    assert sorted(lines(place)) == [
+        ("admin/environment", "useful", "refused", ["exam"]), ("server", "twin", "refused", ["exam"]),
+    ]  # fmt: skip
+    assert ("rejudge", "useful", "accepted", []) in place.audit()
+    with start(engine={"drop": STRICTEST_ONLY}) as server:
+        assert is_listed(server.client(ADMIN_KEY), "useful") and not server.engine.asked
+
+
+def test_what_fails_on_all_rungs_is_refused(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811
+    with start() as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "useful", adapters["useful"]).status_code == 201
+        server.engine.drop = lambda _: 1.0
+        assert examine_again(server, "useful").json()["withdrawn"]
+        until(server, lambda: answer_of_lookup(server, "useful") == 422)
+        assert not is_listed(http, "useful") and examine_again(server, "useful").status_code == 422
+        assert upload(http, "again", adapters["useful"]).status_code == 422
+    with start() as server:
+        assert answer_of(server, "useful") == 422
+        # Other content is taken as ever.
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["other"], replace=True).status_code == 201
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_another_server_found_counts(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    killed: bool,
+) -> None:
+    """killed: it was, before it could do anything but keep the verdict."""
+    with start() as server:
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
+        (key,) = set(server.engine.asked)
+        sheets = server.app.state.safelora.copies.exam.examiner.sheets
+        found = sheets.first.verdicts.get(key)
+        server.engine.drop = lambda _: 1.0
+        failed = Examined(Score(1.0, 1.0, 1.0, 64), 1.0, found.files, time.time())
+        if not killed:
+            sheets.held_out.verdicts.put(key, failed)
+            until(server, lambda: answer_of_lookup(server, "useful") == 422)
+    if killed:
+        sheets.held_out.verdicts.put(key, failed)
+        with start(engine={"drop": lambda _: 1.0}) as server:
+            assert not is_listed(server.client(ADMIN_KEY), "useful")
+            until(server, lambda: answer_of_lookup(server, "useful") == 422)
+
+
+def test_no_score_changes_nothing(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811
+    with start() as server:
+        assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
+
+        async def broken() -> None:
+            raise RuntimeError("secret details of a probe")
+
+        server.engine.before = broken
+        answer = examine_again(server, "useful")
+        assert answer.status_code == 503 and "secret" not in answer.text
+        assert is_listed(server.client(ADMIN_KEY), "useful")
+
+
+def test_report_withdraws_nothing(start: Start, adapters: dict[str, Path], place: Place) -> None:  # noqa: F811
+    with start(exam="report", ladder=None, policy={"method": "safe-lora"}) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 201
+        answer = examine_again(server, "harmful").json()
+        assert (answer["passed"], answer["withdrawn"]) == (False, False)
+        assert is_listed(http, "harmful")
+    assert lines(place) == [("admin/environment", "harmful", "accepted", ["exam"])]
+
+
+def test_one_server_examines_at_intervals(start: Start, adapters: dict[str, Path], place: Place) -> None:  # noqa: F811
+    """When the last exam was is in the store, so that a restart examines nothing that is not due."""
+    with start() as server:
+        for name in ("useful", "other"):
+            assert upload(server.client(ADMIN_KEY), name, adapters[name]).status_code == 201
+    due, _ = sorted(place.store.glob("exam/verdicts/*/*.json"))
+    due.write_text(json.dumps({**json.loads(due.read_text()), "at": 0.0}))
+    with start(exam_every="1h") as one, start(exam_every="1h") as two:
+        until(one, lambda: len([*one.engine.asked, *two.engine.asked]) == 64)
+        one.portal.call(asyncio.sleep, 0.3)
+        assert [*one.engine.asked, *two.engine.asked] == [due.stem] * 64
+    with start(exam_every="1h") as server:
+        server.portal.call(asyncio.sleep, 0.3)
+        assert not server.engine.asked
+    assert not lines(place), "what passes is no news"
+
+
+class Served:
+    """Adapters of a schedule, by the time of their last exam. asked: who was examined, and when."""
+
+    def __init__(self, tmp_path: Path, **at: float) -> None:
+        self.now, self.at, self.broken = 1000.0, at, set[str]()
+        self.asked: list[tuple[str, float]] = []
+        registry = {
+            name: SimpleNamespace(
+                name=name, log_fields={}, served=SimpleNamespace(request=SimpleNamespace(lora_path=f"safelora://{name}"))
+            )
+            for name in at
+        }  # fmt: skip
+        exam = SimpleNamespace(
+            found=lambda _: SimpleNamespace(at=1.0),
+            found_again=lambda key: SimpleNamespace(at=self.at[key]),
+        )
+        again = SimpleNamespace(exam=exam, registry=registry, examine=self.examine, look=self.look)
+        self.schedule = Schedule(cast(Again, again), tmp_path, 100.0, lambda: self.now)
+
+    async def look(self) -> None:
+        """Nothing is new."""
+
+    async def examine(self, entry: Any) -> None:
+        self.asked.append((entry.name, self.now))
+        if entry.name in self.broken:
+            raise ExamUnavailable("busy")
+        self.at[entry.name] = self.now
+
+    def run(self, *times: float) -> list[tuple[str, float]]:
+        self.asked.clear()
+        for self.now in times:
+            assert asyncio.run(self.schedule._examine_one()) == len(self.at)
+        return self.asked
+
+
+def test_the_oldest_goes_first_and_only_what_is_due(tmp_path: Path) -> None:
+    served = Served(tmp_path, a=950.0, b=890.0, c=899.0)
+    assert served.run(1000.0, 1001.0, 1002.0, 1051.0) == [("b", 1000.0), ("c", 1001.0), ("a", 1051.0)]
+    assert served.run(1060.0, 1101.0) == [("b", 1101.0)]
+
+
+def test_what_gave_no_score_waits(tmp_path: Path) -> None:
+    served = Served(tmp_path, a=800.0, b=810.0)
+    served.broken.add("a")
+    assert served.run(1000.0, 1001.0, 1002.0, 1099.0, 1100.0) == [("a", 1000.0), ("b", 1001.0), ("a", 1100.0)]
