@@ -100,6 +100,7 @@ _LISTED: dict[Access, str] = {
     Access.ADMINS: """
         PUT /v1/adapters/{name:path}/policy
         POST /v1/adapters/{name:path}/exam
+        PUT /v1/adapters/{name:path}/exam
         POST /v1/load_lora_adapter
         POST /v1/unload_lora_adapter
         POST /adapters

@@ -19,13 +19,15 @@ from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.repeated import LOAD, is_unchanged, may_load, served_again
-from safelora_vllm.integration.server.visibility import unknown
+from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord
-from safelora_vllm.store.audit_log import DELETE_VERSION, AuditLog
+from safelora_vllm.store.audit_log import DELETE_VERSION, EXAM, AuditLog
 from safelora_vllm.tenants.principal import Principal, check_name
 from safelora_vllm.tenants.quotas import allowed
+
+_NO_REASON = "an override of the exam needs a reason, which the report and the audit log keep"
 
 
 @dataclass
@@ -51,7 +53,14 @@ class Manager:
         self.reconciler.background.spawn(self._commits.count_refusals())
 
     async def add(
-        self, who: Principal, name: str, source: Path, *, replace: bool = False, action: str = "upload"
+        self,
+        who: Principal,
+        name: str,
+        source: Path,
+        *,
+        replace: bool = False,
+        action: str = "upload",
+        exam_override: str = "",
     ) -> Entry:
         """Let a folder or archive pass the gate and serve it under ``name``, as a new version.
 
@@ -59,20 +68,31 @@ class Manager:
         rules hold now, but for vLLM's own call (action `LOAD`), which controllers repeat. That call also
         gives new content to a name whose adapter is refused. One that is unavailable for a moment stays.
 
+        Args:
+            who: the caller. name: for the adapter. source: its folder or archive.
+            replace: what the name has. action: for the audit log.
+            exam_override: an admin's reason to serve it whatever its exam says.
+
         Raises:
-            UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name.
+            UsageError: nothing there, or a name that cannot be used. Forbidden: not this caller's name, or no
+                admin wants the override.
             AlreadyLoaded: the name is taken and ``replace`` is false. ChangedMeanwhile: by another server.
             QuotaExceeded: the tenant's.
             AdapterRefused: the gate refuses, with all its reasons.
             Unavailable: the gate, the store or the engine is out of order.
         """
         self.check(who, name)
+        exam_override = self.check_override(who, exam_override, name)
         async with self._commits.changing(who, name, action) as start:
             previous = await self._commits.record(name)
             policy = previous.live.next_policy if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
-            judged = await self.reconciler.copies.admit(str(source), name, policy, allowance)
-            if not replace or action == LOAD:
+            judged = await self.reconciler.copies.admit(
+                str(source), name, policy, allowance, bool(exam_override)
+            )
+            if exam_override:
+                pass  # also where the content is the same
+            elif not replace or action == LOAD:
                 same = await served_again(self.reconciler, previous, judged)
                 if same is not None:
                     return same
@@ -84,7 +104,8 @@ class Manager:
             if previous and not replace and not (loads and may_load(self.reconciler, previous, judged)):
                 raise taken(name)
             await self._commits.check_accepted(who, name, action, judged)
-            version = version_of(judged, who, policy)
+            override = bool(exam_override)
+            version = version_of(judged, who, policy, reason=exam_override, exam_override=override)
             return await self._commits.commit(who, name, action, judged, previous, version, start)
 
     async def roll_back(self, who: Principal, name: str, number: int) -> Entry:
@@ -102,10 +123,15 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
-            judged = await self.reconciler.copies.ensure(earlier.digest, name, policy, override)
+            exam_override = earlier.exam_override and who.kind == "admin"
+            judged = await self.reconciler.copies.ensure(
+                earlier.digest, name, policy, override, exam_override
+            )
             reason = f"rollback to version {number}"
             await self._commits.check_accepted(who, name, "rollback", judged, override, reason)
-            version = version_of(judged, who, policy, override, record.live.next_policy, reason)
+            version = version_of(
+                judged, who, policy, override, record.live.next_policy, reason, exam_override
+            )
             return await self._commits.commit(who, name, "rollback", judged, record, version, start)
 
     async def set_policy(
@@ -139,10 +165,57 @@ class Manager:
             policy = dataclasses.asdict(wanted) if values else {}
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
-            judged = await self.reconciler.copies.ensure(record.live.digest, name, policy, loosened)
+            live = record.live
+            exam_override = live.exam_override  # it is of this content, whatever its policy is
+            judged = await self.reconciler.copies.ensure(live.digest, name, policy, loosened, exam_override)
             await self._commits.check_accepted(who, name, "policy", judged, loosened, reason)
-            version = version_of(judged, who, policy, loosened, record.live.next_policy, reason)
+            kept = reason or (live.reason if exam_override else "")
+            version = version_of(judged, who, policy, loosened, live.next_policy, kept, exam_override)
             return await self._commits.commit(who, name, "policy", judged, record, version, start)
+
+    async def set_exam_override(self, who: Principal, name: str, override: bool, reason: str) -> Entry:
+        """Serve what a name has whatever its exam says, by the policy that holds without an exam; or not any
+        more: then it is judged anew, and withdrawn until it passes.
+
+        Raises:
+            UnknownAdapter. UsageError: no reason, or nothing to override.
+            ChangedMeanwhile: by another server.
+            AdapterRefused: by the gate; without the override also by the exam.
+        """
+        async with self._commits.changing(who, name, EXAM) as start:
+            record = await self._commits.known(who, name)
+            live, copies = record.live, self.reconciler.copies
+            if override:
+                if not (reason := self.check_override(who, reason, name)):
+                    raise UsageError(_NO_REASON)
+                judged = await copies.ensure(live.digest, name, live.policy, live.override, True)
+                await self._commits.check_accepted(who, name, EXAM, judged, live.override, reason)
+                version = version_of(
+                    judged, who, live.policy, live.override, live.next_policy, reason, exam_override=True
+                )
+                return await self._commits.commit(who, name, EXAM, judged, record, version, start)
+            if not live.exam_override:
+                raise UsageError(f"{name} has no override of its exam: there is nothing to take back")
+            await self._commits.take_back_override(who, name, live, reason)
+        await self.reconciler.prepare(name)
+        entry = look_up(self.reconciler.registry, who, name)
+        entry.current()
+        return entry
+
+    def check_override(self, who: Principal, reason: str, name: str | None = None) -> str:
+        """The reason of an override of the exam; empty where none is wanted.
+
+        Raises:
+            Forbidden: the caller is no admin.
+            UsageError: the reason is blank, or no exam is enforced for the name.
+        """
+        if reason and who.kind != "admin":
+            raise Forbidden("an override of the exam needs an admin key")
+        if reason and not reason.strip():
+            raise UsageError(_NO_REASON)
+        if reason and name is not None and not self.reconciler.copies.exam.terms(name).enforced:
+            raise UsageError(f"no exam is enforced for {name}: there is nothing to override")
+        return reason.strip()
 
     async def remove(self, who: Principal, name: str, action: str = "delete") -> None:
         """Stop serving a name on every server; its weights are freed when its last request has ended.

@@ -30,7 +30,7 @@ from safelora_vllm.integration.server.repeated import live_number
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
-from safelora_vllm.store.audit_log import AuditLog, audit_fields
+from safelora_vllm.store.audit_log import EXAM, AuditLog, audit_fields
 from safelora_vllm.store.recorded import Line, RecordedNames
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import check_quota
@@ -183,6 +183,22 @@ class Commits:
 
         self._recorded.update(name, change, line)
 
+    async def take_back_override(self, who: Principal, name: str, live: Version, reason: str) -> None:
+        """Withdraw what is served by an override of its exam; it is judged anew in the background.
+
+        Raises:
+            ChangedMeanwhile: ``live`` is not what the name serves.
+        """
+        unjudged = dataclasses.replace(live.unjudged, exam_override=False, reason=reason, id=live.id)
+
+        def change(record: AdapterRecord | None) -> AdapterRecord:
+            if record is None or record.live != live:
+                raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
+            return record.with_live(unjudged)
+
+        said = {"decision": "accepted", "exam_override": False, "reason": reason}
+        await self.remove(who, EXAM, name, change, **said)
+
     async def remove(self, who: Principal, action: str, name: str, change: Change, **details: Any) -> None:
         """Change a record without a new version, and say in the audit log that something was removed.
 
@@ -207,10 +223,13 @@ def version_of(
     override: bool = False,
     before: dict[str, Any] | None = None,
     reason: str = "",
+    exam_override: bool = False,
 ) -> Version:
     """The version that a change makes.
 
-    before: the policy that held for the name's next content, which an override leaves in force."""
+    before: the policy that held for the name's next content, which an override leaves in force.
+    exam_override: an admin has it served whatever its exam says.
+    """
     report = judged.report
     return Version(
         version=0,
@@ -223,6 +242,7 @@ def version_of(
         override=override,
         base_policy=before or {} if override else {},
         reason=reason,
+        exam_override=exam_override,
         key=judged.judgement.accepted_key(),
         ruleset_digest=judged.ruleset,
     )

@@ -33,8 +33,10 @@ def exam_fields(found: Examined | None) -> dict[str, Any]:
 def version_fields(version: Version, override: bool) -> dict[str, Any]:
     """Of a version that is served or was refused. override: its rules are less strict than the server's."""
     reason = BY_THE_KEYS_FILE if override and not version.override else ""
+    examined = {"exam_override": True} if version.exam_override else {}
     return {
         "version": version.version,
         "override": override or version.override,
+        **examined,
         "reason": version.reason or reason,
     }

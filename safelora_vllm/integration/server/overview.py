@@ -81,6 +81,7 @@ class AuditRecord(BaseModel):
     reasons: list[str] = Field(description="reason codes of a refusal, or quota")
     version: int | None
     override: bool
+    exam_override: bool
     reason: str = Field(description="why, as the admin said")
 
 
@@ -165,5 +166,6 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
         "reasons": [str(code) for code in record.get("reasons", [])],
         "version": record.get("version"),
         "override": bool(record.get("override")),
+        "exam_override": bool(record.get("exam_override")),
         "reason": str(record.get("reason", "")),
     }

@@ -89,9 +89,20 @@ class Copies:
         return self._tenant_rules(name).over(self.state.policy)
 
     async def admit(
-        self, source: str, name: str, own: Mapping[str, Any], allowance: Allowance | None
+        self,
+        source: str,
+        name: str,
+        own: Mapping[str, Any],
+        allowance: Allowance | None,
+        exam_override: bool = False,
     ) -> Judged:
-        """Let the gate judge a folder or archive and keep it. own: the policy of the name itself.
+        """Let the gate judge a folder or archive and keep it.
+
+        Args:
+            source: the folder or archive. name: what it is to be served as.
+            own: the policy of the name itself.
+            allowance: what its owner may use.
+            exam_override: an admin has it served whatever its exam says.
 
         Raises:
             QuotaExceeded: over the allowance. SafeLoRAError: the gate, or the exam, cannot.
@@ -105,15 +116,26 @@ class Copies:
                 override=rules.override, allowance=allowance,
             )  # fmt: skip
 
-        return await self._decide(name, own, False, judge, upload=True)
+        return await self._decide(name, own, False, judge, exam_override, upload=True)
 
-    async def ensure(self, digest: str, name: str, own: Mapping[str, Any], override: bool) -> Judged:
-        """Let the gate judge stored content. override: of an admin, for ``own``.
+    async def ensure(
+        self, digest: str, name: str, own: Mapping[str, Any], override: bool, exam_override: bool = False
+    ) -> Judged:
+        """Let the gate judge stored content. override: of an admin, for ``own``. exam_override: of one too.
 
         Raises:
             SafeLoRAError: the gate, or the exam, cannot.
         """
-        return await self._decide(name, own, override, lambda rules, _: self._ensure(digest, name, rules))
+
+        async def judge(rules: Rules, _: Judgement | None) -> Judgement:
+            return await self._ensure(digest, name, rules)
+
+        return await self._decide(name, own, override, judge, exam_override)
+
+    async def ensure_version(self, name: str, version: Version) -> Judged:
+        """`ensure` for a stored version, as its record has it."""
+        own, override = version.policy, version.override
+        return await self.ensure(version.digest, name, own, override, version.exam_override)
 
     async def _ensure(self, digest: str, name: str, rules: Rules) -> Judgement:
         return await self._spanned(
@@ -130,13 +152,22 @@ class Copies:
         return judgement
 
     async def _decide(
-        self, name: str, own: Mapping[str, Any], override: bool, judge: Judge, upload: bool = False
+        self,
+        name: str,
+        own: Mapping[str, Any],
+        override: bool,
+        judge: Judge,
+        exam_override: bool,
+        upload: bool = False,
     ) -> Judged:
-        """The one place where a content is accepted: what the gate makes of it has passed the exam."""
+        """The one place where a content is accepted: what the gate makes of it has passed the exam.
+
+        With an admin's override of the exam, the policy is the one that holds without an exam.
+        """
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
-        rungs = self.exam.rungs(self.state.policy, tenant, rules, bool(own))
-        judgement = await self.exam.decide(rungs, judge, tenant, upload)
+        rungs = self.exam.rungs(self.state.policy, tenant, rules, bool(own) or exam_override)
+        judgement = await self.exam.decide(rungs, judge, tenant, upload, exam_override)
         ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest), tenant)
         return Judged(judgement, ruleset, rules.override)
 
@@ -163,7 +194,7 @@ class Copies:
             version.key
         ):
             return None  # an older release made it: the gate adds that when it is asked for it
-        if not self.exam.passed(name, version.key):
+        if not self.exam.passed(name, version.key, version.exam_override):
             return None
         return Copy(version.key, report, self.file_states(version.key))
 
@@ -190,8 +221,8 @@ class Copies:
                 override=rules.override, keep=False,
             )  # fmt: skip
 
-        judged = await self._decide(entry.name, {}, False, judge)
-        return await self.copy_of(entry.name, judged.judgement)
+        judged = await self._decide(entry.name, {}, False, judge, exam_override=False)
+        return await self.copy_of(entry, judged.judgement)
 
     async def repair(self, entry: Entry) -> None:
         """Have the published copy of a served adapter made again where its files are damaged.
@@ -204,8 +235,7 @@ class Copies:
                 if entry.version is None:
                     await self.adopt(entry)
                 else:
-                    version = entry.version
-                    await self.ensure(version.digest, entry.name, version.policy, version.override)
+                    await self.ensure_version(entry.name, entry.version)
             except SafeLoRAError as error:
                 about = {"adapter": entry.name, "version": entry.version and entry.version.version}
                 logger.error(
@@ -213,14 +243,14 @@ class Copies:
                     "served until a worker has to read it", entry.name, error, extra=about,
                 )  # fmt: skip
 
-    async def copy_of(self, name: str, judgement: Judgement) -> Copy:
+    async def copy_of(self, entry: Entry, judgement: Judgement) -> Copy:
         """The published copy of what the gate accepted for a name.
 
         Raises:
             AdapterRefused: it did not. ExamUnavailable: it has not passed the exam as it is now.
         """
         key = judgement.accepted_key()
-        if not await asyncio.to_thread(self.exam.passed, name, key):
+        if not await asyncio.to_thread(self.exam.passed, entry.name, key, entry.exam_override):
             raise ExamUnavailable("the published copy changed after its exam: try again in a moment")
         return Copy(key, judgement.report, await asyncio.to_thread(self.file_states, key))
 

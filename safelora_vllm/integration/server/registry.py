@@ -66,6 +66,11 @@ class Entry:
         return self.version.load_seconds if self.version else 0.0
 
     @property
+    def exam_override(self) -> bool:
+        """Whether an admin has it served whatever its exam says."""
+        return self.version is not None and self.version.exam_override
+
+    @property
     def log_fields(self) -> dict[str, object]:
         """What a line of the log says of its adapter, as `extra`."""
         return {"adapter": self.name, "version": self.version and self.version.version}

@@ -40,12 +40,12 @@ class Rejudge:
         Raises:
             AdapterRefused: refused, as the record says already. SafeLoRAError: the gate or the store cannot.
         """
-        judged = await self._copies.ensure(version.digest, entry.name, version.policy, version.override)
+        judged = await self._copies.ensure_version(entry.name, version)
         reasons = tuple(judged.report.reasons) if judged.judgement.key is None else ()
         key = judged.judgement.key or ""
         decided = (judged.ruleset, key, _codes(reasons))
         if decided == (version.ruleset_digest, version.key, _codes(version.refused)):
-            return await self._copies.copy_of(entry.name, judged.judgement)
+            return await self._copies.copy_of(entry, judged.judgement)
         new = dataclasses.replace(
             version,
             key=key,

@@ -100,6 +100,7 @@ async def add_from_source(
     *,
     replace: bool,
     action: str = "upload",
+    exam_override: str = "",
 ) -> Entry:
     """Download an adapter, and let it pass the gate like an upload. A refusal is in the audit log.
 
@@ -115,7 +116,9 @@ async def add_from_source(
             path = await _fetched(remote, source, folder, managed.max_adapter_bytes, wanted.digest)
         about = {"adapter": wanted.name}  # a version follows, if it is accepted
         logger.info("%s was downloaded from %s for %s", wanted.name, source, who.key_id, extra=about)
-        return await managed.add(who, wanted.name, path, replace=replace, action=action)
+        return await managed.add(
+            who, wanted.name, path, replace=replace, action=action, exam_override=exam_override
+        )
 
 
 @asynccontextmanager

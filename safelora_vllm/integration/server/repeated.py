@@ -35,10 +35,10 @@ async def served_again(reconciler: Reconciler, before: AdapterRecord | None, jud
 def is_unchanged(reconciler: Reconciler, before: AdapterRecord | None, judged: Judged) -> bool:
     """Whether a name serves the very copy that was judged: the same content, by the same rules.
 
-    An override is for its content: uploading that again takes it back.
+    An override is for its content: uploading that again takes it back. So is one of the exam.
     """
     entry = before and reconciler.registry.get(before.name)
-    if not before or not entry or not entry.served or before.live.override:
+    if not before or not entry or not entry.served or before.live.override or before.live.exam_override:
         return False
     key = published_key(entry.served.request.lora_path)
     return before.live.digest == judged.report.digest and key == judged.judgement.key

@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -39,6 +39,7 @@ from safelora_vllm.integration.server.schemas import (
     UPLOAD_BODY,
     AdapterList,
     AdapterReport,
+    ExamOverride,
     LoadRequest,
     PolicyChange,
     ReExamination,
@@ -173,13 +174,22 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
 async def upload_adapter(
-    who: Caller, managed: Managed, shown: Shown, request: Request, answer: Response, replace: bool = False
+    who: Caller,
+    managed: Managed,
+    shown: Shown,
+    request: Request,
+    answer: Response,
+    replace: bool = False,
+    exam_override: Annotated[str, Query(max_length=1000)] = "",
 ) -> Any:
     """Upload an adapter; it is served when this answers. Replacing is a hot swap: running requests end on
-    the old weights, later ones use the new. The same content under the same name again is 200."""
+    the old weights, later ones use the new. The same content under the same name again is 200.
+    exam_override is an admin's reason to serve it whatever its exam says."""
+    managed.check_override(who, exam_override)
+    how = _How(replace, exam_override)
     with request.app.state.safelora_upload_limiter.take(who.tenant):
         if request.headers.get("content-type", "").startswith("application/json"):
-            return shown.report(who, await _add_named(who, managed, request, answer, replace))
+            return shown.report(who, await _add_named(who, managed, request, answer, how))
         async with incoming(managed.reconciler.names.root) as folder:
             may_use = functools.partial(managed.check, who)
             received = await receive(request, folder, managed.max_adapter_bytes, may_use)
@@ -192,18 +202,25 @@ async def upload_adapter(
                 await asyncio.to_thread(download, hub_id, revision, folder, most, token)
             else:
                 source = received.adapter
-            entry = await _add(who, managed, received.fields["name"], source, answer, replace)
+            entry = await _add(who, managed, received.fields["name"], source, answer, how)
             return shown.report(who, entry)
 
 
+class _How(NamedTuple):
+    """What the query of an upload says."""
+
+    replace: bool
+    exam_override: str
+
+
 async def _add_named(
-    who: Principal, managed: Manager, request: Request, answer: Response, replace: bool
+    who: Principal, managed: Manager, request: Request, answer: Response, how: _How
 ) -> Entry:
     """An upload whose JSON body says where the adapter is."""
     text = b"".join([chunk async for chunk in read_with_timeout(request)])
     if wanted := source_named(text):
         before = live_number(managed.reconciler, wanted.name)
-        entry = await add_from_source(request, who, managed, wanted, replace=replace)
+        entry = await add_from_source(request, who, managed, wanted, **how._asdict())
         return _again(managed, wanted.name, before, answer, entry)
     if who.kind != "admin" or not managed.roots:
         raise Forbidden("loading by path needs an admin key and a server with --adapter-root")
@@ -212,15 +229,15 @@ async def _add_named(
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
     source = managed.check_root(body.path)
-    return await _add(who, managed, body.name, source, answer, replace)
+    return await _add(who, managed, body.name, source, answer, how)
 
 
 async def _add(
-    who: Principal, managed: Manager, name: str, source: Path, answer: Response, replace: bool
+    who: Principal, managed: Manager, name: str, source: Path, answer: Response, how: _How
 ) -> Entry:
     """Add an adapter. The status is 200 where the name has this very content already."""
     before = live_number(managed.reconciler, name)
-    return _again(managed, name, before, answer, await managed.add(who, name, source, replace=replace))
+    return _again(managed, name, before, answer, await managed.add(who, name, source, **how._asdict()))
 
 
 def _again(managed: Manager, name: str, before: int | None, answer: Response, entry: Entry) -> Entry:
@@ -278,6 +295,12 @@ async def examine_again(name: str, who: Caller, managed: Managed, shown: Shown, 
     threshold = managed.reconciler.copies.exam.terms(name).threshold
     about = {"adapter": name, "probes": found.score.probes, "threshold": threshold}
     return {**exam_figures(found, shown=True), **about, "passed": passed, "withdrawn": withdrawn}
+
+
+@router.put("/v1/adapters/{name:path}/exam", response_model=AdapterReport, responses=_CHANGES)
+async def override_exam(name: str, body: ExamOverride, who: Caller, managed: Managed, shown: Shown) -> Any:
+    """Serve an adapter whatever its exam says, for this content only; or take that back."""
+    return shown.report(who, await managed.set_exam_override(who, name, body.override, body.reason))
 
 
 @router.get(

@@ -77,6 +77,15 @@ class PolicyChange(BaseModel):
     reason: str = Field("", max_length=1000, description="why; needed with override")
 
 
+class ExamOverride(BaseModel):
+    """Whether an adapter is served whatever its exam says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    override: bool = Field(description="false takes it back: the adapter is judged anew, and has to pass")
+    reason: str = Field("", max_length=1000, description="why; needed with override")
+
+
 class ErrorDetail(BaseModel):
     """OpenAI's error object; a refusal has its reasons besides."""
 
@@ -107,6 +116,7 @@ class AdapterSummary(BaseModel):
     total_norm: float = Field(description="of the upload, relative to the weights of all modules together")
     version: int | None = Field(description="null for an adapter of --lora-modules")
     override: bool = Field(description="an admin allowed rules that are less strict")
+    exam_override: bool = Field(description="an admin has it served whatever its exam says")
     reason: str = Field(description="why, as the admin said")
 
 
@@ -181,6 +191,7 @@ class VersionInfo(BaseModel):
     by: str = Field(description="id of the key")
     policy: dict[str, Any]
     override: bool
+    exam_override: bool
     reason: str
     refused: list[Reason] = Field(description="why it is not served, as it was judged last; else empty")
 
@@ -222,6 +233,7 @@ def summary_of(entry: Entry) -> dict[str, Any]:
         **replace(entry.current().report, modules=[]).to_dict(),
         "version": live.version if live else None,
         "override": live.override if live else False,
+        "exam_override": entry.exam_override,
         "reason": live.reason if live else "",
     }
 

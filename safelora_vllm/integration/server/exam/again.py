@@ -59,7 +59,7 @@ class Again:
         passed = terms.passes(found)
         withdrawn = self._withdraw_failed()
         about = withdrawn.pop(entry.name, entry)
-        gone = not self.exam.may_serve(entry.name, key)
+        gone = not self.exam.may_serve(entry.name, key, entry.exam_override)
         if actor != SERVER or not passed:
             await self._log(about, actor, found, passed, gone)
         for other in withdrawn.values():  # of the same content
@@ -79,7 +79,10 @@ class Again:
         failed = {
             name: entry
             for name, entry in self.registry.items()
-            if entry.served and not self.exam.may_serve(name, published_key(entry.served.request.lora_path))
+            if entry.served
+            and not self.exam.may_serve(
+                name, published_key(entry.served.request.lora_path), entry.exam_override
+            )
         }
         for name, entry in failed.items():
             self._withdraw(entry, "it failed its re-examination", being_prepared(name))

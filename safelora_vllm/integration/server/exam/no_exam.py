@@ -49,6 +49,7 @@ class NoExam:
         judge: Judge,
         tenant: TenantRules,  # noqa: ARG002
         upload: bool = False,  # noqa: ARG002
+        override: bool = False,  # noqa: ARG002
     ) -> Judgement:
         """What the gate makes of a content on the first rung that may be served; or a refusal.
 
@@ -56,6 +57,7 @@ class NoExam:
             rungs: of `rungs`, to be tried in turn. judge: asks the gate.
             tenant: whose adapter it is.
             upload: what vLLM cannot load is refused. What the store has already is tried again later instead.
+            override: an admin has it served whatever the exam says.
 
         Raises:
             TooManyExams: the tenant has had its share. SafeLoRAError: the gate or the exam cannot.
@@ -72,11 +74,14 @@ class NoExam:
             f"there is no exam: {self.cause or 'start the server with --exam report or --exam enforce'}"
         )
 
-    def passed(self, name: str, key: str) -> bool:  # noqa: ARG002
-        """Whether a name may serve a published copy as it is in the store now. Reads the store."""
+    def passed(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
+        """Whether a name may serve a published copy as it is in the store now. Reads the store.
+
+        override: an admin has its content served whatever the exam says.
+        """
         return True
 
-    def may_serve(self, name: str, key: str) -> bool:  # noqa: ARG002
+    def may_serve(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
         """The same of a copy that `passed` or `decide` has looked at. Reads nothing."""
         return True
 
