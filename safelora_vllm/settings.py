@@ -26,6 +26,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.remote.address import parse_prefix
 from safelora_vllm.remote.reach import Reach
 from safelora_vllm.store.layout import default_root
+from safelora_vllm.tenants.exam_rules import MODES
 
 SECTION = "safelora"
 PLUGIN = "safelora"  # in VLLM_PLUGINS
@@ -35,7 +36,7 @@ METRICS_KEY = "SAFELORA_METRICS_KEY"
 WORKER = "worker"  # the gate's device is its worker's
 _GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
 TENANT_REPORTS = ("full", "summary")
-EXAMS = ("off", "report", "enforce")
+EXAMS = MODES
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
     "was not built for; leave it out, and start a new server for a new model"
@@ -203,6 +204,11 @@ class ServerSettings:
                 seconds_in(self.exam_every)
             except UsageError as error:
                 raise GuardError(f"exam_every: {error}") from None
+
+    @property
+    def exam_given(self) -> tuple[str, float, str | None]:
+        """Mode, threshold and ladder, with which those of tenants are compared."""
+        return self.exam, self.exam_threshold, self.ladder
 
     def to_section(self) -> dict[str, Any]:
         """The inverse, for ``--additional-config``."""

@@ -145,3 +145,23 @@ def test_the_keys_files_of_the_documentation_work_on_a_default_server(tmp_path: 
         strangers, friends = (ring.rules(f"{name}/x") for name in ("strangers", "friends"))
         assert not strangers.less_strict and strangers.over(Policy()).at_least_as_strict(Policy())
         assert friends.less_strict and not friends.over(Policy()).at_least_as_strict(Policy())
+
+
+@pytest.mark.parametrize(
+    ("exam", "message"),
+    [
+        ('mode = "on"', "exam.mode is 'on'; give one of off, report, enforce"),
+        ("mode = 1", "exam.mode is 1"),
+        ("threshold = 0", "exam.threshold is 0; give a finite number above 0"),
+        ("threshold = nan", "exam.threshold is nan"),
+        ("threshold = true", "exam.threshold is True"),
+        ('ladder = "lora"', "exam.ladder: 'lora' is not a valid rung"),
+        ("ladder = 1", "exam.ladder is 1; give a text"),
+        ("per_minute = -1", "exam.per_minute is -1; give a whole number, 0 or more"),
+        ("per_day = true", "exam.per_day is True"),
+        ("per_hour = 1", "has unknown entries"),
+    ],
+)
+def test_wrong_rules_of_exams(tmp_path: Path, exam: str, message: str) -> None:
+    with pytest.raises(KeysError, match=re.escape(message)):
+        ring(tmp_path, f"[tenants.acme.exam]\n{exam}\n")

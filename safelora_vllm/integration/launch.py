@@ -57,9 +57,8 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     granted(settings.route_access)
     if settings.keys:
         admin, metrics = os.environ.get(ADMIN_KEY), os.environ.get(METRICS_KEY)
-        ring = KeyRing.open(
-            Path(settings.keys), admin, [], metrics, tenant_check(settings.policy, settings.projectors)
-        )
+        check = tenant_check(settings.policy, settings.projectors, settings.exam_given)
+        ring = KeyRing.open(Path(settings.keys), admin, [], metrics, check)
         if not ring.has_admin:
             print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
     elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it

@@ -14,9 +14,10 @@ from typing import Any
 
 from safelora_vllm.errors import KeysError, UsageError
 from safelora_vllm.remote.address import Source, parse_prefix
+from safelora_vllm.tenants.exam_rules import TenantExam
 from safelora_vllm.tenants.principal import PART, PART_RULE, Principal
 from safelora_vllm.tenants.quotas import LIMITS, Quota
-from safelora_vllm.tenants.rules import TenantRules
+from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 ENVIRONMENT = "admin/environment"
 _SECRET = re.compile(r"[!-~][ -~]{14,}[!-~]")  # what an HTTP header carries unchanged
@@ -60,7 +61,7 @@ def read(file: Path, check: RulesCheck | None = None) -> KeysFile:
     try:
         tenants = dict(_tenants(tables))
         for name, tenant in tenants.items():
-            if check is not None and (tenant.rules.policy or tenant.rules.less_strict):
+            if check is not None and tenant.rules != SERVERS:
                 check(f"tenants.{name}", tenant.rules)
         return KeysFile(tuple(_entries(tables, tenants)), tenants)
     except KeysError as error:
@@ -138,7 +139,7 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
             raise KeysError("admin is not a valid tenant name: its keys would look like the operator's")
         entry = f"tenants.{name}"
         _check_known(
-            entry, _table(entry, table), (*LIMITS, "less_strict", "policy", "remote_sources", "keys")
+            entry, _table(entry, table), (*LIMITS, "less_strict", "policy", "exam", "remote_sources", "keys")
         )
         limits = {LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in LIMITS if key in table}
         policy, less_strict = (
@@ -148,7 +149,8 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
         if not isinstance(less_strict, bool):
             raise KeysError(f"{entry}.less_strict is {less_strict!r:.40}; give true or false")
         sources = tuple(_sources(f"{entry}.remote_sources", table.get("remote_sources", [])))
-        yield name, Tenant(Quota(**limits), TenantRules(policy, less_strict), sources)
+        exam = TenantExam.read(f"{entry}.exam", _table(f"{entry}.exam", table.get("exam", {})))
+        yield name, Tenant(Quota(**limits), TenantRules(policy, less_strict, exam), sources)
 
 
 def _entries(tables: dict[str, Any], tenants: Mapping[str, Tenant]) -> Iterator[tuple[bytes, Principal]]:

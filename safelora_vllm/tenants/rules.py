@@ -11,6 +11,7 @@ from typing import Any
 
 from safelora_vllm.errors import KeysError, SafeLoRAError
 from safelora_vllm.policy import Policy
+from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class TenantRules:
 
     Attributes:
         policy: fields that replace those of the server's policy.
-        less_strict: the operator allows that this is less strict than the server's policy.
+        less_strict: the operator allows that this, or the exam, is less strict than the server's.
+        exam: how its adapters are examined.
     """
 
     policy: Mapping[str, Any] = field(default_factory=dict)
     less_strict: bool = False
+    exam: TenantExam = SERVERS_EXAM
 
     def over(self, server: Policy) -> Policy:
         """The tenant's whole policy on a server with this one.
@@ -59,7 +62,7 @@ class TenantRules:
             )
 
     def ruleset(self, server_ruleset: str) -> str:
-        """A digest of all rules that hold for the tenant's adapters.
+        """A digest of all rules that hold for the tenant's adapters, but for those of an exam.
 
         Args:
             server_ruleset: the digest of the server's own, which it is for a tenant without a policy.

@@ -9,16 +9,25 @@ from typing import Any
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, ServersExam
 from safelora_vllm.tenants.keys_file import RulesCheck
 from safelora_vllm.tenants.rules import TenantRules
 
 
-def tenant_check(policy: Mapping[str, Any], projectors: str) -> RulesCheck:
-    """The check of a keys file for a server with this policy and this folder of projectors."""
+def tenant_check(
+    policy: Mapping[str, Any], projectors: str, exam: tuple[str, float, str | None] | None = None
+) -> RulesCheck:
+    """The check of a keys file for a server with this policy and this folder of projectors.
+
+    exam: the server's mode, threshold and ladder. None: rules of exams are not compared with them.
+    """
     server, cache = Policy.from_mapping(policy), ProjectorCache(projectors)
     fits = functools.partial(check_energy, cache=cache)
+    servers = ServersExam(*exam, server, cache) if exam else None
 
     def check(entry: str, rules: TenantRules) -> None:
         rules.check(entry, server, fits)
+        if servers is not None and rules.exam != SERVERS_EXAM:
+            servers.check(entry, rules.exam, rules.less_strict)
 
     return check

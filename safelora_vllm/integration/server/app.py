@@ -67,7 +67,9 @@ class SafeLoRAEndpoint:
             _admin_key(args, settings),
             inference,
             metrics_key,
-            tenant_check(settings.policy, settings.projectors) if lora and settings.keys else None,
+            tenant_check(settings.policy, settings.projectors, settings.exam_given)
+            if lora and settings.keys
+            else None,
         )
         more = granted(settings.route_access)
         if getattr(args, "enable_offline_docs", False):

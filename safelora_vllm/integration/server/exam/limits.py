@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from safelora_vllm.errors import SafeLoRAError
 
@@ -13,6 +14,16 @@ A_MINUTE, A_DAY = 6, 100
 AT_ONCE = 2  # one that runs, and one that waits: each holds the place of an upload
 _SOON_SECONDS = 5
 _WINDOWS = ((60.0, A_MINUTE, "minute"), (86400.0, A_DAY, "day"))
+
+
+class Limit(NamedTuple):
+    """Exams that a tenant may cause. None: as many as all tenants may."""
+
+    a_minute: int | None = None
+    a_day: int | None = None
+
+
+EVERYBODYS = Limit()
 
 
 class TooManyExams(SafeLoRAError):
@@ -31,7 +42,7 @@ class ExamLimits:
         self._under_way: Counter[str] = Counter()
 
     @contextmanager
-    def share(self, tenant: str | None) -> Iterator[Callable[[], None]]:
+    def share(self, tenant: str | None, limit: Limit = EVERYBODYS) -> Iterator[Callable[[], None]]:
         """What counts an exam, which ends with the block: once, however often it is called.
 
         Those of admins, and of the server itself, have no tenant and no bound. It raises TooManyExams, and
@@ -47,7 +58,7 @@ class ExamLimits:
                         f"{AT_ONCE} exams of the tenant are under way; try again in {_SOON_SECONDS} s",
                         _SOON_SECONDS,
                     )
-                self._take(tenant)
+                self._take(tenant, limit)
                 self._under_way[tenant] += 1
                 begun = True
 
@@ -58,14 +69,15 @@ class ExamLimits:
                 self._under_way[tenant] -= 1
                 self._under_way += Counter()  # forgets those that have none
 
-    def _take(self, tenant: str) -> None:
+    def _take(self, tenant: str, limit: Limit) -> None:
         now, times = self._now(), self._times[tenant]
         while times and now - times[0] >= _WINDOWS[-1][0]:
             times.popleft()
-        for seconds, most, unit in _WINDOWS:
+        for (seconds, everybodys, unit), own in zip(_WINDOWS, limit, strict=True):
+            most = everybodys if own is None else own
             recent = [then for then in times if now - then < seconds]
             if len(recent) >= most:
-                wait = int(seconds - (now - recent[0])) + 1
+                wait = int(seconds - (now - min(recent, default=now))) + 1
                 raise TooManyExams(
                     f"the tenant has had its {most} exams of new content in a {unit}; try again in {wait} s",
                     wait,

@@ -16,6 +16,7 @@ from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.examiner import Asked, Examiner, NotLoaded
+from safelora_vllm.integration.server.exam.limits import Limit
 from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
 from safelora_vllm.integration.server.exam.reports import Reports
 from safelora_vllm.integration.server.exam.terms import OWN, Terms
@@ -43,14 +44,16 @@ class Exam(NoExam):
         super().__init__()
         self.examiner, self.mode = examiner, terms.mode
         self._audit, self._server, self._tenant_rules = audit, terms, tenant_rules
-        self._reports = Reports(examiner.background, examiner.limits, self._report)
+        self._reports = Reports(
+            examiner.background, examiner.limits, lambda name: _limit(tenant_rules(name)), self._report
+        )
 
     def terms(self, name: str) -> Terms:
         """What holds for the adapters of a name."""
         return self._of(self._tenant_rules(name))
 
-    def _of(self, tenant: TenantRules) -> Terms:  # noqa: ARG002
-        return self._server
+    def _of(self, tenant: TenantRules) -> Terms:
+        return self._server.of(tenant.exam)
 
     def ruleset(self, ruleset: str, tenant: TenantRules) -> str:
         """Where it is enforced, another one for another exam, threshold or ladder."""
@@ -76,7 +79,7 @@ class Exam(NoExam):
         terms, who = self._of(tenant), caller()
         if override or not terms.enforced:
             return await judge(rungs[0], None)
-        with self.examiner.limits.share(who.tenant if who else None) as ticket:
+        with self.examiner.limits.share(who.tenant if who else None, _limit(tenant)) as ticket:
             return await self._first_that_passes(rungs, judge, terms, upload, ticket)
 
     async def _first_that_passes(
@@ -131,7 +134,7 @@ class Exam(NoExam):
     def is_served(self, name: str, key: str) -> None:
         """Where that is not known yet, find out in the background what it is like."""
         self._reports.drop(name)
-        if self.found(key) is None:
+        if self.terms(name).mode != "off" and self.found(key) is None:
             self._reports.add(name, key)
 
     def is_gone(self, name: str) -> None:
@@ -179,6 +182,10 @@ class Exam(NoExam):
     @property
     def _held_out(self) -> Verdicts:
         return self.examiner.sheets.held_out.verdicts
+
+
+def _limit(tenant: TenantRules) -> Limit:
+    return Limit(tenant.exam.per_minute, tenant.exam.per_day)
 
 
 def _refused(judgement: Judgement, reasons: Sequence[Reason]) -> Judgement:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 
-from safelora_vllm.errors import UsageError
+from safelora_vllm.errors import ExamUnavailable, UsageError
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.terms import Terms
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.verdicts import Examined
-from safelora_vllm.tenants.rules import Rules, TenantRules
+from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules
 
 # Lets the gate judge by a rung's rules; its second argument is what it judged by the rung before.
 Judge = Callable[[Rules, Judgement | None], Awaitable[Judgement]]
@@ -20,13 +20,16 @@ Judge = Callable[[Rules, Judgement | None], Awaitable[Judgement]]
 class NoExam:
     """A server without an exam, and what one with it has to answer.
 
-    cause: why it is off although it was asked for.
+    cause: why it is off although it was asked for. Then nothing is served of tenants that have it enforced.
     """
 
     mode = "off"
 
-    def __init__(self, cause: str = "") -> None:
-        self.cause = cause
+    def __init__(
+        self, cause: str = "", tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS
+    ) -> None:
+        """tenant_rules: those of the tenant that owns a name, as they are now."""
+        self.cause, self._tenant_rules = cause, tenant_rules
 
     def ruleset(self, ruleset: str, tenant: TenantRules) -> str:  # noqa: ARG002
         """A digest of the rules for a tenant's adapters and of what the exam adds to them."""
@@ -47,9 +50,9 @@ class NoExam:
         self,
         rungs: Sequence[Rules],
         judge: Judge,
-        tenant: TenantRules,  # noqa: ARG002
+        tenant: TenantRules,
         upload: bool = False,  # noqa: ARG002
-        override: bool = False,  # noqa: ARG002
+        override: bool = False,
     ) -> Judgement:
         """What the gate makes of a content on the first rung that may be served; or a refusal.
 
@@ -62,6 +65,10 @@ class NoExam:
         Raises:
             TooManyExams: the tenant has had its share. SafeLoRAError: the gate or the exam cannot.
         """
+        if self._is_missed(tenant) and not override:
+            raise ExamUnavailable(
+                "the exam that this tenant's adapters have to pass is off: ask the operator"
+            )
         return await judge(rungs[0], None)
 
     async def examine_again(self, name: str, key: str, policy: Policy) -> Examined:  # noqa: ARG002
@@ -74,16 +81,19 @@ class NoExam:
             f"there is no exam: {self.cause or 'start the server with --exam report or --exam enforce'}"
         )
 
-    def passed(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
+    def passed(self, name: str, key: str, override: bool) -> bool:
         """Whether a name may serve a published copy as it is in the store now. Reads the store.
 
         override: an admin has its content served whatever the exam says.
         """
-        return True
+        return self.may_serve(name, key, override)
 
     def may_serve(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
-        """The same of a copy that `passed` or `decide` has looked at. Reads nothing."""
-        return True
+        """The same of a copy that `passed` or `decide` has looked at. Reads no verdict."""
+        return override or not self._is_missed(self._tenant_rules(name))
+
+    def _is_missed(self, tenant: TenantRules) -> bool:
+        return bool(self.cause) and tenant.exam.mode == "enforce"
 
     def is_served(self, name: str, key: str) -> None:
         """Note that a name serves a copy."""

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import acting_as
-from safelora_vllm.integration.server.exam.limits import ExamLimits, TooManyExams
+from safelora_vllm.integration.server.exam.limits import ExamLimits, Limit, TooManyExams
 from safelora_vllm.store.serving import tenant_of
 
 logger = logging.getLogger("vllm.safelora.exam")
@@ -25,9 +25,11 @@ class Reports:
         self,
         background: Background,
         limits: ExamLimits,
+        limit: Callable[[str], Limit],
         examine: Callable[[str, str, Callable[[], None]], Awaitable[None]],
     ) -> None:
-        self._background, self._limits, self._examine = background, limits, examine
+        """limit: of the tenant that owns a name."""
+        self._background, self._limits, self._limit, self._examine = background, limits, limit, examine
         self.waiting: dict[str, str] = {}  # name → the copy that it serves now
         self._working = False
 
@@ -61,7 +63,7 @@ class Reports:
         """Examine a copy, unless its tenant has had its share."""
         try:
             # Whoever's request has begun this, it is the exam of the name's owner.
-            with acting_as(None), self._limits.share(tenant_of(name)) as ticket:
+            with acting_as(None), self._limits.share(tenant_of(name), self._limit(name)) as ticket:
                 await self._examine(name, key, ticket)
         except TooManyExams:
             return False

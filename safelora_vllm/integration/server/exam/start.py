@@ -71,9 +71,9 @@ async def start_exam(
                 f"--exam enforce: {cause}. No adapter could be served; repair this, or start with --exam off"
             ) from error
         logger.warning("the exam is off: %s", cause)
-        return NoExam(cause)
+        return NoExam(cause, tenant_rules)
     asked = f"{len(served.prompts)} of {examiner.sheets.first.count} probes, threshold {terms.threshold:g}"
-    ladder = f", ladder {','.join(map(ladders.name_of, terms.ladder))}" if terms.ladder else ""
+    ladder = f", ladder {','.join(map(ladders.name_of, terms.ladder))}" if terms.enforced else ""
     logger.info("exam: %s, %s%s", terms.mode, asked, ladder)
     lora = getattr(getattr(pool.engine_client, "vllm_config", None), "lora_config", None)
     if terms.enforced and getattr(lora, "max_loras", 2) == 1:
@@ -108,13 +108,12 @@ def _halves(secret: bytes, file: str | None) -> Halves:
 
 async def _terms(settings: ServerSettings) -> Terms:
     """What the settings say."""
-    if settings.exam == "report":
-        return Terms(settings.exam, settings.exam_threshold)
     policy = Policy.from_mapping(settings.policy)
     cache = await asyncio.to_thread(ProjectorCache, settings.projectors)
     rungs = await asyncio.to_thread(ladders.usable, cache, settings.ladder, policy)
     chosen = bool(set(settings.policy) - set(CAPS))
-    return Terms("enforce", settings.exam_threshold, tuple(rungs), chosen, named=settings.ladder is not None)
+    named = settings.ladder is not None
+    return Terms(settings.exam, settings.exam_threshold, tuple(rungs), chosen, named)
 
 
 _HOW = {

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safelora_vllm.exam.ladder import name_of
+from safelora_vllm.exam.ladder import name_of, parse
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.store.verdicts import Examined
+from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
 from safelora_vllm.tenants.rules import Rules, TenantRules
 
 OWN = "policy"  # the rung's name where the policy is not one of the ladder's
@@ -19,9 +20,9 @@ OWN = "policy"  # the rung's name where the policy is not one of the ladder's
 class Terms:
     """Of the server, or of a tenant.
 
-    mode: ``report`` or ``enforce``. threshold: the largest bound that passes, nats per token.
-    ladder: policies, mildest first. chosen: the operator gave the server a policy, which is the first rung.
-    named: the operator gave the ladder.
+    mode: ``off``, ``report`` or ``enforce``. threshold: the largest bound that passes, nats per token.
+    ladder: policies, mildest first; where it is not enforced, for tenants for whom it is.
+    chosen: the operator gave the server a policy, which is the first rung. named: they gave the ladder.
     """
 
     mode: str
@@ -38,6 +39,19 @@ class Terms:
     def passes(self, found: Examined) -> bool:
         """Whether a score is good enough."""
         return found.score.passes(self.threshold)
+
+    def of(self, tenant: TenantExam) -> Terms:
+        """What holds for a tenant on a server with these terms. The tenant's were checked before."""
+        if tenant == SERVERS_EXAM:
+            return self
+        own = tuple(parse(tenant.ladder, Policy())) if tenant.ladder else None
+        return dataclasses.replace(
+            self,
+            mode=tenant.mode or self.mode,
+            threshold=tenant.threshold or self.threshold,
+            ladder=own or self.ladder,
+            named=self.named or own is not None,
+        )
 
     @property
     def parts(self) -> list[Any]:
