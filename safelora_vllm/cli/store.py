@@ -125,9 +125,11 @@ def _print_table(records: list[tuple[AdapterRecord, State]]) -> None:
 
 def _gc(args: argparse.Namespace) -> int:
     from safelora_vllm.store import housekeeping
+    from safelora_vllm.store.verdict_pruning import prune_verdicts
 
     root = _root(args)
     housekeeping.clean(root)
+    prune_verdicts(root)
     if not args.unreferenced and args.max_bytes is None:
         print("What interrupted work left was removed. --unreferenced and --max-bytes remove more")
     if args.unreferenced:

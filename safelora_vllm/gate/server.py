@@ -64,6 +64,7 @@ from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced
 from safelora_vllm.store.layout import AUDIT
+from safelora_vllm.store.verdict_pruning import prune_verdicts
 
 logger = logging.getLogger("vllm.safelora.gate")
 _MAX_LINE = 16 * 1024**2  # digests of all that a tenant owns are in it, 67 bytes each
@@ -235,6 +236,7 @@ class GateService:
         while True:
             try:
                 collect_unreferenced(self._published.root, _UNREFERENCED_SECONDS)
+                prune_verdicts(self._published.root)
             except Exception as error:  # such as a record that cannot be read: nothing may go then
                 logger.warning("unreferenced uploads are kept: %s", error)
             time.sleep(_COLLECT_SECONDS)

@@ -20,6 +20,7 @@ from safelora_vllm.exam.score import Score
 from safelora_vllm.files import is_digest, make_folder, replace_file, writing
 from safelora_vllm.store.layout import EXAM
 from safelora_vllm.store.published import PublishedStore
+from safelora_vllm.store.verdict_pruning import VERDICTS
 
 _SETTLED_NS = 50_000_000
 
@@ -45,7 +46,7 @@ class Verdicts:
         if not is_digest(exam):
             raise ValueError(f"{exam!r} is not the digest of an exam")
         self._root, self._published = Path(root), published
-        self._folder = self._root / EXAM / "verdicts" / exam
+        self._folder = self._root / EXAM / VERDICTS / exam
         self._known: dict[str, Examined] = {}
         self._stamp, self._stamps = -1, dict[str, int]()
 

@@ -162,6 +162,8 @@ class Exam(NoExam):
 
     def look(self, keys: Sequence[str]) -> bool:
         """By the verdicts' files. Reads the store."""
+        for sheet in (self.examiner.sheets.first, self.examiner.sheets.held_out):
+            sheet.mark_used()
         return self._held_out.read_changed(keys)
 
     def counted(self) -> Counted:

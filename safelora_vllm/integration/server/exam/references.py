@@ -15,6 +15,7 @@ from safelora_vllm.exam.reference import ANSWER_TOKENS, Reference, reference_of,
 from safelora_vllm.files import locked, make_folder, replace_file, writing
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.store.layout import EXAM
+from safelora_vllm.store.verdict_pruning import reference_file
 
 _FORMAT = 1  # another one where an exam asks or counts otherwise: what is kept of the former is not used
 _SECRET_BYTES = 32
@@ -31,15 +32,15 @@ def secret_of(root: Path) -> bytes:
 
 async def kept_reference(root: Path, exam: str, model: EngineModel, probes: Probes) -> Reference:
     """The answers that the first API server of the store was given. exam: its digest."""
-    name = f"reference-{exam}.json"
+    file = reference_file(root, exam)
     try:
-        return _read((root / EXAM / name).read_bytes())
+        return _read(file.read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
         made = await _ask(model, probes)
     if not made.usable:  # another start may find another model
         return made
     text = json.dumps(dataclasses.asdict(made), allow_nan=False).encode()
-    return _read(await asyncio.to_thread(_first, root, name, text))
+    return _read(await asyncio.to_thread(_first, root, file.name, text))
 
 
 def exam_digest_parts(probes: Probes) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,11 @@ from safelora_vllm.exam.reference import Reference
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.integration.server.exam.references import exam_digest_parts, kept_reference
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.verdict_pruning import mark_used
 from safelora_vllm.store.verdicts import Verdicts
 
 _SECONDS = 600.0  # for the aligned model to answer all probes
+_MARK_SECONDS = 3600.0  # between two notes that the exam is in use
 
 
 class Sheet:
@@ -35,7 +39,7 @@ class Sheet:
         self.verdicts = Verdicts(root, self.digest, published)
         self._root, self._model, self._probes = root, model, probes
         self._known: Reference | None = None
-        self._asking = asyncio.Lock()
+        self._asking, self._marked = asyncio.Lock(), -math.inf
 
     async def reference(self) -> Reference:
         """The aligned model's answers. It is asked once for a store.
@@ -50,6 +54,12 @@ class Sheet:
                 known.require_usable()
                 self._known = known
         return self._known
+
+    def mark_used(self) -> None:
+        """Note now and then, in the store, that a server has this exam: else it is removed some day."""
+        if time.monotonic() - self._marked >= _MARK_SECONDS:
+            self._marked = time.monotonic()
+            mark_used(self._root, self.digest)
 
     @property
     def count(self) -> int:
