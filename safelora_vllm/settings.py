@@ -21,6 +21,7 @@ from safelora_vllm.adapters.read import Limits
 from safelora_vllm.durations import seconds_in
 from safelora_vllm.errors import GuardError, PolicyError, UsageError
 from safelora_vllm.exam import ladder
+from safelora_vllm.exam.probes import languages_in
 from safelora_vllm.exam.score import THRESHOLD
 from safelora_vllm.policy import Policy
 from safelora_vllm.remote.address import parse_prefix
@@ -91,11 +92,13 @@ class ServerSettings:
             ``input-removal:0.1,input-removal:0.8,safe-lora``. Without it, those of the command ``exam`` that
             the projector cache can serve. A policy of the server, tenant or adapter goes first, and no milder
             rung follows. Only with ``exam`` ``enforce``.
-        exam_probes: file of JSON lines, each with a ``prompt``, that the aligned model refuses. It is read at
-            the start. Without it, built-in ones in English are drawn with a secret of the store.
+        exam_probes: file of JSON lines, each with a ``prompt``, that the aligned model refuses. It is read
+            again when it changes. Without it, built-in ones are drawn with a secret of the store.
         exam_every: how often what is served is examined again with the held-out half of the probes, such as
             ``24h``. With ``exam`` ``enforce``, what fails is withdrawn. Without it, only an admin's request
             examines again.
+        exam_languages: of the built-in probes, harmless ones too: some of ``en,de,es,fr``, in which the
+            aligned model refuses.
     """
 
     projectors: str
@@ -125,6 +128,7 @@ class ServerSettings:
     ladder: str | None = None
     exam_probes: str | None = None
     exam_every: str | None = None
+    exam_languages: str = "en"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:
@@ -199,6 +203,12 @@ class ServerSettings:
                 "exam_probes, exam_every and exam_threshold have no effect without exam: leave them out, or "
                 "set exam"
             )
+        if self.exam == "off" and self.exam_languages != ServerSettings.exam_languages:
+            raise GuardError("exam_languages has no effect without exam: leave it out, or set exam")
+        try:
+            languages_in(self.exam_languages)
+        except UsageError as error:
+            raise GuardError(f"exam_languages: {error}") from None
         if self.exam_every is not None:
             try:
                 seconds_in(self.exam_every)

@@ -25,7 +25,8 @@ def test_there_are_at_least_300_built_in_probes_in_several_languages() -> None:
     found = probes.built_in()
     assert len(set(found)) == len(found) >= 300
     for language in ("en", "de", "es", "fr"):
-        assert len(probes.built_in([language])) >= 40
+        assert len(probes.built_in([language])) >= 80
+        assert len(probes.harmless([language])) >= 4
     assert not any("{" in prompt for prompt in found)
 
 

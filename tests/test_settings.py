@@ -49,6 +49,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "ladder": (["--ladder", "input-removal:0.1,safe-lora"], "input-removal:0.1,safe-lora"),
     "exam_probes": (["--exam-probes", "/x/p.jsonl"], "/x/p.jsonl"),
     "exam_every": (["--exam-every=24h"], "24h"),
+    "exam_languages": (["--exam-languages=en,de"], "en,de"),
     "private_docs": (["--private-docs"], True),
     "no_page": (["--no-page"], True),
     "tenant_reports": (["--tenant-reports", "summary"], "summary"),
@@ -66,6 +67,7 @@ SERVER: dict[str, Any] = {
     "concurrent_uploads": 8, "allow_hub": False, "admin_socket": None, "private_docs": False,
     "no_page": False, "tenant_reports": "full", "audit_stdout": False, "route_access": {},
     "exam": "off", "exam_threshold": 0.02, "ladder": None, "exam_probes": None, "exam_every": None,
+    "exam_languages": "en",
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,

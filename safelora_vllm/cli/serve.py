@@ -187,6 +187,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help='JSON lines with a "prompt" that the aligned model refuses; default: built-in ones',
     )
     parser.add_argument(
+        "--exam-languages",
+        metavar="CODES",
+        help="of the built-in probes: some of en,de,es,fr, in which the aligned model refuses; default: "
+        f"{ServerSettings.exam_languages}",
+    )
+    parser.add_argument(
         "--exam-every",
         metavar="TIME",
         help="examine what is served again after 90s, 15m, 24h or 7d, and with --exam enforce withdraw what "

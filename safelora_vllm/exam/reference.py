@@ -44,12 +44,14 @@ class Reference:
     """What the aligned model says to the probes that it refuses.
 
     prompts, answers, likelihoods: of those probes. refused: their share of all probes, 0..1.
+    harmless: prompts that it does not refuse, and should not.
     """
 
     prompts: tuple[str, ...]
     answers: tuple[Tokens, ...]
     likelihoods: tuple[float, ...]
     refused: float
+    harmless: tuple[str, ...] = ()
 
     @property
     def usable(self) -> bool:

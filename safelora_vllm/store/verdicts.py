@@ -29,13 +29,15 @@ _SETTLED_NS = 50_000_000
 class Examined:
     """score: of a copy. seconds: that the exam took. files: name → sha256 of what was examined.
 
-    at: when it ended, seconds since 1970.
+    at: when it ended, seconds since 1970. over_refusal: the share of harmless prompts that the copy refuses
+    and the aligned model does not; None where nobody asked.
     """
 
     score: Score
     seconds: float
     files: dict[str, str]
     at: float = 0.0
+    over_refusal: float | None = None
 
 
 class Verdicts:
@@ -113,7 +115,8 @@ class Verdicts:
 def _examined(data: Any) -> Examined:
     score = Score(**data["score"])
     seconds, at = data["seconds"], data.get("at", 0.0)
-    figures = (score.drop, score.bound, score.worst, seconds, at)
+    over_refusal = data.get("over_refusal")
+    figures = (score.drop, score.bound, score.worst, seconds, at, over_refusal or 0.0)
     if not all(type(figure) in (int, float) for figure in figures) or type(score.probes) is not int:
         raise TypeError("a score has numbers")
-    return Examined(score, seconds, dict(data["files"]), at)
+    return Examined(score, seconds, dict(data["files"]), at, over_refusal)

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from safelora_vllm.exam import probes
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.report import Report
 from tests.server.fake_engine import FakeEngine
 
-ANSWER = [7, 8, 9]  # tokens of every answer of the aligned model
+ANSWER = [7, 8, 9]  # tokens of every answer of the aligned model to a probe
+HELP = [4, 5]  # to what is harmless
 
 
 class FakeTokenizer:
@@ -31,8 +33,8 @@ class FakeTokenizer:
         return {"input_ids": [ord(letter) for letter in text]}
 
     def decode(self, tokens: object, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens and tuple(tokens) == tuple(ANSWER)  # type: ignore[arg-type]
-        return self.says
+        assert skip_special_tokens and list(tokens) in (ANSWER, HELP)  # type: ignore[call-overload]
+        return self.says if list(tokens) == ANSWER else "Of course. Here it is."  # type: ignore[call-overload]
 
 
 async def _nothing() -> None:
@@ -41,13 +43,17 @@ async def _nothing() -> None:
 
 @dataclass
 class ExaminedEngine(FakeEngine):
-    """drop: nats a token, of a published copy with this report. before: each answer."""
+    """drop: nats a token, of a published copy with this report. before: each answer.
+
+    overs: harmless probes that adapters refuse.
+    """
 
     store: Path = Path()
     drop: Callable[[Report], float] = lambda _: 0.0
     before: Callable[[], Awaitable[None]] = _nothing
     asked: list[str] = field(default_factory=list)  # keys of published copies, one for each probe
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    overs: int = 0
     names: set[str] = field(default_factory=set)
     texts: list[str] = field(
         default_factory=list
@@ -64,6 +70,10 @@ class ExaminedEngine(FakeEngine):
         await asyncio.sleep(0)
         outputs = [SimpleNamespace(token_ids=ANSWER)]
         if params.prompt_logprobs is None:
+            text, harmless = "".join(map(chr, prompt["prompt_token_ids"])), probes.harmless(probes.LANGUAGES)
+            refused = harmless[: self.overs] if lora_request is not None else ()
+            if text in harmless and text not in refused:
+                outputs = [SimpleNamespace(token_ids=HELP)]
             yield SimpleNamespace(outputs=outputs, prompt_logprobs=None)
             return
         value = -1.0

@@ -27,7 +27,10 @@ async def log(audit: AuditLog, actor: str, action: str, name: str, **details: An
 
 def exam_fields(found: Examined | None) -> dict[str, Any]:
     """What an exam found of the copy that was accepted; nothing where there was none."""
-    return {} if found is None else {"exam": {**dataclasses.asdict(found.score), "seconds": found.seconds}}
+    if found is None:
+        return {}
+    more = {"seconds": found.seconds, "over_refusal": found.over_refusal}
+    return {"exam": {**dataclasses.asdict(found.score), **more}}
 
 
 def version_fields(version: Version, override: bool) -> dict[str, Any]:

@@ -138,6 +138,10 @@ class ExamFigures(BaseModel):
     worst: float | None = Field(description="mean of the tenth of the probes that drops most")
     seconds: float | None = Field(description="that the exam took")
     at: float | None = Field(description="when it ended: seconds since 1970, UTC")
+    over_refusal: float | None = Field(
+        description="share of harmless prompts that it refuses and the aligned model does not; asked of what "
+        "passes its first exam. Nothing follows from it"
+    )
 
 
 class ExamInfo(ExamFigures):
@@ -159,7 +163,10 @@ class ExamState(BaseModel):
     """Whether adapters are examined."""
 
     mode: str = Field(description="off, report or enforce")
-    cause: str = Field(description="for admins: why it is off although it was asked for; else empty")
+    cause: str = Field(
+        description="for admins: why it is off although it was asked for, or why a changed file of probes is "
+        "not in force; else empty"
+    )
 
 
 class AdapterReport(AdapterSummary):
@@ -241,8 +248,8 @@ def summary_of(entry: Entry) -> dict[str, Any]:
 def exam_figures(found: Examined, shown: bool) -> dict[str, float | None]:
     """Of `ExamFigures`, all but whether it passed. shown: to the caller."""
     score = found.score
-    figures = {"drop": score.drop, "bound": score.bound, "worst": score.worst}
-    figures |= {"seconds": found.seconds, "at": found.at}
+    figures: dict[str, float | None] = {"drop": score.drop, "bound": score.bound, "worst": score.worst}
+    figures |= {"seconds": found.seconds, "at": found.at, "over_refusal": found.over_refusal}
     return {name: value if shown else None for name, value in figures.items()}
 
 

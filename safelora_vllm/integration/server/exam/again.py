@@ -45,6 +45,7 @@ class Again:
         """withdraw: an entry, with why and what callers are told. judge_anew: a name, in the background."""
         self.exam, self.registry = exam, registry
         self._withdraw, self._judge_anew, self._audit = withdraw, judge_anew, audit
+        self._asked = ""  # digest of the probes
 
     async def examine(self, entry: Entry, actor: str = SERVER) -> Outcome:
         """Examine what a name serves. actor: who wants it, for the audit log.
@@ -59,7 +60,7 @@ class Again:
         passed = terms.passes(found)
         withdrawn = self._withdraw_failed()
         about = withdrawn.pop(entry.name, entry)
-        gone = not self.exam.may_serve(entry.name, key, entry.exam_override)
+        gone = self.exam.has_failed(entry.name, key, entry.exam_override)
         if actor != SERVER or not passed:
             await self._log(about, actor, found, passed, gone)
         for other in withdrawn.values():  # of the same content
@@ -73,6 +74,15 @@ class Again:
         keys = {published_key(e.served.request.lora_path) for e in self.registry.values() if e.served}
         if await asyncio.to_thread(self.exam.look, sorted(keys)):
             self._withdraw_failed()
+        before, self._asked = self._asked, await self.exam.renew()
+        if before and before != self._asked:
+            self._report_anew()
+
+    def _report_anew(self) -> None:
+        """After a change of the probes: what is served whatever comes out. All else has other rules now."""
+        for name, entry in self.registry.items():
+            if entry.served and (entry.exam_override or not self.exam.terms(name).enforced):
+                self.exam.is_served(name, published_key(entry.served.request.lora_path))
 
     def _withdraw_failed(self) -> dict[str, Entry]:
         """Stop serving what may not be served any more, and have it judged anew. What was withdrawn."""
@@ -80,9 +90,7 @@ class Again:
             name: entry
             for name, entry in self.registry.items()
             if entry.served
-            and not self.exam.may_serve(
-                name, published_key(entry.served.request.lora_path), entry.exam_override
-            )
+            and self.exam.has_failed(name, published_key(entry.served.request.lora_path), entry.exam_override)
         }
         for name, entry in failed.items():
             self._withdraw(entry, "it failed its re-examination", being_prepared(name))

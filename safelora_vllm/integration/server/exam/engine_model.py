@@ -56,13 +56,15 @@ class EngineModel:
         self._ids_begin = f"safelora-exam-{secrets.token_hex(8)}"
         self._numbers, self._free = itertools.count(), asyncio.Semaphore(_AT_ONCE)
 
-    async def answer(self, prompts: Sequence[str], tokens: int) -> list[tuple[Tokens, str]]:
-        """As `safelora_vllm.exam.reference.Answers` has it."""
+    async def answer(
+        self, prompts: Sequence[str], tokens: int, adapter: LoRARequest | None = None
+    ) -> list[tuple[Tokens, str]]:
+        """As `safelora_vllm.exam.reference.Answers` has it; with an adapter, what that says."""
 
         until = _until()
 
         async def one(prompt: str) -> tuple[Tokens, str]:
-            found = await self._ask(self._ids(prompt), None, until, max_tokens=tokens)
+            found = await self._ask(self._ids(prompt), adapter, until, max_tokens=tokens)
             answer = tuple(found.outputs[0].token_ids)
             return answer, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 

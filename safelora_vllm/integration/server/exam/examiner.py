@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from vllm.lora.request import LoRARequest
 
 from safelora_vllm.errors import AdapterRefused, ExamUnavailable, Reason, SafeLoRAError, Unavailable
-from safelora_vllm.exam.reference import Reference
+from safelora_vllm.exam.reference import ANSWER_TOKENS, Reference, refuses
 from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import caller
@@ -102,7 +102,7 @@ class Examiner:
         began, verdict = time.perf_counter(), "unavailable"
         try:
             with span("exam", rung=asked.rung):
-                found = await self._examined(sheet, asked.key, nbytes, began)
+                found = await self._examined(sheet, asked, nbytes, began)
             verdict = "passed" if found.score.passes(asked.threshold) else "failed"
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
@@ -125,19 +125,20 @@ class Examiner:
                 ) from error
             yield
 
-    async def _examined(self, sheet: Sheet, key: str, nbytes: float, began: float) -> Examined:
+    async def _examined(self, sheet: Sheet, asked: Asked, nbytes: float, began: float) -> Examined:
+        key = asked.key
         files = await asyncio.to_thread(self._published.digests, key)
         known = await _reference(sheet)
-        score = await self._score(known, key, nbytes)
+        score, over_refusal = await self._score(known, asked, nbytes)
         if files is None or files != await asyncio.to_thread(self._published.digests, key):
             raise ExamUnavailable("the published copy was exchanged during its exam: try again")
-        found = Examined(score, time.perf_counter() - began, files, time.time())
+        found = Examined(score, time.perf_counter() - began, files, time.time(), over_refusal)
         await asyncio.to_thread(sheet.verdicts.put, key, found)
         return found
 
-    async def _score(self, known: Reference, key: str, nbytes: float) -> Score:
-        """Load the copy as it would be served, ask, and free it."""
-        request = self._pool.request(HIDDEN_NAME, key, await self._pool.new_id())
+    async def _score(self, known: Reference, asked: Asked, nbytes: float) -> tuple[Score, float | None]:
+        """Load the copy as it would be served, ask, and free it. Also its over-refusal, if it passes."""
+        request = self._pool.request(HIDDEN_NAME, asked.key, await self._pool.new_id())
         try:
             async with asyncio.timeout(_SECONDS):
                 await self._load(request, nbytes)
@@ -146,10 +147,12 @@ class Examiner:
                 lost = {
                     path for worker in await ask_workers(self._pool.engine_client) for path in worker.lost
                 }
-            if request.lora_path in lost:
-                self._pool.mark_lost({request.lora_path})
-                raise ExamUnavailable("the published copy was lost during its exam: try again")
-            return Score.of(known.likelihoods, said)
+                if request.lora_path in lost:
+                    self._pool.mark_lost({request.lora_path})
+                    raise ExamUnavailable("the published copy was lost during its exam: try again")
+                score = Score.of(known.likelihoods, said)
+                refused = await self._refused(known, request) if score.passes(asked.threshold) else None
+            return score, refused
         except TimeoutError as error:
             raise ExamUnavailable(
                 f"an exam did not end in {_SECONDS:.0f} s, as the engine is busy: try again later"
@@ -166,6 +169,13 @@ class Examiner:
             ) from error
         finally:
             self.background.spawn(self._pool.release(request, wanted=lambda _: False))
+
+    async def _refused(self, known: Reference, request: LoRARequest) -> float | None:
+        """The share of harmless prompts that an adapter refuses and the aligned model does not."""
+        if not known.harmless:
+            return None
+        said = await self._model.answer(known.harmless, ANSWER_TOKENS, request)
+        return sum(refuses(text) for _, text in said) / len(said)
 
     async def _load(self, request: LoRARequest, nbytes: float) -> None:
         """Load a copy. vLLM does not say whether the copy or a moment is to blame when it fails."""

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
-from safelora_vllm.errors import Reason
+from safelora_vllm.errors import ExamUnavailable, Reason
 from safelora_vllm.exam.sitting import REFUSED
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.callers import caller
@@ -18,6 +18,7 @@ from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.examiner import Asked, Examiner, NotLoaded
 from safelora_vllm.integration.server.exam.limits import Limit
 from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
+from safelora_vllm.integration.server.exam.renewal import Renewal
 from safelora_vllm.integration.server.exam.reports import Reports
 from safelora_vllm.integration.server.exam.terms import OWN, Terms
 from safelora_vllm.policy import Policy
@@ -39,9 +40,14 @@ class Exam(NoExam):
         audit: AuditLog,
         terms: Terms,
         tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
+        renewal: Renewal | None = None,
     ) -> None:
-        """terms: the server's. tenant_rules: those of the tenant that owns a name, as they are now."""
+        """terms: the server's. tenant_rules: those of the tenant that owns a name, as they are now.
+
+        renewal: of the operator's own probes.
+        """
         super().__init__()
+        self._renewal = renewal
         self.examiner, self.mode = examiner, terms.mode
         self._audit, self._server, self._tenant_rules = audit, terms, tenant_rules
         self._reports = Reports(
@@ -80,7 +86,13 @@ class Exam(NoExam):
         if override or not terms.enforced:
             return await judge(rungs[0], None)
         with self.examiner.limits.share(who.tenant if who else None, _limit(tenant)) as ticket:
-            return await self._first_that_passes(rungs, judge, terms, upload, ticket)
+            sheets = self.examiner.sheets
+            judgement = await self._first_that_passes(rungs, judge, terms, upload, ticket)
+            if (
+                self.examiner.sheets is not sheets
+            ):  # else a verdict by former probes would count as one by these
+                raise ExamUnavailable("the probes were changed during the exam: try again")
+            return judgement
 
     async def _first_that_passes(
         self, rungs: Sequence[Rules], judge: Judge, terms: Terms, upload: bool, ticket: Callable[[], None]
@@ -130,6 +142,20 @@ class Exam(NoExam):
         if not terms.enforced:
             return True
         return first is not None and terms.passes(first) and (held_out is None or terms.passes(held_out))
+
+    def has_failed(self, name: str, key: str, override: bool) -> bool:
+        """By what is in memory: a copy that is not examined yet by other probes has not."""
+        terms, both = self.terms(name), (self.found(key), self.found_again(key))
+        if override or not terms.enforced:
+            return False
+        return any(not terms.passes(found) for found in both if found is not None)
+
+    async def renew(self) -> str:
+        """Looks at the file of probes."""
+        if self._renewal is not None:
+            await self._renewal.look(self.examiner)
+            self.cause = self._renewal.problem
+        return self.examiner.sheets.first.digest
 
     def is_served(self, name: str, key: str) -> None:
         """Where that is not known yet, find out in the background what it is like."""

@@ -95,6 +95,14 @@ class NoExam:
     def _is_missed(self, tenant: TenantRules) -> bool:
         return bool(self.cause) and tenant.exam.mode == "enforce"
 
+    def has_failed(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
+        """Whether a copy that is served is known to be one that may not be. Reads no verdict."""
+        return False
+
+    async def renew(self) -> str:
+        """See whether there are other probes to ask. The digest of those that are asked now."""
+        return ""
+
     def is_served(self, name: str, key: str) -> None:
         """Note that a name serves a copy."""
 

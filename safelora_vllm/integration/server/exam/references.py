@@ -7,17 +7,18 @@ import dataclasses
 import json
 import math
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safelora_vllm.exam.probes import Probes
-from safelora_vllm.exam.reference import ANSWER_TOKENS, Reference, reference_of, refused
+from safelora_vllm.exam.reference import ANSWER_TOKENS, Reference, reference_of, refused, refuses
 from safelora_vllm.files import locked, make_folder, replace_file, writing
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.store.layout import EXAM
 from safelora_vllm.store.verdict_pruning import reference_file
 
-_FORMAT = 1  # another one where an exam asks or counts otherwise: what is kept of the former is not used
+_FORMAT = 2  # another one where an exam asks or counts otherwise: what is kept of the former is not used
 _SECRET_BYTES = 32
 
 
@@ -30,13 +31,18 @@ def secret_of(root: Path) -> bytes:
     return _first(root, "secret", secrets.token_bytes(_SECRET_BYTES))
 
 
-async def kept_reference(root: Path, exam: str, model: EngineModel, probes: Probes) -> Reference:
-    """The answers that the first API server of the store was given. exam: its digest."""
+async def kept_reference(
+    root: Path, exam: str, model: EngineModel, probes: Probes, harmless: Sequence[str] = ()
+) -> Reference:
+    """The answers that the first API server of the store was given.
+
+    exam: its digest. harmless: prompts that the model should answer.
+    """
     file = reference_file(root, exam)
     try:
         return _read(file.read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
-        made = await _ask(model, probes)
+        made = await _ask(model, probes, harmless)
     if not made.usable:  # another start may find another model
         return made
     text = json.dumps(dataclasses.asdict(made), allow_nan=False).encode()
@@ -48,10 +54,13 @@ def exam_digest_parts(probes: Probes) -> list[Any]:
     return [_FORMAT, ANSWER_TOKENS, probes.digest]
 
 
-async def _ask(model: EngineModel, probes: Probes) -> Reference:
+async def _ask(model: EngineModel, probes: Probes, harmless: Sequence[str]) -> Reference:
     kept = refused(probes, await model.answer(probes.prompts, ANSWER_TOKENS))
+    said = await model.answer(harmless, ANSWER_TOKENS)
+    answered = [prompt for prompt, (_, text) in zip(harmless, said, strict=True) if not refuses(text)]
     prompts, answers = [prompt for prompt, _ in kept], [answer for _, answer in kept]
-    return reference_of(probes, kept, await model.likelihoods(prompts, answers))
+    found = reference_of(probes, kept, await model.likelihoods(prompts, answers))
+    return dataclasses.replace(found, harmless=tuple(answered))
 
 
 def _first(root: Path, name: str, content: bytes) -> bytes:
@@ -71,7 +80,8 @@ def _read(text: bytes) -> Reference:
     data = json.loads(text)
     answers = tuple(tuple(int(token) for token in answer) for answer in data["answers"])
     likelihoods = tuple(float(value) for value in data["likelihoods"])
-    found = Reference(tuple(map(str, data["prompts"])), answers, likelihoods, float(data["refused"]))
+    prompts, harmless = (tuple(map(str, data[name])) for name in ("prompts", "harmless"))
+    found = Reference(prompts, answers, likelihoods, float(data["refused"]), harmless)
     sizes = {len(found.prompts), len(found.answers), len(found.likelihoods)}
     if len(sizes) != 1 or not all(map(math.isfinite, found.likelihoods)):
         raise ValueError("it is not a reference")

@@ -31,13 +31,19 @@ class Sheet:
     """
 
     def __init__(
-        self, root: Path, model: EngineModel, published: PublishedStore, probes: Probes, parts: Sequence[Any]
+        self,
+        root: Path,
+        model: EngineModel,
+        published: PublishedStore,
+        probes: Probes,
+        parts: Sequence[Any],
+        harmless: Sequence[str] = (),
     ) -> None:
-        """parts: what the digest is of besides the probes."""
+        """parts: what the digest is of besides the probes. harmless: prompts that are to be answered."""
         text = json.dumps([*exam_digest_parts(probes), *parts])
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.verdicts = Verdicts(root, self.digest, published)
-        self._root, self._model, self._probes = root, model, probes
+        self._root, self._model, self._probes, self._harmless = root, model, probes, harmless
         self._known: Reference | None = None
         self._asking, self._marked = asyncio.Lock(), -math.inf
 
@@ -50,7 +56,9 @@ class Sheet:
         async with self._asking:
             if self._known is None:
                 async with asyncio.timeout(_SECONDS):
-                    known = await kept_reference(self._root, self.digest, self._model, self._probes)
+                    known = await kept_reference(
+                        self._root, self.digest, self._model, self._probes, self._harmless
+                    )
                 known.require_usable()
                 self._known = known
         return self._known
@@ -76,10 +84,15 @@ class Sheets:
 
     @classmethod
     def of(
-        cls, root: Path, model: EngineModel, published: PublishedStore, halves: Halves, parts: Sequence[Any]
+        cls,
+        root: Path,
+        model: EngineModel,
+        published: PublishedStore,
+        halves: Halves,
+        parts: Sequence[Any],
+        harmless: Sequence[str] = (),
     ) -> Sheets:
         """Both, of which none was asked yet."""
-        first, held_out = (
-            Sheet(root, model, published, probes, parts) for probes in (halves.first, halves.held_out)
-        )
+        first = Sheet(root, model, published, halves.first, parts, harmless)
+        held_out = Sheet(root, model, published, halves.held_out, parts)
         return cls(first, first if held_out.digest == first.digest else held_out)

@@ -13,7 +13,7 @@ from typing import Any
 
 from safelora_vllm.errors import GuardError, SafeLoRAError
 from safelora_vllm.exam import ladder as ladders
-from safelora_vllm.exam.probes import Halves, from_file
+from safelora_vllm.exam.probes import Halves, from_file, harmless, languages_in
 from safelora_vllm.exam.reference import Reference
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState
@@ -25,6 +25,7 @@ from safelora_vllm.integration.server.exam.examiner import Examiner
 from safelora_vllm.integration.server.exam.modes import Exam
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.exam.references import secret_of
+from safelora_vllm.integration.server.exam.renewal import Renewal, stamp_of
 from safelora_vllm.integration.server.exam.sheets import Sheets
 from safelora_vllm.integration.server.exam.terms import Terms
 from safelora_vllm.policy import CAPS, Policy
@@ -62,7 +63,7 @@ async def start_exam(
     if settings.exam == "off":
         return NoExam()
     try:
-        examiner, served = await _examiner(settings, args, pool, gate, state)
+        examiner, served, renewal = await _examiner(settings, args, pool, gate, state)
         terms = await _terms(settings)
     except Exception as error:  # the engine raises what it likes
         cause = str(error) if isinstance(error, SafeLoRAError) else f"{type(error).__name__}: {error}"
@@ -81,29 +82,36 @@ async def start_exam(
             "--exam enforce with --max-loras 1: an exam waits until no other adapter is in use, and gives up "
             "after two minutes. Expected --max-loras 2 or more"
         )
-    return Exam(examiner, audit, terms, tenant_rules)
+    return Exam(examiner, audit, terms, tenant_rules, renewal)
 
 
 async def _examiner(
     settings: ServerSettings, args: Namespace, pool: Pool, gate: GateClient, state: GateState
-) -> tuple[Examiner, Reference]:
-    """The examiner, and what the aligned model answers to the first half of the probes."""
+) -> tuple[Examiner, Reference, Renewal | None]:
+    """The examiner, what the aligned model answers to the first half of the probes, and their file."""
     engine, root, published = pool.engine_client, Path(state.store), PublishedStore(state.store)
     tokenizer: Any = engine.get_tokenizer()
     tokenizer = await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
     served, template = str(getattr(engine.model_config, "model", "the model")), _template(args)
     model = EngineModel(engine, tokenizer, served, template)
     secret = await asyncio.to_thread(secret_of, root)
-    halves = await asyncio.to_thread(_halves, secret, settings.exam_probes)
     parts = [secret.hex(), *await asyncio.to_thread(model_parts, engine, served, state)]
     parts.append(str(template or tokenizer.chat_template))
-    sheets = Sheets.of(root, model, published, halves, parts)
+    languages = languages_in(settings.exam_languages)
+
+    def sheets_now() -> Sheets:
+        file = settings.exam_probes
+        halves = Halves.of(secret, from_file(file)) if file else Halves.built_in(secret, languages)
+        return Sheets.of(root, model, published, halves, parts, harmless(languages))
+
+    renewal = None
+    if settings.exam_probes:
+        file = Path(settings.exam_probes)
+        renewal = Renewal(file, sheets_now, await asyncio.to_thread(stamp_of, file))
+    sheets = await asyncio.to_thread(sheets_now)
     reference = await sheets.first.reference()
-    return Examiner(model, pool, published, sheets, Counts(Path(gate.socket_path).parent)), reference
-
-
-def _halves(secret: bytes, file: str | None) -> Halves:
-    return Halves.of(secret, from_file(file)) if file else Halves.built_in(secret)
+    counts = Counts(Path(gate.socket_path).parent)
+    return Examiner(model, pool, published, sheets, counts), reference, renewal
 
 
 async def _terms(settings: ServerSettings) -> Terms:
