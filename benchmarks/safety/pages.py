@@ -103,7 +103,7 @@ def words(treatment: str) -> str:
 
 def drawn(table: Table) -> list[str]:
     """The adapters whose curves are drawn: the benign one is the utility of those that have none."""
-    asked = [name for name in CURVES if any(t.startswith("threshold-") for t in table.get(name, {}))]
+    asked = [name for name in CURVES if any(t.startswith("csulora-") for t in table.get(name, {}))]
     return [name for name in asked if name != "benign-qv"]
 
 

@@ -121,7 +121,7 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
         home = folder(cache, part.pair, part.seed)
         with _timed(cache, f"asking {part.pair} {part.seed}"), serving(home) as served:
             served.aligned(plain(size))
-            todo = list(points(home, served.projectors, part.adapters, size))
+            todo = list(points(home, served.projectors, part.adapters, size, part.chosen))
             if part.chosen and size is FULL:
                 more = [name for name in MORE_NAMES if name in part.adapters]
                 todo += attacks(home, served.projectors, more, size)
