@@ -1,6 +1,6 @@
 """The gate: adapter folder or archive in, published folder and report out, or a refusal.
 
-    read → vet → measure → cap → select → project → publish
+    read → signature → vet → measure → cap → select → project → publish
 
 One straight function. There is no other place where an adapter is judged. Nothing here knows vLLM or HTTP.
 """
@@ -27,6 +27,8 @@ from safelora_vllm.methods.judge import JudgedModule, judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
+from safelora_vllm.signatures.check import signer_of
+from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.tenants.quotas import Allowance
 
@@ -118,10 +120,12 @@ def admit(
     store: PublishedStore,
     raw_store: RawStore | None = None,
     allowance: Allowance | None = None,
+    signing: SigningRule | None = None,
 ) -> Admission:
     """Judge one adapter, folder or archive, and publish what may be served.
 
     What was accepted is also put into ``raw_store``, if there is one, as far as the ``allowance`` goes.
+    ``signing`` says which signature it has to have; the report names the key.
 
     Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
 
@@ -134,10 +138,18 @@ def admit(
     stages = Stages()
     try:
         with stages.time("read"):
-            raw = read_adapter(folder, settings.limits)
+            raw = read_adapter(folder, settings.limits, beside=signing is not None)
     except AdapterRefused as error:
         report = Report.refused(name, "", settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))
+    signer = ""
+    if signing is not None:
+        try:
+            with stages.time("signature"):
+                signer = signer_of(raw, signing)
+        except AdapterRefused as error:
+            report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
+            return _answer(Admission(report, None, None, False, stages))
     key, nbytes = settings.key(raw.digest), sum(map(len, raw.files.values()))
     if allowance is not None:
         allowance.check_bytes(raw.digest, nbytes)
@@ -148,8 +160,10 @@ def admit(
             allowance.check_rank(known)
         store.touch(key)
         _keep(raw, raw_store, stages)
-        return _answer(Admission(known.named(name), key, store.path(key), True, stages, nbytes))
+        known = known.named(name).signed(signer)
+        return _answer(Admission(known, key, store.path(key), True, stages, nbytes))
     report, weights = evaluate(raw, name, settings, stages)
+    report = report.signed(signer)
     if weights is None:
         return _answer(Admission(report, None, None, False, stages))
     if allowance is not None:
@@ -157,8 +171,8 @@ def admit(
     try:
         with stages.time("publish"):
             files = canonical_files(weights, settings.base_model, settings.dtype, settings.revision)
-            # The stored report has no name: the same content may be served under several.
-            published = store.publish(key, files, report.named(""))
+            # The stored report has no name and no signer: the same content may be served under several.
+            published = store.publish(key, files, report.named("").signed(""))
     except AdapterRefused as error:
         report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))

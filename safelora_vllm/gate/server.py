@@ -137,7 +137,9 @@ class GateService:
         try:
             with self._one_at_a_time, self._busy():
                 try:
-                    admission = admit(call.path, call.name, settings, self._published, raw, call.allowance)
+                    admission = admit(
+                        call.path, call.name, settings, self._published, raw, call.allowance, call.signing
+                    )
                 finally:
                     give_back(self._allocator, self._placement)
         except (QuotaExceeded, UsageError):  # the caller's mistake, such as a folder that is not there

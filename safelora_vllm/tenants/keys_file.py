@@ -14,6 +14,7 @@ from typing import Any
 
 from safelora_vllm.errors import KeysError, UsageError
 from safelora_vllm.remote.address import Source, parse_prefix
+from safelora_vllm.tenants import signing_keys
 from safelora_vllm.tenants.principal import PART, PART_RULE, Principal
 from safelora_vllm.tenants.quotas import LIMITS, Quota
 from safelora_vllm.tenants.rules import TenantRules
@@ -138,7 +139,9 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
             raise KeysError("admin is not a valid tenant name: its keys would look like the operator's")
         entry = f"tenants.{name}"
         _check_known(
-            entry, _table(entry, table), (*LIMITS, "less_strict", "policy", "remote_sources", "keys")
+            entry,
+            _table(entry, table),
+            (*LIMITS, "less_strict", "policy", "remote_sources", *signing_keys.ENTRIES, "keys"),
         )
         limits = {LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in LIMITS if key in table}
         policy, less_strict = (
@@ -148,7 +151,8 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
         if not isinstance(less_strict, bool):
             raise KeysError(f"{entry}.less_strict is {less_strict!r:.40}; give true or false")
         sources = tuple(_sources(f"{entry}.remote_sources", table.get("remote_sources", [])))
-        yield name, Tenant(Quota(**limits), TenantRules(policy, less_strict), sources)
+        rules = TenantRules(policy, less_strict, signing_keys.signing_rule(entry, table))
+        yield name, Tenant(Quota(**limits), rules, sources)
 
 
 def _entries(tables: dict[str, Any], tenants: Mapping[str, Tenant]) -> Iterator[tuple[bytes, Principal]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safelora_vllm.errors import KeysError, SafeLoRAError
 from safelora_vllm.policy import Policy
+from safelora_vllm.signatures.rule import SigningRule
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,12 @@ class TenantRules:
     Attributes:
         policy: fields that replace those of the server's policy.
         less_strict: the operator allows that this is less strict than the server's policy.
+        signing: which signature uploads have to have; None where nobody looks for one.
     """
 
     policy: Mapping[str, Any] = field(default_factory=dict)
     less_strict: bool = False
+    signing: SigningRule | None = None
 
     def over(self, server: Policy) -> Policy:
         """The tenant's whole policy on a server with this one.

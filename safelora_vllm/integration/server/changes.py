@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError
+from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError, refuse
 from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -22,7 +22,7 @@ from safelora_vllm.integration.server.repeated import LOAD, is_unchanged, may_lo
 from safelora_vllm.integration.server.visibility import unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
-from safelora_vllm.store import AdapterRecord
+from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import DELETE_VERSION, AuditLog
 from safelora_vllm.tenants.principal import Principal, check_name
 from safelora_vllm.tenants.quotas import allowed
@@ -102,7 +102,9 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
+            await self._check_signer(who, name, earlier)
             judged = await self.reconciler.copies.ensure(earlier.digest, name, policy, override)
+            judged = judged.signed(earlier.signed_by)
             reason = f"rollback to version {number}"
             await self._commits.check_accepted(who, name, "rollback", judged, override, reason)
             version = version_of(judged, who, policy, override, record.live.next_policy, reason)
@@ -140,6 +142,7 @@ class Manager:
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
             judged = await self.reconciler.copies.ensure(record.live.digest, name, policy, loosened)
+            judged = judged.signed(record.live.signed_by)
             await self._commits.check_accepted(who, name, "policy", judged, loosened, reason)
             version = version_of(judged, who, policy, loosened, record.live.next_policy, reason)
             return await self._commits.commit(who, name, "policy", judged, record, version, start)
@@ -175,6 +178,25 @@ class Manager:
     async def refused_source(self, who: Principal, name: str, action: str, codes: Sequence[str]) -> None:
         """Record that a remote source was refused. codes: of the reasons."""
         await self._commits.refused(who, action, name, "source", decision="refused", reasons=list(codes))
+
+    async def _check_signer(self, who: Principal, name: str, earlier: Version) -> None:
+        """Whether a version that is to be served again is signed as today's keys file requires.
+
+        Raises:
+            AdapterRefused: it is not. The refusal is in the audit log.
+        """
+        signing = await asyncio.to_thread(self.reconciler.copies.signing, name)
+        if signing is None or not signing.required or earlier.signed_by in signing.keys:
+            return
+        found = f"was signed with {earlier.signed_by}" if earlier.signed_by else "is not signed"
+        error = refuse(
+            "signature",
+            f"version {earlier.version} of {name} {found}: expected {' or '.join(list(signing.keys)[:3])}, because "
+            "this tenant's uploads have to be signed (require_signature). Sign its content and upload it again",
+        )
+        refused = {"decision": "refused", "digest": earlier.digest, "reasons": error.codes}
+        await self._commits.refused(who, "rollback", name, "gate", **refused)
+        raise error
 
     def check_root(self, path: str) -> Path:
         """The path of a load by path.

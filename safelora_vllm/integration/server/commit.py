@@ -111,7 +111,7 @@ class Commits:
     ) -> None:
         """A refusal goes to the audit log and to the caller."""
         if not judged.report.accepted:
-            asked = {"override": override or judged.override, "reason": reason}
+            asked = {"override": override or judged.override, "reason": reason, "ruleset": judged.ruleset}
             asked = {field: value for field, value in asked.items() if value}
             await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons)
@@ -225,6 +225,7 @@ def version_of(
         reason=reason,
         key=judged.judgement.accepted_key(),
         ruleset_digest=judged.ruleset,
+        signed_by=report.signed_by,
     )
 
 

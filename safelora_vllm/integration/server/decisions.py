@@ -37,4 +37,6 @@ def version_fields(version: Version, override: bool) -> dict[str, Any]:
         "version": version.version,
         "override": override or version.override,
         "reason": version.reason or reason,
+        "ruleset": version.ruleset_digest,
+        "published": version.key,
     }
