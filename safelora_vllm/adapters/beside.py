@@ -1,4 +1,4 @@
-"""What an upload holds besides its two files: a signature, and the digests of all others that it has to cover."""
+"""What an upload holds besides its two files: a signature, and the digests of all others that it covers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Beside:
 class BesideFiles:
     """Takes files one after the other, and keeps no more of them than a digest.
 
-    What is wrong with them counts only where there is a signature. folder: of the upload, that the adapter is in.
+    What is wrong with them counts only where there is a signature. folder: where in the upload the adapter is.
     """
 
     def __init__(self) -> None:
