@@ -28,7 +28,7 @@ class Beside:
 class BesideFiles:
     """Takes files one after the other, and keeps no more of them than a digest.
 
-    What is wrong with them counts only where there is a signature. folder: where in the upload the adapter is.
+    What is wrong with them counts only where there is a signature. folder: that the adapter is in.
     """
 
     def __init__(self) -> None:

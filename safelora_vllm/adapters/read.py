@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -133,7 +134,7 @@ def _read_beside(folder: Path, beside: BesideFiles) -> None:
                 continue
             try:
                 with _opened(path, shown, BESIDE_BYTES) as (file, _):
-                    beside.add(shown, iter(lambda file=file: file.read(1024 * 1024), b""))
+                    beside.add(shown, iter(partial(file.read, 1024 * 1024), b""))
             except FileNotFoundError:
                 raise refuse(
                     "unreadable_file", f"{shown} went away while it was read; load it again"

@@ -13,8 +13,8 @@ from safelora_vllm.store.layout import default_root
 
 _MOST = 64 * 1024  # bytes of a key
 _HOW = (
-    "verify it with the public key ('openssl pkey -in KEY -pubout'): the signature is ECDSA over SHA-256 of the "
-    "DSSE encoding of payloadType and payload; docs/signatures.md has the commands"
+    "verify it with the public key ('openssl pkey -in KEY -pubout'): the signature is ECDSA with SHA-256 "
+    "over the DSSE encoding of payloadType and payload. docs/signatures.md has a script"
 )
 
 
@@ -46,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{error.filename} cannot be read ({error.strerror}): fix its path or permissions"
         ) from error
-    except UsageError as error:
-        raise UsageError(f"{args.key}: {error}" if str(error).startswith("it is ") else str(error)) from error
     print(json.dumps(envelope, indent=1))
     print(_HOW, file=sys.stderr)
     return 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from safelora_vllm.adapters.beside import SIGNATURE
 from safelora_vllm.adapters.read import RawAdapter
 from safelora_vllm.errors import AdapterRefused, Reason, named, refuse
-from safelora_vllm.signatures.model_signing import signed_files
+from safelora_vllm.signatures.model_signing import HOW, signed_files
 from safelora_vllm.signatures.rule import SigningRule
 
 
@@ -25,9 +25,8 @@ def signer_of(raw: RawAdapter, rule: SigningRule | None) -> str:
             return ""
         raise refuse(
             "signature",
-            f"the upload has no {SIGNATURE}: expected a signature with {' or '.join(list(rule.keys)[:3])}, because "
-            "this tenant's uploads have to be signed (require_signature). Sign the folder with 'model_signing sign "
-            f"key FOLDER --private_key KEY --signature FOLDER/{SIGNATURE}', and upload that file too",
+            f"the upload has no {SIGNATURE}: expected a signature with {rule.expected}, because this tenant's "
+            f"uploads have to be signed (require_signature). {HOW}, and upload that file too",
         )
     key, signed = signed_files(raw.beside.signature, rule.keys)
     uploaded = {name: hashlib.sha256(data).hexdigest() for name, data in raw.files.items()}

@@ -1,4 +1,4 @@
-"""Keys on the elliptic curve P-256: no other kind is read, so that a signature cannot choose its algorithm."""
+"""Keys on the elliptic curve P-256. No other kind is read: a signature cannot choose its algorithm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def public_key(pem: str) -> EllipticCurvePublicKey:
         key = None
     if not isinstance(key, EllipticCurvePublicKey) or key.curve.name != _CURVE:
         raise UsageError(
-            f"it is {_kind(key)}: expected a public key of the curve P-256 in PEM, which "
+            f"the key is {_kind(key)}: expected a public key of the curve P-256 in PEM, which "
             "'openssl pkey -in KEY -pubout' prints"
         )
     return key
@@ -52,8 +52,8 @@ def private_key(pem: bytes) -> EllipticCurvePrivateKey:
         key = None
     if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name != _CURVE:
         raise UsageError(
-            f"it is {_kind(key)}: expected a private key of the curve P-256 in PEM without a password. Make it "
-            "with 'openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out KEY'"
+            f"the key is {_kind(key)}: expected a private key of the curve P-256 in PEM, without a password. "
+            "Make one with 'openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out KEY'"
         )
     return key
 
@@ -69,6 +69,6 @@ def key_id(key: EllipticCurvePublicKey) -> str:
 def _kind(key: object) -> str:
     """What was found instead; never its content."""
     if key is None:
-        return "no key that can be read"
+        return "none that can be read"
     curve = getattr(getattr(key, "curve", None), "name", "")
-    return f"a key of the curve {curve}" if curve else f"of type {type(key).__name__}"
+    return f"of the curve {curve}" if curve else f"of type {type(key).__name__}"

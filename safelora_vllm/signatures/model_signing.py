@@ -1,8 +1,8 @@
 """A signature of OpenSSF Model Signing 1.0, made with a key: whose it is, and of which files.
 
-A Sigstore bundle holds a DSSE envelope, and that an in-toto statement with each file's name and sha256. All of
-it is a tenant's input. Whatever the bundle says of keys and algorithms is believed only as a wish: the one
-algorithm is ECDSA on P-256 over SHA-256, and the keys are the operator's.
+A Sigstore bundle holds a DSSE envelope, and that an in-toto statement with each file's name and sha256.
+All of it is a tenant's input. What it says of keys and algorithms chooses nothing: the algorithm is ECDSA on
+P-256 with SHA-256, and the keys are the operator's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from safelora_vllm.errors import AdapterRefused, refuse
 from safelora_vllm.safetensors_header import plain_json
 from safelora_vllm.signatures.dsse import IN_TOTO, is_signed
 from safelora_vllm.signatures.keys import public_key
+from safelora_vllm.signatures.rule import expected
 
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
-_HOW = "Sign the folder with 'model_signing sign key FOLDER --private_key KEY --signature FOLDER/model.sig'"
+HOW = "Sign the folder with 'model_signing sign key FOLDER --private_key KEY --signature FOLDER/model.sig'"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -62,16 +63,13 @@ def _signer(payload: bytes, signature: bytes, hint: object, keys: Mapping[str, s
         tried = {key: pem for key, pem in keys.items() if key == f"sha256:{hint}"}
         if not tried:
             raise _refused(
-                f"it was made with the key sha256:{hint!s:.64}, which is not one of the tenant's: expected "
-                f"{' or '.join(list(keys)[:3])}. Sign with such a key, or have the operator add this one to "
-                "signing_keys in the keys file"
+                f"it was made with the key sha256:{hint!s:.64}, which is not the tenant's: expected "
+                f"{expected(keys)}. Sign with that, or have the operator add yours to signing_keys"
             )
     for key, pem in tried.items():
         if is_signed(payload, signature, public_key(pem)):
             return key
-    raise _refused(
-        f"it is not valid for {' or '.join(list(tried)[:3])}: it was changed, or made with another key. {_HOW}"
-    )
+    raise _refused(f"it does not fit {expected(tried)}: it was changed, or made with another key. {HOW}")
 
 
 def _files(payload: bytes) -> dict[str, str]:
@@ -139,5 +137,5 @@ def _base64(value: object, what: str) -> bytes:
 
 
 def _refused(why: str) -> AdapterRefused:
-    more = "" if _HOW in why or "Sign with" in why else f". {_HOW}"
+    more = "" if HOW in why or "Sign with" in why else f". {HOW}"
     return refuse("signature", f"{SIGNATURE} is not a valid signature of this upload: {why}{more}")

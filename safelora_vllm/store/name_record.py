@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "load_seconds": (int, float), "refused": (tuple,), "judged": (int, float),
     "signed_by": (str,),
 }  # fmt: skip
+# Not written with these values, so that older releases read the rest.
 _LATER = {
     "refused": (),
     "judged": 0.0,

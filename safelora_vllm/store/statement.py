@@ -5,13 +5,12 @@ It says what the audit log says. Whoever may write to the store may change that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from safelora_vllm import __version__
-from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.adapters.read import CONFIG, WEIGHTS, joined_digest
 from safelora_vllm.errors import UsageError
 from safelora_vllm.files import is_digest
 from safelora_vllm.signatures.dsse import sign
@@ -61,8 +60,8 @@ def newest_decision(root: Path, name: str) -> dict[str, Any]:
             found = [record] if wanted(record) else found
     if not found:
         raise UsageError(
-            f"the audit log {root / AUDIT} has no decision about {name!r:.200}: expected the name of an adapter that "
-            "the gate accepted or refused, as 'safelora-vllm audit' shows it"
+            f"the audit log {root / AUDIT} has no decision about {name!r:.200}: expected the name of an adapter "
+            "that the gate accepted or refused, as 'safelora-vllm audit' shows it"
         )
     return found[0]
 
@@ -75,11 +74,8 @@ def statement_of(record: dict[str, Any], published: PublishedStore) -> dict[str,
     subjects = [{"name": "upload", "digest": {"sha256": record["digest"]}}]
     key = record.get("published") or ""
     if is_digest(key) and published.find(key) is not None and (files := published.digests(key)):
-        subjects += [
-            {"name": f"published/{name}", "digest": {"sha256": files[name]}} for name in sorted(files)
-        ]
-        both = b"".join(bytes.fromhex(files[name]) for name in (CONFIG, WEIGHTS))
-        subjects.append({"name": "published", "digest": {"sha256": hashlib.sha256(both).hexdigest()}})
+        sides = (bytes.fromhex(files[name]) for name in (CONFIG, WEIGHTS))
+        subjects.append({"name": "published", "digest": {"sha256": joined_digest(*sides)}})
     predicate = {field: record.get(field) for field in (*_TOLD, *_RULES)}
     predicate |= {"published": key or None, "signed_by": record.get("signed_by"), "stated_by": __version__}
     return {
