@@ -25,8 +25,8 @@ def signer_of(raw: RawAdapter, rule: SigningRule | None) -> str:
             return ""
         raise refuse(
             "signature",
-            f"the upload has no {SIGNATURE}: expected a signature with {rule.expected}, because this tenant's "
-            f"uploads have to be signed (require_signature). {HOW}, and upload that file too",
+            f"the upload has no {SIGNATURE}: expected a signature with {rule.expected}, because this "
+            f"tenant's uploads have to be signed (require_signature). {HOW}, and upload that file too",
         )
     key, signed = signed_files(raw.beside.signature, rule.keys)
     uploaded = {name: hashlib.sha256(data).hexdigest() for name, data in raw.files.items()}

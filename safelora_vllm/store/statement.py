@@ -60,8 +60,8 @@ def newest_decision(root: Path, name: str) -> dict[str, Any]:
             found = [record] if wanted(record) else found
     if not found:
         raise UsageError(
-            f"the audit log {root / AUDIT} has no decision about {name!r:.200}: expected the name of an adapter "
-            "that the gate accepted or refused, as 'safelora-vllm audit' shows it"
+            f"the audit log {root / AUDIT} has no decision about {name!r:.200}: expected the name of an "
+            "adapter that the gate accepted or refused, as 'safelora-vllm audit' shows it"
         )
     return found[0]
 

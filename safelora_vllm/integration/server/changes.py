@@ -191,8 +191,8 @@ class Manager:
         found = f"was signed with {earlier.signed_by}" if earlier.signed_by else "is not signed"
         error = refuse(
             "signature",
-            f"version {earlier.version} of {name} {found}: expected {signing.expected}, because this tenant's "
-            "uploads have to be signed (require_signature). Sign its content and upload it again",
+            f"version {earlier.version} of {name} {found}: expected {signing.expected}, because this "
+            "tenant's uploads have to be signed (require_signature). Sign its content and upload it again",
         )
         refused = {"decision": "refused", "digest": earlier.digest, "reasons": error.codes}
         await self._commits.refused(who, "rollback", name, "gate", **refused)
