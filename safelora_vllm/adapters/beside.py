@@ -28,7 +28,8 @@ class Beside:
 class BesideFiles:
     """Takes files one after the other, and keeps no more of them than a digest.
 
-    What is wrong with them counts only where there is a signature. folder: that the adapter is in.
+    folder: that the adapter is in. fault: what is wrong with them, which counts only where there is a
+    signature; no more files are read then.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class BesideFiles:
         self._digests: dict[str, str] = {}
         self._signatures: dict[str, bytes] = {}
         self._bytes = 0
-        self._fault = ""
+        self.fault = ""
 
     def add(self, path: str, pieces: Iterable[bytes]) -> None:
         """One file, with its path in the upload."""
@@ -44,10 +45,10 @@ class BesideFiles:
         if is_signature:
             self._signatures.setdefault(path, b"")
         if path in self._digests:
-            self._fault = f"{path!r:.200} is there twice: expected each file once"
+            self.fault = f"{path!r:.200} is there twice: expected each file once"
         elif len(self._digests) >= MAX_FILES:
-            self._fault = f"the upload has more than {MAX_FILES:,} files; sign and upload fewer"
-        if self._fault:
+            self.fault = f"the upload has more than {MAX_FILES:,} files; sign and upload fewer"
+        if self.fault:
             return
         content, digest = bytearray(), hashlib.sha256()
         for piece in pieces:
@@ -55,10 +56,10 @@ class BesideFiles:
             self._bytes += len(piece)
             content += piece if is_signature else b""
             if self._bytes > BESIDE_BYTES:
-                self._fault = f"the files besides both are over {BESIDE_BYTES:,} bytes; sign and upload fewer"
+                self.fault = f"the files besides both are over {BESIDE_BYTES:,} bytes; sign and upload fewer"
             elif len(content) + sum(map(len, self._signatures.values())) > SIGNATURE_BYTES:
-                self._fault = f"{SIGNATURE} is over the {SIGNATURE_BYTES:,} bytes that are allowed"
-            if self._fault:
+                self.fault = f"{SIGNATURE} is over the {SIGNATURE_BYTES:,} bytes that are allowed"
+            if self.fault:
                 return
         self._digests[path] = digest.hexdigest()
         if is_signature:
@@ -72,8 +73,8 @@ class BesideFiles:
         """
         prefix = f"{self.folder}/" if self.folder else ""
         own = f"{prefix}{SIGNATURE}"
-        if self._fault and own in self._signatures:
-            raise refuse("signature", f"the upload cannot be compared with its signature: {self._fault}")
+        if self.fault and own in self._signatures:
+            raise refuse("signature", f"the upload cannot be compared with its signature: {self.fault}")
         digests = {
             path.removeprefix(prefix) if path.startswith(prefix) else f"../{path}": digest
             for path, digest in self._digests.items()

@@ -130,6 +130,8 @@ def _read_beside(folder: Path, beside: BesideFiles) -> None:
         for name in sorted([*names, *linked]):
             path = Path(parent) / name
             shown = path.relative_to(folder).as_posix()
+            if beside.fault:
+                return
             if shown in (CONFIG, WEIGHTS):
                 continue
             try:
