@@ -246,7 +246,8 @@ def test_reading_is_bounded(
     sign_folder(folder, KEY)
     monkeypatch.setattr(beside, "BESIDE_BYTES", 4000)
     (folder / "big").write_bytes(bytes(5000))
-    assert "are over 4,000 bytes" in why(judge(folder, rule(KEY)))
+    for required in (True, False):
+        assert "are over 4,000 bytes" in why(judge(folder, rule(KEY, required=required)))
     (folder / "big").unlink()
     monkeypatch.setattr(beside, "MAX_FILES", 3)
     for number in range(4):

@@ -123,24 +123,25 @@ def _read_folder(folder: Path, limits: Limits, beside: BesideFiles | None) -> tu
 
 
 def _read_beside(folder: Path, beside: BesideFiles) -> None:
-    """All regular files in a folder and below it but the adapter's own two."""
+    """All regular files in a folder and below it but the adapter's own two, the signature first."""
+    _add_beside(folder, SIGNATURE, beside)
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders.sort()
         linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # noqa: PTH114, PTH118
         for name in sorted([*names, *linked]):
-            path = Path(parent) / name
-            shown = path.relative_to(folder).as_posix()
             if beside.fault:
                 return
-            if shown in (CONFIG, WEIGHTS):
-                continue
-            try:
-                with _opened(path, shown, BESIDE_BYTES) as (file, _):
-                    beside.add(shown, iter(partial(file.read, 1024 * 1024), b""))
-            except FileNotFoundError:
-                raise refuse(
-                    "unreadable_file", f"{shown} went away while it was read; load it again"
-                ) from None
+            shown = (Path(parent) / name).relative_to(folder).as_posix()
+            if shown not in (CONFIG, WEIGHTS, SIGNATURE):
+                _add_beside(folder, shown, beside)
+
+
+def _add_beside(folder: Path, name: str, beside: BesideFiles) -> None:
+    try:
+        with _opened(folder / name, name, BESIDE_BYTES) as (file, _):
+            beside.add(name, iter(partial(file.read, 1024 * 1024), b""))
+    except FileNotFoundError:
+        raise refuse("unreadable_file", f"{name} went away while it was read; load it again") from None
 
 
 def _raise(error: OSError) -> None:
