@@ -66,8 +66,8 @@ class Received:
         if self.parts - {SIGNATURE} == {CONFIG, WEIGHTS}:
             return self.folder
         raise UsageError(
-            f"the body has the files {sorted(self.parts)}; send {CONFIG} and {WEIGHTS} (and {SIGNATURE}, if "
-            f"it is signed), or one {ARCHIVE} (.tar, .tar.gz or .zip of the folder that PEFT saved)"
+            f"the body has the files {sorted(self.parts)}; send {CONFIG} and {WEIGHTS}, or one {ARCHIVE} "
+            f"(.tar, .tar.gz or .zip of the folder that PEFT saved). {SIGNATURE} goes with the two, or into it"
         )
 
 
