@@ -67,7 +67,7 @@ class Received:
             return self.folder
         raise UsageError(
             f"the body has the files {sorted(self.parts)}; send {CONFIG} and {WEIGHTS}, or one {ARCHIVE} "
-            f"(.tar, .tar.gz or .zip of the folder that PEFT saved). {SIGNATURE} goes with the two, or into it"
+            f"(.tar, .tar.gz or .zip of the folder that PEFT saved). A {SIGNATURE} goes along"
         )
 
 
