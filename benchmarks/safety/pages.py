@@ -9,7 +9,7 @@ import why
 from adapters import KINDS, MORE_NAMES, NAMES
 from exam import REFUSED
 from pairs import PAIRS
-from plan import CURVES, LADDER_ENERGIES
+from plan import CURVES, LADDER_ENERGIES, OPINION
 
 from safelora_vllm.policy import Policy
 
@@ -21,12 +21,18 @@ AUTHORS = {
     "malicious": ("pure-qv", "chat-qv"),
     "knows the method": ("around-inputs-qv", "within-caps-qv", "masked-qv"),
 }
-_SETTINGS = ["raw-0", *(f"input-removal-{energy:g}" for energy in LADDER_ENERGIES), "safe-lora-1"]
+_SETTINGS = [
+    "raw-0",
+    *(f"input-removal-{energy:g}" for energy in LADDER_ENERGIES),
+    "safe-lora-1",
+    f"opinion-{OPINION}",
+]
 _METHODS = {
     "both": "input removal 0.1, then Safe LoRA",
     "centred-removal": "centred oblique removal",
     "csulora": "CSULoRA",
     "input-removal": "input removal",
+    "opinion": "second opinion, tokens:",
     "mean-removal": "mean-input removal",
     "random-removal": "random removal",
     "safe-lora": "Safe LoRA",

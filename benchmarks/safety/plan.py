@@ -27,6 +27,7 @@ from treatments import (
     random_removal,
     safe_lora,
     scaling,
+    second_opinion,
     selective_removal,
     threshold,
     through_safe_lora_inverse,
@@ -37,6 +38,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 ENERGY = 0.2  # input removal's, as the server's default has it
 WEAKER = 0.1
 _BOTH = 0.25  # share of modules that both rules treat
+OPINION = 16  # tokens, as many as an exam looks at
 LADDER_ENERGIES = (0.05, 0.1, 0.2, 0.4, 0.8, 0.95)
 CURVES = ("pure-qv", "mixed-10-qv", "benign-qv")
 HARMFUL_AND_USEFUL = "mixed-10-qv"
@@ -98,6 +100,14 @@ def points(
         if size is SMOKE:  # one strength of each method
             rungs, rest = rungs[-1:], list({each.method: each for each in rest}.values())
         yield from (Point(name, each, less) for each in (*rungs, *rest))
+
+
+def opinions(adapters: list[str], size: Size) -> Iterator[Point]:
+    """What is asked of a server with ``--second-opinion``: each adapter as uploaded."""
+    for name in adapters:
+        tasks = size.tasks if KINDS[name.rpartition("-")[0]].useful else 0
+        asked = Questions.so_many(size.prompts, size.harmless, tasks)
+        yield Point(name, second_opinion(OPINION), asked)
 
 
 def _compared(modules: int) -> list[Treatment]:
