@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "exam_threshold": (["--exam-threshold", "0.05"], 0.05),
     "ladder": (["--ladder", "input-removal:0.1,safe-lora"], "input-removal:0.1,safe-lora"),
     "exam_probes": (["--exam-probes", "/x/p.jsonl"], "/x/p.jsonl"),
+    "second_opinion": (["--second-opinion", "16"], 16),
     "private_docs": (["--private-docs"], True),
     "no_page": (["--no-page"], True),
     "tenant_reports": (["--tenant-reports", "summary"], "summary"),
@@ -65,6 +66,7 @@ SERVER: dict[str, Any] = {
     "concurrent_uploads": 8, "allow_hub": False, "admin_socket": None, "private_docs": False,
     "no_page": False, "tenant_reports": "full", "audit_stdout": False, "route_access": {},
     "exam": "off", "exam_threshold": 0.02, "ladder": None, "exam_probes": None,
+    "second_opinion": 0,
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,
