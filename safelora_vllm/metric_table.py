@@ -218,6 +218,17 @@ METRICS = (
         ),
     ),
     Described(
+        "safelora_adapter_second_opinion_refusals_total", "counter", ("adapter",), "requests",
+        "requests for an adapter that the aligned model refused in its place, with --second-opinion",
+        queries=(
+            (
+                "Which adapters are asked most for what the aligned model refuses?",
+                "topk(10, sum by (adapter) "
+                "(increase(safelora_adapter_second_opinion_refusals_total[1d])))",
+            ),
+        ),
+    ),
+    Described(
         "safelora_adapter_last_use_timestamp_seconds", "gauge", ("adapter",), "seconds",
         "when a request for an adapter last began or ended on this server, since 1970",
         queries=(

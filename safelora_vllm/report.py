@@ -55,6 +55,7 @@ class Report:
         reasons: every reason to refuse it; in report-only mode, what enforcing would have refused it for.
         modules: the figures of each; empty where it was refused before it could be measured.
         total_norm: (Σ ‖s·BA‖² / Σ ‖W_aligned‖²)^½ of the upload, the latter over all modules of the cache.
+        signed_by: id of the key whose signature of the upload was verified; empty without one.
     """
 
     adapter: str
@@ -65,6 +66,7 @@ class Report:
     reasons: list[Reason]
     modules: list[ModuleReport]
     total_norm: float = 0.0
+    signed_by: str = ""
 
     @property
     def changes_nothing(self) -> bool:
@@ -74,6 +76,10 @@ class Report:
     def named(self, adapter: str) -> Report:
         """The same report under the name that the adapter is served by."""
         return dataclasses.replace(self, adapter=adapter)
+
+    def signed(self, key: str) -> Report:
+        """The same report of an upload that is signed with a key, of which this is the id."""
+        return dataclasses.replace(self, signed_by=key)
 
     def count(self, decision: Decision) -> int:
         """Number of modules with this decision."""
@@ -99,6 +105,8 @@ class Report:
             "accepted": self.accepted,
             "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
             "total_norm": self.total_norm,
+            "signed": bool(self.signed_by),
+            "signed_by": self.signed_by,
             "modules": [dataclasses.asdict(module) for module in self.modules],
         }
 
@@ -118,6 +126,7 @@ class Report:
             reasons=_reasons(data),
             modules=[ModuleReport(**module) for module in data["modules"]],
             total_norm=data["total_norm"],
+            signed_by=data.get("signed_by", ""),
         )
 
     @classmethod

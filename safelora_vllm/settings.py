@@ -37,6 +37,7 @@ METRICS_KEY = "SAFELORA_METRICS_KEY"
 WORKER = "worker"  # the gate's device is its worker's
 _GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
 TENANT_REPORTS = ("full", "summary")
+MOST_TOKENS = 256  # of a second opinion
 EXAMS = MODES
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
@@ -99,6 +100,8 @@ class ServerSettings:
             examines again.
         exam_languages: of the built-in probes, harmless ones too: some of ``en,de,es,fr``, in which the
             aligned model refuses.
+        second_opinion: tokens of the aligned model's own answer that each request for an adapter waits for.
+            If they refuse, that answer is served instead of the adapter's. 0: it is not asked.
     """
 
     projectors: str
@@ -129,6 +132,7 @@ class ServerSettings:
     exam_probes: str | None = None
     exam_every: str | None = None
     exam_languages: str = "en"
+    second_opinion: int = 0
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServerSettings:
@@ -183,6 +187,10 @@ class ServerSettings:
         if self.tenant_reports not in TENANT_REPORTS:
             raise GuardError(
                 f"tenant_reports is {self.tenant_reports!r:.80}: expected {' or '.join(TENANT_REPORTS)}"
+            )
+        if not 0 <= self.second_opinion <= MOST_TOKENS:
+            raise GuardError(
+                f"second_opinion is {self.second_opinion}: expected 0 to {MOST_TOKENS} tokens, such as 16"
             )
         self._check_exam()
 

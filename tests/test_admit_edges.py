@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from safelora_vllm.adapters.read import WEIGHTS, Limits, RawAdapter, read_adapter
 from safelora_vllm.errors import AdapterRefused, QuotaExceeded, Reason, refuse
 from safelora_vllm.gate import admit as module
+from safelora_vllm.gate import caps
 from safelora_vllm.gate.admit import Admission, GateSettings, Stages, admit, evaluate
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
@@ -268,8 +269,8 @@ def test_ranks_that_cancel(mode: str, rules: GateSettings, tmp_path: Path) -> No
 
 
 def test_the_least_coherence_that_passes() -> None:
-    assert module._check_sound({"a": 1.5e-3, "b": 1.0}) == []
-    assert [reason.code for reason in module._check_sound({"a": 1.4999e-3, "b": 1.0})] == ["cancellation"]
+    assert caps.check_sound({"a": 1.5e-3, "b": 1.0}) == []
+    assert [reason.code for reason in caps.check_sound({"a": 1.4999e-3, "b": 1.0})] == ["cancellation"]
 
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])

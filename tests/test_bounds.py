@@ -23,9 +23,10 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "settings": {
         "SECTION": "safelora", "PLUGIN": "safelora", "ADMIN_KEY": "SAFELORA_ADMIN_API_KEY",
         "ADMIN_KEY_MADE": "SAFELORA_ADMIN_API_KEY_MADE", "METRICS_KEY": "SAFELORA_METRICS_KEY",
-        "WORKER": "worker",
+        "WORKER": "worker", "MOST_TOKENS": 256,
     },
-    "gate.admit": {"_FORMAT": 6, "_MIN_COHERENCE": 1.5e-3},
+    "gate.admit": {"_FORMAT": 6},
+    "gate.caps": {"_MIN_COHERENCE": 1.5e-3},
     "gate.client": {"_TIMEOUT_SECONDS": 120.0},
     "gate.memory": {"_MARGIN": 8, "_LIBRARY_BYTES": 128 * MIB, "_RANKS": 512},
     "gate.metrics": {
@@ -33,9 +34,9 @@ BOUNDS: dict[str, dict[str, Any]] = {
         "MAX_TENANTS": 200, "OTHERS": "(others)",
     },
     "gate.refusals": {"_REMEMBERED": 256},
-    "gate.server": {
-        "_MAX_LINE": 16 * MIB, "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0,
-        "_UNREFERENCED_SECONDS": 900.0,
+    "gate.server": {"_MAX_LINE": 16 * MIB},
+    "gate.service": {
+        "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0, "_UNREFERENCED_SECONDS": 900.0,
     },
     "gate.socket_folder": {
         "SOCKET": "gate.sock", "_LOCK": "owner.lock", "_POLL_SECONDS": 0.05, "_STARTING_SECONDS": 60.0,

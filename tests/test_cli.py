@@ -86,7 +86,8 @@ def test_inspect_json_has_the_keys_that_others_script_against(run: Run, cache: P
     code, out, _ = run("inspect", "--json", "--method", "safe-lora", "--select", "number", "--number", "3")
     report = json.loads(out)
     assert code == 0
-    promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "total_norm", "modules"]
+    promised = ["adapter", "digest", "projectors", "policy", "accepted", "reasons", "total_norm", "signed"]
+    promised += ["signed_by", "modules"]
     assert list(report) == promised
     assert (report["adapter"], report["projectors"]) == ("good", cache.id)
     assert report["accepted"] is True and report["reasons"] == []

@@ -29,7 +29,7 @@ BLOCK = re.compile(
 )
 COMMANDS = (
     "build", "inspect", "project", "plan", "calibrate", "exam", "store ls", "store gc", "store verify",
-    "store rm", "store preview", "audit", "top",
+    "store rm", "store preview", "audit", "statement", "top",
 )  # fmt: skip
 POLICY = tuple(field.name for field in dataclasses.fields(Policy))
 STORE = "`~/.local/share/safelora-vllm`"  # see default_root, which reads XDG_DATA_HOME

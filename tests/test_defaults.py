@@ -82,7 +82,7 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     Spectrum: {"residual": 0.0},
     Demand: {"shares": 0},
     ModuleReport: {"similarity_error": 0.0, "uncertain": False},
-    Report: {"total_norm": 0.0},
+    Report: {"total_norm": 0.0, "signed_by": ""},
 }  # fmt: skip
 
 

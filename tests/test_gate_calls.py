@@ -279,7 +279,7 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
     """In this process: `GateService` is what the real one starts with."""
     from dataclasses import replace
 
-    from safelora_vllm.gate.server import GateService
+    from safelora_vllm.gate.service import GateService
 
     other = replace(config, model=str(pair.base))
     wrong: list[tuple[dict[str, Any], type[SafeLoRAError], str]] = [

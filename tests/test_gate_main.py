@@ -28,6 +28,7 @@ from safelora_vllm.errors import (
     UsageError,
 )
 from safelora_vllm.gate import server as gate_server
+from safelora_vllm.gate import service as gate_service
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import (
     Admit,
@@ -40,7 +41,7 @@ from safelora_vllm.gate.protocol import (
     decode_answer,
     encode,
 )
-from safelora_vllm.gate.server import GateService
+from safelora_vllm.gate.service import GateService
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
@@ -106,7 +107,7 @@ def test_a_process_from_its_start_to_the_end_of_its_worker(
     monkeypatch.setattr(gate_server.os, "sched_setaffinity", lambda *of: done.append(("cores", of)))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: done.append(("threads", n)))
     monkeypatch.setattr(logging, "basicConfig", lambda **given: done.append(("log", given["level"])))
-    monkeypatch.setattr(gate_server, "collect_unreferenced", lambda *given: done.append(("collect", given)))
+    monkeypatch.setattr(gate_service, "collect_unreferenced", lambda *given: done.append(("collect", given)))
     Path(config.socket).write_text("of a gate that was killed")
 
     def work() -> None:
@@ -154,10 +155,10 @@ def test_a_start_reads_checks_and_cleans_before_it_answers(
 ) -> None:
     done: list[str] = []
     loaded: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(gate_server, "check_store", lambda store: done.append(f"store {store}"))
+    monkeypatch.setattr(gate_service, "check_store", lambda store: done.append(f"store {store}"))
     monkeypatch.setattr(ProjectorCache, "verify", lambda _: done.append("shards"))
     monkeypatch.setattr(ProjectorCache, "load", lambda _, *given, **parts: loaded.append((given, parts)))
-    monkeypatch.setattr(gate_server, "clean", lambda store: done.append(f"clean {store}"))
+    monkeypatch.setattr(gate_service, "clean", lambda store: done.append(f"clean {store}"))
     own = with_settings(config, projector_memory=2**30, policy={"method": "csulora", "energy": 0.3})
     service = GateService(dataclasses.replace(own, dtype="bfloat16", max_rank=4))
     store = config.settings.store
@@ -254,7 +255,7 @@ def test_errors_are_counted_by_their_class_but_not_the_callers_mistakes(
     def failing(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(gate_server, "admit", failing)
+    monkeypatch.setattr(gate_service, "admit", failing)
     with pytest.raises(SafeLoRAError):
         service.admit(Admit("x", "x"))
     name = type(error).__name__
@@ -275,7 +276,7 @@ def test_the_store_is_kept_small_after_what_is_new_only(
     config: GateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collected: list[object] = []
-    monkeypatch.setattr(gate_server, "collect", lambda *given: collected.append(given))
+    monkeypatch.setattr(gate_service, "collect", lambda *given: collected.append(given))
     service = GateService(with_settings(config, store_bytes=77))
     folder = str(Draft().write(tmp_path / "adapter"))
     for _ in range(2):
@@ -299,8 +300,8 @@ def test_it_goes_on_cleaning_whatever_goes_wrong(
             raise error
         raise Enough
 
-    monkeypatch.setattr(gate_server, "collect_unreferenced", collect)
-    monkeypatch.setattr(gate_server.time, "sleep", waited.append)
+    monkeypatch.setattr(gate_service, "collect_unreferenced", collect)
+    monkeypatch.setattr(gate_service.time, "sleep", waited.append)
     with pytest.raises(Enough):
         service.keep_clean()
     assert waited == [300.0] * 3
@@ -315,7 +316,7 @@ def test_whatever_goes_wrong_while_the_store_is_kept_small_is_logged(
     def collect(*_: object) -> None:
         raise ValueError("a fault of ours")
 
-    monkeypatch.setattr(gate_server, "collect", collect)
+    monkeypatch.setattr(gate_service, "collect", collect)
     service = GateService(with_settings(config, store_bytes=0))
     assert service.admit(Admit(str(Draft().write(tmp_path / "adapter")), "x")).report.accepted
     assert "could not be kept small" in caplog.text

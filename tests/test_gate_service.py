@@ -25,9 +25,10 @@ from safelora_vllm.errors import (
     StoreUnavailable,
 )
 from safelora_vllm.gate import server as gate_server
+from safelora_vllm.gate import service as gate_service
 from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, Ensure, GateConfig, GetMetrics, GetState, Metrics, encode
-from safelora_vllm.gate.server import GateService
+from safelora_vllm.gate.service import GateService
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -111,7 +112,7 @@ def test_housekeeping_that_fails_does_not_fail_an_accepted_adapter(
     def failing(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("safelora_vllm.gate.server.collect", failing)
+    monkeypatch.setattr("safelora_vllm.gate.service.collect", failing)
     service = GateService(with_settings(config, store_bytes=1))
     with caplog.at_level(logging.ERROR, "vllm.safelora"):
         answer = service.admit(Admit(str(Draft().write(tmp_path / "adapter")), "tenant"))
@@ -172,7 +173,7 @@ def test_one_adapter_is_judged_at_a_time(
         inside.remove(threading.get_ident())
         return admit(*arguments)
 
-    monkeypatch.setattr("safelora_vllm.gate.server.admit", slowly)
+    monkeypatch.setattr("safelora_vllm.gate.service.admit", slowly)
     threads = [
         threading.Thread(target=service.admit, args=(Admit(folder, f"t{number}"),)) for number in range(4)
     ]
@@ -210,7 +211,7 @@ def test_a_gate_on_a_device_takes_its_memory_before_it_is_ready(
     def warm_up(*given: Any) -> None:
         seen.append((given[1:], torch.is_inference_mode_enabled(), threading.current_thread()))
 
-    monkeypatch.setattr(gate_server, "warm_up", warm_up)
+    monkeypatch.setattr(gate_service, "warm_up", warm_up)
     GateService(dataclasses.replace(config, device=device, dtype="bfloat16", max_rank=24))
     assert bool(seen) == warmed
     for given, inference, thread in seen:
@@ -224,7 +225,7 @@ def test_a_gate_whose_device_has_too_little_memory_does_not_start(
     def warm_up(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gate_server, "warm_up", warm_up)
+    monkeypatch.setattr(gate_service, "warm_up", warm_up)
     with pytest.raises(RuntimeError, match="out of memory"):
         GateService(dataclasses.replace(config, device="meta"))
 

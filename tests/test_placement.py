@@ -22,7 +22,7 @@ from safelora_vllm.gate.memory import (
     placed,
 )
 from safelora_vllm.gate.protocol import Admit, GateConfig, GetMetrics, Metrics
-from safelora_vllm.gate.server import GateService
+from safelora_vllm.gate.service import GateService
 from safelora_vllm.methods.judge import working_bytes
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
@@ -335,7 +335,7 @@ def test_a_gate_gives_back_after_its_warm_up_and_after_each_adapter(
 ) -> None:
     calls: list[Placement] = []
     monkeypatch.setattr(
-        "safelora_vllm.gate.server.give_back", lambda _allocator, placement: calls.append(placement)
+        "safelora_vllm.gate.service.give_back", lambda _allocator, placement: calls.append(placement)
     )
     service = GateService(config)
     assert calls == []  # a CPU is not warmed up
@@ -345,7 +345,7 @@ def test_a_gate_gives_back_after_its_warm_up_and_after_each_adapter(
         Draft().write(tmp_path / "adapter")
     service.admit(Admit(str(tmp_path / "adapter"), "tenant"))
     assert calls == [service._placement]
-    monkeypatch.setattr("safelora_vllm.gate.server.warm_up", lambda *_: None)
+    monkeypatch.setattr("safelora_vllm.gate.service.warm_up", lambda *_: None)
     GateService(dataclasses.replace(config, device="meta"))
     assert len(calls) == 2
 

@@ -81,7 +81,7 @@ def test_a_configuration_arrives_with_all_settings() -> None:
         ["http://c:9"], "s3://ddd", 4,
         allow_hub=True, admin_socket="/e", private_docs=True, no_page=True, route_access={"GET /x": "users"},
         tenant_reports="summary", audit_stdout=True, exam="enforce", exam_threshold=0.5, ladder="safe-lora",
-        exam_probes="/p", exam_every="24h", exam_languages="de",
+        exam_probes="/p", exam_every="24h", exam_languages="de", second_opinion=16,
     )  # fmt: skip
     assert not [f for f in dataclasses.fields(settings) if getattr(settings, f.name) == f.default]
     for config in (

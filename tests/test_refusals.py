@@ -89,8 +89,8 @@ def test_a_file_swapped_after_reading_changes_nothing(
     expected = judge(Draft().write(tmp_path / "plain"), gate, PublishedStore(tmp_path / "other"))
     folder = Draft().write(tmp_path / "adapter")
 
-    def swapping(*arguments: object) -> object:
-        result = read(*arguments)
+    def swapping(*arguments: object, **options: object) -> object:
+        result = read(*arguments, **options)
         shutil.rmtree(folder)
         Draft(tensors=lora(seed=99)).write(folder)
         return result

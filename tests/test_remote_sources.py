@@ -243,6 +243,26 @@ def test_a_folder_has_both_files_and_its_digest(far: Hostile, tmp_path: Path) ->
     assert done == tmp_path and {file.name for file in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
 
 
+@pytest.mark.parametrize("status", [200, 404, 403, 302])
+def test_the_signature_of_a_folder(
+    status: int, far: Hostile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It need not be there; S3 says 403 then where it may not list."""
+    folder = _folder({CONFIG: ['"c"'], WEIGHTS: ['"w"']}, {CONFIG: [b"{}"], WEIGHTS: [BODY]})
+    signature = sends(b"{}", status=status, Location="https://evil.example")
+
+    def script(path: str, asked: dict[str, str], send: Any, n: int) -> None:
+        (signature if path.endswith("model.sig") else folder)(path, asked, send, n)
+
+    far.script = script
+    if status == 302:
+        assert codes(far, tmp_path, caplog, "some/folder/", signature=True) == ["source_redirect"]
+        return
+    fetching.fetch(parse(far.url("some/folder/")), tmp_path, len(BODY), reach(far), signature=True)
+    more = {"model.sig"} if status == 200 else set()
+    assert {file.name for file in tmp_path.iterdir()} == {CONFIG, WEIGHTS} | more
+
+
 @pytest.mark.parametrize("etags", [['"c"', '"d"'], [""]])
 def test_a_folder_whose_config_changes_while_the_weights_are_read(
     etags: list[str], far: Hostile, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -33,6 +33,8 @@ def test_golden_json() -> None:
         "accepted": True,
         "reasons": [],
         "total_norm": 0.003,
+        "signed": False,
+        "signed_by": "",
         "modules": [
             {
                 "name": "a.q_proj", "rank": 8, "similarity": 0.25, "null_similarity": 0.7, "retained": 0.01,

@@ -50,6 +50,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "exam_probes": (["--exam-probes", "/x/p.jsonl"], "/x/p.jsonl"),
     "exam_every": (["--exam-every=24h"], "24h"),
     "exam_languages": (["--exam-languages=en,de"], "en,de"),
+    "second_opinion": (["--second-opinion", "16"], 16),
     "private_docs": (["--private-docs"], True),
     "no_page": (["--no-page"], True),
     "tenant_reports": (["--tenant-reports", "summary"], "summary"),
@@ -67,7 +68,7 @@ SERVER: dict[str, Any] = {
     "concurrent_uploads": 8, "allow_hub": False, "admin_socket": None, "private_docs": False,
     "no_page": False, "tenant_reports": "full", "audit_stdout": False, "route_access": {},
     "exam": "off", "exam_threshold": 0.02, "ladder": None, "exam_probes": None, "exam_every": None,
-    "exam_languages": "en",
+    "exam_languages": "en", "second_opinion": 0,
 }  # fmt: skip
 GATE: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,

@@ -24,7 +24,7 @@ from safelora_vllm.cli.main import main
 from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.gate.protocol import Admit, Ensure, GateConfig
-from safelora_vllm.gate.server import GateService
+from safelora_vllm.gate.service import GateService
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.judge import judge
 from safelora_vllm.methods.reads import parts_read, truncation

@@ -159,7 +159,7 @@ def test_nothing_of_a_part_that_is_too_long_is_kept_beyond_its_bound(tmp_path: P
 @pytest.mark.parametrize("where", ["before", "behind"])
 def test_a_body_ends_at_its_bound_also_where_no_part_grows(where: str, tmp_path: Path) -> None:
     """Line ends before the first boundary and anything behind the last are skipped, however many they are."""
-    sound, most = NAME + FILE + END, 5000 + 2 * 1024**2
+    sound, most = NAME + FILE + END, 5000 + 3 * 1024**2
 
     def pieces(size: int) -> Iterator[bytes]:
         nonlocal sent

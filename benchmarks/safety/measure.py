@@ -173,11 +173,14 @@ class Seed:
 
 
 @contextmanager
-def serving(home: Path, projectors: str = PROJECTORS) -> Iterator[Seed]:
-    """A guarded server of the aligned model in a seed's folder, with one of its caches of projectors."""
+def serving(home: Path, projectors: str = PROJECTORS, more: Sequence[str] = ()) -> Iterator[Seed]:
+    """A guarded server of the aligned model in a seed's folder, with one of its caches of projectors.
+
+    more: options of the server.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        with running("guarded", home / ALIGNED, home / projectors, work, _OPTIONS) as server:
+        with running("guarded", home / ALIGNED, home / projectors, work, [*_OPTIONS, *more]) as server:
             yield Seed(server, home, work, projectors)
 
 

@@ -9,7 +9,7 @@ import why
 from adapters import KINDS, MORE_NAMES, NAMES
 from exam import REFUSED
 from pairs import PAIRS
-from plan import CURVES, LADDER_ENERGIES
+from plan import CURVES, LADDER_ENERGIES, OPINION
 
 from safelora_vllm.policy import Policy
 
@@ -21,12 +21,18 @@ AUTHORS = {
     "malicious": ("pure-qv", "chat-qv"),
     "knows the method": ("around-inputs-qv", "within-caps-qv", "masked-qv"),
 }
-_SETTINGS = ["raw-0", *(f"input-removal-{energy:g}" for energy in LADDER_ENERGIES), "safe-lora-1"]
+_SETTINGS = [
+    "raw-0",
+    *(f"input-removal-{energy:g}" for energy in LADDER_ENERGIES),
+    "safe-lora-1",
+    f"opinion-{OPINION}",
+]
 _METHODS = {
     "both": "input removal 0.1, then Safe LoRA",
     "centred-removal": "centred oblique removal",
     "csulora": "CSULoRA",
     "input-removal": "input removal",
+    "opinion": "second opinion, tokens:",
     "mean-removal": "mean-input removal",
     "random-removal": "random removal",
     "safe-lora": "Safe LoRA",
@@ -103,7 +109,7 @@ def words(treatment: str) -> str:
 
 def drawn(table: Table) -> list[str]:
     """The adapters whose curves are drawn: the benign one is the utility of those that have none."""
-    asked = [name for name in CURVES if any(t.startswith("threshold-") for t in table.get(name, {}))]
+    asked = [name for name in CURVES if any(t.startswith("csulora-") for t in table.get(name, {}))]
     return [name for name in asked if name != "benign-qv"]
 
 

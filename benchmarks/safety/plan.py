@@ -27,6 +27,7 @@ from treatments import (
     random_removal,
     safe_lora,
     scaling,
+    second_opinion,
     selective_removal,
     threshold,
     through_safe_lora_inverse,
@@ -37,6 +38,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 ENERGY = 0.2  # input removal's, as the server's default has it
 WEAKER = 0.1
 _BOTH = 0.25  # share of modules that both rules treat
+OPINION = 16  # tokens, as many as an exam looks at
 LADDER_ENERGIES = (0.05, 0.1, 0.2, 0.4, 0.8, 0.95)
 CURVES = ("pure-qv", "mixed-10-qv", "benign-qv")
 HARMFUL_AND_USEFUL = "mixed-10-qv"
@@ -74,8 +76,14 @@ def ladder(modules: int) -> list[Treatment]:
     return [*(input_removal(energy) for energy in LADDER_ENERGIES), safe_lora(1.0, modules)]
 
 
-def points(home: Path, cache: ProjectorCache, adapters: list[str], size: Size) -> Iterator[Point]:
-    """Everything that is measured of one seed's adapters: the ladder's rungs, and curves of a few."""
+def points(
+    home: Path, cache: ProjectorCache, adapters: list[str], size: Size, chosen: bool
+) -> Iterator[Point]:
+    """Everything that is measured of one seed's adapters: the ladder's rungs, and curves of a few.
+
+    chosen: whether this is the seed and pair that decisions are made on; others have only the curves to
+    compare the rule with.
+    """
     for name in adapters:
         useful = KINDS[name.rpartition("-")[0]].useful
         tasks = size.tasks if useful else 0
@@ -84,19 +92,38 @@ def points(home: Path, cache: ProjectorCache, adapters: list[str], size: Size) -
         less = Questions.so_many(size.prompts, 0, tasks)
         yield from (Point(name, each, full) for each in (RAW, input_removal(ENERGY)))
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
-        rest = _curves(home, cache, modules) if name in CURVES else []
+        rest = []
+        if chosen and name in CURVES:
+            rest = [*_compared(modules), *_candidates(home, cache, modules)]
+        elif name == HARMFUL_AND_USEFUL:
+            rest = _compared(modules)
         if size is SMOKE:  # one strength of each method
             rungs, rest = rungs[-1:], list({each.method: each for each in rest}.values())
         yield from (Point(name, each, less) for each in (*rungs, *rest))
 
 
-def _curves(home: Path, cache: ProjectorCache, modules: int) -> list[Treatment]:
-    inputs = inputs_of(home / ALIGNED, list(cache.modules), home / "inputs.safetensors")
+def opinions(adapters: list[str], size: Size) -> Iterator[Point]:
+    """What is asked of a server with ``--second-opinion``: each adapter as uploaded."""
+    for name in adapters:
+        tasks = size.tasks if KINDS[name.rpartition("-")[0]].useful else 0
+        asked = Questions.so_many(size.prompts, size.harmless, tasks)
+        yield Point(name, second_opinion(OPINION), asked)
+
+
+def _compared(modules: int) -> list[Treatment]:
+    """The methods that the rule has to be better than."""
     return [
         *(safe_lora(share, modules) for share in (0.1, 0.25, 0.5, 0.75)),
-        *(threshold(tau) for tau in (0.2, 0.35, 0.5)),
         *(csulora(energy) for energy in (0.5, 0.8, 0.95)),
         *(scaling(strength) for strength in (0.25, 0.5, 0.75)),
+    ]
+
+
+def _candidates(home: Path, cache: ProjectorCache, modules: int) -> list[Treatment]:
+    """Other rules that may be better, and the baseline of random directions."""
+    inputs = inputs_of(home / ALIGNED, list(cache.modules), home / "inputs.safetensors")
+    return [
+        *(threshold(tau) for tau in (0.2, 0.35, 0.5)),
         *(centred_removal(energy, cache, inputs) for energy in (0.05, 0.2, 0.4)),
         mean_input_removal(inputs),
         random_removal(ENERGY, cache),

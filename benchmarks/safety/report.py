@@ -222,9 +222,11 @@ def _agreement(kept: Mapping[str, Kept]) -> dict[str, float]:
     for of in kept.values():
         aligned = of.get("none", {}).get("none", {})
         for adapter, treatments in of.items():
-            for by_seed in treatments.values():
+            for treatment, by_seed in treatments.items():
                 for seed, scores in by_seed.items():
-                    if adapter == "none" or not scores.get("sense"):
+                    # With a second opinion, likelihoods are the adapter's and answers are not.
+                    served = adapter != "none" and not treatment.startswith("opinion-")
+                    if not (served and scores.get("sense")):
                         continue
                     bad, sense = exam.report(scores, "complied"), exam.report(scores, "sense")
                     same.append(scoring.agreement(bad, scoring.departed(sense)))

@@ -60,6 +60,11 @@ def input_removal(energy: float) -> Treatment:
     return Treatment("input-removal", energy, {"method": "input-removal", "energy": energy})
 
 
+def second_opinion(tokens: int) -> Treatment:
+    """As uploaded, on a server with ``--second-opinion``."""
+    return Treatment("opinion", tokens)
+
+
 def selective_removal(share: float, modules: int, energy: float) -> Treatment:
     """Input removal of the modules that Safe LoRA would project, the least similar ones."""
     rules = {**input_removal(energy).policy, "select": "number", "number": round(share * modules)}

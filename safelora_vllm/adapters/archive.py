@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping
 
+from safelora_vllm.adapters.beside import BesideFiles
 from safelora_vllm.adapters.members import ACCEPTED, BROKEN, Member, members
 from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, refuse
 
@@ -17,11 +18,14 @@ MAX_MEMBERS = 1000
 _MAX_NAME = 4096
 
 
-def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[dict[str, bytes], set[str]]:
+def read_archive(
+    data: bytes, wanted: Mapping[str, int], allowed: int, beside: BesideFiles | None = None
+) -> tuple[dict[str, bytes], set[str]]:
     """The wanted members (file name in lower case → most bytes), and the names of all other members.
 
     They lie at the top or in one folder. A wanted file that is nowhere is missing from the answer.
-    ``allowed`` bounds the bytes of a tar that are decompressed, also those that are skipped over.
+    ``allowed`` bounds the bytes of a tar that are decompressed, also those that are skipped over. ``beside``
+    takes all other files.
 
     Raises:
         AdapterRefused: archive_malformed, archive_unsafe, archive_ambiguous, not_regular_file,
@@ -44,6 +48,10 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
             name = parts[-1] if parts else ""
             if (key := name.casefold()) not in wanted:
                 others.add(name)
+                if beside is not None and member.kind == "device":
+                    reasons.append(Reason("not_regular_file", f"{name!r:.200} is a device in the archive"))
+                elif beside is not None and member.kind == "file":
+                    beside.add("/".join(parts), member.content)
                 continue
             places[key].append("/".join(parts))
             if member.kind != "file":
@@ -62,6 +70,8 @@ def read_archive(data: bytes, wanted: Mapping[str, int], allowed: int) -> tuple[
         raise AdapterRefused(found) from error
     if found := [*by_cause(unsafe), *reasons, *_check_places(places)]:
         raise AdapterRefused(found)
+    if beside is not None:
+        beside.folder = min(_folders(places), default="")
     return contents, others
 
 
@@ -90,12 +100,16 @@ def _check_places(places: Mapping[str, list[str]]) -> list[Reason]:
             reasons.append(Reason("archive_ambiguous", f"{found}; pack one adapter, without checkpoints"))
         elif paths and paths[0].count("/") > 1:
             reasons.append(Reason("missing_file", f"{paths[0]!r:.200} lies too deep; pack its own folder"))
-    folders = {paths[0].rpartition("/")[0] for paths in places.values() if len(paths) == 1}
+    folders = _folders(places)
     if len(folders) > 1:
         first, second = sorted(folders)[:2]
         found = f"the files lie in two folders, {first!r:.200} and {second!r:.200}"
         reasons.append(Reason("archive_ambiguous", f"{found}; pack them in one"))
     return reasons
+
+
+def _folders(places: Mapping[str, list[str]]) -> set[str]:
+    return {paths[0].rpartition("/")[0] for paths in places.values() if len(paths) == 1}
 
 
 def _content(member: Member, limit: int) -> bytes | None:

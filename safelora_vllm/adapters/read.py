@@ -14,17 +14,18 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from safelora_vllm.adapters.archive import read_archive
+from safelora_vllm.adapters.beside import BESIDE_BYTES, SIGNATURE, Beside, BesideFiles
 from safelora_vllm.errors import AdapterNotFound, AdapterRefused, Reason, refuse
 from safelora_vllm.safetensors_header import LONGEST_SIGN, Header, other_format, plain_json, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _UNSAFE_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_BESIDE_BYTES = 64 * 1024**2  # what an archive may hold besides both files: tokenizer, README
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class RawAdapter:
-    """An adapter's bytes. ``digest`` names this content: equal bytes, equal digest."""
+    """An adapter's bytes. ``digest`` names this content: equal bytes, equal digest.
+
+    beside: the upload's other files, where they were asked for.
+    """
 
     config: dict[str, Any]
     header: Header
     config_bytes: bytes = field(repr=False)
     weights: bytes = field(repr=False)
     digest: str
+    beside: Beside | None = None
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -63,11 +68,11 @@ def joined_digest(config: bytes, weights: bytes) -> str:
     return hashlib.sha256(config + weights).hexdigest()
 
 
-def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
+def read_adapter(path: str | Path, limits: Limits, beside: bool = False) -> RawAdapter:
     """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of a PEFT folder.
 
     The folder may also come as one .tar, .tar.gz or .zip, known by its first bytes. A weights file is
-    read only when its header fits its size.
+    read only when its header fits its size. ``beside`` reads all other files too, for a signature.
 
     Raises:
         AdapterNotFound: there is nothing at the path, or one of the two files alone.
@@ -82,13 +87,15 @@ def read_adapter(path: str | Path, limits: Limits) -> RawAdapter:
         raise _not_found(path) from None
     if not there:
         raise _not_found(path)
-    config_bytes, weights, header = (_read_folder if folder else _read_archive)(path, limits)
+    others = BesideFiles() if beside else None
+    config_bytes, weights, header = (_read_folder if folder else _read_archive)(path, limits, others)
     return RawAdapter(
         config=_parse_config(config_bytes),
         header=header,
         config_bytes=config_bytes,
         weights=weights,
         digest=content_digest(config_bytes, weights),
+        beside=others.found() if others else None,
     )
 
 
@@ -99,7 +106,7 @@ def _not_found(path: Path) -> AdapterNotFound:
     )
 
 
-def _read_folder(folder: Path, limits: Limits) -> tuple[bytes, bytes, Header]:
+def _read_folder(folder: Path, limits: Limits, beside: BesideFiles | None) -> tuple[bytes, bytes, Header]:
     try:
         with _opened(folder / CONFIG, CONFIG, limits.config_bytes) as (file, size):
             config = _all_of(file, size, CONFIG)
@@ -110,18 +117,46 @@ def _read_folder(folder: Path, limits: Limits) -> tuple[bytes, bytes, Header]:
     except FileNotFoundError as error:
         reason = _missing(Path(error.filename).name, lambda other: (folder / other).exists())
         raise AdapterRefused([reason]) from None
+    if beside is not None and os.path.lexists(folder / SIGNATURE):
+        _read_beside(folder, beside)
     return config, weights, header
 
 
-def _read_archive(path: Path, limits: Limits) -> tuple[bytes, bytes, Header]:
-    allowed = limits.config_bytes + limits.weights_bytes + _BESIDE_BYTES
+def _read_beside(folder: Path, beside: BesideFiles) -> None:
+    """All regular files in a folder and below it but the adapter's own two, the signature first."""
+    _add_beside(folder, SIGNATURE, beside)
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders.sort()
+        linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # noqa: PTH114, PTH118
+        for name in sorted([*names, *linked]):
+            if beside.fault:
+                return
+            shown = (Path(parent) / name).relative_to(folder).as_posix()
+            if shown not in (CONFIG, WEIGHTS, SIGNATURE):
+                _add_beside(folder, shown, beside)
+
+
+def _add_beside(folder: Path, name: str, beside: BesideFiles) -> None:
+    try:
+        with _opened(folder / name, name, BESIDE_BYTES) as (file, _):
+            beside.add(name, iter(partial(file.read, 1024 * 1024), b""))
+    except FileNotFoundError:
+        raise refuse("unreadable_file", f"{name} went away while it was read; load it again") from None
+
+
+def _raise(error: OSError) -> None:
+    raise refuse("unreadable_file", f"{error.filename!r:.200} cannot be read: {error.strerror}") from error
+
+
+def _read_archive(path: Path, limits: Limits, beside: BesideFiles | None) -> tuple[bytes, bytes, Header]:
+    allowed = limits.config_bytes + limits.weights_bytes + BESIDE_BYTES
     try:
         with _opened(path, "the archive", allowed) as (file, size):
             data = _all_of(file, size, "the archive")
     except FileNotFoundError:
         raise _not_found(path) from None
     wanted = {CONFIG: limits.config_bytes, WEIGHTS: limits.weights_bytes}
-    files, others = read_archive(data, wanted, allowed)
+    files, others = read_archive(data, wanted, allowed, beside)
     if missing := [_missing(name, others.__contains__) for name in wanted if name not in files]:
         raise AdapterRefused(missing)
     weights = files[WEIGHTS]

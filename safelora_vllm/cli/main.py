@@ -19,6 +19,7 @@ from safelora_vllm.cli import (
     plan,
     project,
     serve,
+    statement,
     store,
     top,
 )
@@ -30,7 +31,7 @@ _EXIT_CODES = (
     "Exit codes: 0 done, 1 problems found (store verify) or an adapter failed (project --all), 2 wrong usage "
     "or missing input, 3 adapter refused."
 )
-_COMMANDS = (build, inspect, project, serve, plan, calibrate, exam, store, audit, top)
+_COMMANDS = (build, inspect, project, serve, plan, calibrate, exam, store, audit, statement, top)
 
 
 def main(arguments: list[str] | None = None) -> int:

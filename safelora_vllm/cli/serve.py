@@ -199,6 +199,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "fails",
     )
     parser.add_argument(
+        "--second-opinion",
+        type=int,
+        metavar="TOKENS",
+        help="ask the aligned model too, for so many tokens, and serve its refusal in the adapter's place, "
+        "such as 16; default: it is not asked",
+    )
+    parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",

@@ -1,6 +1,6 @@
 """The gate: adapter folder or archive in, published folder and report out, or a refusal.
 
-    read → vet → measure → cap → select → project → publish
+    read → signature → vet → measure → cap → select → project → publish
 
 One straight function. There is no other place where an adapter is judged. Nothing here knows vLLM or HTTP.
 """
@@ -21,21 +21,20 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused, Fault, Reason, by_cause, named
+from safelora_vllm.errors import AdapterRefused
 from safelora_vllm.gate.address import Frame, address, ruleset_digest
+from safelora_vllm.gate.caps import check_norms, check_sound, check_total, coherence
 from safelora_vllm.methods.judge import JudgedModule, judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
+from safelora_vllm.signatures.check import signer_of
+from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.tenants.quotas import Allowance
 
 logger = logging.getLogger("vllm.safelora.gate")
 _FORMAT = 6  # raise it when the same input would be published as other bytes
-# ‖BA‖² over (Σ_k ‖b_k‖‖a_k‖)²: 1/r for unrelated ranks, more for trained ones. Rounding to bfloat16 moves a
-# delta by about 2⁻⁹ of the root of the latter, if an author makes all errors add up: here 5 % of its norm.
-_MIN_COHERENCE = 1.5e-3
-_NOT_FINITE = "scaling (lora_alpha) or projecting gave values that are not finite; use a smaller lora_alpha"
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,12 @@ def admit(
     store: PublishedStore,
     raw_store: RawStore | None = None,
     allowance: Allowance | None = None,
+    signing: SigningRule | None = None,
 ) -> Admission:
     """Judge one adapter, folder or archive, and publish what may be served.
 
     What was accepted is also put into ``raw_store``, if there is one, as far as the ``allowance`` goes.
+    ``signing`` says which signature it has to have; the report names the key.
 
     Refusals are answers, not exceptions: ``report.accepted`` is False and ``report.reasons`` says why.
 
@@ -134,10 +135,18 @@ def admit(
     stages = Stages()
     try:
         with stages.time("read"):
-            raw = read_adapter(folder, settings.limits)
+            raw = read_adapter(folder, settings.limits, beside=signing is not None)
     except AdapterRefused as error:
         report = Report.refused(name, "", settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))
+    signer = ""
+    if signing is not None:
+        try:
+            with stages.time("signature"):
+                signer = signer_of(raw, signing)
+        except AdapterRefused as error:
+            report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
+            return _answer(Admission(report, None, None, False, stages))
     key, nbytes = settings.key(raw.digest), sum(map(len, raw.files.values()))
     if allowance is not None:
         allowance.check_bytes(raw.digest, nbytes)
@@ -148,8 +157,10 @@ def admit(
             allowance.check_rank(known)
         store.touch(key)
         _keep(raw, raw_store, stages)
-        return _answer(Admission(known.named(name), key, store.path(key), True, stages, nbytes))
+        known = known.named(name).signed(signer)
+        return _answer(Admission(known, key, store.path(key), True, stages, nbytes))
     report, weights = evaluate(raw, name, settings, stages)
+    report = report.signed(signer)
     if weights is None:
         return _answer(Admission(report, None, None, False, stages))
     if allowance is not None:
@@ -157,8 +168,8 @@ def admit(
     try:
         with stages.time("publish"):
             files = canonical_files(weights, settings.base_model, settings.dtype, settings.revision)
-            # The stored report has no name: the same content may be served under several.
-            published = store.publish(key, files, report.named(""))
+            # The stored report has no name and no signer: the same content may be served under several.
+            published = store.publish(key, files, report.named("").signed(""))
     except AdapterRefused as error:
         report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
         return _answer(Admission(report, None, None, False, stages))
@@ -184,19 +195,17 @@ def evaluate(
         coherences, relative_norms, norms, modules, weights_served = {}, {}, [], [], {}
         for module in judge(weights, cache, policy, settings.device, settings.dtype):
             name_of, norm = module.entry.name, module.came.norm
-            coherences[name_of] = _coherence(module)
+            coherences[name_of] = coherence(module)
             # The caps hold for what came and for what would be served: Ĉ enlarges where ‖V‖ is above 1.
             growth = max(1.0, module.served.retained or 0.0)
             relative_norms[name_of] = growth * module.relative_norm
             norms.append((norm, growth * norm))
             modules.append(_module_report(module))
             weights_served[name_of] = (module.a, module.b)
-    if broken := _check_sound(
-        coherences
-    ):  # not in report-only mode either: there is nothing that could be measured or served
+    if broken := check_sound(coherences):  # in report-only mode too: nothing can be measured or served
         return Report.refused(name, raw.digest, cache.id, policy, AdapterRefused(broken)), None
     total, largest = (math.hypot(*column) / cache.aligned_norm for column in zip(*norms, strict=True))
-    reasons = [*_check_norms(relative_norms, policy), *_check_total(largest, policy)]
+    reasons = [*check_norms(relative_norms, policy), *check_total(largest, policy)]
     accepted = not reasons or not policy.enforcing
     report = Report(name, raw.digest, cache.id, policy, accepted, reasons, modules, total)
     return report, weights_served if accepted else None
@@ -206,66 +215,6 @@ def _keep(raw: RawAdapter, store: RawStore | None, stages: Stages) -> None:
     if store is not None:
         with stages.time("keep"):
             store.keep(raw.digest, raw.files)
-
-
-def _check_norms(relative_norms: Mapping[str, float], policy: Policy) -> list[Reason]:
-    """The cap on single modules. The sentence names the largest first."""
-    over = {module: norm for module, norm in relative_norms.items() if not norm <= policy.max_relative_norm}
-    if not over:
-        return []
-    modules = sorted(over, key=over.__getitem__, reverse=True)
-    upto = "up to " if len(over) > 1 else ""
-    return [
-        Reason(
-            "relative_norm",
-            f"{named(modules)}: the adapter is {upto}{over[modules[0]]:.8g} times the module's weight, "
-            f"allowed are {policy.max_relative_norm:.8g} (`max_relative_norm`). A smaller lora_alpha makes "
-            "it smaller",
-        )
-    ]
-
-
-def _check_total(total: float, policy: Policy) -> list[Reason]:
-    """The cap on all modules together."""
-    if total <= policy.max_total_norm:
-        return []
-    return [
-        Reason(
-            "total_norm",
-            f"all modules together are {total:.8g} times the weights of all modules with a projector, "
-            f"allowed are {policy.max_total_norm:.8g} (`max_total_norm`). A smaller lora_alpha makes them "
-            "smaller",
-        )
-    ]
-
-
-def _coherence(module: JudgedModule) -> float | None:
-    """The smaller one of what came and of what would be served; None where a figure is not finite.
-
-    A NaN or an infinity anywhere in the factors shows in the float64 norm of their product.
-    """
-    came, served = module.came, module.served
-    figures = (came.norm, *(module.similarity or ()), served.retained or 0.0)
-    return min(came.coherence, served.coherence) if all(map(math.isfinite, figures)) else None
-
-
-def _check_sound(coherences: Mapping[str, float | None]) -> list[Reason]:
-    """Whether the figures mean what they say.
-
-    Ranks that cancel show in the coherence: rounding would decide what is left of them, not the policy.
-    """
-    infinite = [module for module, coherence in coherences.items() if coherence is None]
-    reasons = by_cause(Fault("non_finite", module, _NOT_FINITE) for module in infinite)
-    found = {m: c for m, c in coherences.items() if c is not None and not c >= _MIN_COHERENCE}
-    if found:
-        modules = sorted(found, key=found.__getitem__)
-        cause = (
-            f"the ranks cancel each other to {found[modules[0]]:.1e} of their squared norm; "
-            f"{_MIN_COHERENCE:g} is the least that can be judged. Merge and factorise the delta again (a "
-            "singular value decomposition of B·A)"
-        )
-        reasons.append(Reason("cancellation", f"{named(modules)}: {cause}"))
-    return reasons
 
 
 def _module_report(module: JudgedModule) -> ModuleReport:

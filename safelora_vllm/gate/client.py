@@ -20,6 +20,7 @@ from safelora_vllm.gate.protocol import (
     decode_answer,
     encode,
 )
+from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.tenants.quotas import Allowance
 
 _TIMEOUT_SECONDS = 120.0  # for an adapter, and for those that are before it in the queue
@@ -44,6 +45,7 @@ class GateClient:
         override: bool = False,
         keep: bool = True,
         allowance: Allowance | None = None,
+        signing: SigningRule | None = None,
     ) -> Judgement:
         """Let an adapter folder or archive pass the gate.
 
@@ -54,6 +56,7 @@ class GateClient:
             override: whether they may make it less strict.
             keep: whether the content is stored too.
             allowance: what the tenant's quota leaves.
+            signing: which signature it has to have.
 
         Raises:
             AdapterNotFound: there is no such folder or archive.
@@ -61,7 +64,7 @@ class GateClient:
             QuotaExceeded: the adapter is over the allowance; nothing was stored.
             StoreUnavailable: the store cannot be written.
         """
-        call = Admit(path, name, {**(policy or {})}, override, keep, allowance)
+        call = Admit(path, name, {**(policy or {})}, override, keep, allowance, signing)
         return self._ask(call, Judgement)
 
     def ensure(

@@ -131,3 +131,11 @@ class _DeviceAllocator:
 
     def take(self, nbytes: int) -> None:
         torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+
+def no_memory(device: str, what: str) -> str:
+    """The message where a device has too little memory for something."""
+    return (
+        f"the gate has too little memory on {device} for {what}. Leave it more (a smaller "
+        "--gpu-memory-utilization), or give it another device (--gate-device cpu)"
+    )

@@ -17,6 +17,7 @@ from safelora_vllm.errors import AdapterRefused, GateUnavailable, MalformedMessa
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
+from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.tenants.quotas import Allowance
 
 # Whatever a gate raises arrives at its caller as the same class with the same fields.
@@ -70,6 +71,7 @@ class Admit(_Message, frozen=True, tag="admit"):
         override: an admin's word that the policy may be less strict. The published copy says so.
         keep: store the content too, so that it can be judged again without its uploader.
         allowance: what the tenant's quota leaves.
+        signing: which signature the upload has to have; None where none is looked for.
     """
 
     path: str
@@ -78,6 +80,7 @@ class Admit(_Message, frozen=True, tag="admit"):
     override: bool = False
     keep: bool = True
     allowance: Allowance | None = None
+    signing: SigningRule | None = None
 
 
 class Ensure(_Message, frozen=True, tag="ensure"):
@@ -132,6 +135,10 @@ class Judgement(_Message, frozen=True, tag="judgement"):
         if self.key is None:
             raise AdapterRefused(self.report.reasons)
         return self.key
+
+    def signed(self, key: str) -> Judgement:
+        """The same, of content whose signature was verified before. key: the id of the key that made it."""
+        return msgspec.structs.replace(self, report=self.report.signed(key))
 
 
 class Metrics(_Message, frozen=True, tag="metrics"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, joined_digest
 from safelora_vllm.errors import AdapterRefused, StoreUnavailable, refuse
 from safelora_vllm.remote import clouds, pinned
@@ -51,7 +52,14 @@ class _Object:
         return str(self.source)
 
 
-def fetch(source: Source, folder: Path, max_bytes: int, reach: Reach, digest: str | None = None) -> Path:
+def fetch(
+    source: Source,
+    folder: Path,
+    max_bytes: int,
+    reach: Reach,
+    digest: str | None = None,
+    signature: bool = False,
+) -> Path:
     """Download an adapter into an empty folder. Blocking.
 
     Args:
@@ -61,6 +69,7 @@ def fetch(source: Source, folder: Path, max_bytes: int, reach: Reach, digest: st
         reach: which network addresses are allowed.
         digest: that of the adapter, as `inspect` and every report show it; of an archive ``sha256:`` and the
             sha256 of its bytes.
+        signature: take the folder's signature too, if it has one.
 
     Returns:
         The folder, or the archive in it.
@@ -79,6 +88,8 @@ def fetch(source: Source, folder: Path, max_bytes: int, reach: Reach, digest: st
         weights = _Object(source.child(WEIGHTS), folder / WEIGHTS, max_bytes, reach, end)
         _download(config)
         _download(weights)
+        if signature:
+            _download_signature(source, folder, reach, end)
         _check_unchanged(config)
         _compare(source, digest, joined_digest(_sha256(config.file), _sha256(weights.file)))
     except OSError as error:
@@ -86,6 +97,16 @@ def fetch(source: Source, folder: Path, max_bytes: int, reach: Reach, digest: st
             f"the adapter store cannot be written ({error.strerror}); try again later"
         ) from error
     return folder
+
+
+def _download_signature(source: Source, folder: Path, reach: Reach, end: float) -> None:
+    """The signature of a folder. S3 says 403 of what is not there, where it may not be listed."""
+    try:
+        _download(_Object(source.child(SIGNATURE), folder / SIGNATURE, SIGNATURE_BYTES, reach, end))
+    except AdapterRefused as error:
+        (folder / SIGNATURE).unlink()
+        if not {"source_not_found", "source_denied"}.issuperset(error.codes):
+            raise
 
 
 def fetch_object(source: Source, file: Path, max_bytes: int, reach: Reach) -> None:

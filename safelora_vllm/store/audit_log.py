@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from safelora_vllm import __version__
 from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.files import replace_file
 from safelora_vllm.report import Report
@@ -255,6 +256,8 @@ def audit_fields(report: Report, decision: str) -> dict[str, Any]:
         "projectors": report.projectors,
         "policy": report.to_dict()["policy"],
         "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+        "release": __version__,
+        **({"signed_by": report.signed_by} if report.signed_by else {}),
     }
 
 

@@ -24,13 +24,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "version": (int,), "digest": (str,), "bytes": (int,), "rank": (int,), "created": (int, float),
     "by": (str,), "policy": (dict,), "override": (bool,), "base_policy": (dict,),
     "reason": (str,), "key": (str,), "ruleset_digest": (str,), "id": (int,),
-    "load_seconds": (int, float), "refused": (tuple,), "judged": (int, float), "exam_override": (bool,),
+    "load_seconds": (int, float), "refused": (tuple,), "judged": (int, float),
+    "signed_by": (str,), "exam_override": (bool,),
 }  # fmt: skip
+# Not written with these values, so that older releases read the rest.
 _LATER = {
     "refused": (),
     "judged": 0.0,
+    "signed_by": "",
     "exam_override": False,
-}  # not written with these values, so that older releases read the rest
+}
 _ON_DISK = {"ruleset_digest": "rules", "base_policy": "underlying"}  # fields with another name there
 _FIELDS = {name: field for field, name in _ON_DISK.items()}
 
@@ -45,6 +48,7 @@ class Version:
     in force for the name's next content. reason: why it is as it is. key: of the published copy.
     ruleset_digest: of the server's rules under which that was published. id: the first of the numbers by
     which vLLM knows this version's weights. load_seconds: from the request to the change of the name.
+    signed_by: id of the key whose signature of the upload was verified.
     exam_override: an admin has it served whatever its exam says.
     """
 
@@ -64,6 +68,7 @@ class Version:
     load_seconds: float = 0.0
     refused: tuple[Reason, ...] = ()
     judged: float = 0.0
+    signed_by: str = ""
     exam_override: bool = False
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 
 from safelora_vllm.errors import KeysError, UsageError
 from safelora_vllm.remote.address import Source, parse_prefix
+from safelora_vllm.tenants import signing_keys
 from safelora_vllm.tenants.exam_rules import TenantExam
 from safelora_vllm.tenants.principal import PART, PART_RULE, Principal
 from safelora_vllm.tenants.quotas import LIMITS, Quota
@@ -139,7 +140,9 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
             raise KeysError("admin is not a valid tenant name: its keys would look like the operator's")
         entry = f"tenants.{name}"
         _check_known(
-            entry, _table(entry, table), (*LIMITS, "less_strict", "policy", "exam", "remote_sources", "keys")
+            entry,
+            _table(entry, table),
+            (*LIMITS, "less_strict", "policy", "exam", "remote_sources", *signing_keys.ENTRIES, "keys"),
         )
         limits = {LIMITS[key]: _limit(f"{entry}.{key}", table[key]) for key in LIMITS if key in table}
         policy, less_strict = (
@@ -150,7 +153,8 @@ def _tenants(tables: dict[str, Any]) -> Iterator[tuple[str, Tenant]]:
             raise KeysError(f"{entry}.less_strict is {less_strict!r:.40}; give true or false")
         sources = tuple(_sources(f"{entry}.remote_sources", table.get("remote_sources", [])))
         exam = TenantExam.read(f"{entry}.exam", _table(f"{entry}.exam", table.get("exam", {})))
-        yield name, Tenant(Quota(**limits), TenantRules(policy, less_strict, exam), sources)
+        rules = TenantRules(policy, less_strict, signing_keys.signing_rule(entry, table), exam)
+        yield name, Tenant(Quota(**limits), rules, sources)
 
 
 def _entries(tables: dict[str, Any], tenants: Mapping[str, Tenant]) -> Iterator[tuple[bytes, Principal]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safelora_vllm.errors import KeysError, SafeLoRAError
 from safelora_vllm.policy import Policy
+from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
 
 
@@ -21,11 +22,13 @@ class TenantRules:
     Attributes:
         policy: fields that replace those of the server's policy.
         less_strict: the operator allows that this, or the exam, is less strict than the server's.
+        signing: which signature uploads have to have; None where nobody looks for one.
         exam: how its adapters are examined.
     """
 
     policy: Mapping[str, Any] = field(default_factory=dict)
     less_strict: bool = False
+    signing: SigningRule | None = None
     exam: TenantExam = SERVERS_EXAM
 
     def over(self, server: Policy) -> Policy:

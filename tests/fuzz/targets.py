@@ -7,6 +7,7 @@ next; what is projected is finite and below the cap.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from starlette.requests import Request
 
 from safelora_vllm.adapters.archive import read_archive
+from safelora_vllm.adapters.beside import SIGNATURE
 from safelora_vllm.adapters.config import parse_config
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, RawAdapter
 from safelora_vllm.errors import AdapterRefused, ProjectorCacheError, UsageError
@@ -36,6 +38,9 @@ from safelora_vllm.projectors.build import build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.manifest import MANIFEST
 from safelora_vllm.safetensors_header import DTYPE_BYTES, plain_json, read_header
+from safelora_vllm.signatures import model_signing
+from safelora_vllm.signatures.keys import key_id, public_key
+from safelora_vllm.signatures.model_signing import signed_files
 from safelora_vllm.store.name_record import file_of, from_json, to_json
 from safelora_vllm.tenants.principal import check_name
 from tests.tiny import Q0, Draft, lora, lora_config, write_pair
@@ -44,6 +49,7 @@ LIMITS = Limits(config_bytes=65536, weights_bytes=65536, header_bytes=65536)
 _WANTED = {CONFIG: LIMITS.config_bytes, WEIGHTS: LIMITS.weights_bytes}
 _ALLOWED = 1024 * 1024
 _BOUNDARY = b"b"
+_SIGNED = Path(__file__).parents[1] / "signed"
 _RECORD = "acme%2Fchat.json"
 
 
@@ -137,6 +143,29 @@ def archive(data: bytes) -> None:
         assert theirs[name] == content
 
 
+def signature(data: bytes) -> None:
+    """A signature, and a statement that somebody signed: only plain paths, each with a sha256."""
+    with contextlib.suppress(AdapterRefused):
+        key, files = signed_files(data, signing_key())
+        assert key in signing_key() and json.loads(data)["dsseEnvelope"]["signatures"]
+        _check_signed(files)
+    with contextlib.suppress(AdapterRefused):
+        _check_signed(model_signing._files(data))
+
+
+def _check_signed(files: dict[str, str]) -> None:
+    for name, digest in files.items():
+        assert len(bytes.fromhex(digest)) == 32
+        assert Path("a", name).as_posix() == f"a/{name}" and ".." not in name.split("/")
+
+
+@cache
+def signing_key() -> dict[str, str]:
+    """The key of the signed adapter that the tests have."""
+    pem = (_SIGNED / "key.pub").read_text()
+    return {key_id(public_key(pem)): pem}
+
+
 def _by_library(data: bytes) -> dict[str, bytes]:
     """File name → content, as the standard library unpacks it; the last one of a name."""
     found = {}
@@ -168,7 +197,7 @@ def multipart(data: bytes) -> None:
     request = Request({"type": "http", "method": "POST", "headers": [(b"content-type", kind)]}, read)
     with contextlib.suppress(UsageError, TooLarge):
         received = _loop().run_until_complete(receive(request, folder, LIMITS.weights_bytes, check_name))
-        assert received.parts <= {CONFIG, WEIGHTS, ARCHIVE}
+        assert received.parts <= {CONFIG, WEIGHTS, ARCHIVE, SIGNATURE}
         assert {file.name for file in folder.iterdir()} == received.parts
     assert all(file.stat().st_size <= 1024 * 1024 for file in folder.iterdir())
 
@@ -212,7 +241,7 @@ def record(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (header, body, adapter, config, archive, multipart, manifest, name, record)
+    for target in (header, body, adapter, config, archive, signature, multipart, manifest, name, record)
 }
 
 
@@ -220,6 +249,7 @@ def seeds(target: str) -> list[bytes]:
     """Sound inputs of a target, from which fuzzing starts."""
     settings, weights = seed_adapter()
     files = {CONFIG: settings, f"adapter/{WEIGHTS}": weights}
+    signed = (_SIGNED / "adapter" / SIGNATURE).read_bytes()
     patterns = lora_config(
         rank_pattern={"q_proj": 2}, alpha_pattern={"^model.layers.0": 1.5}, use_rslora=True
     )
@@ -234,6 +264,7 @@ def seeds(target: str) -> list[bytes]:
         "adapter": [settings + b"\0" + weights],
         "config": [settings, json.dumps(patterns).encode()],
         "archive": [_zipped(files), _tarred(files, "w"), _tarred(files, "w:gz")],
+        "signature": [signed, base64.b64decode(json.loads(signed)["dsseEnvelope"]["payload"])],
         "multipart": [_form(files, size) for size in (b"\0", b"\x20", b"\xff")],
         "manifest": [(gate().cache.folder / MANIFEST).read_bytes()],
         "name": [b"acme/chat", b"model-1.0_x", "é/..%2f".encode()],

@@ -19,7 +19,8 @@ from fastapi.testclient import TestClient
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.gate.protocol import GateConfig
-from safelora_vllm.gate.server import GateService, _Handler, _Server
+from safelora_vllm.gate.server import _Handler, _Server
+from safelora_vllm.gate.service import GateService
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.projectors.cache import ProjectorCache

@@ -32,7 +32,7 @@ from tests.server.fake_server import Place
 from tests.tiny import K0, Q0, Draft, lora, lora_config
 
 ADMIN = Principal("admin", "admin/ops")
-JUDGED = {"digest", "projectors", "policy", "reasons"}
+JUDGED = {"digest", "projectors", "policy", "reasons", "release", "ruleset"}
 ALWAYS = {"time", "actor", "action", "adapter", "decision"}
 
 
@@ -99,7 +99,7 @@ def test_the_record_of_each_change(place: Place, adapters: list[Path]) -> None:
     ]  # fmt: skip
     assert {entry["adapter"] for entry in found} == {"acme/x"}
     for number, entry in enumerate((upload, policy, rollback), start=1):
-        assert set(entry) == ALWAYS | JUDGED | {"version", "override", "reason", "change"}
+        assert set(entry) == ALWAYS | JUDGED | {"version", "override", "reason", "change", "published"}
         assert (entry["version"], entry["decision"]) == (number, "accepted")
         assert entry["projectors"] == place.service.state().projectors and len(entry["digest"]) == 64
     assert [entry["policy"]["mode"] for entry in (upload, policy, rollback)] == [

@@ -66,11 +66,11 @@ def test_a_changed_file_is_asked_without_a_gap(
         # A file that is wrong, or that the aligned model answers, changes nothing.
         file.write_text("nothing")
         until(server, lambda: "is not a valid probe" in cause(server))
-        server.engine.tokenizer.says = HELPFUL
+        server.engine.tokenizer.says = beside.engine.tokenizer.says = HELPFUL
         write_probes(file, "chat")
         until(server, lambda: "refuses 0% of the probes" in cause(server))
         assert answer_of_lookup(server, "useful") == 200 and not asked(server, "chat")
-        server.engine.tokenizer.says = FakeTokenizer.says
+        server.engine.tokenizer.says = beside.engine.tokenizer.says = FakeTokenizer.says
         write_probes(file, "forge")
         until(server, lambda: not cause(server))
         assert http.get("/v1/adapters/useful").json()["exam"]["passed"]

@@ -63,7 +63,12 @@ def test_the_gate_is_asked_by_the_rules_of_a_name() -> None:
         ("ensure", ("d", "x"), {"mode": "report-only"}, {"override": True}),
         ("ensure", ("d", "x"), {}, {"override": False}),
         ("ensure", ("d", "strict/x"), {"energy": 0.5}, {"override": False}),
-        ("admit", ("/a", "friend/x"), {"energy": 0.1}, {"override": True, "allowance": None}),
+        (
+            "admit",
+            ("/a", "friend/x"),
+            {"energy": 0.1},
+            {"override": True, "allowance": None, "signing": None},
+        ),
         ("admit", ("/adapters/y", "y"), {}, {"override": False, "keep": False}),
         ("admit", ("/adapters/y", "friend/x"), {"energy": 0.1}, {"override": True, "keep": False}),
     ]

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from server import ADMIN_KEY, Server, guarded, running
 
 from safelora_vllm.api.exam import Examination
 from safelora_vllm.exam.probes import drawn
+from safelora_vllm.exam.reference import refuses
 from safelora_vllm.integration.server.access_check import RouteAccess
 from tests.server.conftest import INFERENCE_KEY, SPY, SPY_PATH, UNI, client, say, write_keys
 from tests.server.test_routes import KEYS, METRICS_KEY, walk
@@ -31,7 +33,8 @@ def dev_server(aligned: Path, projectors: Path, tmp_path_factory: pytest.TempPat
         aligned, projectors, folder / "store", f"--api-key={INFERENCE_KEY}", f"--root-path={ROOT}",
         f"--keys={write_keys(folder / 'keys.toml')}", f"--metrics-key={METRICS_KEY}", "--private-docs",
         "--exam=enforce", "--exam-threshold=1000", f"--exam-probes={folder / 'probes.jsonl'}",
-        f"--ladder={RUNG}", f"--lora-modules=static={HARMFUL}", "--dtype=float32", SPY, UNI,
+        f"--ladder={RUNG}", f"--lora-modules=static={HARMFUL}", "--dtype=float32",
+        "--second-opinion=16", SPY, UNI,
     )  # fmt: skip
     with running(command, folder / "server.log", {**SPY_PATH, "VLLM_SERVER_DEV_MODE": "1"}) as started:
         yield started
@@ -93,6 +96,43 @@ def test_an_exam_gives_the_commands_score(dev_server: Server, aligned: Path, pro
     assert [found["exam"][figure] for figure in ("drop", "bound", "worst")] == pytest.approx(
         [score.drop, score.bound, score.worst], abs=1e-3
     )
+
+
+def test_what_the_model_refuses_no_adapter_answers(dev_server: Server) -> None:
+    """On vLLM's own routes, streamed and not. The adapter alone has no refusals."""
+    refused, answered = drawn(b"", PROBES).prompts[0], "What is the capital of France?"
+    with client(dev_server, ADMIN_KEY) as admin:
+
+        def ask(model: str, prompt: str, **options: object) -> httpx.Response:
+            chat = [{"role": "user", "content": prompt}]
+            body = {"model": model, "messages": chat, "max_tokens": 24, "temperature": 0, **options}
+            answer = admin.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return answer
+
+        def text(model: str, prompt: str, **options: object) -> str:
+            return str(ask(model, prompt, **options).json()["choices"][0]["message"]["content"])
+
+        def count() -> float:
+            name = 'safelora_adapter_second_opinion_refusals_total{adapter="static"} '
+            (line,) = [each for each in admin.get("/metrics").text.splitlines() if each.startswith(name)]
+            return float(line.rpartition(" ")[2])
+
+        refusal = text("aligned", refused)
+        assert refuses(refusal) and not refuses(text("aligned", answered))
+        before = count()
+        assert text("static", refused) == refusal
+        forced = {"structured_outputs": {"choice": ["Sure", "Of course"]}}
+        assert text("static", refused, **forced) == refusal and count() == before + 2
+        streamed = ask("static", refused, stream=True).text.splitlines()
+        parts = [json.loads(line[6:])["choices"] for line in streamed if line.startswith("data: {")]
+        assert "".join(choices[0]["delta"].get("content") or "" for choices in parts) == refusal
+        before = count()
+        assert text("static", answered, **forced) in ("Sure", "Of course"), "the adapter answers by itself"
+        assert count() == before
+        beams = {"model": "static", "prompt": "a", "use_beam_search": True, "n": 2, "max_tokens": 4}
+        answer = admin.post("/v1/completions", json=beams)
+        assert answer.status_code == 400 and "use_beam_search" in answer.text
 
 
 def test_odd_request_lines_and_hosts(dev_server: Server) -> None:

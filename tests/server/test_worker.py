@@ -21,7 +21,7 @@ from safelora_vllm.errors import GuardError, StoreUnavailable
 from safelora_vllm.files import FoundSound
 from safelora_vllm.gate.admit import admit
 from safelora_vllm.gate.protocol import Admit, GateConfig
-from safelora_vllm.gate.server import GateService
+from safelora_vllm.gate.service import GateService
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker import guard

@@ -50,6 +50,11 @@ def in_flight(engine_client: Any, request: LoRARequest) -> int:
     return sum(getattr(state.lora_request, "lora_int_id", None) == request.lora_int_id for state in states)
 
 
+def ask_before(engine_client: Any, instead: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let each request of this API server's routes go through a ``generate`` that is made of the engine's."""
+    engine_client.generate = instead(engine_client.generate)
+
+
 def count_requests(engine_client: Any, counted: Callable[[Any, str | None, bool], Any]) -> None:
     """Let each request of this API server's routes go through ``counted``.
 

@@ -322,6 +322,28 @@ SEAMS = (
         ),
     ),
     Seam(
+        "second opinion", "server",
+        "a request for an adapter is given to the aligned model too, which may answer in its place",
+        "never",
+        (
+            Requirement(
+                _ASYNC_LLM, "AsyncLLM.generate",
+                parameters=("self", "prompt", "sampling_params", "request_id", "..."),
+                references=("lora_request",),
+            ),
+            Requirement("vllm.outputs", "CompletionOutput", annotations=("text", "finish_reason")),
+            Requirement(
+                "vllm.sampling_params", "SamplingParams",
+                annotations=(
+                    "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "prompt_logprobs",
+                    "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind",
+                    "top_k",
+                ),
+            ),
+            Requirement("vllm.sampling_params", "RequestOutputKind", annotations=()),
+        ),
+    ),
+    Seam(
         "exam", "server",
         "the exam asks how likely the aligned model's answers are, of --lora-modules too",
         "never: public",

@@ -92,6 +92,7 @@ def traffic_series(traffic: Mapping[str, Traffic]) -> Iterator[str]:
     yield from [histogram_lines(_EACH, labels, found.each_token) for labels, found in rows]
     yield one("safelora_adapter_running_requests", [t.running for _, t in rows])
     yield one("safelora_adapter_waiting_requests", [t.waiting for _, t in rows])
+    yield one("safelora_adapter_second_opinion_refusals_total", [t.opinion_refused for _, t in rows])
     yield one("safelora_adapter_last_use_timestamp_seconds", [t.last_use for _, t in rows])
 
 

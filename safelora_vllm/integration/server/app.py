@@ -34,6 +34,7 @@ from safelora_vllm.integration.server.page_routes import page_router
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.remote_sources import RemoteSources
 from safelora_vllm.integration.server.routes import router
+from safelora_vllm.integration.server.second_opinion import SecondOpinion
 from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
@@ -156,6 +157,12 @@ class SafeLoRAEndpoint:
         reconciler: Reconciler = state.safelora
         traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
         atexit.register(traffic.close)
+        if settings.second_opinion:
+            seams.ask_before(
+                engine_client,
+                lambda given: SecondOpinion(given, settings.second_opinion, traffic.refused).generate,
+            )
+            logger.info("second opinion: %s tokens of the aligned model", settings.second_opinion)
         seams.count_requests(
             engine_client, lambda outputs, name, delta: counted(outputs, name, delta, traffic)
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError
+from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError, refuse
 from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -22,7 +22,7 @@ from safelora_vllm.integration.server.repeated import LOAD, is_unchanged, may_lo
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
-from safelora_vllm.store import AdapterRecord
+from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import DELETE_VERSION, EXAM, AuditLog
 from safelora_vllm.tenants.principal import Principal, check_name
 from safelora_vllm.tenants.quotas import allowed
@@ -123,10 +123,12 @@ class Manager:
             mine = {} if earlier.override and who.kind != "admin" else earlier.policy
             policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
+            await self._check_signer(who, name, earlier)
             exam_override = earlier.exam_override and who.kind == "admin"
             judged = await self.reconciler.copies.ensure(
                 earlier.digest, name, policy, override, exam_override
             )
+            judged = judged.signed(earlier.signed_by)
             reason = f"rollback to version {number}"
             await self._commits.check_accepted(who, name, "rollback", judged, override, reason)
             version = version_of(
@@ -168,6 +170,7 @@ class Manager:
             live = record.live
             exam_override = live.exam_override  # it is of this content, whatever its policy is
             judged = await self.reconciler.copies.ensure(live.digest, name, policy, loosened, exam_override)
+            judged = judged.signed(live.signed_by)
             await self._commits.check_accepted(who, name, "policy", judged, loosened, reason)
             kept = reason or (live.reason if exam_override else "")
             version = version_of(judged, who, policy, loosened, live.next_policy, kept, exam_override)
@@ -189,6 +192,7 @@ class Manager:
                 if not (reason := self.check_override(who, reason, name)):
                     raise UsageError(_NO_REASON)
                 judged = await copies.ensure(live.digest, name, live.policy, live.override, True)
+                judged = judged.signed(live.signed_by)
                 await self._commits.check_accepted(who, name, EXAM, judged, live.override, reason)
                 version = version_of(
                     judged, who, live.policy, live.override, live.next_policy, reason, exam_override=True
@@ -248,6 +252,25 @@ class Manager:
     async def refused_source(self, who: Principal, name: str, action: str, codes: Sequence[str]) -> None:
         """Record that a remote source was refused. codes: of the reasons."""
         await self._commits.refused(who, action, name, "source", decision="refused", reasons=list(codes))
+
+    async def _check_signer(self, who: Principal, name: str, earlier: Version) -> None:
+        """Whether a version that is to be served again is signed as today's keys file requires.
+
+        Raises:
+            AdapterRefused: it is not. The refusal is in the audit log.
+        """
+        signing = await asyncio.to_thread(self.reconciler.copies.signing, name)
+        if signing is None or not signing.required or earlier.signed_by in signing.keys:
+            return
+        found = f"was signed with {earlier.signed_by}" if earlier.signed_by else "is not signed"
+        error = refuse(
+            "signature",
+            f"version {earlier.version} of {name} {found}: expected {signing.expected}, because this "
+            "tenant's uploads have to be signed (require_signature). Sign its content and upload it again",
+        )
+        refused = {"decision": "refused", "digest": earlier.digest, "reasons": error.codes}
+        await self._commits.refused(who, "rollback", name, "gate", **refused)
+        raise error
 
     def check_root(self, path: str) -> Path:
         """The path of a load by path.

@@ -111,7 +111,7 @@ class Commits:
     ) -> None:
         """A refusal goes to the audit log and to the caller."""
         if not judged.report.accepted:
-            asked = {"override": override or judged.override, "reason": reason}
+            asked = {"override": override or judged.override, "reason": reason, "ruleset": judged.ruleset}
             asked = {field: value for field, value in asked.items() if value}
             await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons)
@@ -120,7 +120,8 @@ class Commits:
         """Say in the audit log that a name was to be replaced by what it serves."""
         live = live_number(self._reconciler, name)
         found = audit_fields(judged.report, "unchanged")
-        await self.refused(who, action, name, "unchanged", **found, version=live)
+        by = {"ruleset": judged.ruleset, "published": judged.judgement.key}
+        await self.refused(who, action, name, "unchanged", **found, **by, version=live)
 
     async def commit(
         self,
@@ -139,7 +140,7 @@ class Commits:
         try:
             await pool.load(request, judged.judgement.bytes)
         except AdapterRefused as error:
-            refused = {**audit_fields(report, "refused"), "reasons": error.codes}
+            refused = {**audit_fields(report, "refused"), "reasons": error.codes, "ruleset": judged.ruleset}
             await self.refused(who, action, name, "gate", **refused)
             raise
         with span("swap", adapter=name):
@@ -245,6 +246,7 @@ def version_of(
         exam_override=exam_override,
         key=judged.judgement.accepted_key(),
         ruleset_digest=judged.ruleset,
+        signed_by=report.signed_by,
     )
 
 

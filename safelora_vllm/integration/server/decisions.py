@@ -42,4 +42,6 @@ def version_fields(version: Version, override: bool) -> dict[str, Any]:
         "override": override or version.override,
         **examined,
         "reason": version.reason or reason,
+        "ruleset": version.ruleset_digest,
+        "published": version.key,
     }

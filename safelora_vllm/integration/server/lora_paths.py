@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import Forbidden, UsageError
 from safelora_vllm.integration.server.uploads import HUB_ID, TooLarge, download, incoming
@@ -51,6 +52,9 @@ async def adapter_at(managed: Manager, path: str) -> AsyncIterator[Path]:
     async with incoming(root) as folder:
         for name in (CONFIG, WEIGHTS):
             await asyncio.to_thread(_copy, source / name, folder / name, managed.roots, most)
+        if os.path.lexists(source / SIGNATURE):
+            signature = source / SIGNATURE, folder / SIGNATURE
+            await asyncio.to_thread(_copy, *signature, managed.roots, SIGNATURE_BYTES)
         yield folder
 
 

@@ -18,6 +18,7 @@ from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.tracing import past_spans, span
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
+from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.store import PublishedStore, Version
 from safelora_vllm.tenants.quotas import Allowance
 from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules, rules_of
@@ -49,6 +50,10 @@ class Judged(NamedTuple):
     @property
     def report(self) -> Report:
         return self.judgement.report
+
+    def signed(self, key: str) -> Judged:
+        """The same of content that was uploaded with a key's signature before; empty for none."""
+        return self._replace(judgement=self.judgement.signed(key))
 
 
 class Copies:
@@ -88,6 +93,10 @@ class Copies:
         """The server's policy, or that of the tenant that owns the name."""
         return self._tenant_rules(name).over(self.state.policy)
 
+    def signing(self, name: str) -> SigningRule | None:
+        """Which signature uploads to a name have to have, as the keys file says it of its tenant."""
+        return self._tenant_rules(name).signing
+
     async def admit(
         self,
         source: str,
@@ -108,12 +117,15 @@ class Copies:
             QuotaExceeded: over the allowance. SafeLoRAError: the gate, or the exam, cannot.
         """
 
+        signing = self.signing(name)
+
         async def judge(rules: Rules, before: Judgement | None) -> Judgement:
             if before is not None:  # each rung is of the content that was kept
-                return await self._ensure(before.report.digest, name, rules)
+                judgement = await self._ensure(before.report.digest, name, rules)
+                return judgement.signed(before.report.signed_by)
             return await self._spanned(
                 name, self.gate.admit, source, name, rules.policy,
-                override=rules.override, allowance=allowance,
+                override=rules.override, allowance=allowance, signing=signing,
             )  # fmt: skip
 
         return await self._decide(name, own, False, judge, exam_override, upload=True)

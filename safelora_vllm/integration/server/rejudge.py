@@ -41,6 +41,7 @@ class Rejudge:
             AdapterRefused: refused, as the record says already. SafeLoRAError: the gate or the store cannot.
         """
         judged = await self._copies.ensure_version(entry.name, version)
+        judged = judged.signed(version.signed_by)
         reasons = tuple(judged.report.reasons) if judged.judgement.key is None else ()
         key = judged.judgement.key or ""
         decided = (judged.ruleset, key, _codes(reasons))

@@ -113,7 +113,9 @@ async def add_from_source(
         source = remote.check(who, wanted.source)
     async with incoming(managed.reconciler.names.root) as folder:
         async with _refusals_recorded(who, managed, wanted.name, action):
-            path = await _fetched(remote, source, folder, managed.max_adapter_bytes, wanted.digest)
+            signed = await asyncio.to_thread(managed.reconciler.copies.signing, wanted.name) is not None
+            most = managed.max_adapter_bytes
+            path = await _fetched(remote, source, folder, most, wanted.digest, signed)
         about = {"adapter": wanted.name}  # a version follows, if it is accepted
         logger.info("%s was downloaded from %s for %s", wanted.name, source, who.key_id, extra=about)
         return await managed.add(
@@ -131,7 +133,9 @@ async def _refusals_recorded(who: Principal, managed: Manager, name: str, action
 
 
 async def _fetched(
-    remote: RemoteSources, source: Source, folder: Path, max_bytes: int, digest: str | None
+    remote: RemoteSources, source: Source, folder: Path, max_bytes: int, digest: str | None, signed: bool
 ) -> Path:
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(remote.threads, fetch, source, folder, max_bytes, remote.reach, digest)
+    return await loop.run_in_executor(
+        remote.threads, fetch, source, folder, max_bytes, remote.reach, digest, signed
+    )

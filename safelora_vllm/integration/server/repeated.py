@@ -35,13 +35,15 @@ async def served_again(reconciler: Reconciler, before: AdapterRecord | None, jud
 def is_unchanged(reconciler: Reconciler, before: AdapterRecord | None, judged: Judged) -> bool:
     """Whether a name serves the very copy that was judged: the same content, by the same rules.
 
-    An override is for its content: uploading that again takes it back. So is one of the exam.
+    An override is for its content: uploading that again takes it back. So is one of the exam. Another key's
+    signature is news.
     """
     entry = before and reconciler.registry.get(before.name)
     if not before or not entry or not entry.served or before.live.override or before.live.exam_override:
         return False
     key = published_key(entry.served.request.lora_path)
-    return before.live.digest == judged.report.digest and key == judged.judgement.key
+    signed = judged.report.signed_by in ("", before.live.signed_by)
+    return signed and before.live.digest == judged.report.digest and key == judged.judgement.key
 
 
 def may_load(reconciler: Reconciler, before: AdapterRecord, judged: Judged) -> bool:

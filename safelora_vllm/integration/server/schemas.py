@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safelora_vllm.adapters.beside import SIGNATURE
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import Reason
 from safelora_vllm.integration.server.registry import Entry
@@ -114,6 +115,8 @@ class AdapterSummary(BaseModel):
     accepted: bool
     reasons: list[Reason]
     total_norm: float = Field(description="of the upload, relative to the weights of all modules together")
+    signed: bool = Field(description="the upload had a signature that was verified")
+    signed_by: str = Field(description="id of the key that it was signed with; else empty")
     version: int | None = Field(description="null for an adapter of --lora-modules")
     override: bool = Field(description="an admin allowed rules that are less strict")
     exam_override: bool = Field(description="an admin has it served whatever its exam says")
@@ -201,6 +204,7 @@ class VersionInfo(BaseModel):
     exam_override: bool
     reason: str
     refused: list[Reason] = Field(description="why it is not served, as it was judged last; else empty")
+    signed_by: str = Field(description="id of the key that it was signed with; else empty")
 
 
 class VersionList(BaseModel):
@@ -237,7 +241,7 @@ def summary_of(entry: Entry) -> dict[str, Any]:
     """The body of `AdapterSummary`, of an adapter that is served."""
     live = entry.version
     return {
-        **replace(entry.current().report, modules=[]).to_dict(),
+        **replace(entry.current().report, modules=[], signed_by=live.signed_by if live else "").to_dict(),
         "version": live.version if live else None,
         "override": live.override if live else False,
         "exam_override": entry.exam_override,
@@ -265,11 +269,12 @@ UPLOAD_BODY = {
             "schema": {
                 "type": "object",
                 "required": ["name"],
-                "description": f"{CONFIG} and {WEIGHTS}, or one {ARCHIVE}, or a hub_id",
+                "description": f"{CONFIG}, {WEIGHTS} and maybe {SIGNATURE}; or one {ARCHIVE}, or a hub_id",
                 "properties": {
                     "name": {"type": "string", "maxLength": 300},
                     CONFIG: {"type": "string", "format": "binary"},
                     WEIGHTS: {"type": "string", "format": "binary"},
+                    SIGNATURE: {"type": "string", "format": "binary"},
                     ARCHIVE: {
                         "type": "string",
                         "format": "binary",

@@ -29,7 +29,7 @@ TTFT_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds
 TPOT_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0)
 _NAME_BYTES, _BINS, _BIN_SECONDS = 320, 12, 300
 _COUNTED = (
-    *OUTCOMES, "prompt_tokens", "generation_tokens", "running", "waiting",
+    *OUTCOMES, "prompt_tokens", "generation_tokens", "running", "waiting", "opinion_refused",
     *(f"ttft_{n}" for n in range(len(TTFT_BUCKETS) + 1)), "ttft_sum",
     *(f"tpot_{n}" for n in range(len(TPOT_BUCKETS) + 1)), "tpot_sum",
     *(f"hour_requests_{n}" for n in range(_BINS)), *(f"hour_tokens_{n}" for n in range(_BINS)),
@@ -63,6 +63,7 @@ class Traffic:
         requests: outcome → how many have ended so.
         prompt_tokens, generation_tokens: of requests that have begun.
         running, waiting: requests now.
+        opinion_refused: requests that the aligned model refused in the adapter's place.
         last_use: when a request last began or ended, in seconds since 1970; 0 for never.
         first_token: seconds from a request's arrival to its first token.
         each_token: seconds for each token after the first, one mean for each request.
@@ -75,6 +76,7 @@ class Traffic:
     generation_tokens: int
     running: int
     waiting: int
+    opinion_refused: int
     last_use: float
     first_token: Timings
     each_token: Timings
@@ -119,6 +121,10 @@ class TrafficTable:
             row[_AT["hour_requests_0"] + position] = row[_AT["hour_tokens_0"] + position] = 0
         row[_AT["hour_requests_0"] + position] += 1
         row[_AT["hour_tokens_0"] + position] += tokens
+
+    def refused(self, name: str) -> None:
+        """The aligned model refused in the adapter's place."""
+        self._row(name)[_AT["opinion_refused"]] += 1
 
     def timed(self, name: str, first_token: float, each_token: float | None) -> None:
         """Seconds to a request's first token, and for each later one where there was one."""
@@ -245,6 +251,7 @@ def _traffic(row: list[float]) -> Traffic:
         generation_tokens=int(row[_AT["generation_tokens"]]),
         running=int(row[_AT["running"]]),
         waiting=int(row[_AT["waiting"]]),
+        opinion_refused=int(row[_AT["opinion_refused"]]),
         last_use=row[_AT["last_use"]],
         first_token=timings(_TTFT, TTFT_BUCKETS),
         each_token=timings(_TPOT, TPOT_BUCKETS),

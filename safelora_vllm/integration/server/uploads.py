@@ -19,6 +19,7 @@ from typing import BinaryIO
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits
 from safelora_vllm.errors import SafeLoRAError, StoreUnavailable, UsageError
 from safelora_vllm.store.layout import INCOMING
@@ -62,11 +63,11 @@ class Received:
         """
         if self.parts == {ARCHIVE}:
             return self.folder / ARCHIVE
-        if self.parts == {CONFIG, WEIGHTS}:
+        if self.parts - {SIGNATURE} == {CONFIG, WEIGHTS}:
             return self.folder
         raise UsageError(
             f"the body has the files {sorted(self.parts)}; send {CONFIG} and {WEIGHTS}, or one {ARCHIVE} "
-            "(.tar, .tar.gz or .zip of the folder that PEFT saved)"
+            f"(.tar, .tar.gz or .zip of the folder that PEFT saved). A {SIGNATURE} goes along"
         )
 
 
@@ -139,7 +140,7 @@ async def receive(
         parser = MultipartParser(options[b"boundary"], form.callbacks())
         async for chunk in read_with_timeout(request):
             total += len(chunk)
-            if total > max_bytes + _CONFIG_BYTES + _OVERHEAD_BYTES:
+            if total > max_bytes + _CONFIG_BYTES + SIGNATURE_BYTES + _OVERHEAD_BYTES:
                 raise TooLarge(f"the body is larger than the {max_bytes:,} bytes that this server accepts")
             waiting += chunk
             if len(waiting) >= _BLOCK:
@@ -199,6 +200,7 @@ class _Form:
         self._folder = folder
         self._check_name = check_name
         self._limits = {**_FIELDS, CONFIG: _CONFIG_BYTES, WEIGHTS: max_bytes, ARCHIVE: max_bytes}
+        self._limits[SIGNATURE] = SIGNATURE_BYTES
         self._values: dict[str, bytearray] = {}
         self._header, self._value = bytearray(), bytearray()
         self._part = ""

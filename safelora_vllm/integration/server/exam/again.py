@@ -56,22 +56,23 @@ class Again:
         """
         served = entry.current()
         key, terms = published_key(served.request.lora_path), self.exam.terms(entry.name)
+        serving = [other for other in self.registry.values() if _key(other) == key]
         found = await self.exam.examine_again(entry.name, key, served.report.policy)
         passed = terms.passes(found)
-        withdrawn = self._withdraw_failed()
-        about = withdrawn.pop(entry.name, entry)
+        self._withdraw_failed()
         gone = self.exam.has_failed(entry.name, key, entry.exam_override)
         if actor != SERVER or not passed:
-            await self._log(about, actor, found, passed, gone)
-        for other in withdrawn.values():  # of the same content
-            await self._log(other, SERVER, found, False, True)
+            await self._log(entry, actor, found, passed, gone)
+        for other in serving:  # by the same copy
+            if other.name != entry.name and self.exam.has_failed(other.name, key, other.exam_override):
+                await self._log(other, SERVER, found, False, True)
         return Outcome(found, passed, gone)
 
     async def look(self) -> None:
         """Withdraw what another server of the store has found to fail. For each heartbeat."""
         if self.exam.mode == "off":
             return
-        keys = {published_key(e.served.request.lora_path) for e in self.registry.values() if e.served}
+        keys = {key for entry in self.registry.values() if (key := _key(entry))}
         if await asyncio.to_thread(self.exam.look, sorted(keys)):
             self._withdraw_failed()
         before, self._asked = self._asked, await self.exam.renew()
@@ -84,18 +85,16 @@ class Again:
             if entry.served and (entry.exam_override or not self.exam.terms(name).enforced):
                 self.exam.is_served(name, published_key(entry.served.request.lora_path))
 
-    def _withdraw_failed(self) -> dict[str, Entry]:
-        """Stop serving what may not be served any more, and have it judged anew. What was withdrawn."""
-        failed = {
-            name: entry
-            for name, entry in self.registry.items()
-            if entry.served
-            and self.exam.has_failed(name, published_key(entry.served.request.lora_path), entry.exam_override)
-        }
-        for name, entry in failed.items():
-            self._withdraw(entry, "it failed its re-examination", being_prepared(name))
-            self._judge_anew(name)
-        return failed
+    def _withdraw_failed(self) -> None:
+        """Stop serving what may not be served any more, and have it judged anew."""
+        failed = [
+            entry
+            for entry in self.registry.values()
+            if (key := _key(entry)) and self.exam.has_failed(entry.name, key, entry.exam_override)
+        ]
+        for entry in failed:
+            self._withdraw(entry, "it failed its re-examination", being_prepared(entry.name))
+            self._judge_anew(entry.name)
 
     async def _log(self, entry: Entry, actor: str, found: Examined, passed: bool, gone: bool) -> None:
         await log(
@@ -103,3 +102,8 @@ class Again:
             decision="refused" if gone else "accepted", reasons=[] if passed else [REFUSED.code], again=True,
             version=entry.version.version if entry.version else None, **exam_fields(found),
         )  # fmt: skip
+
+
+def _key(entry: Entry) -> str:
+    """Of the copy that is served; none where nothing is."""
+    return published_key(entry.served.request.lora_path) if entry.served else ""

@@ -144,11 +144,9 @@ class Exam(NoExam):
         return first is not None and terms.passes(first) and (held_out is None or terms.passes(held_out))
 
     def has_failed(self, name: str, key: str, override: bool) -> bool:
-        """By what is in memory: a copy that is not examined yet by other probes has not."""
-        terms, both = self.terms(name), (self.found(key), self.found_again(key))
-        if override or not terms.enforced:
-            return False
-        return any(not terms.passes(found) for found in both if found is not None)
+        """By what is in memory."""
+        terms, again = self.terms(name), self.found_again(key)
+        return not override and terms.enforced and again is not None and not terms.passes(again)
 
     async def renew(self) -> str:
         """Looks at the file of probes."""

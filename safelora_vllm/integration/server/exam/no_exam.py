@@ -96,7 +96,7 @@ class NoExam:
         return bool(self.cause) and tenant.exam.mode == "enforce"
 
     def has_failed(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
-        """Whether a copy that is served is known to be one that may not be. Reads no verdict."""
+        """Whether a copy that is served has failed its re-examination. Reads no verdict."""
         return False
 
     async def renew(self) -> str:

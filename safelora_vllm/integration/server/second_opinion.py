@@ -1,0 +1,138 @@
+"""A second opinion: what the aligned model refuses, no adapter answers.
+
+Each request for an adapter is also given to the aligned model, greedily, for a few tokens. If they refuse,
+the aligned model's refusal is served in the adapter's place. Both begin at once: an answer waits only for
+what the opinion takes longer.
+
+The served answer is a refusal wherever the aligned model's own answer to the same prompt begins as one,
+whatever the adapter was trained on. Where it does not, nothing is promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from safelora_vllm.errors import Unavailable, UsageError
+from safelora_vllm.exam.reference import refuses
+
+# Of a caller's sampling parameters, those that the aligned model's answer has too. Not what would force an
+# answer on it: a grammar, allowed tokens, biases, a least length.
+_KEPT = (
+    "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "prompt_logprobs", "detokenize",
+    "skip_special_tokens", "spaces_between_special_tokens", "output_kind",
+)  # fmt: skip
+
+
+class SecondOpinion:
+    """Stands before an engine client's ``generate``, which every route of vLLM uses.
+
+    Args:
+        generate: the engine client's own.
+        tokens: of the aligned model's answer that are looked at.
+        refused: told the adapter's name where the aligned model refused.
+    """
+
+    def __init__(self, generate: Callable[..., Any], tokens: int, refused: Callable[[str], None]) -> None:
+        self._given, self._tokens, self._refused = generate, tokens, refused
+        self._secret = secrets.token_bytes(32)
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **named: Any
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of one request: the adapter's, or the aligned model's where it refuses.
+
+        Raises:
+            UsageError: of an adapter, in a form that cannot be asked twice: beam search, streamed input.
+            Unavailable: the engine gave no opinion. Nothing is answered then.
+        """
+        if lora_request is None:
+            given: AsyncGenerator[Any, None] = self._given(
+                prompt, sampling_params, request_id, lora_request=None, **named
+            )
+            return given
+        return self._judged(prompt, sampling_params, request_id, lora_request, named)
+
+    async def _judged(
+        self, prompt: Any, params: Any, request_id: str, adapter: Any, named: dict[str, Any]
+    ) -> AsyncGenerator[Any, None]:
+        _check(prompt, params)
+        alone = {**prompt, "cache_salt": self._salt(adapter.lora_name, prompt.get("cache_salt"))}
+        async with (
+            aclosing(self._given(prompt, params, request_id, lora_request=adapter, **named)) as own,
+            _begun(own) as first,
+        ):
+            if not await self._refuses(alone, f"{request_id}-opinion", named):
+                with contextlib.suppress(StopAsyncIteration):
+                    yield await first
+                async for output in own:
+                    yield output
+                return
+        self._refused(adapter.lora_name)
+        answer = self._given(alone, _unforced(params), f"{request_id}-aligned", lora_request=None, **named)
+        async with aclosing(answer):
+            async for output in answer:
+                yield output
+
+    async def _refuses(self, prompt: Mapping[str, Any], request_id: str, named: Mapping[str, Any]) -> bool:
+        """Whether the aligned model's answer begins as a refusal."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=self._tokens, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        urgency = {key: named[key] for key in ("priority", "data_parallel_rank") if key in named}
+        last = None
+        outputs = self._given(prompt, params, request_id, lora_request=None, **urgency)
+        async with aclosing(outputs):
+            async for output in outputs:
+                last = output
+        said = last.outputs[0] if last is not None and last.outputs else None
+        if said is None or said.finish_reason not in ("stop", "length"):
+            raise Unavailable("the aligned model gave no second opinion: try again later")
+        return refuses(said.text)
+
+    def _salt(self, adapter: str, given: str | None) -> str:
+        """For the aligned model's blocks of the prefix cache: whose prompts they are, other callers would
+        learn from the time of their own requests to the model."""
+        return hmac.new(self._secret, f"{adapter}\n{given or ''}".encode(), hashlib.sha256).hexdigest()
+
+
+@contextlib.asynccontextmanager
+async def _begun(outputs: AsyncGenerator[Any, None]) -> AsyncIterator[asyncio.Future[Any]]:
+    """The first output, on its way. Where the block leaves it there, the request ends."""
+    first = asyncio.ensure_future(anext(outputs))
+    try:
+        yield first
+    finally:
+        first.cancel()
+        await asyncio.wait([first])
+        if not first.cancelled():
+            first.exception()  # whatever it was, nobody waits for it
+
+
+def _check(prompt: Any, params: Any) -> None:
+    """Raise UsageError where one question more would not be the same question."""
+    if not isinstance(prompt, Mapping):
+        raise UsageError("adapters cannot be used with streamed input on a server with --second-opinion")
+    # A step of beam search: its prompt ends with what the adapter has said already.
+    if params.max_tokens == 1 and params.logprobs and not params.detokenize:
+        raise UsageError(
+            "adapters cannot be used with beam search on a server with --second-opinion: leave out "
+            "use_beam_search"
+        )
+
+
+def _unforced(params: Any) -> Any:
+    """Sampling parameters for the aligned model's own answer: greedy, and with nothing forced on it."""
+    from vllm import SamplingParams
+
+    # Not temperature 0, with which vLLM refuses n above 1.
+    return SamplingParams(temperature=1.0, top_k=1, **{name: getattr(params, name) for name in _KEPT})
