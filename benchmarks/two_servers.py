@@ -275,8 +275,7 @@ def ask(run: Run, server: int, name: str) -> None:
     before = now(run, name)
     status, answer = chat(run.servers[server][1], name)
     late = 0.0 if known else BEHIND_SECONDS
-    allowed = run.ledger.between(name, begun - late) or {None}
-    allowed |= before
+    allowed = before | (run.ledger.between(name, begun - late) if run.ledger.states[name] else set())
     run.ledger.counts[f"chats answered {status}"] += 1
     right = [
         content for content in allowed
