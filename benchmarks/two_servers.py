@@ -22,16 +22,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import Popen
 
 import httpx
 import recording
 from crash import FILES, bucket, check_store, kill, start
-from soak import Answer, distance, distance_apart, write_contents
-from soak import Ledger as Timeline
+from soak import distance_apart, write_contents
 from tqdm import tqdm
+from two_servers_told import BEHIND_SECONDS, Run, ask, change, chat, check, now, settled, upload
 
 from safelora_vllm.store import content_digest
 
@@ -40,31 +38,7 @@ _CACHE = HERE.parent / ".cache"
 
 CONTENTS, CLIENTS, CHATTERS, NAMES_EACH = 8, 3, 2, 4
 OPTIONS = ["--select=number", "--number=30", "--max-loras=2", "--max-cpu-loras=8"]  # as in soak.py
-BEHIND_SECONDS = (
-    60.0  # until the server that did not make a change has to know it: it judges the upload itself
-)
-_TOLERANCE = 0.1  # of a log probability, as in soak.py
 _AFTER_KILL_SECONDS = 5.0  # for which the other server goes on
-
-
-@dataclass
-class Run:
-    """The servers, what clients were told, and what was found."""
-
-    args: argparse.Namespace
-    work: Path
-    contents: list[dict[str, bytes]]
-    servers: dict[int, tuple[Popen[bytes], httpx.Client]] = field(default_factory=dict)
-    reference: list[Answer] = field(default_factory=list)
-    ledger: Timeline = field(default_factory=Timeline)
-    writer: dict[str, int | None] = field(
-        default_factory=dict
-    )  # the server that answered a name's last change
-    behind: float = 0.0  # the longest that the other server needed
-
-    @property
-    def faults(self) -> list[str]:
-        return self.ledger.faults
 
 
 def main() -> int:
@@ -78,28 +52,31 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the JSON")
     args = parser.parse_args()
     args.mirror = True
+    command = f"two_servers.py --uploads {args.uploads} --rounds {args.rounds} --engine {args.engine}"
+
+    def write(found: dict[str, object]) -> Path:
+        return recording.write(f"two_servers_{args.engine}", command, "default", found, args.out)
+
     with tempfile.TemporaryDirectory() as scratch, bucket():
         work = Path(scratch)
         run = Run(args, work, write_contents(work, args.projectors, CONTENTS))
         try:
-            figures = measure(run)
+            found = measure(run, write)
         finally:
             for process, _ in run.servers.values():
                 kill(process)
-    print(json.dumps(figures, indent=1))
-    command = f"two_servers.py --uploads {args.uploads} --rounds {args.rounds} --engine {args.engine}"
-    print(
-        f"written to {recording.write(f'two_servers_{args.engine}', command, 'default', figures, args.out)}"
-    )
+    print(json.dumps(found, indent=1))
+    print(f"written to {write(found)}")
     return 1 if run.faults else 0
 
 
-def measure(run: Run) -> dict[str, object]:
-    """Everything, and its figures."""
+def measure(run: Run, write: Callable[[dict[str, object]], object]) -> dict[str, object]:
+    """Everything, and its figures, which are written after each part."""
     begin(run, (0, 1))
     uploads = [f"upload{number}" for number in range(run.args.uploads)]
     while_chatting(run, uploads, lambda: upload_all(run, uploads))
     settle(run, "after the uploads")
+    write(figures(run, 0))
     moments = random.Random(0)
     for number in tqdm(range(run.args.rounds), unit="round"):
         victim = number % 2
@@ -108,10 +85,16 @@ def measure(run: Run) -> dict[str, object]:
         check_store(run.work / f"store{victim}", run.faults, number)
         begin(run, (victim,))
         settle(run, f"round {number}")
+        write(figures(run, number + 1))
+    return figures(run, run.args.rounds)
+
+
+def figures(run: Run, rounds: int) -> dict[str, object]:
+    """What is known after some rounds."""
     return {
         "engine": run.args.engine,
         "uploads": run.args.uploads,
-        "rounds": run.args.rounds,
+        "rounds": rounds,
         "counts": dict(run.ledger.counts),
         "least_distance": distance_apart(run.reference) if run.reference else None,
         "seconds_behind": round(run.behind, 1),
@@ -198,64 +181,6 @@ def client(
         change(run, server, name, content, dead if server == victim else None)
 
 
-def change(
-    run: Run, server: int, name: str, content: int | None, dead: threading.Event | None = None
-) -> None:
-    """Upload, replace or remove, and note what was acknowledged."""
-    _, http = run.servers[server]
-    run.writer[name] = None
-    before = now(run, name)
-    run.ledger.now(name, *before, content)
-    what = "removed" if content is None else "uploaded or replaced"
-    try:
-        if content is None:
-            answer = http.delete(f"/v1/adapters/{name}")
-            good = answer.status_code in (200, 404)
-        else:
-            answer = upload(http, name, run.contents[content])
-            good = answer.status_code in (200, 201)  # 200: the name has this content
-    except httpx.TransportError as error:
-        run.ledger.counts["interrupted"] += 1
-        if dead is None or not dead.is_set():
-            run.faults.append(f"{name} at a server that lives: {error!r}")
-        return
-    if not good:
-        run.faults.append(f"{name}: {answer.status_code} {answer.text:.200}")
-        return
-    run.ledger.counts[what] += 1
-    run.ledger.now(name, content)
-    run.writer[name] = server
-
-
-def now(run: Run, name: str) -> set[int | None]:
-    """What a name may have: several contents after an interrupted change."""
-    states = run.ledger.states[name]
-    return states[-1][1] if states else {None}
-
-
-def settled(run: Run, name: str, content: int | None) -> None:
-    """A name's state is known again, wherever it is asked."""
-    run.ledger.now(name, content)
-
-
-def upload(http: httpx.Client, name: str, files: dict[str, bytes]) -> httpx.Response:
-    """An upload that may replace."""
-    return http.post(
-        "/v1/adapters?replace=true", data={"name": name}, files={file: files[file] for file in FILES}
-    )
-
-
-def chat(http: httpx.Client, name: str) -> tuple[int, Answer]:
-    """The status, and the first token's likeliest candidates."""
-    body = {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    body |= {"max_tokens": 2, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-    answer = http.post("/v1/chat/completions", json=body)
-    if answer.status_code != 200:
-        return answer.status_code, {}
-    first = answer.json()["choices"][0]["logprobs"]["content"][0]
-    return 200, {candidate["token"]: candidate["logprob"] for candidate in first["top_logprobs"]}
-
-
 def chatter(run: Run, server: int, names: list[str], stop: threading.Event, seed: int) -> None:
     """Asks random names of one server and compares."""
     choice, process = random.Random(seed), run.servers[server][0]
@@ -267,34 +192,6 @@ def chatter(run: Run, server: int, names: list[str], stop: threading.Event, seed
             if process.poll() is not None:
                 return
             run.faults.append(f"a chat at a server that lives: {error!r}")
-
-
-def ask(run: Run, server: int, name: str) -> None:
-    """One chat, whose answer must be one of what the name had meanwhile, at a server that may be behind."""
-    begun, known = time.monotonic(), run.writer.get(name) == server
-    before = now(run, name)
-    status, answer = chat(run.servers[server][1], name)
-    late = 0.0 if known else BEHIND_SECONDS
-    allowed = before | (run.ledger.between(name, begun - late) if run.ledger.states[name] else set())
-    run.ledger.counts[f"chats answered {status}"] += 1
-    right = [
-        content for content in allowed
-        if (status == 404 if content is None else status == 200 and close(run, answer, content))
-    ]  # fmt: skip
-    if status == 503 and not known:  # it is judging what another server was sent
-        return
-    if not right:
-        run.faults.append(f"{name} at server {server}: {status} {nearest(run, answer)}, expected {allowed}")
-
-
-def close(run: Run, answer: Answer, content: int) -> bool:
-    return distance(answer, run.reference[content]) < _TOLERANCE
-
-
-def nearest(run: Run, answer: Answer) -> str:
-    """The content that says nearly the same, for the message."""
-    distances = [distance(answer, one) for one in run.reference]
-    return f"content {distances.index(min(distances))} at {min(distances):.3g}" if answer else "no answer"
 
 
 def settle(run: Run, when: str) -> None:
@@ -320,16 +217,6 @@ def settle(run: Run, when: str) -> None:
         for name, two in found.items():
             for server, content in enumerate(two):
                 check(run, server, name, content, when)
-
-
-def check(run: Run, server: int, name: str, content: int | None, when: str) -> None:
-    """A chat after everything is settled."""
-    status, answer = chat(run.servers[server][1], name)
-    run.ledger.counts["chats after a round"] += 1
-    right = status == 404 if content is None else status == 200 and close(run, answer, content)
-    if not right:
-        expected = f"{status} {nearest(run, answer)}, expected {content}"
-        run.faults.append(f"{when}: {name} at server {server}: {expected}")
 
 
 def reports(http: httpx.Client) -> dict[str, str]:
