@@ -168,7 +168,7 @@ def two_servers() -> str:
         ["chats meanwhile", number(answered)],
         ["of these, answered 404", number(counts.get("chats answered 404", 0))],
         ["of these, answered 503", number(counts.get("chats answered 503", 0))],
-        ["chats with every name at both servers after each part", number(counts["chats after a round"])],
+        ["chats at both servers after each part", number(counts["chats after a round"])],
         ["changes that were lost or half done, and wrong answers", number(len(run["faults"]))],
     ]
     return markdown(["two servers, one bucket", "count"], rows)

@@ -88,7 +88,7 @@ def upload(http: httpx.Client, name: str, files: dict[str, bytes]) -> httpx.Resp
 def chat(http: httpx.Client, name: str) -> tuple[int, Answer]:
     """The status, and the first token's likeliest candidates."""
     body = {"model": name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    body |= {"max_tokens": 2, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    body |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
     answer = http.post("/v1/chat/completions", json=body)
     if answer.status_code != 200:
         return answer.status_code, {}
