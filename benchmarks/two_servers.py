@@ -196,7 +196,7 @@ def chatter(run: Run, server: int, names: list[str], stop: threading.Event, seed
 
 
 def settle(run: Run, when: str, asked: Callable[[str], bool] = lambda _: True) -> None:
-    """Both servers serve what was acknowledged, and the same; names that are ``asked`` also answer so at both."""
+    """Both servers serve what was acknowledged, and the same; names that are ``asked`` answer so."""
     begun = time.monotonic()
     digests = [content_digest(*(files[file] for file in FILES)) for files in run.contents]
     content_of = {digest: number for number, digest in enumerate(digests)}
