@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +86,7 @@ def main() -> int:
                     churn(process, http, adapters, ledger, moments)
             finally:
                 kill(process)
-            check_store(store, ledger, number)
+            check_store(store, ledger.faults, number)
     figures = {
         "engine": args.engine,
         "mirror": args.mirror,
@@ -113,11 +113,14 @@ def bucket() -> Iterator[None]:
         yield
 
 
-def start(args: argparse.Namespace, work: Path, store: Path) -> tuple[subprocess.Popen[bytes], httpx.Client]:
+def start(
+    args: argparse.Namespace, work: Path, store: Path, options: Sequence[str] = (), seconds: float = 300
+) -> tuple[subprocess.Popen[bytes], httpx.Client]:
     """A server on a store, answering."""
     port = free_port()
     if args.engine == "vllm":
-        command = guarded(args.aligned, args.projectors, store, "--method=safe-lora", f"--port={port}")
+        options = ("--method=safe-lora", f"--port={port}", *options)
+        command = guarded(args.aligned, args.projectors, store, *options)
     else:
         script = str(HERE / "without_engine.py")
         command = [sys.executable, script, f"--aligned={args.aligned}", f"--projectors={args.projectors}"]
@@ -128,7 +131,7 @@ def start(args: argparse.Namespace, work: Path, store: Path) -> tuple[subprocess
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if http.get("/v1/adapters").status_code == 200:
@@ -206,12 +209,12 @@ def check_served(http: httpx.Client, ledger: Ledger, number: int) -> None:
     ledger.unsure.clear()
 
 
-def check_store(store: Path, ledger: Ledger, number: int) -> None:
+def check_store(store: Path, faults: list[str], number: int) -> None:
     """Everything in the store is whole; leftovers of the killed processes may lie there."""
     command = [str(Path(sys.executable).with_name("safelora-vllm")), "store", "verify"]
     run = subprocess.run([*command, f"--adapter-store={store}"], capture_output=True, text=True)
     if run.returncode != 0:
-        ledger.faults.append(f"round {number}: store verify: {run.stdout:.500}{run.stderr[-500:]}")
+        faults.append(f"round {number}: store verify: {run.stdout:.500}{run.stderr[-500:]}")
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

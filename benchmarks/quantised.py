@@ -2,15 +2,17 @@
 
     PYTHONPATH=.:benchmarks python benchmarks/quantised.py [--base DIR] [--aligned DIR] [--layers 0 3 6]
 
-Writes ``results/quantised.json``. Of some layers of a pair, each form of quantised checkpoint is made of the
-aligned model, of the base, and of the aligned model with a change of a stated size: a random one of rank 16
-in every linear layer, as merging an adapter makes it. GPTQ is also made as its tools do, with inputs of the
-model itself, and AWQ with factors moved between layers. Every checkpoint goes through the check of a start.
+Writes ``results/quantised.json``. ``--only FORM`` measures the rows of one form and keeps the others. Of some
+layers of a pair, each form of quantised checkpoint is made of the aligned model, of the base, and of the
+aligned model with a change of a stated size: a random one of rank 16 in every linear layer, as merging makes
+it. GPTQ is also made as its tools do, with inputs of the model itself, and AWQ with factors moved between
+layers. Every checkpoint goes through the check of a start.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import tempfile
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
     parser.add_argument("--out", type=Path, default=recording.RESULTS)
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(0, 30, 3)))
+    parser.add_argument("--only", help="measure this form, and keep the others' rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     given = Checkpoint(args.aligned)
@@ -71,6 +74,10 @@ def main() -> None:
     copies["AWQ, 4 bits, rescaled and clipped"] = forms["AWQ, 4 bits"][0], with_inputs(rescaled)
     copies["GPTQ, 4 bits, calibrated"] = forms["GPTQ, 4 bits"][0], with_inputs(calibrated)
     cases: dict[str, dict[str, Any]] = {}
+    if args.only:
+        cases = json.loads((args.out / "quantised.json").read_text())["cases"]
+        copies = {args.only: copies[args.only]}
+        cases.pop(args.only, None)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pair = [folder / "base", folder / "aligned"]
@@ -192,14 +199,18 @@ def gptq_codes(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     codes = torch.zeros(weight.shape, dtype=torch.int64)
     scales = []
-    for column in range(d_in):
-        if column % GROUP == 0:
-            _, scale, _ = quantised.round_groups(weight[:, column : column + GROUP], 4, GROUP, True)
-            scales.append(scale)
-        value = weight[:, column]
-        codes[:, column] = (value / scales[-1][:, 0] + 8).round().clamp(0, 15)
-        error = (value - (codes[:, column] - 8) * scales[-1][:, 0]) / factor[column, column]
-        weight[:, column:] -= error[:, None] * factor[column, column:]
+    for start in range(0, d_in, GROUP):
+        end = start + GROUP
+        group, errors = weight[:, start:end].clone(), torch.zeros(len(weight), GROUP)
+        _, scale, _ = quantised.round_groups(group, 4, GROUP, True)
+        scales.append(scale)
+        for column in range(GROUP):
+            value, step = group[:, column], factor[start + column, start:end]
+            code = (value / scale[:, 0] + 8).round().clamp(0, 15)
+            errors[:, column] = (value - (code - 8) * scale[:, 0]) / step[column]
+            group[:, column:] -= errors[:, column, None] * step[column:]
+            codes[:, start + column] = code
+        weight[:, end:] -= errors @ factor[start:end, end:]
     scale = torch.cat(scales, 1)
     return codes, scale, torch.full_like(scale, 8).to(torch.int64)
 

@@ -154,6 +154,26 @@ def crash() -> str:
     return markdown(["`kill -9` at random moments", "one store", "two stores in turn, one bucket"], rows)
 
 
+def two_servers() -> str:
+    """Two servers on one bucket, of which one is killed at a time."""
+    run = load("two_servers_vllm")
+    counts = run["counts"]
+    answered = sum(count for what, count in counts.items() if what.startswith("chats answered"))
+    rows = [
+        ["uploads of the first part", number(run["uploads"])],
+        ["times that a server was killed", number(run["rounds"])],
+        ["acknowledged uploads and replacements", number(counts["uploaded or replaced"])],
+        ["acknowledged removals", number(counts.get("removed", 0))],
+        ["changes that were interrupted", number(counts.get("interrupted", 0))],
+        ["chats meanwhile", number(answered)],
+        ["of these, answered 404", number(counts.get("chats answered 404", 0))],
+        ["of these, answered 503", number(counts.get("chats answered 503", 0))],
+        ["chats at both servers after each part", number(counts["chats after a round"])],
+        ["changes that were lost or half done, and wrong answers", number(len(run["faults"]))],
+    ]
+    return markdown(["two servers, one bucket", "count"], rows)
+
+
 def soak() -> str:
     """What grows, and what was answered wrongly."""
     found = load("soak")
@@ -497,7 +517,7 @@ def tables() -> dict[str, Callable[[], str]]:
     import safety_tables
 
     mine = (
-        runs, projection, hot_load, hostile, crash, soak, growth, fuzz, mutants, vetting, slots,
+        runs, projection, hot_load, hostile, crash, two_servers, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, scrape, demo,
         project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,

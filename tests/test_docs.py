@@ -76,6 +76,16 @@ def anchors(document: Path) -> set[str]:
 
 
 @each_document
+def test_a_command_of_vllms_says_what_to_do_without_it(document: Path) -> None:
+    """The CPU build has no metadata of a distribution called vllm, so that its command fails."""
+    text = document.read_text()
+    blocks = "\n".join(block for _, block in _BLOCK.findall(text))
+    commands = re.findall(r"^\s*(?:\w+=\S+ )*vllm (?:serve|bench)\b", blocks, re.MULTILINE)
+    said = "vllm.entrypoints.openai.api_server" in text or "#plain-vllm-serve" in text
+    assert said or not commands
+
+
+@each_document
 def test_links_lead_somewhere(document: Path) -> None:
     lost = []
     for target in _LINK.findall(document.read_text()):

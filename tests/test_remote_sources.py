@@ -196,6 +196,56 @@ def test_without_an_etag_it_begins_again(etag: str | None, far: Hostile, tmp_pat
     assert got(far, tmp_path) == BODY
 
 
+# bytes that are there, the answer, the code or "" where it is good
+GOES_ON: dict[str, tuple[int, Script, str]] = {
+    "all there": (10, sends(b"", status=304), ""),
+    "all there, condition unknown": (10, sends(b"0123456789"), ""),
+    "all there, another version": (10, sends(b"0123456789", ETag='"e2"'), "source_changed"),
+    "all there, another size": (10, sends(b"01234567890"), "source_changed"),
+    "all there, a part of it": (10, sends(b"9", status=206, Content_Range="bytes 9-9/10"), "source_response"),
+    "all there, removed": (10, sends(b"", status=404), "source_not_found"),
+    "all there, elsewhere": (10, redirects(302, "https://127.0.0.1/a.tar"), "source_redirect"),
+    "begun": (4, sends(b"456789", status=206, Content_Range="bytes 4-9/10"), ""),
+    "begun, no ranges": (4, sends(b"0123456789"), ""),
+    "begun, not modified": (4, sends(b"", status=304), "source_response"),
+    "begun, another version": (4, sends(b"", status=412), "source_changed"),
+    "begun, another version all the same": (
+        4, sends(b"456789", status=206, Content_Range="bytes 4-9/10", ETag='"e2"'), "source_changed"),
+    "begun, no version": (
+        4, sends(b"456789", status=206, Content_Range="bytes 4-9/10", ETag=None), "source_changed"),
+    "begun, another size": (
+        4, sends(b"456789x", status=206, Content_Range="bytes 4-10/11"), "source_changed"),
+    "begun, from the beginning": (
+        4, sends(b"0123456789", status=206, Content_Range="bytes 0-9/10"), "source_response"),
+    "begun, and no further": (4, sends(b"", status=416), "source_changed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GOES_ON)
+def test_a_download_that_an_earlier_process_began(case: str, far: Hostile, tmp_path: Path) -> None:
+    """The file is the object, or the refusal has its code and what is noted of the file stays true."""
+    count, far.script, code = GOES_ON[case]
+    file, notes = tmp_path / "a", [fetching.Seen('"e1"', 10)]
+    file.write_bytes(b"0123456789"[:count])
+
+    def keep(stream: Any, seen: fetching.Seen | None) -> None:
+        assert stream.tell() == (10 if seen else count)
+        notes[:] = [seen] if seen else []
+
+    arguments = parse(far.url("a.tar")), file, 100, reach(far), notes[0], keep
+    if not code:
+        fetching.fetch_object(*arguments)
+        assert file.read_bytes() == b"0123456789" and notes == [fetching.Seen('"e1"', 10)]
+    else:
+        with pytest.raises(AdapterRefused) as refused:
+            fetching.fetch_object(*arguments)
+        assert refused.value.codes == [code]
+        assert file.read_bytes() == b"0123456789"[:count]
+    asked = far.requests[0][1]
+    assert ("if-none-match" in asked, "if-match" in asked) == (count == 10, count < 10)
+    assert len(far.requests) == 1
+
+
 def test_more_than_was_announced_is_not_read(far: Hostile, tmp_path: Path) -> None:
     far.script = sends(BODY + b"more", Content_Length=len(BODY))
     assert got(far, tmp_path) == BODY

@@ -21,6 +21,7 @@ from safelora_vllm.remote.bucket import Bucket, Conflict
 from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest, mirror
 from safelora_vllm.store.housekeeping import verify
 from safelora_vllm.store.mirror import MirroredNames, attach, open_names
+from safelora_vllm.store.name_record import file_of
 from tests.mirror_writer import add, files
 from tests.moto_server import CREDENTIALS, s3
 
@@ -105,6 +106,33 @@ def test_a_change_is_of_what_the_bucket_has(disks: tuple[Path, Path]) -> None:
     with pytest.raises(ChangedMeanwhile):
         mirrored(disks[1]).update("a", change)
     assert seen[0] is not None and seen[0].current == 1
+
+
+def test_a_change_begins_from_what_the_bucket_has(disks: tuple[Path, Path]) -> None:
+    """Without waiting for the next look: a client may be sent to another server with each request."""
+    one, two = map(mirrored, disks)
+    assert two.newest("a") is None
+    add(disks[0], "a", 1)
+    assert two.get("a") is None
+    found = two.newest("a")
+    assert found is not None and found.current == 1 and found == two.get("a")
+    assert RawStore(disks[1]).damaged(found.live.digest) is None, "it can be judged here"
+    one.update("a", lambda _: None)
+    assert two.newest("a") is None is two.get("a")
+    assert two.newest("x" * 300) is None
+
+
+def test_a_name_whose_upload_is_lost_can_be_replaced(disks: tuple[Path, Path]) -> None:
+    add(disks[0], "a", 1)
+    digest = mirrored(disks[0]).all()["a"].live.digest
+    bucket = mirrored(disks[1])._bucket
+    bucket.put(f"raw/{digest}/{WEIGHTS}", b"damaged", bucket.get(f"raw/{digest}/{WEIGHTS}")[1])
+    found = mirrored(disks[1]).newest("a")
+    assert found is not None and found.live.digest == digest
+    add(disks[1], "a", 2)
+    bucket.put(f"names/{file_of('b')}", b"no record", None)
+    with pytest.raises(StoreDamaged):
+        mirrored(disks[1]).newest("b")
 
 
 def test_concurrent_changes_of_one_name_are_all_there(disks: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build, check_new
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import ModelName
-from safelora_vllm.remote.model import model_on_disk
+from safelora_vllm.remote.model import models_on_disk
 
 
 def build_projectors(
@@ -74,7 +74,7 @@ def build_projectors(
     given, folder = (os.fspath(base), os.fspath(aligned)), Path(out)
     check_new(folder)  # before anything is downloaded
     names = ModelName.of(given[0]), ModelName.of(given[1])
-    with model_on_disk(given[0], folder.parent) as before, model_on_disk(given[1], folder.parent) as after:
+    with models_on_disk(*given, folder) as (before, after):
         return ProjectorCache(build(before, after, folder, options, names))
 
 

@@ -115,14 +115,7 @@ def partial_cache(out: Path, key: str) -> Iterator[PartialCache]:
     Raises:
         UsageError: another build of ``out`` is running, or the disk is full.
     """
-    prefix = f".{out.name}.partial-"
-    folder = out.parent / f"{prefix}{key[:32]}"
-    mine = re.compile(re.escape(prefix) + "([0-9a-f]{32}|[0-9]+(-.*)?)")  # the latter of older releases
-    for other in out.parent.iterdir():
-        if mine.fullmatch(other.name) and other != folder and other.is_dir() and not other.is_symlink():
-            with _locked(other, out):
-                shutil.rmtree(other, ignore_errors=True)
-    with _locked(folder, out):
+    with hidden_folder(out, "partial", key, of_older_releases="|[0-9]+(-.*)?") as folder:
         partial = PartialCache(folder)
         try:
             if out.exists():  # meanwhile
@@ -137,6 +130,26 @@ def partial_cache(out: Path, key: str) -> Iterator[PartialCache]:
                 kept = f": the {len(partial.modules)} finished modules are kept" if partial.shards else ""
                 raise UsageError(f"no room left on the disk of {out}; free some and repeat{kept}") from error
             raise
+
+
+@contextlib.contextmanager
+def hidden_folder(out: Path, kind: str, key: str, of_older_releases: str = "") -> Iterator[Path]:
+    """A folder beside ``out`` for this process alone, with what an earlier one left in it.
+
+    Those of the same kind and place with another key are removed. of_older_releases: more names of them.
+
+    Raises:
+        UsageError: another build of ``out`` is running, or somebody else may write to the folder.
+    """
+    prefix = f".{out.name}.{kind}-"
+    folder = out.parent / f"{prefix}{key[:32]}"
+    mine = re.compile(re.escape(prefix) + f"([0-9a-f]{{32}}{of_older_releases})")
+    for other in out.parent.iterdir():
+        if mine.fullmatch(other.name) and other != folder and other.is_dir() and not other.is_symlink():
+            with _locked(other, out):
+                shutil.rmtree(other, ignore_errors=True)
+    with _locked(folder, out):
+        yield folder
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ Nothing is judged here. What arrives is handed to the gate as a folder or an arc
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,27 +27,32 @@ TRIES = 5  # without an advance of 1 MiB
 PAUSE_SECONDS = 0.25  # doubled after each
 MOST_SECONDS = 3600.0
 _ADVANCE = 1024 * 1024
+_KEEP_BYTES = 64 * 1024 * 1024
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What the first answer said of an object. etag: '' without a strong one."""
 
     etag: str
     size: int
 
 
+Keep = Callable[[BinaryIO, Seen | None], None]
+
+
 @dataclass
 class _Object:
-    """An object on its way to a file."""
+    """An object on its way to a file. seen: of the version that the file has the beginning of."""
 
     source: Source
     file: Path
     limit: int
     reach: Reach
     end: float
-    seen: _Seen | None = None
+    seen: Seen | None = None
+    keep: Keep = lambda *_: None
 
     @property
     def shown(self) -> str:
@@ -109,19 +116,35 @@ def _download_signature(source: Source, folder: Path, reach: Reach, end: float) 
             raise
 
 
-def fetch_object(source: Source, file: Path, max_bytes: int, reach: Reach) -> None:
-    """Download one object into a new file. Blocking.
+def fetch_object(
+    source: Source,
+    file: Path,
+    max_bytes: int,
+    reach: Reach,
+    seen: Seen | None = None,
+    keep: Keep | None = None,
+) -> None:
+    """Download one object, or the rest of it. Blocking.
+
+    Args:
+        source, max_bytes, reach: as for `fetch`.
+        file: a new one, or with ``seen`` one with the beginning of that version, or all of it.
+        seen: the version.
+        keep: is told every 64 MiB and at the end that all of the file until then is of that version; None
+            where it has to begin anew. It is not called for an object without a strong ETag.
 
     Raises:
-        AdapterRefused: with a code of docs/troubleshooting.md. OSError: the disk.
+        AdapterRefused: with a code of docs/troubleshooting.md: source_changed where it is another version.
+        OSError: the disk.
     """
-    _download(_Object(source, file, max_bytes, reach, time.monotonic() + MOST_SECONDS))
+    end = time.monotonic() + MOST_SECONDS
+    _download(_Object(source, file, max_bytes, reach, end, seen, keep or (lambda *_: None)))
 
 
 def _download(wanted: _Object) -> None:
     """All of an object."""
-    tries, start = 0, 0
-    with wanted.file.open("xb") as file:
+    with wanted.file.open("r+b" if wanted.seen else "xb") as file:
+        tries, start = 0, file.seek(0, os.SEEK_END)
         while True:
             try:
                 _read_on(wanted, file)
@@ -144,20 +167,27 @@ def _download(wanted: _Object) -> None:
 
 def _read_on(wanted: _Object, file: BinaryIO) -> None:
     """From where the file ends."""
-    at = file.tell()
-    headers = {"Accept-Encoding": "identity"}
-    if at and wanted.seen:
+    at = kept = file.tell()
+    headers, whole = {"Accept-Encoding": "identity"}, bool(wanted.seen and at == wanted.seen.size)
+    if whole and wanted.seen:
+        headers["If-None-Match"] = wanted.seen.etag
+    elif at and wanted.seen:
         headers |= {"Range": f"bytes={at}-", "If-Match": wanted.seen.etag}
     with pinned.get(clouds.url(wanted.source), headers, wanted.reach, wanted.shown, wanted.end) as answer:
+        if whole and answer.status == 304:
+            return
         _check_status(answer, wanted)
-        if answer.status == 200 and at:  # no ranges here
+        if answer.status == 200 and at and not whole:  # no ranges here
+            wanted.keep(file, None)
             file.seek(0)
             file.truncate()
-            at = 0
+            at = kept = 0
         size = _size(answer, wanted, at)
-        seen = _Seen(_strong(answer.header("etag")), size)
+        seen = Seen(_strong(answer.header("etag")), size)
         if wanted.seen and seen != wanted.seen:
             raise _changed(wanted)
+        if whole:  # the server does not know If-None-Match
+            return
         wanted.seen = seen
         if size > wanted.limit:
             raise refuse("too_large", f"{wanted.shown} has {size:,} bytes; {wanted.limit:,} are accepted")
@@ -166,8 +196,13 @@ def _read_on(wanted: _Object, file: BinaryIO) -> None:
             if at > size:
                 raise refuse("source_response", f"{wanted.shown} sent more than it announced")
             file.write(block)
+            if seen.etag and at - kept >= _KEEP_BYTES:
+                wanted.keep(file, seen)
+                kept = at
     if at < size:
         raise pinned.Broken
+    if seen.etag:
+        wanted.keep(file, seen)
 
 
 def _check_status(answer: pinned.Answer, wanted: _Object) -> None:

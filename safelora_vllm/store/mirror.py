@@ -90,6 +90,22 @@ class MirroredNames(NameStore):
                 return after
         raise StoreUnavailable(f"{name} is changed by others all the time; try again later")
 
+    def newest(self, name: str) -> AdapterRecord | None:
+        """As in `NameStore`, of the bucket. What it refers to is fetched, so that it can be judged here.
+
+        An upload that is lost keeps nobody from replacing or removing the name.
+        """
+        try:
+            file = file_of(name)
+        except UsageError:
+            return None  # nothing was ever stored under it
+        found = self._bucket.get(f"{NAMES}/{file}")
+        record = _sound(found, file)
+        if found and self._etags.get(file) != found[1]:
+            with contextlib.suppress(StoreDamaged):
+                self._follow(file)
+        return record
+
     def file_digest(self, name: str) -> str:
         """As in `NameStore`, of the bucket's record: the local one may be behind it."""
         return _digest(self._bucket.get(f"{NAMES}/{file_of(name)}"))

@@ -60,6 +60,14 @@ class NameStore:
             raise StoreDamaged(f"{self.folder / file} is {found.wrong}; {REMEDY}")
         return found.record if found else None
 
+    def newest(self, name: str) -> AdapterRecord | None:
+        """`get`, with what other servers have written: a change begins from it. It may take long.
+
+        Raises:
+            StoreDamaged, StoreUnavailable: see there.
+        """
+        return self.get(name)
+
     def all(self) -> dict[str, AdapterRecord]:
         """All sound records by name. Damaged ones are logged, once each, and left out.
 

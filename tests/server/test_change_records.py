@@ -61,8 +61,13 @@ def test_the_version_of_each_change(place: Place, adapters: list[Path]) -> None:
             await manager.roll_back(tenant, "acme/x", 1)
             return (await Views(manager.reconciler).versions(tenant, "acme/x")).versions
 
+    async def load_seconds() -> float:
+        async with place.manager() as (manager, _):  # after a restart, or another API server
+            return manager.reconciler.registry["acme/x"].load_seconds
+
     versions = asyncio.run(use())
     first, second, third = versions
+    assert asyncio.run(load_seconds()) == third.load_seconds
     assert [version.version for version in versions] == [1, 2, 3]
     assert first.bytes == sum((adapters[0] / name).stat().st_size for name in (CONFIG, WEIGHTS))
     assert [version.rank for version in versions] == [4, 4, 4], "of the module with the largest"

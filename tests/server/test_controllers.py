@@ -287,6 +287,39 @@ def test_removal_and_new_content(
             controller.remove("none")
 
 
+def test_pods_with_a_store_each_do_not_undo_each_other(
+    guarded: Place, cache: ProjectorCache, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    """A controller that takes an adapter off one pod leaves it on the other."""
+    (tmp_path / "pod").mkdir()
+    with (
+        Place.start(cache, tmp_path / "pod", select="all") as second,
+        begin(guarded, tmp_path) as one, second.server({}, INFERENCE_KEY) as two,
+    ):  # fmt: skip
+        pods = [ProductionStack(server.client(ADMIN_KEY), folders) for server in (one, two)]
+        for pod in pods:
+            pod.reconcile()
+        pods[0].remove("lora-0")
+        assert (served(one), served(two)) == (set(folders) - {"lora-0"}, set(folders))
+
+
+def test_a_shared_or_a_kept_store_is_not_a_pods(
+    guarded: Place, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    """Why the recipe says: one store for each pod, which ends with it."""
+    with begin(guarded, tmp_path) as one, guarded.server({}, INFERENCE_KEY) as two:
+        pods = [ProductionStack(server.client(ADMIN_KEY), folders) for server in (one, two)]
+        pods[0].reconcile()
+        assert served(two) == set(folders), "one store is one for all"
+        pods[0].remove("lora-0")
+        assert "lora-0" not in served(two)
+        pods[1].reconcile()  # this one wants it
+        assert "lora-0" in served(one)
+    with begin(guarded, tmp_path) as again:  # no resource is left, and nobody loads anything
+        ProductionStack(again.client(ADMIN_KEY), {}).reconcile()
+        assert served(again) == set(folders)
+
+
 @pytest.mark.parametrize("kind", [ProductionStack, Aibrix])
 def test_an_inference_key_is_not_enough(
     kind: Callable[..., Controller], guarded: Place, tmp_path: Path, folders: dict[str, Path]

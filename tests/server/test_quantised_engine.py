@@ -15,10 +15,10 @@ from tests.server import slots
 from tests.server.slots import Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
 
-FORM = "GPTQ, 4 bits"
+FORMS = ("GPTQ, 4 bits", "AWQ, 4 bits")
 
 
-def copy_of(model: Path, folder: Path, form: str = FORM) -> Path:
+def copy_of(model: Path, folder: Path, form: str) -> Path:
     """A quantised copy, with its tokenizer."""
     state = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
     modules = [name.removesuffix(".weight") for name in state if name.endswith("_proj.weight")]
@@ -41,13 +41,18 @@ def engine(pair: Pair, model: Path, root: Path) -> Engine:
 def test_an_adapter_is_projected_and_served(tmp_path: Path) -> None:
     pair = make_pair(tmp_path / "pair", "llama")
     adapter = make_adapter(tmp_path / "adapter", pair.weights, pair.aligned, 3, r=4, lora_alpha=6)
-    served = engine(pair, copy_of(pair.aligned, tmp_path / "copy"), tmp_path)
-    served.add("load", "one", 1, str(adapter.folder))
-    served.add("slots", 1, str(tmp_path / "slots"))
-    served.add("say", "one", 1, str(adapter.folder))
-    ((loaded, _, said),) = slots.run([served], tmp_path, slots.ONE_PROCESS, seconds=300)
-    assert loaded is True and len(said) == 4
-    read = slots.read(tmp_path / "slots")
-    assert slots.from_published(read, slots.published(tmp_path / "store", adapter.folder)) == 0.0
-    assert slots.from_projection(read, adapter, pair.weights) < slots.TOLERANCE[torch.bfloat16]
-    assert "copy of the aligned one: GPTQ, 4 bits" in (tmp_path / "engine.log").read_text()
+    roots, engines = [tmp_path / f"{number}" for number in range(len(FORMS))], []
+    for form, root in zip(FORMS, roots, strict=True):
+        served = engine(pair, copy_of(pair.aligned, root / "copy", form), root)
+        served.add("load", "one", 1, str(adapter.folder))
+        served.add("slots", 1, str(root / "slots"))
+        served.add("say", "one", 1, str(adapter.folder))
+        engines.append(served)
+    answers = slots.run(engines, tmp_path, slots.ONE_PROCESS, seconds=500)
+    log = (tmp_path / "engine.log").read_text()
+    for form, root, (loaded, _, said) in zip(FORMS, roots, answers, strict=True):
+        assert loaded is True and len(said) == 4
+        read = slots.read(root / "slots")
+        assert slots.from_published(read, slots.published(root / "store", adapter.folder)) == 0.0
+        assert slots.from_projection(read, adapter, pair.weights) < slots.TOLERANCE[torch.bfloat16]
+        assert f"copy of the aligned one: {form}" in log

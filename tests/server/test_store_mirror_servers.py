@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from safelora_vllm.integration.server import reconcile
+from safelora_vllm.integration.server import reconcile, store_sync
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.moto_server import CREDENTIALS, s3
 from tests.server.conftest import ADMIN_KEY, upload
@@ -20,10 +20,17 @@ UPLOADS = 50
 
 
 @pytest.fixture
+def look_seconds() -> float:
+    """Between two looks into the bucket."""
+    return 2.0
+
+
+@pytest.fixture
 def servers(
-    cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look_seconds: float
 ) -> Iterator[tuple[FakeServer, FakeServer]]:
     monkeypatch.setattr(reconcile, "_HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(store_sync, "_LOOK_SECONDS", look_seconds)
     monkeypatch.setenv("VLLM_PLUGINS", "safelora")
     monkeypatch.setenv("SAFELORA_ADMIN_API_KEY", ADMIN_KEY)
     for name in ("one", "two"):
@@ -73,3 +80,23 @@ def test_two_servers_on_one_bucket(servers: tuple[FakeServer, FakeServer], tmp_p
     assert first.delete("/v1/adapters/n2").status_code == 200
     names = until_same(servers, UPLOADS - 1)
     assert names["n0"] == names["n1"] and "n2" not in names
+
+
+@pytest.mark.parametrize("look_seconds", [3600.0])
+def test_a_change_does_not_wait_for_the_next_look(
+    servers: tuple[FakeServer, FakeServer], tmp_path: Path
+) -> None:
+    """A load balancer may send each change of a name to another server."""
+    drafts = [Draft(tensors=lora(seed=seed)).write(tmp_path / f"adapter{seed}") for seed in range(3)]
+    first, second = (server.client(ADMIN_KEY) for server in servers)
+    assert upload(first, "a", drafts[0]).status_code == 201
+    assert upload(second, "a", drafts[1]).status_code == 409
+    assert upload(second, "a", drafts[1], replace=True).status_code == 201
+    assert upload(first, "a", drafts[2], replace=True).status_code == 201
+    assert second.post("/v1/adapters/a/rollback", json={"version": 1}).status_code == 200
+    assert upload(second, "b", drafts[0]).status_code == 201
+    assert upload(first, "b", drafts[0]).json()["version"] == 1, "the same content is no new version"
+    for name in "ab":
+        assert first.delete(f"/v1/adapters/{name}").status_code == 200
+        assert second.delete(f"/v1/adapters/{name}").status_code == 404
+    assert upload(second, "a", drafts[0]).status_code == 201

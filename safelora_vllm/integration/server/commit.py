@@ -90,8 +90,8 @@ class Commits:
         await log(self._audit, actor, action, adapter, **refusal.details, **more)
 
     async def record(self, name: str) -> AdapterRecord | None:
-        """The record of a name, None where there is none."""
-        return await asyncio.to_thread(self._reconciler.names.get, name)
+        """The record of a name as all servers know it, None where there is none."""
+        return await asyncio.to_thread(self._reconciler.names.newest, name)
 
     async def known(self, who: Principal, name: str) -> AdapterRecord:
         """The record of a name that the caller may change.
