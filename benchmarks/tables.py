@@ -344,6 +344,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+_ANSWERING = {
+    "pure-qv": "purely malicious", "mixed-10-qv": "10 % malicious", "benign-qv": "the two tasks only",
+}  # fmt: skip
+_TREATED = {
+    "input-removal-0.2": "input removal, energy 0.2", "input-removal-0.4": "input removal, energy 0.4",
+    "threshold-0.35": "Safe LoRA, τ = 0.35", "safe-lora-0.5": "Safe LoRA, least similar half",
+    "safe-lora-1": "Safe LoRA, all modules",
+}  # fmt: skip
 _CACHES = {"exact": "exact, energy 0.95", "thin, 0.4": "thin, energy 0.4 (the default)",
            "thin, 0.8": "thin, energy 0.8", "thin, 0.95": "thin, energy 0.95"}  # fmt: skip
 
@@ -374,6 +382,31 @@ def thin() -> str:
     heads += [*(f"uncertain, {title}" for title in titles), "less safe decisions"]
     heads += ["median of `retained`, `safe-lora --select all`", "deltas of which more is left than by Ĉ"]
     return markdown(heads, rows)
+
+
+def thin_answers() -> str:
+    """What adapters answer with a thin cache, and with an exact one."""
+    rows = []
+    for row in load("thin_answers")["rows"]:
+        adapter, _, treatment = row["adapter"].partition(", ")
+        sides = row["thin"], row["exact"]
+        change = ", ".join(number(row["difference"][end], 2) for end in ("low", "high"))
+        utility = [number(side["utility"], 2) if "utility" in side else "" for side in sides]
+        shares = [percent(side["projected"]) for side in sides]
+        asr = [number(side["asr"], 2) for side in sides]
+        rows.append(
+            [
+                _ANSWERING[adapter],
+                _TREATED[treatment],
+                *shares,
+                percent(row["same"]),
+                *asr,
+                f"[{change}]",
+                *utility,
+            ]
+        )
+    heads = ["adapter", "policy", "projected, thin", "exact", "same of 120 answers", "ASR, thin", "exact"]
+    return markdown([*heads, "difference", "utility, thin", "exact"], rows, texts=2)
 
 
 def basis_dtypes() -> str:
@@ -519,7 +552,7 @@ def tables() -> dict[str, Callable[[], str]]:
     mine = (
         runs, projection, hot_load, hostile, crash, two_servers, soak, growth, fuzz, mutants, vetting, slots,
         request_cost, scrape, demo,
-        project_stage, projector_memory, projector_placement, certified, thin, basis_dtypes,
+        project_stage, projector_memory, projector_placement, certified, thin, thin_answers, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
