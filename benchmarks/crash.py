@@ -1,13 +1,15 @@
 """kill -9 of the server at random moments of uploading, replacing and removing; what is there afterwards.
 
-    python benchmarks/crash.py [--rounds 100] [--engine none|vllm] [--mirror]
+    python benchmarks/crash.py [--rounds 100] [--engine none|vllm] [--mirror] [--exam]
 
 Each round starts a server on the same store, lets clients change names, kills the server and all its
 processes after a random time, reads the whole store ('store verify'), and starts the next server, which
 must serve every acknowledged upload and no name of which the removal was acknowledged. ``--engine none``
 runs this package's HTTP side and its real gate process without vLLM's engine, which starts in seconds;
 ``vllm`` the real server. With ``--mirror`` rounds take turns on two stores that share a bucket of a local S3
-(moto): whatever the next server serves, it has from the bucket.
+(moto): whatever the next server serves, it has from the bucket. With ``--exam`` the server has ``--exam
+enforce`` before an engine that answers by a script: a third of the adapters passes on no rung, a third on
+the last one only. Nothing that is served, now or after a start, may be without a verdict that it passed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from pathlib import Path
 import httpx
 import recording
 from random_adapters import write_adapters
+from scripted_exam import HARMFUL, Kinds, unexamined, without_verdict
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -48,18 +51,23 @@ _CACHE = HERE.parent / ".cache"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CLIENTS, NAMES_EACH = 3, 4
 MIRROR = "s3://bucket/crash"
+CHURN_SECONDS, WITH_EXAMS_SECONDS = 2.7, 8.0  # at most, until a server is killed
 MADE_SECONDS = 60.0  # until a server has published copies of what others had stored
 
 
 @dataclass
 class Ledger:
     """What clients were told: name → digest, None for none. unsure: names whose last change was not answered.
-    faults: what must not be."""
+    refusals: of the exam. looks: at what is served, while changes are made. in_exams: rounds that ended with
+    a copy that no exam had judged. faults: what must not be."""
 
     acknowledged: dict[str, str | None] = field(default_factory=dict)
     unsure: dict[str, set[str | None]] = field(default_factory=dict)
     changes: int = 0
     interrupted: int = 0
+    refusals: int = 0
+    looks: int = 0
+    in_exams: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -69,35 +77,49 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--engine", choices=("none", "vllm"), default="none")
     parser.add_argument("--mirror", action="store_true", help="two stores in turn, which share a bucket")
+    parser.add_argument("--exam", action="store_true", help="with --exam enforce; needs --engine none")
     parser.add_argument("--aligned", type=Path, default=_CACHE / "models" / "aligned")
     parser.add_argument("--projectors", type=Path, default=_CACHE / "projectors")
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the JSON")
     args = parser.parse_args()
+    if args.exam and (args.engine != "none" or args.mirror):
+        parser.error("--exam is not for --engine vllm or --mirror: its adapters are harmful by a script")
     ledger, moments = Ledger(), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch, bucket() if args.mirror else nullcontext():
         work = Path(scratch)
         adapters = write_adapters(work, args.projectors, 8, ["qv-r8"])["qv-r8"]
+        kinds = Kinds.of([digest_of(adapter) for adapter in adapters]) if args.exam else None
+        if kinds:
+            kinds.write(work / "kinds.json")
         for number in tqdm(range(args.rounds + 1), unit="round"):
             store = work / (f"store{number % 2}" if args.mirror else "store")
             process, http = start(args, work, store)
             try:
                 check_served(http, ledger, number)
+                look(http, store, kinds, ledger)
+                before = without_verdict(store)
                 if number < args.rounds:
-                    churn(process, http, adapters, ledger, moments)
+                    churn(process, http, adapters, ledger, moments, store, kinds)
             finally:
                 kill(process)
+            ledger.in_exams += args.exam and not without_verdict(store) <= before
             check_store(store, ledger.faults, number)
     figures = {
         "engine": args.engine,
         "mirror": args.mirror,
+        "exam": args.exam,
         "rounds": args.rounds,
         "acknowledged_changes": ledger.changes,
         "interrupted_changes": ledger.interrupted,
+        "refused_by_the_exam": ledger.refusals,
+        "looks_at_what_is_served": ledger.looks,
+        "rounds_killed_in_an_exam": ledger.in_exams,
         "faults": ledger.faults,
     }
     print(json.dumps(figures, indent=1))
     command = f"crash.py --rounds {args.rounds} --engine {args.engine}{' --mirror' * args.mirror}"
-    name = f"crash_{args.engine}{'_mirror' * args.mirror}"
+    command += " --exam" * args.exam
+    name = f"crash_{args.engine}{'_mirror' * args.mirror}{'_exam' * args.exam}"
     print(f"written to {recording.write(name, command, 'default', figures, args.out)}")
     return 1 if ledger.faults else 0
 
@@ -125,6 +147,7 @@ def start(
         script = str(HERE / "without_engine.py")
         command = [sys.executable, script, f"--aligned={args.aligned}", f"--projectors={args.projectors}"]
         command += [f"--store={store}", f"--port={port}"]
+        command += [f"--exam={work / 'kinds.json'}"] if args.exam else []
     command += [f"--store-mirror={MIRROR}"] if args.mirror else []
     env = {**os.environ, "SAFELORA_ADMIN_API_KEY": ADMIN_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with (work / "server.log").open("ab") as log:
@@ -148,21 +171,42 @@ def churn(
     adapters: list[Path],
     ledger: Ledger,
     moments: random.Random,
+    store: Path,
+    kinds: Kinds | None,
 ) -> None:
-    """Clients upload, replace and remove until the server is killed, some time within three seconds."""
+    """Clients upload, replace and remove until the server is killed, after a random time."""
     threads = [
-        threading.Thread(target=client, args=(str(http.base_url), index, adapters, ledger, moments.random()))
+        threading.Thread(
+            target=client, args=(str(http.base_url), index, adapters, ledger, moments.random(), kinds)
+        )
         for index in range(CLIENTS)
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.3 + 2.7 * moments.random())
+    until = time.monotonic() + 0.3 + (WITH_EXAMS_SECONDS if kinds else CHURN_SECONDS) * moments.random()
+    while (left := until - time.monotonic()) > 0:
+        look(http, store, kinds, ledger)
+        time.sleep(min(left, 0.05))
     os.killpg(process.pid, signal.SIGKILL)
     for thread in threads:
         thread.join()
 
 
-def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: float) -> None:
+def look(http: httpx.Client, store: Path, kinds: Kinds | None, ledger: Ledger) -> None:
+    """Whether all that is served at this moment has passed the exam."""
+    if kinds is not None:
+        ledger.faults += unexamined(http.get("/v1/adapters").json()["data"], store, kinds)
+        ledger.looks += 1
+
+
+def digest_of(adapter: Path) -> str:
+    """As reports name a content."""
+    return content_digest(*((adapter / file).read_bytes() for file in FILES))
+
+
+def client(
+    url: str, index: int, adapters: list[Path], ledger: Ledger, seed: float, kinds: Kinds | None
+) -> None:
     """One client with names of its own, so that it knows what each should serve."""
     choice = random.Random(seed)
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=120) as http:
@@ -170,7 +214,9 @@ def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: flo
             name, adapter = f"client{index}-{choice.randrange(NAMES_EACH)}", choice.choice(adapters)
             files = {file: (adapter / file).read_bytes() for file in FILES}
             removing = choice.random() < 0.25
-            after = None if removing else content_digest(*files.values())
+            digest = content_digest(*files.values())
+            refused = kinds is not None and not removing and kinds[digest] == HARMFUL
+            after = None if removing else ledger.acknowledged.get(name) if refused else digest
             ledger.unsure[name] = {ledger.acknowledged.get(name), after}
             try:
                 if removing:
@@ -178,7 +224,8 @@ def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: flo
                     good = answer.status_code in (200, 404)
                 else:
                     answer = http.post("/v1/adapters?replace=true", data={"name": name}, files=files)
-                    good = answer.status_code in (200, 201)  # 200: the name has this content
+                    # 200: the name has this content.
+                    good = answer.status_code in ((422,) if refused else (200, 201))
             except httpx.TransportError:
                 ledger.interrupted += 1
                 return
@@ -186,7 +233,8 @@ def client(url: str, index: int, adapters: list[Path], ledger: Ledger, seed: flo
                 ledger.faults.append(f"{name}: {answer.status_code} {answer.text:.200}")
             ledger.acknowledged[name] = after
             ledger.unsure.pop(name)
-            ledger.changes += 1
+            ledger.changes += not refused
+            ledger.refusals += refused
 
 
 def check_served(http: httpx.Client, ledger: Ledger, number: int) -> None:

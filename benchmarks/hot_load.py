@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,15 +96,27 @@ def load_all(server: Server, folders: list[Path]) -> list[float]:
     return seconds
 
 
-def storm(server: Server, folders: list[Path], times: Times, quiet_seconds: float = 4.0) -> None:
-    """Gaps between the tokens of one stream: some quiet seconds, then while ``folders`` are loaded."""
+def storm(
+    server: Server,
+    folders: list[Path],
+    times: Times,
+    quiet_seconds: float = 4.0,
+    clock: Callable[[], float] | None = None,
+) -> None:
+    """Gaps between the tokens of one stream: some quiet seconds, then while ``folders`` are loaded.
+
+    clock: another one, by which gaps are measured, too.
+    """
     moments: list[float] = []
+    readings: list[float] = []
     finished = threading.Event()
 
     def listen() -> None:
         stream = server.tokens(_PROMPT, 2000)
         for moment in stream:
             moments.append(moment)
+            if clock:
+                readings.append(clock())
             if finished.is_set():
                 break
         stream.close()
@@ -124,9 +138,11 @@ def storm(server: Server, folders: list[Path], times: Times, quiet_seconds: floa
         raise RuntimeError("the stream ended during the loads; its gaps would be too few")
     for folder in folders:
         server.unload(folder.name)
-    pairs = list(zip(moments[_FIRST_TOKENS - 1 :], moments[_FIRST_TOKENS:], strict=False))
-    times["gap, quiet"] += [b - a for a, b in pairs if b <= start]
-    times["gap, storm"] += [b - a for a, b in pairs if b > start and a < end]
+    for name, read in {"gap": moments, "gap by clock": readings}.items():
+        gaps = [after - before for before, after in pairwise(read)]
+        about = list(zip(pairwise(moments), gaps, strict=False))[_FIRST_TOKENS - 1 :]
+        times[f"{name}, quiet"] += [gap for (_, b), gap in about if b <= start]
+        times[f"{name}, storm"] += [gap for (a, b), gap in about if b > start and a < end]
 
 
 def stages(server: Server) -> Times:

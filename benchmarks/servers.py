@@ -68,7 +68,7 @@ class Server:
     def _request(
         self, path: str, body: Mapping[str, object]
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         connection.request("POST", path, json.dumps(dict(body)), headers)
         answer = connection.getresponse()

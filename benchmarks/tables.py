@@ -116,6 +116,46 @@ def hot_load() -> str:
     return markdown(["guarded / unguarded", *_KINDS.values()], rows)
 
 
+def exam_cost() -> str:
+    """What others feel of exams in a server."""
+    gaps, rows = load("exam_cost")["gaps"], []
+    for point in ("p50", "p99", "longest"):
+        row = gaps[f"processor {point}"]
+        ratios = [row["loads_over_quiet"][exam] for exam in ("off", "enforce")]
+        rows.append([point, *(number(of, 1) for of in [*ratios, row["enforce_over_off"]])])
+    heads = [
+        "gap of another client, processor time",
+        "loads / quiet, `--exam off`",
+        "loads / quiet, `--exam enforce`",
+    ]
+    return markdown([*heads, "during loads, `enforce` / `off`"], rows)
+
+
+def exam_steps() -> str:
+    """What probes add to the engine's steps."""
+    found = load("exam_steps")
+    rows = [
+        [
+            count,
+            number(of["slowed_steps"]),
+            *(number(of["over_quiet"][point], 1) for point in ("p50", "longest")),
+            number(of["exam_seconds"], 1),
+        ]
+        for count, of in sorted(found["at_once"].items(), key=lambda item: int(item[0]))
+    ]
+    rows.append(
+        [f"{max(map(int, found['at_once']))}, no stream", "", "", "", number(found["exam_alone_seconds"], 1)]
+    )
+    heads = [
+        "probes at once",
+        "steps with probes",
+        "a step / quiet, median",
+        "longest / quiet",
+        "s of a processor",
+    ]
+    return markdown(heads, rows)
+
+
 def hostile() -> str:
     """Hostile adapters against vLLM as it is and guarded."""
     rows, total = [], ["**all**"]
@@ -144,14 +184,18 @@ def _outcomes(row: dict[str, Any]) -> list[int]:
 
 def crash() -> str:
     """kill -9 while names change."""
-    runs = load("crash_none"), load("crash_none_mirror")
+    runs = load("crash_none"), load("crash_none_mirror"), load("crash_none_exam")
     rows = [
         ["rounds", *(number(run["rounds"]) for run in runs)],
         ["acknowledged changes", *(number(run["acknowledged_changes"]) for run in runs)],
         ["changes that were interrupted", *(number(run["interrupted_changes"]) for run in runs)],
         ["changes that were lost, or half done", *(number(len(run["faults"])) for run in runs)],
+        ["uploads that the exam refused", "", "", number(runs[2]["refused_by_the_exam"])],
+        ["rounds that ended in an exam", "", "", number(runs[2]["rounds_killed_in_an_exam"])],
+        ["looks at what is served", "", "", number(runs[2]["looks_at_what_is_served"])],
     ]
-    return markdown(["`kill -9` at random moments", "one store", "two stores in turn, one bucket"], rows)
+    heads = ["one store", "two stores in turn, one bucket", "one store, `--exam enforce`"]
+    return markdown(["`kill -9` at random moments", *heads], rows)
 
 
 def two_servers() -> str:
@@ -550,8 +594,8 @@ def tables() -> dict[str, Callable[[], str]]:
     import safety_tables
 
     mine = (
-        runs, projection, hot_load, hostile, crash, two_servers, soak, growth, fuzz, mutants, vetting, slots,
-        request_cost, scrape, demo,
+        runs, projection, hot_load, exam_cost, exam_steps, hostile, crash, two_servers, soak, growth, fuzz,
+        mutants, vetting, slots, request_cost, scrape, demo,
         project_stage, projector_memory, projector_placement, certified, thin, thin_answers, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip

@@ -257,6 +257,36 @@ def test_an_exam_is_not_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(urgent) == 40 and len({request for request, _ in asked}) == len(asked)
 
 
+@pytest.mark.parametrize(("others", "patience", "most"), [(False, 30.0, 8), (True, 30.0, 2), (True, -1.0, 8)])
+def test_few_probes_go_at_once_beside_others(
+    monkeypatch: pytest.MonkeyPatch, others: bool, patience: float, most: int
+) -> None:
+    """For a while: a server that always answers somebody would never end it."""
+    pytest.importorskip("vllm")
+    engine_model = pytest.importorskip("safelora_vllm.integration.server.exam.engine_model")
+    monkeypatch.setattr(engine_model, "_PATIENCE_SECONDS", patience)
+    hidden = SimpleNamespace(lora_name=engine_model.HIDDEN + "1")
+    states = {"x": SimpleNamespace(lora_request=None)} if others else {}
+    seen = []
+
+    async def generate(_: Any, __: Any, request: str, **___: Any) -> Any:
+        states[request] = SimpleNamespace(lora_request=hidden)
+        await asyncio.sleep(0)
+        seen.append(len(states) - others)
+        del states[request]
+        given = [{token: SimpleNamespace(logprob=-1.0)} for token in (ord("p"), *ANSWER)]
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ANSWER)], prompt_logprobs=given)
+
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(),
+        generate=generate,
+        output_processor=SimpleNamespace(request_states=states),
+    )
+    model = engine_model.EngineModel(engine, FakeTokenizer(), "x")
+    said = asyncio.run(model.likelihoods(["p"] * 20, [tuple(ANSWER)] * 20, cast(Any, hidden)))
+    assert said == [-1.0] * 20 and max(seen) == most
+
+
 def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:
     """Neither of --lora-modules that vLLM would load itself, nor of the offline LLM."""
     guard_module = pytest.importorskip("safelora_vllm.integration.worker.guard")

@@ -6,28 +6,34 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safelora_vllm.errors import ExamUnavailable, UsageError
 from safelora_vllm.exam.chat import check_template, prompt_ids
 from safelora_vllm.exam.reference import Tokens
+from safelora_vllm.integration.seams.server import requests_now
+from safelora_vllm.integration.server.exam.hidden_name import HIDDEN
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 R = TypeVar("R")
-_AT_ONCE = 8  # requests of exams in the engine
+# Requests of exams in the engine, and while it answers others, who wait for its steps. With one alone, steps
+# are hardly shorter on a CPU, and an exam is much longer: benchmarks/exam_steps.py.
+_AT_ONCE, _BESIDE_OTHERS = 8, 2
 _LAST, _USUAL = 2**31 - 1, 0  # vLLM's lowest priority, and that of requests that name none
-_PATIENCE_SECONDS = 30.0  # for which an exam lets all others go first
+_PATIENCE_SECONDS = 60.0  # for which an exam lets all others go first
 _LOGPROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probabilities
 
 
 class EngineModel:
     """Asks the engine, with an adapter or without one.
 
-    Its requests are those of nobody: they are not counted as traffic. Where the scheduler has priorities they
-    have the lowest, but for a while only: a server that is always busy would never answer them.
+    Its requests are those of nobody: they are not counted as traffic. While others are answered, few about an
+    adapter go at once, and where the scheduler has priorities they have the lowest. Both for a while only: a
+    server that is always busy would never answer them.
     """
 
     def __init__(self, engine_client: Any, tokenizer: Any, name: str, template: str | None = None) -> None:
@@ -55,6 +61,7 @@ class EngineModel:
         # vLLM's ids need not be random, and API servers share an engine.
         self._ids_begin = f"safelora-exam-{secrets.token_hex(8)}"
         self._numbers, self._free = itertools.count(), asyncio.Semaphore(_AT_ONCE)
+        self._engine_client, self._few = engine_client, asyncio.Semaphore(_BESIDE_OTHERS)
 
     async def answer(
         self, prompts: Sequence[str], tokens: int, adapter: LoRARequest | None = None
@@ -105,7 +112,7 @@ class EngineModel:
                 last = output
             return last
 
-        async with self._free:
+        async with self._free, self._beside_others(adapter, until):
             if not self._has_priorities:
                 last = await ask()
             else:
@@ -117,6 +124,20 @@ class EngineModel:
         if last is None or not last.outputs:
             raise ExamUnavailable("the engine gave no answer to an exam: try again later")
         return last
+
+    @asynccontextmanager
+    async def _beside_others(self, adapter: LoRARequest | None, until: float) -> AsyncIterator[None]:
+        """Few requests at a time, if they are about an adapter and others are answered."""
+        if adapter is None or asyncio.get_running_loop().time() > until or not self._others():
+            yield
+        else:
+            async with self._few:
+                yield
+
+    def _others(self) -> bool:
+        """Whether the engine answers requests of this API server that are none of an exam."""
+        running, waiting = requests_now(self._engine_client)
+        return any(not name.startswith(HIDDEN) for name in (*running, *waiting))
 
     def _ids(self, prompt: str) -> list[int]:
         return prompt_ids(self._tokenizer, prompt, self._template)
