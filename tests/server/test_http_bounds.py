@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
 from safelora_vllm.errors import GateUnavailable, GuardError, StoreUnavailable
-from safelora_vllm.integration.server import adapter_series, middleware, routes, uploads
+from safelora_vllm.integration.server import adapter_series, loading_routes, middleware, route_parts, uploads
 from safelora_vllm.integration.server.schemas import (
     LoadRequest,
     PolicyChange,
@@ -44,7 +44,7 @@ def admin(fake: FakeServer) -> TestClient:
 
 def test_what_is_received_is_bounded() -> None:
     """As SECURITY.md and the errors say it."""
-    assert routes._MAX_JSON == middleware._MAX_BODY == KIB_64
+    assert route_parts._MAX_JSON == middleware._MAX_BODY == KIB_64
     assert uploads._FIELDS == {"name": 300, "hub_id": 300, "revision": 200}
     assert uploads._CONFIG_BYTES == uploads._OVERHEAD_BYTES == uploads._BLOCK == 1024**2
     assert (uploads._PATIENCE_SECONDS, uploads._PATIENCE_BYTES) == (60.0, KIB_64)
@@ -88,7 +88,7 @@ def test_a_path_upload_that_drips_is_ended(admin: TestClient, monkeypatch: pytes
         yield b"{"
         raise UploadTimeout("too slow")
 
-    monkeypatch.setattr(routes, "read_with_timeout", drips)
+    monkeypatch.setattr(loading_routes, "read_with_timeout", drips)
     assert admin.post("/v1/adapters", json={"name": "x", "path": "/x"}).status_code == 408
 
 
@@ -141,7 +141,7 @@ def test_the_hub_is_asked_only_where_that_is_allowed_and_nothing_else_is_sent(
     files: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routes, "download", lambda *_: pytest.fail("the hub is asked"))
+    monkeypatch.setattr(loading_routes, "download", lambda *_: pytest.fail("the hub is asked"))
     fake.app.state.safelora_manager.hub = allowed
     fields: Any = {"name": (None, "x"), "hub_id": (None, "org/adapter"), **files}
     answer = admin.post("/v1/adapters", files=fields)
@@ -157,10 +157,10 @@ def test_what_was_sent_is_not_repeated_in_the_error(
     async def sent(_: object) -> Any:
         yield json.dumps(body).encode()
 
-    monkeypatch.setattr(routes, "read_with_timeout", sent)
+    monkeypatch.setattr(loading_routes, "read_with_timeout", sent)
     who, nothing = Principal("admin", "ops"), cast(Any, None)
     with pytest.raises(RequestValidationError) as refused:
-        asyncio.run(routes._add_named(who, fake.app.state.safelora_manager, nothing, nothing, False))
+        asyncio.run(loading_routes._add_named(who, fake.app.state.safelora_manager, nothing, nothing, False))
     assert refused.value.errors() and "a secret" not in repr(refused.value.errors())
     answer = admin.post("/v1/adapters", json=body)
     assert answer.status_code == 400 and "a secret" not in answer.text
@@ -243,7 +243,7 @@ def test_metrics_are_there_while_the_gate_is_down(
 
 def test_a_request_that_came_past_the_check_is_not_answered() -> None:
     with pytest.raises(GuardError, match="came past the middleware"):
-        routes.identified()
+        route_parts.identified()
 
 
 @pytest.mark.parametrize(
@@ -280,4 +280,5 @@ def test_a_version_is_shown_as_it_is_stored() -> None:
     assert shown == {
         "version": 3, "digest": "d" * 64, "bytes": 5, "rank": 7, "created": 9.5, "by": "ops",
         "policy": {"mode": "enforce"}, "override": True, "reason": "because", "refused": [],
+        "exam_override": False, "signed_by": "",
     }  # fmt: skip
