@@ -70,3 +70,15 @@ def test_rules_that_cannot_hold(cache: ProjectorCache, tmp_path: Path) -> None:
     (tmp_path / "store" / "raw").chmod(0o777)
     with pytest.raises(GuardError, match="chmod o-w"):
         check()
+
+
+def test_a_mirrored_store_without_its_bucket(cache: ProjectorCache, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mirror").write_text("s3://bucket/x")
+    for mirror in (None, "s3://bucket/other"):
+        with pytest.raises(GuardError, match=r"mirrors s3://bucket/x, not .*: start with --store-mirror s3://"):
+            _check_rules(
+                cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), store_mirror=mirror)
+            )
+    known = ServerSettings(str(cache.folder), str(tmp_path / "store"), store_mirror="s3://bucket/x/")
+    _check_rules(cache, known)  # its bucket is not asked

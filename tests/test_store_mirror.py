@@ -18,9 +18,10 @@ import pytest
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import ChangedMeanwhile, GuardError, StoreDamaged, StoreUnavailable
 from safelora_vllm.remote.bucket import Bucket, Conflict
+from safelora_vllm.remote.bucket_causes import because
 from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest, mirror
 from safelora_vllm.store.housekeeping import verify
-from safelora_vllm.store.mirror import MirroredNames, attach, open_names
+from safelora_vllm.store.mirror import MirroredNames, attach, check_mirror, open_names
 from safelora_vllm.store.name_record import file_of
 from tests.mirror_writer import add, files
 from tests.moto_server import CREDENTIALS, s3
@@ -288,6 +289,49 @@ def test_a_store_keeps_to_its_bucket(url: str, tmp_path: Path) -> None:
     for wrong in ("/srv/x", "https://host.example/x", "file:///srv", "s3://bucket/x?y"):
         with pytest.raises(GuardError, match="is not a valid bucket"):
             Bucket(wrong)
+
+
+def test_an_endpoint_without_tls_needs_no_second_word(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever names an http:// endpoint for S3 has said that it has no TLS."""
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    assert Bucket(url).get("a") is None
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
+    with pytest.raises(StoreUnavailable, match=r"no TLS; set AWS_ALLOW_HTTP=true, or give an https://"):
+        Bucket(url).get("a")
+
+
+def test_a_bucket_that_cannot_be_used_is_said_to_be_so_at_once(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the cause and what to do, before vLLM starts and with nothing written."""
+    monkeypatch.setattr("safelora_vllm.remote.bucket._RETRY", {"max_retries": 0})
+    with pytest.raises(StoreUnavailable, match="there is no such bucket; create it"):
+        check_mirror(tmp_path / "one", "s3://none-of-these/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreUnavailable, match="its endpoint was not reached; check the endpoint"):
+        check_mirror(tmp_path / "one", url)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(GuardError, match="set AZURE_STORAGE_ACCOUNT_NAME"):
+        check_mirror(tmp_path / "one", "az://container/x")
+    assert not (tmp_path / "one").exists()
+    check_mirror(tmp_path / "one", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("PUT http://169.254.169.254/latest/api/token - status code: 403", "there are no credentials"),
+        ("Server returned non-2xx status code: 403 Forbidden: <Code>X</Code>", "access was denied; check the cre"),
+        ("inner: BareRedirect", "set AWS_REGION"),
+        ("status code: 501 Not Implemented", "writes on condition"),
+        ("kind: Timeout,", "did not answer in time; try again later"),
+        ("status code: 503 Slow Down: X-Amz-Signature=abc", "it answered status 503; try again later"),
+        ("X-Amz-Signature=abc", "ValueError; try again later"),
+    ],
+)
+def test_the_cause_is_named_without_the_text_of_the_other_side(text: str, cause: str) -> None:
+    said = because(ValueError(text))
+    assert cause in said and "abc" not in said and "<Code>" not in said
 
 
 def test_killed_writers_lose_nothing_and_leave_nothing_half_done(

@@ -28,6 +28,7 @@ from safelora_vllm.settings import (
     new_admin_key,
 )
 from safelora_vllm.store.housekeeping import check_store
+from safelora_vllm.store.mirror import check_mirror
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.rules_check import tenant_check
 
@@ -48,7 +49,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
         be given.
         ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
         PolicyError: more than the cache has.
-        GuardError: a vLLM that is not guarded.
+        GuardError: a vLLM that is not guarded, or a store of another bucket. StoreUnavailable: the bucket.
     """
     cache = ProjectorCache(settings.projectors)
     if not settings.trust_served_model:
@@ -120,13 +121,15 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     """What the gate and the workers would refuse too, but minutes later and in the middle of a long log.
 
     Raises:
-        PolicyError: more than the cache has. GuardError: the store opens a way around.
+        PolicyError: more than the cache has. GuardError: the store opens a way around, or mirrors another
+        bucket. StoreUnavailable: a bucket that is new to the store does not answer.
     """
     policy = Policy.from_mapping(settings.policy)
     check_energy(policy, cache)
     if settings.exam == "enforce":
         ladder.usable(cache, settings.ladder, policy)
     check_store(settings.store)
+    check_mirror(settings.store, settings.store_mirror)
 
 
 def _refuse_options(args: argparse.Namespace) -> None:

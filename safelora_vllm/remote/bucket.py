@@ -11,10 +11,12 @@ from typing import Any
 
 from safelora_vllm.errors import GuardError, StoreUnavailable
 from safelora_vllm.remote.address import CLOUDS, is_remote
+from safelora_vllm.remote.bucket_causes import because
 
 _RETRY = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
 _SECONDS = 30  # for a request, and more for each of
 _BYTES_A_SECOND = 256 * 1024
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 
 
 class Conflict(Exception):
@@ -50,7 +52,7 @@ class Bucket:
         try:
             self._store = self._client(0)
         except Exception as error:
-            raise GuardError(f"the bucket {self.url} cannot be used ({type(error).__name__})") from None
+            raise GuardError(f"the bucket {self.url} cannot be used: {because(error)}") from None
 
     def get(self, path: str, nbytes: int = 0) -> tuple[bytes, str] | None:
         """An object's content and ETag, None where there is none. nbytes: a large one's, which takes longer.
@@ -121,11 +123,11 @@ class Bucket:
         return self._clients[seconds]
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
-        """Without the error's text, which may hold a signature."""
-        return StoreUnavailable(
-            f"the bucket {self.url} cannot be read or written ({type(error).__name__}); try again later"
-        )
+        return StoreUnavailable(f"the bucket {self.url} cannot be read or written: {because(error)}")
 
 
 def _allows_http() -> bool:
-    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    """As the environment says, or else if the endpoint that it names for S3 has no TLS."""
+    if said := os.environ.get("AWS_ALLOW_HTTP"):
+        return said.lower() in ("1", "true")
+    return any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)

@@ -225,28 +225,40 @@ def attach(root: str | Path, url: str | None) -> None:
 
     Raises:
         GuardError: it mirrors another bucket, or has names of its own that a bucket in use does not know.
+        StoreUnavailable: a bucket that is new to the store does not answer.
+    """
+    if check_mirror(root, url) is not None:
+        with writing(Path(root)):
+            make_folder(Path(root))
+            replace_file(Path(root) / MIRROR, str(url).rstrip("/").encode())
+
+
+def check_mirror(root: str | Path, url: str | None) -> Bucket | None:
+    """What `attach` refuses, with nothing written. The bucket, if it is new to the store.
+
+    A bucket that the store knows is not asked: without it, a server starts with what is known.
+
+    Raises:
+        GuardError, StoreUnavailable: as of `attach`.
     """
     marker = Path(root) / MIRROR
     wanted = url.rstrip("/") if url else None
     before = marker.read_text() if marker.exists() else None
-    if before == wanted:
-        return
-    if before is not None:
+    if before is not None and before != wanted:
         raise GuardError(
-            f"the adapter store {root} mirrors {before}, not {wanted}: start with --store-mirror {before}, "
-            "or with a new --adapter-store"
+            f"the adapter store {root} mirrors {before}, not {wanted or 'nothing'}: start with --store-mirror "
+            f"{before}, or with a new --adapter-store"
         )
-    assert wanted is not None
-    bucket, store = Bucket(wanted), NameStore(root)
-    if store.all():
+    if wanted is None or before is not None:
+        return None
+    bucket = Bucket(wanted)
+    if NameStore(root).all():
         raise GuardError(
             f"the adapter store {root} has names already, and its ids could be those of others in {wanted}: "
             "start with a new --adapter-store and upload the adapters again"
         )
     bucket.etags(NAMES)  # it answers
-    with writing(Path(root)):
-        make_folder(Path(root))
-        replace_file(marker, wanted.encode())
+    return bucket
 
 
 def _sound(found: tuple[bytes, str] | None, file: str) -> AdapterRecord | None:
