@@ -134,7 +134,9 @@ def test_another_method_is_answered_with_those_that_the_caller_may_use() -> None
         ("~/store/x, ./store/y, ../z", "~(a path), .(a path), ..(a path)"),
         ("//srv/p and ///srv", "(a path) and (a path)"),
         ("--keys=/etc/keys.toml: mode 0644", "--keys=(a path): mode 0644"),
-        ("file:///srv/p, safelora://abc", "file:(a path), safelora:(a path)"),
+        ("file:///srv/p, safelora://abc", "(an address), (an address)"),
+        ("the bucket s3://bucket/safelora cannot be read", "the bucket (an address) cannot be read"),
+        ("no bucket 's3://bucket/x'.", "no bucket '(an address)'."),
         # Names of adapters, numbers and words have slashes too.
         ("acme/x is damaged; restore and/or repeat, 3/4 done", None),
         ("the published copy of 'acme/x' was lost", None),

@@ -58,7 +58,7 @@ class MirroredNames(NameStore):
         self._bucket, self._uploads = bucket, MirroredUploads(root, bucket)
         self._etags: dict[str, str] = {}  # of what the local records are
         self._complaints: dict[str, _Complaint] = {}
-        self._out = False
+        self.is_out = False
 
     def update(
         self,
@@ -131,11 +131,11 @@ class MirroredNames(NameStore):
         """As in `NameStore`. While the bucket does not answer, what is known stays."""
         try:
             self.pull()
-            self._out = False
+            self.is_out = False
         except StoreUnavailable as error:
-            if not self._out:
+            if not self.is_out:
                 logger.error("%s. What is known of it stays in force", error)
-            self._out = True
+            self.is_out = True
 
     def pull(self) -> None:
         """Make the local records those of the bucket, with the uploads that they refer to.

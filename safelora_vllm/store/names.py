@@ -35,9 +35,11 @@ class NameStore:
     """Records under ``root``. Safe for several threads, and for several processes on one root.
 
     folder: where they lie, for those who watch it. is_mirror: of a bucket, into which `look` has to look.
+    is_out: the bucket did not answer the last look.
     """
 
     is_mirror = False
+    is_out = False
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)

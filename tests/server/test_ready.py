@@ -68,6 +68,9 @@ def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
         assert problems("warnings") == ["the adapter store is not writable"]
+    with monkeypatch.context() as patch:
+        patch.setattr(reconciler.names, "is_out", True)
+        assert problems("warnings") == ["the store's bucket does not answer: changes answer 503"]
     assert not problems() and not list(fake.store.glob(f".ready-{os.getpid()}"))
 
 

@@ -62,8 +62,11 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     GuardError: (503, "ServiceUnavailableError"),
     NotServing: (503, "ServiceUnavailableError"),
 }
-# In quotes up to the closing one, with its spaces; else up to a space, without the punctuation before that.
-_PATH = re.compile(r"""(?P<quote>['"`])/.*?(?P=quote)(?!\w)|(?<![\w/])/\S*?(?=[]\[(){}<>'"`,;:.]*(?:\s|$))""")
+# A path in quotes up to the closing one, with its spaces; else up to a space, without the punctuation before that.
+_END = r"""(?=[]\[(){}<>'"`,;:.]*(?:\s|$))"""
+_PLACE = re.compile(
+    rf"""(?P<address>\b[a-z][a-z0-9+.-]*://\S*?{_END})|(?P<quote>['"`])/.*?(?P=quote)(?!\w)|(?<![\w/])/\S*?{_END}"""
+)
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": "1"},
@@ -74,7 +77,7 @@ _HEADERS = {
 def error_response(error: SafeLoRAError) -> JSONResponse:
     """An OpenAI-style error. A refusal also lists its reasons.
 
-    Where the server itself is out of order, only admins are told the paths of its files.
+    Where the server itself is out of order, only admins are told the paths of its files and its addresses.
     """
     status, kind = next(
         (answer for cls, answer in _STATUS.items() if isinstance(error, cls)),
@@ -84,7 +87,7 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     refused = isinstance(error, AdapterRefused)
     if status >= 500 and not refused and not ((who := caller()) and who.kind == "admin"):
         logger.error("%s", message)
-        message = _PATH.sub(r"\g<quote>(a path)\g<quote>", message)
+        message = _PLACE.sub(_hidden, message)
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
         body["reasons"] = [dataclasses.asdict(reason) for reason in error.reasons]
@@ -94,6 +97,11 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     if isinstance(error, TooManyExams):
         headers = {"Retry-After": str(error.seconds)}
     return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+def _hidden(place: re.Match[str]) -> str:
+    quote = place["quote"] or ""
+    return "(an address)" if place["address"] else f"{quote}(a path){quote}"
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

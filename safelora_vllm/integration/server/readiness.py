@@ -81,6 +81,8 @@ class ReadinessCheck:
                 found.append("the gate has other projectors than the workers were started with")
         if not _writable(self._reconciler.names.root):
             found.append("the adapter store is not writable")
+        if self._reconciler.names.is_out:
+            found.append("the store's bucket does not answer: changes answer 503")
         return found
 
 
