@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -20,9 +21,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 from safelora_vllm import __version__
 from safelora_vllm.cli.main import main
+from safelora_vllm.errors import Reason
 from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.report import Report
-from safelora_vllm.store import PublishedStore
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
 from safelora_vllm.store.audit_log import AuditLog, audit_fields
 from tests.signing import encoded, identity, new_key, private_pem, public_pem, rule, sign_folder
 from tests.tiny import Draft
@@ -49,9 +51,11 @@ def key(tmp_path: Path) -> Path:
     return file
 
 
-def stated(store: PublishedStore, key: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def stated(
+    store: PublishedStore, key: Path, name: str, capsys: pytest.CaptureFixture[str], *which: str
+) -> dict[str, Any]:
     """The statement that the command prints, after its signature was verified."""
-    assert main(["statement", name, "--adapter-store", str(store.root), "--key", str(key)]) == 0
+    assert main(["statement", name, "--adapter-store", str(store.root), "--key", str(key), *which]) == 0
     printed = capsys.readouterr()
     assert "docs/signatures.md" in printed.err
     envelope = json.loads(printed.out)
@@ -107,6 +111,39 @@ def test_the_newest_decision_counts(
     found = stated(store, key, "acme/x", capsys)
     assert (found["predicate"]["decision"], found["predicate"]["reasons"]) == ("refused", ["shape"])
     assert [subject["name"] for subject in found["subject"]] == ["upload"]
+
+
+def test_a_refused_attempt_does_not_take_the_place_of_what_is_served(
+    accepted: tuple[Report, str], store: PublishedStore, key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has the tenant's key can have the same content refused, such as without its signature."""
+    report, published = accepted
+    names, log = NameStore(store.root), AuditLog(store.root / "audit")
+    first = Version(0, report.digest, 1, 1, 0.0, "acme/ci", key=published)
+    names.update("acme/x", lambda _: AdapterRecord("acme/x").with_version(first))
+    attempt = {**audit_fields(report, "refused"), "reasons": ["signature"]}
+    log.record("acme/stranger", "upload", "acme/x", **attempt)
+    said = stated(store, key, "acme/x", capsys)["predicate"]
+    assert (said["decision"], said["published"], said["actor"]) == ("accepted", published, "acme/ci")
+    said = stated(store, key, "acme/x", capsys, "--digest", report.digest)["predicate"]
+    assert (said["decision"], said["actor"]) == ("refused", "acme/stranger")
+    # Another version is served: the first one is asked for by its number.
+    second = dataclasses.replace(first, digest="2" * 64, refused=(Reason("total_norm", "too large"),))
+    names.update("acme/x", lambda record: record and record.with_version(second))
+    accepted_again = {**audit_fields(report, "accepted"), "digest": "2" * 64, "version": 2}
+    log.record("acme/ci", "upload", "acme/x", **accepted_again)
+    log.record("server", "rejudge", "acme/x", **{**accepted_again, "decision": "refused"})
+    log.record("acme/stranger", "upload", "acme/x", **{**attempt, "digest": "2" * 64})
+    said = stated(store, key, "acme/x", capsys)["predicate"]
+    assert (said["decision"], said["version"], said["actor"]) == ("refused", 2, "server")
+    said = stated(store, key, "acme/x", capsys, "--of-version", "1")["predicate"]
+    assert (said["decision"], said["version"]) == ("accepted", 1)
+    command = ["statement", "acme/x", "--adapter-store", str(store.root), "--key", str(key)]
+    assert main([*command, "--of-version", "3"]) == 2
+    assert "no decision about 'acme/x' of version 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--digest", "x"])
+    assert "'x' is not a valid digest: expected 64 hex digits" in capsys.readouterr().err
 
 
 def test_a_damaged_copy_is_no_subject(

@@ -6,6 +6,7 @@ It says what the audit log says. Whoever may write to the store may change that 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safelora_vllm.signatures.dsse import sign
 from safelora_vllm.signatures.keys import private_key
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.layout import AUDIT
+from safelora_vllm.store.names import NameStore
 from safelora_vllm.store.published import PublishedStore
 
 PREDICATE = "https://safelora-vllm/decision/v1"
@@ -26,42 +28,71 @@ _TOLD = ("adapter", "time", "actor", "action", "decision", "reasons", "version",
 _RULES = ("projectors", "policy", "ruleset", "release")
 
 
-def signed_statement(root: Path, name: str, key: bytes) -> dict[str, Any]:
-    """The envelope of the newest decision about an adapter.
+Wanted = Callable[[dict[str, Any]], bool]  # whether a record of the audit log is the one
+
+
+def signed_statement(
+    root: Path, name: str, key: bytes, version: int | None = None, digest: str | None = None
+) -> dict[str, Any]:
+    """The envelope of a decision about an adapter: without more, the one by which it is served.
 
     Args:
         root: of the adapter store.
         name: of the adapter.
         key: that signs, a private key in PEM.
+        version: the decision that made or last judged this version.
+        digest: the newest decision about this content, refused ones too.
 
     Raises:
-        UsageError: there is no such decision, or the key cannot be used.
+        UsageError: there is no such decision, or the key cannot be used. StoreDamaged: the name's record is
+        damaged, so that it is not known what is served.
     """
     signer = private_key(key)
-    statement = statement_of(newest_decision(root, name), PublishedStore(root))
+    statement = statement_of(decision(root, name, version, digest), PublishedStore(root))
     return sign(json.dumps(statement, indent=1, sort_keys=True).encode(), signer)
 
 
-def newest_decision(root: Path, name: str) -> dict[str, Any]:
+def decision(root: Path, name: str, version: int | None = None, digest: str | None = None) -> dict[str, Any]:
     """The newest record of the audit log in which the gate decided about a content of a name.
 
-    Raises:
-        UsageError: there is none.
-    """
+    Whoever may upload under the name can have something refused there. So that is not taken for a decision
+    about what is served, even if the content is the same: a refused attempt has no version.
 
-    def wanted(record: dict[str, Any]) -> bool:
+    Args, Raises:
+        As of `signed_statement`.
+    """
+    if version is not None:
+        return _newest(root, name, lambda record: record.get("version") == version, f" of version {version}")
+    if digest is not None:
+        return _newest(root, name, lambda record: record.get("digest") == digest, f" of {digest:.64}")
+    stored = NameStore(root).get(name)
+    if stored is None:
+        return _newest(root, name, lambda _: True, "")
+    live = stored.live
+
+    def of_live(record: dict[str, Any]) -> bool:
+        refused = record["decision"] == "refused"
+        same = (record["digest"], record.get("version")) == (live.digest, live.version)
+        return same and refused is bool(live.refused)
+
+    return _newest(root, name, of_live, f" of version {live.version}, which it has now")
+
+
+def _newest(root: Path, name: str, wanted: Wanted, which: str) -> dict[str, Any]:
+    def right(record: dict[str, Any]) -> bool:
         digest, decision = record.get("digest"), record.get("decision")
-        return record.get("adapter") == name and decision in _DECISIONS and is_digest(str(digest))
+        of_name = record.get("adapter") == name and decision in _DECISIONS
+        return of_name and is_digest(str(digest)) and wanted(record)
 
     log = AuditLog(root / AUDIT)
-    found, all_seen = log.newest(wanted, 1, adapter=name)
+    found, all_seen = log.newest(right, 1, adapter=name)
     if not found and not all_seen:
         for record in log.read():
-            found = [record] if wanted(record) else found
+            found = [record] if right(record) else found
     if not found:
         raise UsageError(
-            f"the audit log {root / AUDIT} has no decision about {name!r:.200}: expected the name of an "
-            "adapter that the gate accepted or refused, as 'safelora-vllm audit' shows it"
+            f"the audit log {root / AUDIT} has no decision about {name!r:.200}{which}: expected an adapter "
+            "that the gate accepted or refused, as 'safelora-vllm audit' shows it"
         )
     return found[0]
 
