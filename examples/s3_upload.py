@@ -1,6 +1,6 @@
 """Puts an adapter into a bucket and lets a guarded server load it from there.
 
-pip install 'safelora-vllm[remote]' 'moto[server]'
+pip install '.[remote]' 'moto[server]'   # in the checkout
 python -m moto.server -p 5000 &       # a stand-in for S3
 export AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x AWS_REGION=us-east-1 AWS_ENDPOINT_URL=http://127.0.0.1:5000
 curl -X PUT $AWS_ENDPOINT_URL/bucket

@@ -486,5 +486,5 @@ def test_little_projector_memory_changes_nothing(project: Project, tmp_path: Pat
 
 def test_ray_that_is_not_installed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"Ray cannot be imported .*pip install 'safelora-vllm\[ray\]'"):
+    with pytest.raises(UsageError, match=r"Ray cannot be imported .*pip install '\.\[ray\]'"):
         project(ray="local")

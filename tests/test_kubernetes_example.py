@@ -168,6 +168,10 @@ def test_the_examples_own_secrets_are_refused(tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(KeysError, match=r"tenants\.example\.keys\.ci .*replace-this.*openssl rand"):
         read(file)
+    for spelled in ("replace this ", "Replace_this_"):
+        file.write_text(text.replace("replace-this-", spelled))
+        with pytest.raises(KeysError, match="is an example's secret"):
+            read(file)
     file.write_text(text.replace("replace-this", "3fd1"))
     assert "example" in read(file).tenants
     for name, secret in example_environment().items():

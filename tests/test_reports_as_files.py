@@ -88,7 +88,7 @@ def test_a_picture_of_names_that_matplotlib_would_read(tmp_path: Path) -> None:
 def test_a_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
-        UsageError, match=r"needs matplotlib: pip install 'safelora-vllm\[picture\]', or use --html"
+        UsageError, match=r"needs matplotlib: pip install '\.\[picture\]' in the checkout, or use --html"
     ):
         write_png(report(), tmp_path / "x.png")
 

@@ -259,6 +259,6 @@ def test_a_vllm_that_cannot_be_imported_is_said_to_be(
     vllm: Vllm, settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UsageError, match=r"vLLM cannot be imported .* pip install 'safelora-vllm\[vllm\]'"):
+    with pytest.raises(UsageError, match=r"vLLM cannot be imported .* pip install '\.\[vllm\]'"):
         serve("MODEL", settings, [])
     assert vllm.steps == []

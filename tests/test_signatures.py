@@ -441,5 +441,5 @@ def test_the_keys_file(tmp_path: Path) -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cryptography.exceptions", "cryptography.hazmat.primitives.serialization"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    with pytest.raises(UsageError, match=r"pip install 'safelora-vllm\[signing\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[signing\]'"):
         public_key(PEM)

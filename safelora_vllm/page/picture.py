@@ -31,8 +31,8 @@ def write_png(report: Report, file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError(
-            "a picture needs matplotlib: pip install 'safelora-vllm[picture]', or use --html, which needs "
-            "nothing"
+            "a picture needs matplotlib: pip install '.[picture]' in the checkout, or use "
+            "--html, which needs nothing"
         ) from None
     if not report.modules:
         codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))

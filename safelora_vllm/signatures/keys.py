@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 _CURVE = "secp256r1"
-_NO_PACKAGE = "signatures need the package cryptography: pip install 'safelora-vllm[signing]'"
+_NO_PACKAGE = "signatures need the package cryptography: pip install '.[signing]' in the checkout"
 
 
 def public_key(pem: str) -> EllipticCurvePublicKey:

@@ -23,7 +23,8 @@ from safelora_vllm.tenants.rules import SERVERS, TenantRules
 ENVIRONMENT = "admin/environment"
 _SECRET = re.compile(r"[!-~][ -~]{14,}[!-~]")  # what an HTTP header carries unchanged
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
-_PLACEHOLDER = "replace-this"  # of the secrets in examples/kubernetes
+_PLACEHOLDER = "replace-this"  # of the secrets in docs and examples
+_PLACEHOLDERS = re.compile(r"replace[-_ ]?this", re.I)
 RulesCheck = Callable[[str, TenantRules], None]  # an entry of the file and its rules; raises KeysError
 
 
@@ -76,7 +77,7 @@ def sha256(secret: str) -> bytes:
 
 def check_replaced(entry: str, secret: str) -> None:
     """Raise KeysError for the secret of an example, which everybody knows."""
-    if secret.startswith(_PLACEHOLDER):
+    if _PLACEHOLDERS.match(secret):
         raise KeysError(
             f"{entry} is an example's secret, which begins with {_PLACEHOLDER}: expected one of your own. "
             "Make it with: openssl rand -base64 24"
