@@ -62,6 +62,6 @@ def test_serve_says_what_to_install(tmp_path: Path) -> None:
     done = run("safelora_vllm.cli.main", "serve", "model", "--projectors", "cache", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "safelora-vllm: serve needs vllm and fastapi: install them with pip install '.[vllm]' in the checkout, "
-        "or '.[cpu]' on a machine without a GPU\n"
+        "safelora-vllm: serve needs vllm and fastapi: install them with pip install '.[vllm]' in the "
+        "checkout, or '.[cpu]' on a machine without a GPU\n"
     )

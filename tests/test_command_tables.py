@@ -116,6 +116,7 @@ def test_the_names_of_a_store(
     assert first[:6] + first[7:] == [
         "acme/x", "unknown", "2", "b" * 12, "12.3 MB", "8", "acme/ci", "OVERRIDE energy=0.1",
     ]  # fmt: skip
+    assert first[6] == "1970-01-01 00:00Z"
     assert second[:6] + second[7:] == ["plain", "unknown", "1", "a" * 12, "1 B", "1", "admin/x", ""]
 
 

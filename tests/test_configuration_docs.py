@@ -19,7 +19,9 @@ from safelora_vllm.adapters.read import Limits
 from safelora_vllm.cli.main import _parser
 from safelora_vllm.cli.options import size_text
 from safelora_vllm.methods import METHODS, Method
+from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy, _condition
+from safelora_vllm.projectors.manifest import WHOLE
 from safelora_vllm.settings import FIELDS, ServerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -131,15 +133,21 @@ def methods() -> str:
             f"`{name}`",
             f"`{method.select}`",
             f"{method.energy:g}" if "energy" in method.options else "not read",
-            "yes" if method.reads_output_bases else "no",
+            *(_output_bases(name, thin) for thin in (True, False)),
             "yes" if method.calibrator else "no",
             _order(method),
         )
         for name, method in METHODS.items()
     ]  # fmt: skip
-    head = ("method", "default `select`", "default `energy`", "keeps L in memory", "`calibrate` knows it",
-            "`energy` has an order of strictness")  # fmt: skip
+    head = ("method", "default `select`", "default `energy`", "keeps L of a thin cache in memory",
+            "of an exact cache", "`calibrate` knows it", "`energy` has an order of strictness")  # fmt: skip
     return table(head, rows)
+
+
+def _output_bases(method: str, thin: bool) -> str:
+    """How much of L the gate keeps under a method with its own selection."""
+    share = parts_read(Policy(method=method), thin).output_energy
+    return {0.0: "no", WHOLE: "all"}.get(share, "up to the energy")
 
 
 def serve() -> str:

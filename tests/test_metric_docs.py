@@ -130,7 +130,7 @@ def query_rows() -> str:
 
 
 def _marked(text: str) -> str:
-    return re.sub(r"(?<![\w`])(--[a-z-]+|GET /[\w/]+)", r"`\1`", text)
+    return re.sub(r"(?<![\w`])(--[a-z-]+|GET /[\w/]+(?:\?[\w=]+)?)", r"`\1`", text)
 
 
 TABLES: dict[str, Callable[[], str]] = {"metrics": metric_rows, "queries": query_rows}

@@ -76,7 +76,9 @@ def test_a_mirrored_store_without_its_bucket(cache: ProjectorCache, tmp_path: Pa
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "mirror").write_text("s3://bucket/x")
     for mirror in (None, "s3://bucket/other"):
-        with pytest.raises(GuardError, match=r"mirrors s3://bucket/x, not .*: start with --store-mirror s3://"):
+        with pytest.raises(
+            GuardError, match=r"mirrors s3://bucket/x, not .*: start with --store-mirror s3://"
+        ):
             _check_rules(
                 cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), store_mirror=mirror)
             )

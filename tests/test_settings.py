@@ -273,6 +273,14 @@ def test_every_setting_has_an_option_or_stands_in_the_section_only() -> None:
     }
 
 
+@pytest.mark.parametrize("options", [["--exam-threshold", "0.02"], ["--exam-threshold=0.3", "--exam", "off"]])
+def test_a_threshold_without_an_exam_is_refused_at_its_default_too(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "model", "--projectors", "p", *options]) == 2
+    assert "--exam-threshold has no effect without --exam" in capsys.readouterr().err
+
+
 def test_what_is_not_given_has_its_default() -> None:
     assert settings("--projectors", "/p", "--keys", "", "--adapter-store", "") == ServerSettings("/p")
     assert ServerSettings("/p").store == str(default_root())

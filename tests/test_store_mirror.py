@@ -325,7 +325,7 @@ def test_a_bucket_that_cannot_be_used_is_said_to_be_so_at_once(
     ("text", "cause"),
     [
         ("PUT http://169.254.169.254/latest/api/token - status code: 403", "there are no credentials"),
-        ("Server returned non-2xx status code: 403 Forbidden: <Code>X</Code>", "access was denied; check the cre"),
+        ("Server returned non-2xx status code: 403 Forbidden: <Code>X</Code>", "access was denied; check"),
         ("inner: BareRedirect", "set AWS_REGION"),
         ("status code: 501 Not Implemented", "writes on condition"),
         ("kind: Timeout,", "did not answer in time; try again later"),

@@ -43,6 +43,11 @@ def test_rules_are_those_of_the_tenant_that_owns_the_name(tmp_path: Path) -> Non
         ("policy = {energy = 2}", "tenants.a.policy: `energy` is 2: expected a number from 0 to 1"),
         ("policy = {energy = 1979-05-27}", "tenants.a.policy: `energy` is datetime.date(1979, 5, 27)"),
         ("policy = {threshold = 0.9}", "tenants.a.policy: `threshold` has no effect with `select` 'all'"),
+        (
+            "policy = {max_total_norm = 0.9}",
+            "enforce, max_total_norm 0.9) is less strict than the server's policy (input-removal, energy "
+            "0.2, select all, enforce, max_total_norm 0.5), or",
+        ),
         ("policy = {mode = 'report-only'}", "less strict than the server's policy (input-removal, energy"),
         ("policy = {energy = 0.1}", "set less_strict = true in [tenants.a]"),
         ("policy = {method = 'csulora'}", "or cannot be compared with it"),
@@ -136,7 +141,8 @@ def test_the_keys_files_of_the_documentation_work_on_a_default_server(tmp_path: 
         found = re.search(r"<<'END'\n(.*?)END\n", block, re.S)
         file = tmp_path / "keys.toml"
         file.touch(0o600)
-        file.write_text(found[1] if found else block)
+        text = found[1] if found else block
+        file.write_text(text.replace("replace-this-secret", "a-secret-of-its-own"))
 
         def check(entry: str, rules: TenantRules) -> None:
             rules.check(entry, Policy(), lambda _: None)

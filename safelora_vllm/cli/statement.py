@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _digest(text: str) -> str:
     if not is_digest(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r:.80} is not a valid digest: expected 64 hex digits, as 'safelora-vllm audit --json' has them"
+            f"{text!r:.80} is not a valid digest: expected 64 hex digits, as in 'safelora-vllm audit --json'"
         )
     return text
 

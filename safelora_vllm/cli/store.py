@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +115,7 @@ def _print_table(records: list[tuple[AdapterRecord, State]]) -> None:
             live.digest[:12],
             _in_words(live.bytes),
             str(live.rank),
-            f"{datetime.fromtimestamp(live.created):%Y-%m-%d %H:%M}",
+            f"{datetime.fromtimestamp(live.created, UTC):%Y-%m-%d %H:%MZ}",
             live.by,
             " ".join(["OVERRIDE"] * live.override + policy),
         )
@@ -178,7 +178,8 @@ def _rm(args: argparse.Namespace) -> int:
     removed = {"decision": "removed", "version": record.live.version}
     line = Line(OPERATOR, "delete", lambda _: removed)
     RecordedNames(names, AuditLog(root / AUDIT)).update(args.name, lambda _: None, line)
-    print(f"{args.name} with {len(record.versions)} versions removed; 'gc --unreferenced' frees its space")
+    versions = f"{len(record.versions)} version{'s' * (len(record.versions) != 1)}"
+    print(f"{args.name} with {versions} removed; 'gc --unreferenced' frees its space")
     return 0
 
 

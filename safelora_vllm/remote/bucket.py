@@ -43,7 +43,7 @@ class Bucket:
             from obstore.store import from_url
         except ImportError:
             raise GuardError(
-                "a store's mirror needs obstore, which is not installed: pip install '.[remote]' in the checkout"
+                "a store's mirror needs obstore, which is missing: pip install '.[remote]' in the checkout"
             ) from None
         self.url = url.rstrip("/")
         self._obstore: Any = obstore

@@ -1,7 +1,7 @@
 """Why a bucket did not do what it was asked for, in words of this package.
 
-The text of obstore's errors may hold a signature, an address inside, or whatever the other side wrote. So it is
-only searched, and nothing of it is repeated but a status.
+The text of obstore's errors may hold a signature, an address inside, or whatever the other side wrote. So it
+is only searched, and nothing of it is repeated but a status.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def url(source: Source) -> str:
     except ImportError:
         raise refuse(
             "source_unsupported",
-            f"{source.scheme}:// needs obstore, which is not installed: pip install '.[remote]' in the checkout",
+            f"{source.scheme}:// needs obstore, which is missing: pip install '.[remote]' in the checkout",
         ) from None
     try:
         return obstore.sign(_store(source.scheme, source.host), "GET", "/".join(source.segments), _VALID)

@@ -246,8 +246,8 @@ def check_mirror(root: str | Path, url: str | None) -> Bucket | None:
     before = marker.read_text() if marker.exists() else None
     if before is not None and before != wanted:
         raise GuardError(
-            f"the adapter store {root} mirrors {before}, not {wanted or 'nothing'}: start with --store-mirror "
-            f"{before}, or with a new --adapter-store"
+            f"the adapter store {root} mirrors {before}, not {wanted or 'nothing'}: start with "
+            f"--store-mirror {before}, or with a new --adapter-store"
         )
     if wanted is None or before is not None:
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelora_vllm.errors import KeysError, SafeLoRAError
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.signatures.rule import SigningRule
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
 
@@ -59,8 +59,8 @@ class TenantRules:
             raise KeysError(f"{entry}.policy: {error}") from error
         if not (self.less_strict or policy.at_least_as_strict(server)):
             raise KeysError(
-                f"{entry}.policy ({policy.summary}, {policy.mode}) is less strict than the server's policy "
-                f"({server.summary}, {server.mode}), or cannot be compared with it. Make it stricter, or set "
+                f"{entry}.policy ({_beside(policy, server)}) is less strict than the server's policy "
+                f"({_beside(server, policy)}), or cannot be compared with it. Make it stricter, or set "
                 f"less_strict = true in [{entry}]"
             )
 
@@ -74,6 +74,12 @@ class TenantRules:
             return server_ruleset
         parts = [server_ruleset, dict(self.policy), self.less_strict]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _beside(policy: Policy, other: Policy) -> str:
+    """A policy in words, with the caps in which another one differs."""
+    caps = (f"{cap} {getattr(policy, cap):g}" for cap in CAPS if getattr(policy, cap) != getattr(other, cap))
+    return ", ".join([policy.summary, policy.mode, *caps])
 
 
 SERVERS = TenantRules()

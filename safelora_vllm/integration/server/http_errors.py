@@ -62,10 +62,11 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     GuardError: (503, "ServiceUnavailableError"),
     NotServing: (503, "ServiceUnavailableError"),
 }
-# A path in quotes up to the closing one, with its spaces; else up to a space, without the punctuation before that.
+# A path in quotes up to the closing one, with its spaces; else up to a space, without punctuation before it.
 _END = r"""(?=[]\[(){}<>'"`,;:.]*(?:\s|$))"""
 _PLACE = re.compile(
-    rf"""(?P<address>\b[a-z][a-z0-9+.-]*://\S*?{_END})|(?P<quote>['"`])/.*?(?P=quote)(?!\w)|(?<![\w/])/\S*?{_END}"""
+    rf"""(?P<address>\b[a-z][a-z0-9+.-]*://\S*?{_END})"""
+    rf"""|(?P<quote>['"`])/.*?(?P=quote)(?!\w)|(?<![\w/])/\S*?{_END}"""
 )
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
