@@ -17,7 +17,7 @@ import pytest
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import ChangedMeanwhile, GuardError, StoreDamaged, StoreUnavailable
-from safelora_vllm.remote.bucket import Bucket, Conflict
+from safelora_vllm.remote.bucket import Bucket, Conflict, _allows_http
 from safelora_vllm.remote.bucket_causes import because
 from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest, mirror
 from safelora_vllm.store.housekeeping import verify
@@ -299,6 +299,7 @@ def test_an_endpoint_without_tls_needs_no_second_word(url: str, monkeypatch: pyt
     """Whoever names an http:// endpoint for S3 has said that it has no TLS."""
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     assert Bucket(url).get("a") is None
+    assert not _allows_http("gs://bucket/x"), "the endpoint is that of S3"
     monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
     with pytest.raises(StoreUnavailable, match=r"no TLS; set AWS_ALLOW_HTTP=true, or give an https://"):
         Bucket(url).get("a")

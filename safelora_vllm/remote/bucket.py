@@ -118,7 +118,8 @@ class Bucket:
             seconds *= 2
         if seconds not in self._clients:
             # Options that are given take the place of the environment's.
-            options = {"timeout": f"{seconds}s", "connect_timeout": "5s", "allow_http": _allows_http()}
+            http = _allows_http(self.url)
+            options = {"timeout": f"{seconds}s", "connect_timeout": "5s", "allow_http": http}
             self._clients[seconds] = self._from_url(self.url, client_options=options, retry_config=_RETRY)
         return self._clients[seconds]
 
@@ -126,8 +127,9 @@ class Bucket:
         return StoreUnavailable(f"the bucket {self.url} cannot be read or written: {because(error)}")
 
 
-def _allows_http() -> bool:
-    """As the environment says, or else if the endpoint that it names for S3 has no TLS."""
+def _allows_http(url: str) -> bool:
+    """As the environment says; else for S3 if the endpoint that it names has no TLS."""
     if said := os.environ.get("AWS_ALLOW_HTTP"):
         return said.lower() in ("1", "true")
-    return any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+    endpoints = (os.environ.get(name, "") for name in _ENDPOINTS)
+    return url.startswith("s3://") and any(endpoint.startswith("http://") for endpoint in endpoints)
