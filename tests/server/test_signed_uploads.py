@@ -17,6 +17,7 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import NameStore
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.statement import decision
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_server import FakeServer, Place
 from tests.signing import identity, new_key, public_pem, sign_folder
@@ -163,3 +164,27 @@ def test_bodies_with_a_signature_that_are_none(api: FakeServer, signed: Path) ->
         assert tenant.post("/v1/adapters", data={"name": "must/x"}, files=files).status_code == 400
     files = {**both, "model.sig": bytes(1024 * 1024 + 1)}
     assert tenant.post("/v1/adapters", data={"name": "must/x"}, files=files).status_code == 413
+
+
+def test_an_unsigned_attempt_changes_no_statement(
+    api: FakeServer, place: Place, plain: Path, signed: Path, tmp_path: Path
+) -> None:
+    """The newest decision is a refusal then, and what is served is as before."""
+    other = sign_folder(Draft(tensors=lora(seed=2)).write(tmp_path / "other"), KEY)
+    tenant, admin = api.client(SECRETS["must"]), api.client(ADMIN_KEY)
+    assert send(tenant, "must/x", signed).status_code == 201
+    assert upload(tenant, "must/x", plain, replace=True).status_code == 422
+    served = decision(place.store, "must/x")
+    assert (served["decision"], served["version"], served["signed_by"]) == ("accepted", 1, SIGNER)
+    assert decision(place.store, "must/x", digest=served["digest"])["decision"] == "refused"
+    assert (
+        admin.put("/v1/adapters/must/x/policy", json={"policy": {"max_total_norm": 0.9}}).status_code == 200
+    )
+    assert decision(place.store, "must/x")["policy"]["max_total_norm"] == 0.9
+    assert send(tenant, "must/x", other, replace="true").status_code == 201
+    assert decision(place.store, "must/x", version=1)["digest"] == served["digest"]
+    assert tenant.post("/v1/adapters/must/x/rollback", json={"version": 1}).status_code == 200
+    now = decision(place.store, "must/x")
+    assert (now["action"], now["digest"]) == ("rollback", served["digest"])
+    live = NameStore(place.store).all()["must/x"].live
+    assert (now["version"], now["published"]) == (live.version, live.key)
