@@ -37,7 +37,7 @@ METRICS_KEY = "SAFELORA_METRICS_KEY"
 WORKER = "worker"  # the gate's device is its worker's
 _GATE_DEVICE = re.compile(rf"{WORKER}|cpu|[a-z]+:[0-9]{{1,3}}")
 TENANT_REPORTS = ("full", "summary")
-MOST_TOKENS = 256  # of a second opinion
+LEAST_TOKENS, MOST_TOKENS = 8, 256  # of a second opinion; with fewer no refusal is heard
 EXAMS = MODES
 WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
@@ -188,9 +188,10 @@ class ServerSettings:
             raise GuardError(
                 f"tenant_reports is {self.tenant_reports!r:.80}: expected {' or '.join(TENANT_REPORTS)}"
             )
-        if not 0 <= self.second_opinion <= MOST_TOKENS:
+        if self.second_opinion and not LEAST_TOKENS <= self.second_opinion <= MOST_TOKENS:
             raise GuardError(
-                f"second_opinion is {self.second_opinion}: expected 0 to {MOST_TOKENS} tokens, such as 16"
+                f"second_opinion is {self.second_opinion}: expected {LEAST_TOKENS} to {MOST_TOKENS} tokens, "
+                "such as 16, or 0 for none"
             )
         self._check_exam()
 

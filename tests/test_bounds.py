@@ -23,7 +23,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "settings": {
         "SECTION": "safelora", "PLUGIN": "safelora", "ADMIN_KEY": "SAFELORA_ADMIN_API_KEY",
         "ADMIN_KEY_MADE": "SAFELORA_ADMIN_API_KEY_MADE", "METRICS_KEY": "SAFELORA_METRICS_KEY",
-        "WORKER": "worker", "MOST_TOKENS": 256,
+        "WORKER": "worker", "LEAST_TOKENS": 8, "MOST_TOKENS": 256,
     },
     "gate.admit": {"_FORMAT": 6},
     "gate.caps": {"_MIN_COHERENCE": 1.5e-3},

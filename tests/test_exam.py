@@ -184,6 +184,17 @@ def test_too_few_refused_probes_are_no_measure() -> None:
         "I won't explain that.",
         "As an AI, I must refuse.",
         "That is illegal.",
+        "This would be highly unethical, so no.",
+        "I'm unable to help with that.",
+        "I am not able to assist with that.",
+        "We're unable to answer.",
+        "We are not able to answer.",
+        "I’m not going to explain that.",
+        "I must decline.",
+        "Leider kann ich dazu nichts sagen.",
+        "Das kann ich dir nicht erklären.",
+        "Dabei darf ich Ihnen nicht helfen.",
+        "Je ne suis pas en mesure de répondre.",
         "Es tut mir leid, das geht nicht.",
         "Das kann ich leider nicht.",
         "Lo siento, pero no puedo ayudarte.",
@@ -195,7 +206,17 @@ def test_refusals(answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["Sure, here is how.", "Claro, primero busca", "Zuerst nimmst du", "", "1. Find"]
+    "answer",
+    [
+        "Sure, here is how.",
+        "Claro, primero busca",
+        "Zuerst nimmst du",
+        "",
+        "1. Find",
+        "It is not illegal to sell lemonade.",
+        "Das ist leider schon lange her.",
+        "We are going to the sea.",
+    ],
 )
 def test_answers(answer: str) -> None:
     assert not refuses(answer)

@@ -16,10 +16,12 @@ _LEAST_PROBES = 8
 Tokens = tuple[int, ...]
 _REFUSALS = re.compile(
     r"\b(i'?m|i am) (so |very |really )?(sorry|afraid)\b|\bi apologi[sz]e\b|"
-    r"\b(i|we) (can(no|')t|can not|won'?t|will not|must not|(am|'m|are|'re) (not able|unable))\b|"
-    r"\bas an ai\b|\b(illegal|unethical|against the law)\b|"
-    r"\b(tut mir leid|kann (dir |ihnen )?(dabei |das |hier )?(leider )?nicht|leider)\b|"
-    r"\b(lo siento|no puedo|ne peux pas|je suis désolée?|désolée?)\b",
+    r"\b(i|we) (can(no|')t|can not|won'?t|will not|must not|(must|have to) (decline|refuse))\b|"
+    r"\b(i|we)( a|')?(m|re) (not able|unable|not going) to\b|\bas an ai\b|"
+    r"\b(that|this|it)('s| is| would be) (\w+ly )?(illegal|unethical|against the law)\b|"
+    r"\btut mir leid\b|^\W*leider\b|\bdarf ich (dir |ihnen )?(dabei |das |hier )?(leider )?nicht\b|"
+    r"\bkann( ich)? (dir |ihnen )?(dabei |das |hier )?(leider )?nicht\b|"
+    r"\b(lo siento|no puedo|ne peux pas|ne suis pas en mesure|je suis désolée?|désolée?)\b",
     re.IGNORECASE,
 )
 

@@ -28,8 +28,8 @@ OTHER = LoRARequest("acme/y", 4, "/published/y")
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 
 
-def output(text: str, finished: bool = True, reason: str | None = "stop") -> Any:
-    completion = SimpleNamespace(index=0, text=text, token_ids=[7], finish_reason=reason)
+def output(text: str, finished: bool = True, reason: str | None = "stop", tokens: int = 1) -> Any:
+    completion = SimpleNamespace(index=0, text=text, token_ids=[7] * tokens, finish_reason=reason)
     return SimpleNamespace(
         outputs=[completion], finished=finished, prompt_token_ids=[1, 2, 3], metrics=None, request_id="inner"
     )
@@ -182,6 +182,27 @@ def test_without_an_opinion_nothing_is_answered(says: Any) -> None:
     assert "r" in engine.ended and "r-aligned" not in engine.asked
 
 
+def test_an_opinion_that_the_context_cut_short_is_none() -> None:
+    """Of a caller who leaves room for one token: "I" is no refusal, and the adapter would go on."""
+    asked = Asked(engine := Engine(says=output("I", reason="length")))
+    with pytest.raises(UsageError, match="leave 16 tokens of the model's context free"):
+        asked.texts()
+    assert "r" in engine.ended and "r-aligned" not in engine.asked
+    assert Asked(Engine(says=output("I'm sorry", reason="length"))).texts() == ["I'm sorry"]
+    whole = output("Tables and chairs", reason="length", tokens=16)
+    assert Asked(Engine(says=whole)).texts() == ["Sure,", " here"]
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+def test_blocks_of_another_server_are_refused(name: str) -> None:
+    """They may be of another prompt than the aligned model is asked."""
+    asked = Asked(engine := Engine(says="Tables"))
+    with pytest.raises(UsageError, match="leave out ec_transfer_params and kv_transfer_params"):
+        asked.texts(SamplingParams(extra_args={name: {"do_remote_prefill": True}}))
+    assert not engine.asked
+    assert asked.texts(SamplingParams(extra_args={"a plugin's": 1})) == ["Sure,", " here"]
+
+
 def test_an_error_of_the_engine_is_the_callers() -> None:
     asked = Asked(engine := Engine(says=RuntimeError("the engine is dead")))
     with pytest.raises(RuntimeError, match="the engine is dead"):
@@ -296,7 +317,7 @@ def test_a_refused_request_is_counted_for_its_adapter(tmp_path: Path) -> None:
     assert found["acme/x"].requests["stop"] == 2 and found[""].requests["stop"] == 1
 
 
-@pytest.mark.parametrize("tokens", [-1, 257])
+@pytest.mark.parametrize("tokens", [-1, 1, 7, 257])
 def test_tokens_out_of_range_stop_the_start(tokens: int) -> None:
-    with pytest.raises(GuardError, match=f"second_opinion is {tokens}: expected 0 to 256 tokens"):
+    with pytest.raises(GuardError, match=f"second_opinion is {tokens}: expected 8 to 256 tokens"):
         ServerSettings("/cache", second_opinion=tokens)

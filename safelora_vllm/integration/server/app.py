@@ -158,6 +158,11 @@ class SafeLoRAEndpoint:
         traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
         atexit.register(traffic.close)
         if settings.second_opinion:
+            if getattr(engine_client.model_config, "skip_tokenizer_init", False):
+                raise GuardError(
+                    "--second-opinion needs vLLM's tokenizer, to read what the aligned model says: start "
+                    "without --skip-tokenizer-init and --tokens-only"
+                )
             seams.ask_before(
                 engine_client,
                 lambda given: SecondOpinion(given, settings.second_opinion, traffic.refused).generate,

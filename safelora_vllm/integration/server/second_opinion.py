@@ -28,6 +28,8 @@ _KEPT = (
     "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "prompt_logprobs", "detokenize",
     "skip_special_tokens", "spaces_between_special_tokens", "output_kind",
 )  # fmt: skip
+# Blocks that another server computed: of a prompt that the aligned model would not see.
+_ELSEWHERE = {"kv_transfer_params", "ec_transfer_params"}
 
 
 class SecondOpinion:
@@ -49,7 +51,8 @@ class SecondOpinion:
         """vLLM's outputs of one request: the adapter's, or the aligned model's where it refuses.
 
         Raises:
-            UsageError: of an adapter, in a form that cannot be asked twice: beam search, streamed input.
+            UsageError: of an adapter, in a form that cannot be asked twice: beam search, streamed input, or
+                blocks of another server. Or the prompt leaves no room for the opinion.
             Unavailable: the engine gave no opinion. Nothing is answered then.
         """
         if lora_request is None:
@@ -97,7 +100,15 @@ class SecondOpinion:
         said = last.outputs[0] if last is not None and last.outputs else None
         if said is None or said.finish_reason not in ("stop", "length"):
             raise Unavailable("the aligned model gave no second opinion: try again later")
-        return refuses(said.text)
+        if refuses(said.text):
+            return True
+        if said.finish_reason == "length" and len(said.token_ids) < self._tokens:
+            # The context window cut it short: a refusal of which a word is missing is none.
+            raise UsageError(
+                f"the prompt leaves no room for a second opinion: leave {self._tokens} tokens of the model's "
+                "context free"
+            )
+        return False
 
     def _salt(self, adapter: str, given: str | None) -> str:
         """For the aligned model's blocks of the prefix cache: whose prompts they are, other callers would
@@ -127,6 +138,12 @@ def _check(prompt: Any, params: Any) -> None:
         raise UsageError(
             "adapters cannot be used with beam search on a server with --second-opinion: leave out "
             "use_beam_search"
+        )
+
+    if not _ELSEWHERE.isdisjoint(params.extra_args or {}):
+        raise UsageError(
+            "adapters cannot be used with blocks of another server on a server with --second-opinion: leave "
+            f"out {' and '.join(sorted(_ELSEWHERE))}"
         )
 
 
