@@ -63,7 +63,7 @@ def test_the_first_part_of_a_name_is_its_owner() -> None:
         (
             "[tenants.acme]\nci = 5\n",
             "tenants.acme has unknown entries ['ci']; known are max_adapters, max_bytes, max_rank, "
-            "less_strict, policy, remote_sources, signing_keys, require_signature, keys",
+            "less_strict, policy, exam, remote_sources, signing_keys, require_signature, keys",
         ),
         ("[tenants.acme]\nmax_rank = -1\n", "tenants.acme.max_rank is -1; give a whole number, 0 or more"),
         ('[tenants."a b"]\n', f"tenants has an entry called 'a b'; {_NAME}"),

@@ -11,7 +11,8 @@ import pytest
 from safelora_vllm.store.verdict_pruning import UNUSED_DAYS, mark_used, prune_verdicts, reference_file
 
 KEPT, GONE, EXAM, FORMER = (letter * 64 for letter in "abcd")
-OLD, LONG_AGO = 2 * 3600, (UNUSED_DAYS + 1) * 86400
+DAY = 86400
+LONG_AGO = (UNUSED_DAYS + 1) * DAY
 
 
 def written(path: Path, seconds_ago: float) -> Path:
@@ -22,14 +23,14 @@ def written(path: Path, seconds_ago: float) -> Path:
     return path
 
 
-def verdict(root: Path, exam: str, key: str, seconds_ago: float = OLD) -> Path:
+def verdict(root: Path, exam: str, key: str, seconds_ago: float = LONG_AGO) -> Path:
     return written(root / "exam" / "verdicts" / exam / f"{key}.json", seconds_ago)
 
 
 def test_a_verdict_goes_with_its_copy(tmp_path: Path) -> None:
     (tmp_path / "published" / KEPT).mkdir(parents=True)
     stays, goes = verdict(tmp_path, EXAM, KEPT, LONG_AGO), verdict(tmp_path, EXAM, GONE)
-    new = verdict(tmp_path, FORMER, GONE, 60)  # its copy may be on its way
+    new = verdict(tmp_path, FORMER, GONE, 29 * DAY)  # the same content may be uploaded again
     secret = written(tmp_path / "exam" / "secret", LONG_AGO)
     assert prune_verdicts(tmp_path) == 1
     assert stays.exists() and new.exists() and secret.exists() and not goes.exists()

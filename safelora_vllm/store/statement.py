@@ -24,7 +24,18 @@ from safelora_vllm.store.published import PublishedStore
 PREDICATE = "https://safelora-vllm/decision/v1"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _DECISIONS = ("accepted", "refused", "unchanged")
-_TOLD = ("adapter", "time", "actor", "action", "decision", "reasons", "version", "override", "reason")
+_TOLD = (
+    "adapter",
+    "time",
+    "actor",
+    "action",
+    "decision",
+    "reasons",
+    "version",
+    "override",
+    "reason",
+    "exam_override",
+)
 _RULES = ("projectors", "policy", "ruleset", "release")
 
 

@@ -11,7 +11,9 @@ from safelora_vllm.files import digests_in, remove_folder, writing
 from safelora_vllm.store.layout import EXAM, PUBLISHED
 
 VERDICTS = "verdicts"
-UNUSED_DAYS = 30  # after which a former exam goes
+# After which a former exam goes, and what was found of a copy that is gone. Not sooner: a copy that failed
+# comes back byte for byte where its author uploads the same content again.
+UNUSED_DAYS = 30
 _UNUSED_SECONDS = UNUSED_DAYS * 86400.0
 
 
@@ -26,10 +28,10 @@ def mark_used(root: Path, exam: str) -> None:
         os.utime(reference_file(root, exam))
 
 
-def prune_verdicts(root: str | Path, min_age_seconds: float = 3600.0) -> int:
-    """Remove verdicts of copies that are not published any more, and exams unused for 30 days.
+def prune_verdicts(root: str | Path) -> int:
+    """Remove verdicts of 30 days whose copies are not published any more, and exams unused for 30 days.
 
-    min_age_seconds: of a verdict. Returns how many files and folders went.
+    Returns how many files and folders went.
 
     Raises:
         StoreUnavailable: the store cannot be written.
@@ -44,7 +46,7 @@ def prune_verdicts(root: str | Path, min_age_seconds: float = 3600.0) -> int:
                 removed += 1
                 continue
             for file in folder.glob("*.json"):
-                if file.stem not in published and _age(file) >= min_age_seconds:
+                if file.stem not in published and _age(file) >= _UNUSED_SECONDS:
                     file.unlink(missing_ok=True)
                     removed += 1
         for file in (root / EXAM).glob("reference-*.json"):
