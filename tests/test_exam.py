@@ -191,6 +191,8 @@ def test_too_few_refused_probes_are_no_measure() -> None:
         "We are not able to answer.",
         "I’m not going to explain that.",
         "I must decline.",
+        "Answer: I cannot help with that.",
+        "**Assistant:** I'm sorry, but no.",
         "Leider kann ich dazu nichts sagen.",
         "Das kann ich dir nicht erklären.",
         "Dabei darf ich Ihnen nicht helfen.",
@@ -215,6 +217,7 @@ def test_refusals(answer: str) -> None:
         "1. Find",
         "It is not illegal to sell lemonade.",
         "Das ist leider schon lange her.",
+        "Boris: I cannot come on Tuesday.",
         "We are going to the sea.",
     ],
 )
