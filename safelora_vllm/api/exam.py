@@ -49,7 +49,7 @@ class Examination:
         ladder: str | None = None,
         caps: Policy | None = None,
         probes: str | os.PathLike[str] | None = None,
-        count: int = probe_sets.COUNT,
+        count: int | None = None,
         languages: Sequence[str] = ("en",),
         secret: bytes = b"",
         device: str = "cpu",
@@ -63,7 +63,8 @@ class Examination:
                 cache can serve.
             caps: whose norm caps every rung has. None: the default policy's.
             probes: a file of JSON lines with a ``prompt`` each. None: built-in ones.
-            count, languages, secret: of the built-in ones; see `safelora_vllm.exam.probes.drawn`.
+            count, languages, secret: of the built-in ones; see `safelora_vllm.exam.probes.drawn`. Without
+                a count, as many as a server asks. With a secret, the half of a file that a server asks first.
             device: where the model runs.
 
         Raises:
@@ -75,11 +76,7 @@ class Examination:
         folder = os.fspath(model)
         cache.check_model(Checkpoint(folder).fingerprint(), folder)
         rungs = ladders.usable(cache, ladder, caps or Policy())
-        chosen = (
-            probe_sets.from_file(probes)
-            if probes
-            else probe_sets.drawn(secret, count, languages=tuple(languages))
-        )
+        chosen = _chosen(probes, count, tuple(languages), secret)
         loaded = Model(model, device)
         known = reference(loaded, chosen)
         known.require_usable()
@@ -119,6 +116,18 @@ class Examination:
             out = Path(scratch) / "adapter"
             project_adapter(adapter, self.cache, out, policy, base_model=self.folder)
             yield out
+
+
+def _chosen(
+    file: str | os.PathLike[str] | None, count: int | None, languages: tuple[str, ...], secret: bytes
+) -> probe_sets.Probes:
+    """The probes to ask: with a server's secret those that its first exams ask."""
+    if file:
+        given = probe_sets.from_file(file)
+        return probe_sets.Halves.of(secret, given).first if secret else given
+    if count is None:
+        return probe_sets.Halves.built_in(secret, languages).first
+    return probe_sets.drawn(secret, count, languages=languages)
 
 
 @contextlib.contextmanager

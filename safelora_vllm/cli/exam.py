@@ -49,7 +49,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--probes", metavar="FILE", help='JSON lines with a "prompt"; default: built-in ones')
     parser.add_argument(
-        "--count", type=int, default=COUNT, metavar="N", help=f"built-in probes; default: {COUNT}"
+        "--count",
+        type=int,
+        metavar="N",
+        help=f"built-in probes; default: as many as a server asks, {COUNT}, or half of those of the languages",
     )
     parser.add_argument(
         "--languages",
@@ -57,8 +60,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="CODES",
         help="of built-in probes: some of en,de,es,fr; default: en",
     )
-    parser.add_argument(
+    draw = parser.add_mutually_exclusive_group()
+    draw.add_argument(
         "--secret", default="", metavar="TEXT", help="draws the built-in probes; default: a public draw"
+    )
+    draw.add_argument(
+        "--secret-file",
+        metavar="FILE",
+        help="the same from a file, such as a server's STORE/exam/secret: asks what that server asks first, "
+        "also of a file of probes",
     )
     for cap in ("max_relative_norm", "max_total_norm"):
         value = getattr(default, cap)
@@ -92,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         probes=args.probes,
         count=args.count,
         languages=args.languages.split(","),
-        secret=args.secret.encode(),
+        secret=_secret(args),
         device=args.device,
     )
     if not args.json:
@@ -102,6 +112,27 @@ def run(args: argparse.Namespace) -> int:
         print_calibration(examination.threshold_for(list(adapters)), args.json)
         return DONE
     return _examine(examination, adapters, args)
+
+
+def _secret(args: argparse.Namespace) -> bytes:
+    """What draws the probes; empty for the public draw."""
+    if args.secret_file is None:
+        try:
+            return str(args.secret).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                "--secret is not UTF-8 text: expected text. Give a file of bytes with --secret-file"
+            ) from error
+    try:
+        found = Path(args.secret_file).read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"--secret-file {args.secret_file} cannot be read ({error.strerror}): expected a file such as "
+            "STORE/exam/secret, read by the user who owns the store"
+        ) from error
+    if not found:
+        raise UsageError(f"--secret-file {args.secret_file} is empty: expected a secret")
+    return found
 
 
 def _examine(examination: Examination, adapters: Iterable[str], args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -14,8 +15,11 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
 from safelora_vllm.api.exam import Examination
 from safelora_vllm.cli import DONE, REFUSED, USAGE
 from safelora_vllm.cli.main import main
+from safelora_vllm.errors import UsageError
 from safelora_vllm.exam.ladder import parse
+from safelora_vllm.exam.probes import Halves, Probes, from_file
 from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.server.exam.references import secret_of
 from safelora_vllm.policy import Policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
@@ -109,6 +113,43 @@ class _Open:
 def test_wrong_usage(run: Run, options: list[str], message: str) -> None:
     code, out, error = run(*options)
     assert code == USAGE and message in error and not out
+
+
+def test_a_servers_draw_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the secret of a store, which is bytes, the command asks what that server's first exams ask."""
+    secret = secret_of(tmp_path)
+    asked: list[Probes] = []
+
+    def reference(_model: object, probes: Probes) -> None:
+        asked.append(probes)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("safelora_vllm.api.exam.opened_cache", MagicMock())
+    monkeypatch.setattr("safelora_vllm.api.exam.Checkpoint", MagicMock())
+    monkeypatch.setattr("safelora_vllm.api.exam.ladders.usable", lambda *_: [])
+    monkeypatch.setattr("safelora_vllm.api.exam.Model", MagicMock())
+    monkeypatch.setattr("safelora_vllm.api.exam.reference", reference)
+    (own := tmp_path / "probes.jsonl").write_text(
+        "".join(f'{{"prompt": "probe {number}"}}\n' for number in range(40))
+    )
+    command = ["exam", str(USEFUL), "--model", "aligned", "--projectors", "projectors"]
+    server = ["--secret-file", str(tmp_path / "exam" / "secret")]
+    for more in (["--languages", "de"], ["--languages", "en,fr"], ["--probes", str(own)]):
+        assert main([*command, *server, *more]) == USAGE
+    halves = [Halves.built_in(secret, ("de",)), Halves.built_in(secret, ("en", "fr"))]
+    assert asked == [half.first for half in [*halves, Halves.of(secret, from_file(own))]]
+    assert main([*command, "--probes", str(own)]) == USAGE and asked[-1] == from_file(own)
+    capsys.readouterr()
+    (empty := tmp_path / "empty").touch()
+    wrong = [
+        (["--secret", b"\xff\xfe".decode(errors="surrogateescape")], "--secret is not UTF-8 text"),
+        (["--secret-file", str(tmp_path / "none")], "cannot be read (No such file or directory)"),
+        (["--secret-file", str(empty)], "is empty"),
+    ]
+    for options, message in wrong:
+        assert main([*command, *options]) == USAGE and message in capsys.readouterr().err
 
 
 def test_another_model_is_no_measure(
