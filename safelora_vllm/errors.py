@@ -24,9 +24,9 @@ Every message says what was found, what was expected and what to do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _MAX_MESSAGE = 500  # characters
 _MAX_OF_A_CODE = 20
@@ -152,13 +152,13 @@ class AdapterRefused(SafeLoRAError):
     """The adapter may not be served. ``reasons`` holds every cause found, not only the first.
 
     Repeats are left out, and so is what is over 20 of one code or over 100 in all. Every code stays. The
-    message shows the first 20.
+    message shows the first 20. ``for_admins``: what else their answers have.
     """
 
-    def __init__(self, reasons: list[Reason]) -> None:
+    def __init__(self, reasons: list[Reason], for_admins: Mapping[str, Any] | None = None) -> None:
         if not reasons:
             raise ValueError("a refusal needs at least one reason")
-        self.reasons = _bounded(reasons)
+        self.reasons, self.for_admins = _bounded(reasons), dict(for_admins or {})
         shown = [f"[{reason.code}] {reason.message}" for reason in self.reasons[:_MAX_IN_MESSAGE]]
         if more := len(self.reasons) - len(shown):
             shown.append(f"and {more} more")

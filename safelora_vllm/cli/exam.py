@@ -52,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--count",
         type=int,
         metavar="N",
-        help=f"built-in probes; default: as many as a server asks, {COUNT}, or half of those of the languages",
+        help=f"built-in probes; default: as many as a server asks, {COUNT} or half of the languages'",
     )
     parser.add_argument(
         "--languages",

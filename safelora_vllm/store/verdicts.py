@@ -2,11 +2,13 @@
 
 An exam is named by a digest of all that its scores depend on besides the copy. A score is of the very files
 that were examined: where a copy was made again and has other bytes, it is as if it had not been examined.
+Another copy with the same files has the same score.
 The first half of the probes and the held-out half are two exams.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -51,10 +53,39 @@ class Verdicts:
         self._folder = self._root / EXAM / VERDICTS / exam
         self._known: dict[str, Examined] = {}
         self._stamp, self._stamps = -1, dict[str, int]()
+        self._seen: dict[str, tuple[int, Examined | None]] = {}  # key → its file's time, what that has
 
     def get(self, key: str) -> Examined | None:
         """What was found of a copy as it is now; None where it was not examined."""
         return self._checked(key, self._known.get(key) or self._read(key))
+
+    def of_same_files(self, key: str) -> Examined | None:
+        """`get`; or what was found of another copy with the same files, which counts for this one then.
+
+        Two policies may publish the same bytes. Of several scores of the same bytes, the worst one counts.
+
+        Raises:
+            StoreUnavailable: the disk is full or not writable.
+        """
+        if (known := self.get(key)) or not (files := self._published.digests(key)):
+            return known
+        same = [found for found in self._all() if found.files == files]
+        if not same:
+            return None
+        found = max(same, key=lambda found: found.score.bound)
+        self.put(key, found)
+        return found
+
+    def _all(self) -> list[Examined]:
+        """Every verdict of the exam. Reads the files that have changed since the last call."""
+        seen: dict[str, tuple[int, Examined | None]] = {}
+        with contextlib.suppress(OSError), os.scandir(self._folder) as files:
+            for file in files:
+                key, stamp = file.name.removesuffix(".json"), file.stat().st_mtime_ns
+                before = self._seen.get(key)
+                seen[key] = before if before and before[0] == stamp else (stamp, self._read(key))
+        self._seen = seen
+        return [found for _, found in seen.values() if found]
 
     def _checked(self, key: str, found: Examined | None) -> Examined | None:
         if found is None or found.files != self._published.digests(key):

@@ -163,6 +163,20 @@ def test_a_verdict_is_of_the_very_bytes(tmp_path: Path) -> None:
         assert Verdicts(tmp_path, "e" * 64, published).get(key) is None
 
 
+def test_the_worse_verdict_about_the_same_bytes_counts(tmp_path: Path) -> None:
+    a, b, c, other = ("abcd"[number] * 64 for number in range(4))
+    files = {key: {"x": "1"} for key in (a, b, c)} | {other: {"x": "2"}}
+    published = cast(Any, SimpleNamespace(digests=files.get))
+    one, two = (Verdicts(tmp_path, "e" * 64, published) for _ in range(2))
+    assert one.of_same_files(c) is None
+    found = {bound: Examined(Score(0.1, bound, 0.3, 8), 1.5, {"x": "1"}) for bound in (0.01, 0.2)}
+    one.put(a, found[0.01])
+    two.put(b, found[0.2])
+    assert one.of_same_files(a) == found[0.01], "its own"
+    assert one.of_same_files(c) == one.get(c) == two.get(c) == found[0.2]
+    assert one.of_same_files(other) is None and one.of_same_files("f" * 64) is None
+
+
 def test_a_verdict_of_another_process_is_seen(tmp_path: Path) -> None:
     a, b = "a" * 64, "b" * 64
     files = {key: {"x": "1"} for key in (a, b)}

@@ -28,7 +28,7 @@ from tests.server.fake_exam import ExaminedEngine, FakeTokenizer
 from tests.server.fake_server import SECRET, FakeServer, Place
 from tests.tiny import Draft, lora
 
-LADDER = "safe-lora:0.2,safe-lora:0.9,safe-lora"
+LADDER = "safe-lora:0.2,safe-lora:0.55,safe-lora"
 ENFORCE = {"exam": "enforce", "ladder": LADDER, "policy": {}}
 Start = Callable[..., Any]
 
@@ -181,6 +181,7 @@ def test_no_way_around(start: Start, adapters: dict[str, Path], place: Place) ->
         is_kept()
         assert http.post("/v1/adapters/back/rollback", json={"version": 1}).status_code == 422
         is_kept()
+        key = server.engine.asked[-1]  # of a copy of the harmful one
         # A policy of its own, also one that an admin loosens, is examined too.
         careless = adapters["careless"]
         assert upload(http, "careless", careless).json()["policy"]["select"] == "all"
@@ -189,7 +190,6 @@ def test_no_way_around(start: Start, adapters: dict[str, Path], place: Place) ->
         assert refused.status_code == 422, refused.text
         assert http.get("/v1/adapters/careless").json()["policy"]["mode"] == "enforce"
         # A published copy of the store is no path that a caller may give.
-        key = server.engine.asked[-1]
         for path in (f"safelora://{key}", str(place.store / "published" / key)):
             load = {"lora_name": "bad", "lora_path": path}
             assert http.post("/v1/load_lora_adapter", json=load).status_code in (400, 403, 404, 422)
@@ -469,6 +469,46 @@ def test_audit_has_the_score(start: Start, adapters: dict[str, Path], place: Pla
     ]
     accepted, refused = AuditLog(place.store / "audit").read()
     assert accepted["exam"]["bound"] == 0.0 and accepted["exam"]["probes"] > 8 and "exam" not in refused
+    rungs = refused["exam_rungs"]
+    assert [rung["rung"] for rung in rungs] == LADDER.split(",")
+    assert all(rung["bound"] == 1.0 and rung["threshold"] == 0.02 and not rung["again"] for rung in rungs)
+
+
+def test_who_sees_why_an_exam_refused(start: Start, adapters: dict[str, Path], place: Place) -> None:
+    """Scores are for admins. Where one policy was asked alone, the message names no ladder."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        admin, tenant = server.client(ADMIN_KEY), server.client(SECRET)
+        seen, hidden = (
+            upload(http, "acme/bad", adapters["harmful"]).json()["error"] for http in (admin, tenant)
+        )
+        assert [rung["rung"] for rung in seen["exam_rungs"]] == LADDER.split(",")
+        assert "exam_rungs" not in hidden and "1.0" not in str(hidden) and "ladder" in hidden["message"]
+        assert upload(tenant, "acme/careless", adapters["careless"]).status_code == 201
+        own = {"policy": {"threshold": 0.2}}
+        error = admin.put("/v1/adapters/acme/careless/policy", json=own | {"override": True, "reason": "x"})
+        assert error.status_code == 422
+        (reason,), (rung,) = (error.json()["error"][name] for name in ("reasons", "exam_rungs"))
+        assert "only policy" in reason["message"] and "stricter policy" in reason["message"]
+        assert rung["bound"] == 0.5 and rung["threshold"] == 0.02
+
+
+def test_the_same_bytes_are_examined_once(
+    start: Start, adapters: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rungs that publish the same files have the same verdict, also after a restart."""
+    caplog.set_level("INFO", logger="vllm.safelora.exam")
+    with start(ladder="safe-lora:0.9,safe-lora:0.95,safe-lora:0.1") as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 422
+        assert len(set(server.engine.asked)) == 2
+        refused = AuditLog(server.store / "audit").read()
+        assert [len(line["exam_rungs"]) for line in refused] == [3]
+    names = [record.message for record in caplog.records if record.message.startswith("exam of adapter")]
+    assert len(names) == 2 and all("'harmful' by safe-lora:0." in line for line in names)
+    with start(ladder="safe-lora:0.99") as again:
+        assert upload(again.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 422
+        assert not again.engine.asked
 
 
 def test_another_chat_template_is_another_exam(start: Start, adapters: dict[str, Path], place: Place) -> None:

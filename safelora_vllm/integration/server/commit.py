@@ -112,9 +112,9 @@ class Commits:
         """A refusal goes to the audit log and to the caller."""
         if not judged.report.accepted:
             asked = {"override": override or judged.override, "reason": reason, "ruleset": judged.ruleset}
-            asked = {field: value for field, value in asked.items() if value}
+            asked = {field: value for field, value in asked.items() if value} | judged.exam_fields
             await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
-            raise AdapterRefused(judged.report.reasons)
+            raise AdapterRefused(judged.report.reasons, judged.exam_fields)
 
     async def unchanged(self, who: Principal, name: str, action: str, judged: Judged) -> None:
         """Say in the audit log that a name was to be replaced by what it serves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.store import Version
@@ -31,6 +31,21 @@ def exam_fields(found: Examined | None) -> dict[str, Any]:
         return {}
     more = {"seconds": found.seconds, "over_refusal": found.over_refusal}
     return {"exam": {**dataclasses.asdict(found.score), **more}}
+
+
+class Failed(NamedTuple):
+    """A rung on which an adapter failed. threshold: nats per token. again: by the held-out probes."""
+
+    rung: str
+    found: Examined
+    threshold: float
+    again: bool
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For the audit log, and for admins."""
+        figures = dataclasses.asdict(self.found.score)
+        return {"rung": self.rung, **figures, "threshold": self.threshold, "again": self.again}
 
 
 def version_fields(version: Version, override: bool) -> dict[str, Any]:

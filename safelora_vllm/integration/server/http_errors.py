@@ -92,6 +92,8 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
         body["reasons"] = [dataclasses.asdict(reason) for reason in error.reasons]
+        if (who := caller()) and who.kind == "admin":
+            body |= error.for_admins
     headers = _HEADERS.get(status)
     if isinstance(error, MethodNotAllowed):
         headers = {"Allow": ", ".join(error.methods)}

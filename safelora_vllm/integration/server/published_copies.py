@@ -13,6 +13,7 @@ from safelora_vllm.files import FileState
 from safelora_vllm.gate.address import address, ruleset_digest
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState, Judgement
+from safelora_vllm.integration.server.decisions import Failed
 from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.tracing import past_spans, span
@@ -41,15 +42,22 @@ class Judged(NamedTuple):
     """What the gate decided about a content of a name, and by which rules.
 
     ruleset: a digest of them. override: they are less strict than the server's, as the operator allowed.
+    failed: what the exam found on the rungs on which a refused one failed.
     """
 
     judgement: Judgement
     ruleset: str
     override: bool
+    failed: tuple[Failed, ...] = ()
 
     @property
     def report(self) -> Report:
         return self.judgement.report
+
+    @property
+    def exam_fields(self) -> dict[str, Any]:
+        """Of the failed rungs, for the audit log and for admins; nothing where there are none."""
+        return {"exam_rungs": [failed.fields for failed in self.failed]} if self.failed else {}
 
     def signed(self, key: str) -> Judged:
         """The same of content that was uploaded with a key's signature before; empty for none."""
@@ -179,9 +187,9 @@ class Copies:
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
         rungs = self.exam.rungs(self.state.policy, tenant, rules, bool(own) or exam_override)
-        judgement = await self.exam.decide(rungs, judge, tenant, upload, exam_override)
+        judgement, failed = await self.exam.decide(name, rungs, judge, tenant, upload, exam_override)
         ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest), tenant)
-        return Judged(judgement, ruleset, rules.override)
+        return Judged(judgement, ruleset, rules.override, failed)
 
     async def ask(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """A call of ``gate`` that may take long, in threads of its own: asyncio's few are for the short ones.

@@ -59,7 +59,8 @@ class Rejudge:
             new = await self._loaded(entry.name, new, judged)
         decision = "refused" if new.refused else "accepted"
         fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
-        details = fields | version_fields(new, judged.override) | exam_fields(self._copies.exam.found(key))
+        examined = judged.exam_fields or exam_fields(self._copies.exam.found(key))
+        details = fields | version_fields(new, judged.override) | examined
         if not await self._write(entry.name, version, new, details):
             if new.key and entry.served is not None:
                 await self._pool.release(self._pool.request(entry.name, key, new.id), wanted=lambda _: False)

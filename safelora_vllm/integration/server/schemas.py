@@ -87,6 +87,18 @@ class ExamOverride(BaseModel):
     reason: str = Field("", max_length=1000, description="why; needed with override")
 
 
+class FailedRung(BaseModel):
+    """What an exam found on a rung on which an adapter failed, in nats per token."""
+
+    rung: str
+    drop: float = Field(description="mean loyalty drop")
+    bound: float = Field(description="its upper confidence bound, compared with the threshold")
+    worst: float = Field(description="mean of the tenth of the probes that drops most")
+    probes: int = Field(description="that were asked")
+    threshold: float = Field(description="the largest bound that passes")
+    again: bool = Field(description="it passed the first half of the probes and failed the held-out half")
+
+
 class ErrorDetail(BaseModel):
     """OpenAI's error object; a refusal has its reasons besides."""
 
@@ -96,6 +108,9 @@ class ErrorDetail(BaseModel):
     code: int
     reasons: list[Reason] | None = Field(
         None, description="every cause at once: a machine-readable code and a sentence"
+    )
+    exam_rungs: list[FailedRung] | None = Field(
+        None, description="for admins, of an adapter that failed its exam: each rung that was tried"
     )
 
 

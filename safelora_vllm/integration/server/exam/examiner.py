@@ -44,9 +44,11 @@ class NotLoaded(ExamUnavailable):
 class Asked(NamedTuple):
     """A published copy of which the engine is asked.
 
-    rung: its policy's name. threshold: the largest bound that passes, nats per token; both for the counts.
+    name: of an adapter that is to be served by it, for the log. rung: its policy's name. threshold: the
+    largest bound that passes, nats per token; both for the counts.
     """
 
+    name: str
     key: str
     rung: str
     threshold: float
@@ -73,18 +75,20 @@ class Examiner:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each tenant
 
     async def examine(self, asked: Asked, nbytes: float, ticket: Callable[[], None]) -> Examined:
-        """What a copy is like by the first half of the probes, from the store where it was examined before.
+        """What a copy is like by the first half of the probes.
+
+        It is from the store where the copy, or another one with the same files, was examined before.
 
         Raises:
             TooManyExams: the tenant has had its share.
             Unavailable: there is no score. NotLoaded: as vLLM cannot load it.
         """
         sheet = self.sheets.first
-        if found := await asyncio.to_thread(sheet.verdicts.get, asked.key):
+        if found := await asyncio.to_thread(sheet.verdicts.of_same_files, asked.key):
             return found
         ticket()
         async with self._in_turn():
-            if found := await asyncio.to_thread(sheet.verdicts.get, asked.key):
+            if found := await asyncio.to_thread(sheet.verdicts.of_same_files, asked.key):
                 return found
             return await self._counted(sheet, asked, nbytes)
 
@@ -106,7 +110,9 @@ class Examiner:
             verdict = "passed" if found.score.passes(asked.threshold) else "failed"
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
-        logger.info("exam of copy %s by %s: %s", asked.key[:12], asked.rung, verdict)
+        text = "exam of adapter %r by %s: %s, bound %.4f, at most %g passes (%.0f s, copy %s)"
+        figures = (found.score.bound, asked.threshold, found.seconds, asked.key[:12])
+        logger.info(text, asked.name, asked.rung, verdict, *figures, extra={"adapter": asked.name})
         return found
 
     @asynccontextmanager

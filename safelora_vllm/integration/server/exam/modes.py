@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 
 from safelora_vllm.errors import ExamUnavailable, Reason
-from safelora_vllm.exam.sitting import REFUSED
+from safelora_vllm.exam.sitting import REFUSED, refusal
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.callers import caller
-from safelora_vllm.integration.server.decisions import exam_fields, log
+from safelora_vllm.integration.server.decisions import Failed, exam_fields, log
 from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.examiner import Asked, Examiner, NotLoaded
 from safelora_vllm.integration.server.exam.limits import Limit
-from safelora_vllm.integration.server.exam.no_exam import Judge, NoExam
+from safelora_vllm.integration.server.exam.no_exam import Decided, Judge, NoExam
 from safelora_vllm.integration.server.exam.renewal import Renewal
 from safelora_vllm.integration.server.exam.reports import Reports
 from safelora_vllm.integration.server.exam.terms import OWN, Terms
@@ -75,51 +75,60 @@ class Exam(NoExam):
 
     async def decide(
         self,
+        name: str,
         rungs: Sequence[Rules],
         judge: Judge,
         tenant: TenantRules,
         upload: bool = False,
         override: bool = False,
-    ) -> Judgement:
+    ) -> Decided:
         """As `NoExam.decide`: the first rung that passes."""
         terms, who = self._of(tenant), caller()
         if override or not terms.enforced:
-            return await judge(rungs[0], None)
+            return Decided(await judge(rungs[0], None))
         with self.examiner.limits.share(who.tenant if who else None, _limit(tenant)) as ticket:
             sheets = self.examiner.sheets
-            judgement = await self._first_that_passes(rungs, judge, terms, upload, ticket)
+            decided = await self._first_that_passes(name, rungs, judge, terms, upload, ticket)
             if (
                 self.examiner.sheets is not sheets
             ):  # else a verdict by former probes would count as one by these
                 raise ExamUnavailable("the probes were changed during the exam: try again")
-            return judgement
+            return decided
 
     async def _first_that_passes(
-        self, rungs: Sequence[Rules], judge: Judge, terms: Terms, upload: bool, ticket: Callable[[], None]
-    ) -> Judgement:
+        self,
+        name: str,
+        rungs: Sequence[Rules],
+        judge: Judge,
+        terms: Terms,
+        upload: bool,
+        ticket: Callable[[], None],
+    ) -> Decided:
         """Where a rung fails the held-out half, the ones above it have to pass that too."""
         judgement: Judgement | None = None
-        both = False
+        failed: list[Failed] = []
         for rules in rungs:
             judgement = await judge(rules, judgement)
             if judgement.key is None:
-                return judgement
+                return Decided(judgement)
             try:
-                asked = self._asked(judgement.key, terms, judgement.report.policy)
-                if not terms.passes(await self.examiner.examine(asked, judgement.bytes, ticket)):
+                asked = self._asked(name, judgement.key, terms, judgement.report.policy)
+                found = await self.examiner.examine(asked, judgement.bytes, ticket)
+                if not terms.passes(found):
+                    failed.append(Failed(asked.rung, found, terms.threshold, again=False))
                     continue
-                again = await asyncio.to_thread(self._held_out.get, asked.key)
-                if again is None and both:
+                again = await asyncio.to_thread(self._held_out.of_same_files, asked.key)
+                if again is None and any(rung.again for rung in failed):
                     again = await self.examiner.examine_again(asked, judgement.bytes)
             except NotLoaded as error:
                 if not upload:
                     raise
-                return _refused(judgement, error.reasons)
+                return Decided(_refused(judgement, error.reasons))
             if again is None or terms.passes(again):
-                return judgement
-            both = True
+                return Decided(judgement)
+            failed.append(Failed(asked.rung, again, terms.threshold, again=True))
         assert judgement is not None
-        return _refused(judgement, [REFUSED])
+        return Decided(_refused(judgement, [refusal(len(rungs))]), tuple(failed))
 
     async def examine_again(self, name: str, key: str, policy: Policy) -> Examined:
         """What the held-out half of the probes finds of a copy that a name serves. policy: its report's.
@@ -127,7 +136,7 @@ class Exam(NoExam):
         Raises:
             UsageError: the aligned model does not refuse that half. Unavailable: there is no score.
         """
-        return await self.examiner.examine_again(self._asked(key, self.terms(name), policy))
+        return await self.examiner.examine_again(self._asked(name, key, self.terms(name), policy))
 
     def passed(self, name: str, key: str, override: bool) -> bool:
         """By verdicts about the very bytes."""
@@ -168,7 +177,7 @@ class Exam(NoExam):
     async def _report(self, name: str, key: str, ticket: Callable[[], None]) -> None:
         terms = self.terms(name)
         known = await asyncio.to_thread(self._first.get, key) is not None
-        found = await self.examiner.examine(Asked(key, OWN, terms.threshold), math.inf, ticket)
+        found = await self.examiner.examine(Asked(name, key, OWN, terms.threshold), math.inf, ticket)
         if not known:
             reasons = [] if terms.passes(found) else [REFUSED.code]
             await log(
@@ -198,8 +207,8 @@ class Exam(NoExam):
         """Exams that run are left without a score."""
         await self.examiner.background.stop()
 
-    def _asked(self, key: str, terms: Terms, policy: Policy) -> Asked:
-        return Asked(key, terms.rung(policy), terms.threshold)
+    def _asked(self, name: str, key: str, terms: Terms, policy: Policy) -> Asked:
+        return Asked(name, key, terms.rung(policy), terms.threshold)
 
     @property
     def _first(self) -> Verdicts:

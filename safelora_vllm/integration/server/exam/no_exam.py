@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from safelora_vllm.errors import ExamUnavailable, UsageError
 from safelora_vllm.gate.protocol import Judgement
+from safelora_vllm.integration.server.decisions import Failed
 from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.terms import Terms
 from safelora_vllm.policy import Policy
@@ -15,6 +17,13 @@ from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules
 
 # Lets the gate judge by a rung's rules; its second argument is what it judged by the rung before.
 Judge = Callable[[Rules, Judgement | None], Awaitable[Judgement]]
+
+
+class Decided(NamedTuple):
+    """What the gate and the exam made of a content. failed: the rungs on which a refused one failed."""
+
+    judgement: Judgement
+    failed: tuple[Failed, ...] = ()
 
 
 class NoExam:
@@ -48,15 +57,17 @@ class NoExam:
 
     async def decide(
         self,
+        name: str,  # noqa: ARG002
         rungs: Sequence[Rules],
         judge: Judge,
         tenant: TenantRules,
         upload: bool = False,  # noqa: ARG002
         override: bool = False,
-    ) -> Judgement:
+    ) -> Decided:
         """What the gate makes of a content on the first rung that may be served; or a refusal.
 
         Args:
+            name: that it is to be served by, for the log.
             rungs: of `rungs`, to be tried in turn. judge: asks the gate.
             tenant: whose adapter it is.
             upload: what vLLM cannot load is refused. What the store has already is tried again later instead.
@@ -69,7 +80,7 @@ class NoExam:
             raise ExamUnavailable(
                 "the exam that this tenant's adapters have to pass is off: ask the operator"
             )
-        return await judge(rungs[0], None)
+        return Decided(await judge(rungs[0], None))
 
     async def examine_again(self, name: str, key: str, policy: Policy) -> Examined:  # noqa: ARG002
         """Examine a copy that a name serves. policy: the one that it was made by.
