@@ -498,17 +498,55 @@ def test_the_same_bytes_are_examined_once(
 ) -> None:
     """Rungs that publish the same files have the same verdict, also after a restart."""
     caplog.set_level("INFO", logger="vllm.safelora.exam")
+    first = "exam: the served model "
     with start(ladder="safe-lora:0.9,safe-lora:0.95,safe-lora:0.1") as server:
         http = server.client(ADMIN_KEY)
         assert upload(http, "harmful", adapters["harmful"]).status_code == 422
         assert len(set(server.engine.asked)) == 2
         refused = AuditLog(server.store / "audit").read()
         assert [len(line["exam_rungs"]) for line in refused] == [3]
+    lines = [record.message for record in caplog.records if record.message.startswith(first)]
+    assert len(lines) == 2 and lines[0].startswith(f"{first}answers 64 probes")
+    assert lines[1].startswith(f"{first}has answered in ") and "refuses 100% of the probes" in lines[1]
     names = [record.message for record in caplog.records if record.message.startswith("exam of adapter")]
+    caplog.clear()
     assert len(names) == 2 and all("'harmful' by safe-lora:0." in line for line in names)
     with start(ladder="safe-lora:0.99") as again:
         assert upload(again.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 422
         assert not again.engine.asked
+    assert not any(record.message.startswith(first) for record in caplog.records), "they are kept"
+
+
+def test_what_waits_for_its_exam_says_so(
+    start: Start, adapters: dict[str, Path], place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stored adapter after a start with another ladder: a 503 with the cause, and no error in the log."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        for name in ("acme/a", "acme/b"):
+            assert upload(server.client(ADMIN_KEY), name, adapters["useful"]).status_code == 201
+    go = asyncio.Event()
+    caplog.clear()
+    with start(keys=str(place.keys), ladder="safe-lora:0.25", engine={"before": go.wait}) as server:
+        acme, answers = server.client(SECRET), []
+        registry = server.app.state.safelora.registry
+        for name in ("acme/a", "acme/b"):
+            with pytest.raises(SafeLoRAError, match=f"{name} waits for its exam") as error:
+                registry[name].current()
+            answers.append(error_response(error.value))
+        assert [answer.status_code for answer in answers] == [503, 503]
+        first, second = (int(answer.headers["Retry-After"]) for answer in answers)
+        assert 5 <= first < second <= 600
+        usage = acme.get("/v1/usage").json()["adapters"]
+        assert {item["state"] for item in usage} == {"unavailable"}
+        assert all("waits for its exam" in item["problem"] for item in usage)
+        overview = acme.get("/v1/overview").json()["adapters"]
+        assert all("waits for its exam" in item["problem"] for item in overview)
+        server.portal.call(go.set)
+        for name in ("acme/a", "acme/b"):
+            assert answer_of(server, name) == 200
+        assert not any(item["problem"] for item in acme.get("/v1/usage").json()["adapters"])
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_another_chat_template_is_another_exam(start: Start, adapters: dict[str, Path], place: Place) -> None:

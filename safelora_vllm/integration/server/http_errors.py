@@ -14,6 +14,7 @@ from safelora_vllm.errors import (
     AdapterRefused,
     AlreadyLoaded,
     ChangedMeanwhile,
+    ExamUnavailable,
     Forbidden,
     GuardError,
     QuotaExceeded,
@@ -28,6 +29,7 @@ from safelora_vllm.errors import (
 from safelora_vllm.integration.server.access_check import MethodNotAllowed
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.exam.limits import TooManyExams
+from safelora_vllm.integration.server.registry import AwaitsExam
 from safelora_vllm.integration.server.schemas import ErrorBody
 from safelora_vllm.integration.server.uploads import TooLarge, TooManyUploads, UploadTimeout
 from safelora_vllm.remote.refusals import SourceForbidden, SourceUnavailable
@@ -87,7 +89,8 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     message = str(error)
     refused = isinstance(error, AdapterRefused)
     if status >= 500 and not refused and not ((who := caller()) and who.kind == "admin"):
-        logger.error("%s", message)
+        # Each request for an adapter that waits its turn is answered so: nothing is out of order.
+        logger.log(logging.DEBUG if isinstance(error, AwaitsExam) else logging.ERROR, "%s", message)
         message = _PLACE.sub(_hidden, message)
     body: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": status}
     if isinstance(error, AdapterRefused):
@@ -97,7 +100,7 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     headers = _HEADERS.get(status)
     if isinstance(error, MethodNotAllowed):
         headers = {"Allow": ", ".join(error.methods)}
-    if isinstance(error, TooManyExams):
+    if isinstance(error, TooManyExams | ExamUnavailable):
         headers = {"Retry-After": str(error.seconds)}
     return JSONResponse({"error": body}, status_code=status, headers=headers)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.registry import Entry, why_unavailable
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.policy import Policy
@@ -137,7 +137,7 @@ def _problem(entry: Entry, who: Principal) -> str:
         return "today's rules refuse it"
     if entry.problem is not None and who.kind == "admin":
         return str(entry.problem)
-    return "it is being prepared; try again in a moment"
+    return why_unavailable(entry.problem)
 
 
 async def audit_of(

@@ -202,7 +202,9 @@ class Reconciler:
         if live.refused:
             self.served.put(replace(entry, problem=AdapterRefused(list(live.refused))))
         else:  # what is served stays served until it was judged
-            self.served.put(replace(entry, served=served, problem=None if served else being_prepared(name)))
+            self.served.put(
+                replace(entry, served=served, problem=None if served else self.copies.exam.pending(name))
+            )
         if not (live.refused and is_judged):
             self.background.spawn(self._prepare(name))
 

@@ -6,12 +6,14 @@ vLLM's map of names (`visibility`), ``/v1/adapters``, ``/v1/models`` and ``/metr
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safelora_vllm.errors import GateUnavailable, SafeLoRAError, fresh_copy
+from safelora_vllm.errors import ExamUnavailable, GateUnavailable, SafeLoRAError, fresh_copy
 from safelora_vllm.files import FileState
 from safelora_vllm.report import Report
 from safelora_vllm.store import Version
@@ -87,6 +89,33 @@ class Entry:
 
 
 Registry = dict[str, Entry]
+WAITS = "waits for its exam: adapters are examined one after the other"
+_SOON_SECONDS, _LATE_SECONDS = 5, 600  # bounds of what a caller is told to wait
+
+
+class AwaitsExam(ExamUnavailable):
+    """The answer while an adapter waits for its exam. message: what waits, and for what."""
+
+    _due = 0.0
+
+    @classmethod
+    def within(cls, name: str, seconds: float) -> AwaitsExam:
+        """seconds: until its turn ends, as far as that can be foreseen."""
+        made = cls(f"{name} {WAITS}; try again when `Retry-After` has passed")
+        made._due = time.monotonic() + seconds
+        return made
+
+    @property
+    def seconds(self) -> int:
+        """For ``Retry-After``."""
+        return min(max(math.ceil(self._due - time.monotonic()), _SOON_SECONDS), _LATE_SECONDS)
+
+
+def why_unavailable(problem: SafeLoRAError | None) -> str:
+    """What tenants are told of an adapter that is neither served nor refused."""
+    if isinstance(problem, AwaitsExam):
+        return f"it {WAITS}"
+    return "it is being prepared; try again in a moment"
 
 
 def being_prepared(name: str) -> GateUnavailable:

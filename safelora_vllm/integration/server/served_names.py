@@ -11,7 +11,7 @@ from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.published_copies import Copy
-from safelora_vllm.integration.server.registry import Entry, Registry, Served, being_prepared
+from safelora_vllm.integration.server.registry import Entry, Registry, Served
 
 
 class ServedNames:
@@ -29,7 +29,7 @@ class ServedNames:
     def serve(self, entry: Entry, copy: Copy) -> None:
         """Serve a published copy under a name: whatever is served passes here."""
         if not self._exam.may_serve(entry.name, copy.key, entry.exam_override):
-            return self.put(replace(entry, served=None, problem=being_prepared(entry.name)))
+            return self.put(replace(entry, served=None, problem=self._exam.pending(entry.name)))
         try:
             request = self._pool.request(entry.name, copy.key, entry.first_id)
         except Unavailable as error:

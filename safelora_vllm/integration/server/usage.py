@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.registry import Entry, why_unavailable
 from safelora_vllm.policy import Policy
 from safelora_vllm.store import AdapterRecord
 from safelora_vllm.tenants.quotas import LIMITS, Quota, content_sizes
@@ -46,6 +46,7 @@ class UsedAdapter(BaseModel):
     name: str
     state: Literal["served", "refused", "unavailable"]
     reasons: list[Reason] = Field(description="of a refusal by today's rules")
+    problem: str = Field(description="why it is unavailable; else empty")
     current: int
     bytes: int = Field(description="of its versions, each content once")
     versions: list[UsedVersion]
@@ -66,7 +67,9 @@ class TenantUsage(BaseModel):
     tenant: str
     quota: Limits
     used: Used
-    policy: dict[str, Any] = Field(description="by which new uploads are judged")
+    policy: dict[str, Any] = Field(
+        description="by which new uploads are judged; where an exam is enforced, its ladder may go first"
+    )
     adapters: list[UsedAdapter]
     refusals: list[Refused] = Field(description="the newest last, at most 20")
 
@@ -96,11 +99,12 @@ def usage_of(
 
 def _adapter(record: AdapterRecord, entry: Entry | None) -> dict[str, Any]:
     problem = entry.problem if entry else None
-    refused = isinstance(problem, AdapterRefused)
+    served, refused = bool(entry and entry.served), isinstance(problem, AdapterRefused)
     return {
         "name": record.name,
-        "state": "served" if entry and entry.served else "refused" if refused else "unavailable",
+        "state": "served" if served else "refused" if refused else "unavailable",
         "reasons": problem.reasons if isinstance(problem, AdapterRefused) else [],
+        "problem": "" if served or refused else why_unavailable(problem),
         "current": record.current,
         "bytes": sum(content_sizes({record.name: record}).values()),
         "versions": [

@@ -13,7 +13,7 @@ from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.engine import Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies
-from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
+from safelora_vllm.integration.server.registry import Entry, Registry
 
 logger = logging.getLogger("vllm.safelora.watchdog")
 # A vLLM worker that was asked something spins for a second in case there is more: not at each look.
@@ -75,7 +75,9 @@ class Watchdog:
                 self._registry[name] = replace(entry, served=replace(entry.served, copy=state))
                 self.repair(self._registry[name])
             else:
-                self.withdraw(entry, "its copy is not the one that was examined", being_prepared(name))
+                self.withdraw(
+                    entry, "its copy is not the one that was examined", self._copies.exam.pending(name)
+                )
         return changed
 
     async def _attest(self) -> None:

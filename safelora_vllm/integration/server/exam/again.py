@@ -16,7 +16,7 @@ from safelora_vllm.exam.sitting import REFUSED
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.exam.no_exam import NoExam
-from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
+from safelora_vllm.integration.server.registry import Entry, Registry
 from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
 from safelora_vllm.store.verdicts import Examined
 
@@ -93,7 +93,7 @@ class Again:
             if (key := _key(entry)) and self.exam.has_failed(entry.name, key, entry.exam_override)
         ]
         for entry in failed:
-            self._withdraw(entry, "it failed its re-examination", being_prepared(entry.name))
+            self._withdraw(entry, "it failed its re-examination", self.exam.pending(entry.name))
             self._judge_anew(entry.name)
 
     async def _log(self, entry: Entry, actor: str, found: Examined, passed: bool, gone: bool) -> None:

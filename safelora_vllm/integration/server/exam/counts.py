@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
+_GUESS_SECONDS = 30.0
 VERDICTS = ("passed", "failed", "unavailable")
 
 
@@ -46,6 +47,12 @@ class Counts:
             new = self._folder / f".exams-{os.getpid()}"
             new.write_text(text)
             new.rename(self._folder / f"exams-{os.getpid()}.json")
+
+    @property
+    def usual_seconds(self) -> float:
+        """How long an exam of this process takes, on average; a guess before the first one."""
+        exams = self._own.exams.total()
+        return self._own.seconds / exams if exams else _GUESS_SECONDS
 
     def all(self) -> Counted:
         """Of all processes. What cannot be read is left out."""

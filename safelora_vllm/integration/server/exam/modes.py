@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
-from safelora_vllm.errors import ExamUnavailable, Reason
+from safelora_vllm.errors import ExamUnavailable, Reason, SafeLoRAError
 from safelora_vllm.exam.sitting import REFUSED, refusal
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.callers import caller
@@ -21,6 +21,7 @@ from safelora_vllm.integration.server.exam.no_exam import Decided, Judge, NoExam
 from safelora_vllm.integration.server.exam.renewal import Renewal
 from safelora_vllm.integration.server.exam.reports import Reports
 from safelora_vllm.integration.server.exam.terms import OWN, Terms
+from safelora_vllm.integration.server.registry import AwaitsExam
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
 from safelora_vllm.store.verdicts import Examined, Verdicts
@@ -47,7 +48,7 @@ class Exam(NoExam):
         renewal: of the operator's own probes.
         """
         super().__init__()
-        self._renewal = renewal
+        self._renewal, self._pending = renewal, set[str]()
         self.examiner, self.mode = examiner, terms.mode
         self._audit, self._server, self._tenant_rules = audit, terms, tenant_rules
         self._reports = Reports(
@@ -83,6 +84,20 @@ class Exam(NoExam):
         override: bool = False,
     ) -> Decided:
         """As `NoExam.decide`: the first rung that passes."""
+        try:
+            return await self._decide(name, rungs, judge, tenant, upload, override)
+        finally:
+            self._pending.discard(name)
+
+    async def _decide(
+        self,
+        name: str,
+        rungs: Sequence[Rules],
+        judge: Judge,
+        tenant: TenantRules,
+        upload: bool,
+        override: bool,
+    ) -> Decided:
         terms, who = self._of(tenant), caller()
         if override or not terms.enforced:
             return Decided(await judge(rungs[0], None))
@@ -166,12 +181,20 @@ class Exam(NoExam):
 
     def is_served(self, name: str, key: str) -> None:
         """Where that is not known yet, find out in the background what it is like."""
-        self._reports.drop(name)
+        self.is_gone(name)  # from what waits
         if self.terms(name).mode != "off" and self.found(key) is None:
             self._reports.add(name, key)
 
+    def pending(self, name: str) -> SafeLoRAError:
+        """Says how long the exams of those before it may take."""
+        if not self.terms(name).enforced:
+            return super().pending(name)
+        self._pending.add(name)
+        return AwaitsExam.within(name, len(self._pending) * self.examiner.counts.usual_seconds)
+
     def is_gone(self, name: str) -> None:
         """Its copy is not examined any more."""
+        self._pending.discard(name)
         self._reports.drop(name)
 
     async def _report(self, name: str, key: str, ticket: Callable[[], None]) -> None:

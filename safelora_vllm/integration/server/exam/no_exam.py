@@ -6,11 +6,12 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-from safelora_vllm.errors import ExamUnavailable, UsageError
+from safelora_vllm.errors import ExamUnavailable, SafeLoRAError, UsageError
 from safelora_vllm.gate.protocol import Judgement
 from safelora_vllm.integration.server.decisions import Failed
 from safelora_vllm.integration.server.exam.counts import Counted
 from safelora_vllm.integration.server.exam.terms import Terms
+from safelora_vllm.integration.server.registry import being_prepared
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules
@@ -116,6 +117,10 @@ class NoExam:
 
     def is_served(self, name: str, key: str) -> None:
         """Note that a name serves a copy."""
+
+    def pending(self, name: str) -> SafeLoRAError:
+        """The answer while a name waits for what it is to serve."""
+        return being_prepared(name)
 
     def is_gone(self, name: str) -> None:
         """Note that a name is no more."""

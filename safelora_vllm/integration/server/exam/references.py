@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import math
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.store.layout import EXAM
 from safelora_vllm.store.verdict_pruning import reference_file
 
+logger = logging.getLogger("vllm.safelora.exam")
 _FORMAT = 2  # another one where an exam asks or counts otherwise: what is kept of the former is not used
 _SECRET_BYTES = 32
 
@@ -42,7 +45,16 @@ async def kept_reference(
     try:
         return _read(file.read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
+        began = time.monotonic()
+        logger.info(
+            "exam: the served model answers %d probes; these answers are kept in the store",
+            len(probes.prompts),
+        )
         made = await _ask(model, probes, harmless)
+        logger.info(
+            "exam: the served model has answered in %.0f s; it refuses %.0f%% of the probes",
+            time.monotonic() - began, 100 * made.refused,
+        )  # fmt: skip
     if not made.usable:  # another start may find another model
         return made
     text = json.dumps(dataclasses.asdict(made), allow_nan=False).encode()
