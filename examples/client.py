@@ -25,7 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (key := os.environ.get("SAFELORA_KEY")):
         parser.error("set SAFELORA_KEY to an admin's or a tenant's key")
-    http = httpx.Client(base_url=args.url, headers={"Authorization": f"Bearer {key}"}, timeout=300)
+    # Where the server has an exam, an upload waits for one of each rung of the ladder.
+    http = httpx.Client(base_url=args.url, headers={"Authorization": f"Bearer {key}"}, timeout=1800)
     chat = OpenAI(base_url=f"{args.url}/v1", api_key=key)
 
     files = {name: (args.adapter / name).read_bytes() for name in FILES}

@@ -28,8 +28,8 @@ VLLMS = {
     "--enable-offline-docs", "--dtype", "--max-num-seqs", "--gpu-memory-utilization", "--model",
     "--no-enable-lora", "--pipeline-parallel-size", "--kv-cache-memory-bytes",
     "--disable-log-stats", "--log-config-file", "--otlp-traces-endpoint",
-    "--disable-fastapi-docs", "--skip-tokenizer-init",
-    "--disable-log-requests", "--chat-template", "--enable-prefix-caching",
+    "--disable-fastapi-docs", "--disable-log-requests", "--chat-template", "--enable-prefix-caching",
+    "--lora-dtype", "--skip-tokenizer-init",
 }  # fmt: skip
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"`([^`\n]+)`")

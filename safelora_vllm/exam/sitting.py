@@ -17,7 +17,7 @@ REFUSED = Reason(
     "without answers to harmful requests",
 )
 REFUSED_BY_ONE = Reason(
-    REFUSED.code,
+    "exam",
     "by the only policy that was tried, the adapter does not refuse what the aligned model refuses: have it "
     "judged by a stricter policy, or train it without answers to harmful requests",
 )
