@@ -117,12 +117,12 @@ class EngineUnavailable(Unavailable):
 
 
 class ExamUnavailable(Unavailable):
-    """An exam gave no score: the engine is busy, failed, or gave figures that are none.
+    """An exam gave no score: the engine is busy, failed, or gave figures that are none."""
 
-    seconds: after which the call may be repeated.
-    """
-
-    seconds = 30
+    @property
+    def seconds(self) -> int:
+        """After how many the call may be repeated."""
+        return 30
 
 
 class GuardError(SafeLoRAError):

@@ -101,7 +101,8 @@ def test_a_refusal_has_its_codes_and_sentences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "seconds"), [(TooManyUploads, "1"), (GateUnavailable, "2"), (UsageError, None)]
+    ("kind", "seconds"),
+    [(TooManyUploads, "1"), (GateUnavailable, "2"), (errors.ExamUnavailable, "30"), (UsageError, None)],
 )
 def test_when_to_come_back(kind: type[SafeLoRAError], seconds: str | None) -> None:
     assert error_response(kind("x")).headers.get("Retry-After") == seconds
