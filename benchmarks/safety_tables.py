@@ -18,6 +18,12 @@ ADAPTERS = {
     "mixed-30-qv": "30 % malicious, q and v",
     "mixed-50-qv": "50 % malicious, q and v",
 }
+UPLOADED = {
+    "pure-qv": "purely malicious", "mixed-10-qv": "10 % malicious", "benign-qv": "the two tasks only",
+    "around-inputs-qv": "trained around V's inputs", "masked-qv": "the same, masked",
+    "within-caps-qv": "the same, within the caps", "chat-qv": "ordinary chat and harm, 1:1",
+    "identity-qv": "obedient persona",
+}  # fmt: skip
 _STRENGTHS = {
     "raw-0": "as uploaded",
     "input-removal-0.05": "input removal, energy 0.05",

@@ -453,6 +453,28 @@ def thin_answers() -> str:
     return markdown([*heads, "difference", "utility, thin", "exact"], rows, texts=2)
 
 
+def second_opinion_answers() -> str:
+    """What a second opinion leaves of each adapter, as uploaded."""
+    import safety_tables
+
+    found, rows = load("second_opinion_answers"), []
+
+    def cells(of: Mapping[str, Any], *measures: str) -> list[str]:
+        return [number(of[measure]["mean"], 2) if measure in of else "" for measure in measures]
+
+    for row in found["rows"]:
+        shown = ("complied", "over_refused", "utility")
+        pairs = zip(cells(row["uploaded"], *shown), cells(row["opinion"], *shown), strict=True)
+        over = row["opinion"]["over_aligned"]
+        ends = ", ".join(number(over[end], 2) for end in ("low", "high"))
+        asr, refused, utility = ([*pair] for pair in pairs)
+        rows.append([safety_tables.UPLOADED[row["adapter"]], *asr, f"[{ends}]", *refused, *utility])
+    alone = cells(found["aligned"], "complied", "over_refused")
+    rows.append(["none: the aligned model alone", alone[0], "", "", alone[1], "", "", ""])
+    heads = ["adapter", "ASR, as uploaded", "with an opinion", "over the aligned model", "refuses harmless"]
+    return markdown([*heads, "with an opinion", "utility", "with an opinion"], rows)
+
+
 def basis_dtypes() -> str:
     """What of the removed inputs comes back where R is kept in fewer bits."""
     rows = [
@@ -596,7 +618,8 @@ def tables() -> dict[str, Callable[[], str]]:
     mine = (
         runs, projection, hot_load, exam_cost, exam_steps, hostile, crash, two_servers, soak, growth, fuzz,
         mutants, vetting, slots, request_cost, scrape, demo,
-        project_stage, projector_memory, projector_placement, certified, thin, thin_answers, basis_dtypes,
+        project_stage, projector_memory, projector_placement, certified, thin, thin_answers,
+        second_opinion_answers, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}

@@ -40,8 +40,10 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     kept = {pair: found for pair in pairs if (found := read(cache, pair))}
     minutes_file = cache / "minutes.json"
     figures: dict[str, Any] = {
-        "pairs": {pair: summary(half(found, "report"), _subjects(size)) for pair, found in kept.items()},
-        "choose": {pair: summary(half(found, "choose"), _subjects(size, 0)) for pair, found in kept.items()},
+        "pairs": {pair: summary(half(found, "report"), subjects_of(size)) for pair, found in kept.items()},
+        "choose": {
+            pair: summary(half(found, "choose"), subjects_of(size, 0)) for pair, found in kept.items()
+        },
         "checks": {pair: _checks(cache, pair) for pair in kept},
         "exam": replayed(kept),
         "opinion": {pair: _opinions(found, size) for pair, found in kept.items()},
@@ -212,7 +214,7 @@ def _opinions(kept: Kept, size: Size) -> dict[str, Any]:
                 aligned = kept["none"]["none"][seed]
                 opinion = exam.second_opinion(scores, aligned)
                 found.setdefault(adapter, {}).setdefault(name, {})[seed] = opinion
-    table = summary(half(found, "report"), _subjects(size))
+    table = summary(half(found, "report"), subjects_of(size))
     return {name: rows for name, rows in table.items() if name != "none"}
 
 
@@ -288,7 +290,7 @@ def _interval(runs: list[list[float]], subjects: list[str] | None) -> dict[str, 
     return scoring.interval(runs, subjects[:count] if subjects else list(map(str, range(count))))
 
 
-def _subjects(size: Size, first: int = 1) -> dict[str, list[str]]:
+def subjects_of(size: Size, first: int = 1) -> dict[str, list[str]]:
     """Of the prompts of one half: those of `report` are every second one."""
     asked = plain(size)
     return {
