@@ -170,6 +170,7 @@ def test_no_route_loads_or_removes_without_a_key(server: Server) -> None:
     assert changing == {
         "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/adapters/{name}",
         "/v1/adapters/{name}/rollback", "/v1/adapters/{name}/policy", "/v1/adapters/{name}/versions/{number}",
+        "/v1/adapters/{name}/exam",
     }, json.dumps(sorted(changing))  # fmt: skip
 
 
