@@ -57,6 +57,13 @@ def served_by(cache: ProjectorCache, rungs: Sequence[Policy]) -> list[Policy]:
     return [rung for rung in rungs if rung.method == "safe-lora" or rung.energy <= most]
 
 
+def follows(rung: Policy, first: Policy, named: bool) -> bool:
+    """Whether a rung may be tried after a policy that somebody chose. named: so may one of another method."""
+    if rung.at_least_as_strict(first):
+        return rung != first
+    return named and rung.method != first.method
+
+
 def name_of(policy: Policy) -> str:
     """A rung as `parse` reads it."""
     field = _STRENGTHS[policy.method]

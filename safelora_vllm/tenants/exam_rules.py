@@ -64,12 +64,16 @@ SERVERS_EXAM = TenantExam()
 
 @dataclass(frozen=True)
 class ServersExam:
-    """The server's settings of the exam. policy: the one that it was given. ladder: None is the default."""
+    """The server's settings of the exam.
+
+    policy: the one that it serves by. chosen: the operator gave it. ladder: None is the default.
+    """
 
     mode: str
     threshold: float
     ladder: str | None
     policy: Policy
+    chosen: bool
     cache: ProjectorCache
 
     def check(self, entry: str, exam: TenantExam, less_strict: bool) -> None:
@@ -110,10 +114,13 @@ class ServersExam:
             )
 
     def _milder(self, rungs: Sequence[Policy]) -> list[str]:
-        """The rungs that are not as strict as any rung of the server's ladder."""
+        """The rungs that are not as strict as any by which the server serves."""
         if not rungs:
             return []
         known = ladders.usable(self.cache, self.ladder, self.policy)
+        if self.chosen:
+            named = self.ladder is not None
+            known = [self.policy, *(rung for rung in known if ladders.follows(rung, self.policy, named))]
         return [ladders.name_of(r) for r in rungs if not any(r.at_least_as_strict(rung) for rung in known)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,11 @@ def test_where_the_exam_is_off_a_tenant_that_needs_it_is_not_served(
         ('mode = "off"', {}, "mode = off"),
         ("threshold = 0.03", {}, r"threshold = 0\.03"),
         ('ladder = "safe-lora:0.1"', {}, "safe-lora:0.1"),
+        (  # a rung of the default ladder, which is milder than the policy that the operator chose
+            'ladder = "input-removal:0.05"',
+            {"ladder": None, "policy": {"method": "safe-lora", "select": "all"}},
+            r"less strict .*input-removal:0\.05",
+        ),
         ('ladder = "safe-lora"', {"exam": "report", "ladder": None}, "ladder has no effect"),
         ('mode = "report"', {"exam": "off", "ladder": None}, "has no effect with --exam off"),
     ],
@@ -133,7 +139,7 @@ def test_a_tenant_may_only_be_stricter(
     start: Start,  # noqa: F811
     place: Place,  # noqa: F811
     exam: str,
-    settings: dict[str, str],
+    settings: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(KeysError, match=message), start(keys=write_keys(place, exam), **settings):

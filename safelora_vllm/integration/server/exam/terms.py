@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safelora_vllm.exam.ladder import name_of, parse
+from safelora_vllm.exam.ladder import follows, name_of, parse
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
@@ -78,15 +78,8 @@ class Terms:
         tenants = bool(set(tenant.policy) - set(CAPS))
         if self.chosen or tenants:
             named = self.named and not tenants
-            return [base, *(_rules(rung, server) for rung in ladder if _follows(rung, first, named))]
+            return [base, *(_rules(rung, server) for rung in ladder if follows(rung, first, named))]
         return [_rules(rung, server) for rung in ladder]
-
-
-def _follows(rung: Policy, first: Policy, named: bool) -> bool:
-    """Whether a rung may be tried after a policy that somebody chose. named: so may one of another method."""
-    if rung.at_least_as_strict(first):
-        return rung != first
-    return named and rung.method != first.method
 
 
 def _rules(rung: Policy, server: Policy) -> Rules:
