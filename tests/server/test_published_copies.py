@@ -50,10 +50,10 @@ def test_the_gate_is_asked_by_the_rules_of_a_name() -> None:
 
     async def ask() -> None:
         unprojected = {"mode": "report-only"}
-        assert (await copies.ensure("d", "x", unprojected, True))[1:] == ("r", True)
-        assert (await copies.ensure("d", "x", unprojected, False))[1:] == ("r", False)
-        assert (await copies.ensure("d", "strict/x", {}, False))[1:] == (strict.ruleset("r"), False)
-        assert (await copies.admit("/a", "friend/x", {}, None))[1:] == (friend.ruleset("r"), True)
+        assert (await copies.ensure("d", "x", unprojected, True))[1:3] == ("r", True)
+        assert (await copies.ensure("d", "x", unprojected, False))[1:3] == ("r", False)
+        assert (await copies.ensure("d", "strict/x", {}, False))[1:3] == (strict.ruleset("r"), False)
+        assert (await copies.admit("/a", "friend/x", {}, None))[1:3] == (friend.ruleset("r"), True)
         assert (await copies.adopt(Entry("y", 1, folder=Path("/adapters/y")))).key == "k"
         await copies.adopt(Entry("friend/x", 1, folder=Path("/adapters/y")))
 
