@@ -453,6 +453,16 @@ def thin_answers() -> str:
     return markdown([*heads, "difference", "utility, thin", "exact"], rows, texts=2)
 
 
+def second_opinion() -> str:
+    """What a second opinion costs a request."""
+    rows = []
+    for row in load("second_opinion")["rows"]:
+        ratios = sorted(row["ratios"])
+        ends = f"{number(ratios[0], 2)} to {number(ratios[-1], 2)}"
+        rows.append([row["measure"], number(row["ratio"], 2), ends])
+    return markdown(["time with an opinion, relative", "median", "rounds"], rows)
+
+
 def second_opinion_answers() -> str:
     """What a second opinion leaves of each adapter, as uploaded."""
     import safety_tables
@@ -619,7 +629,7 @@ def tables() -> dict[str, Callable[[], str]]:
         runs, projection, hot_load, exam_cost, exam_steps, hostile, crash, two_servers, soak, growth, fuzz,
         mutants, vetting, slots, request_cost, scrape, demo,
         project_stage, projector_memory, projector_placement, certified, thin, thin_answers,
-        second_opinion_answers, basis_dtypes,
+        second_opinion, second_opinion_answers, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip
     return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
