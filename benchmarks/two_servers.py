@@ -13,6 +13,7 @@ was acknowledged. With ``--engine none`` there is no engine, and so there are no
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -81,7 +82,7 @@ def measure(run: Run, write: Callable[[dict[str, object]], object]) -> dict[str,
     for number in tqdm(range(run.args.rounds), unit="round"):
         victim = number % 2
         names = [f"client{client}-{name}" for client in range(CLIENTS) for name in range(NAMES_EACH)]
-        while_chatting(run, [*names, *uploads], lambda: churn(run, victim, moments))  # noqa: B023
+        while_chatting(run, [*names, *uploads], functools.partial(churn, run, victim, moments))
         check_store(run.work / f"store{victim}", run.faults, number)
         begin(run, (victim,))
         some = {*names, *moments.sample(uploads, min(8, len(uploads)))}

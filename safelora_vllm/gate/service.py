@@ -235,7 +235,7 @@ class GateService:
         """Remove old copies. What was accepted is served, whether that works or not."""
         try:
             collect(self._published.root, store_bytes)
-        except Exception:
+        except Exception:  # whatever it is, the next upload tries again
             logger.exception("the adapter store %s could not be kept small", self._published.root)
 
 

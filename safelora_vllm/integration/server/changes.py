@@ -90,13 +90,12 @@ class Manager:
             judged = await self.reconciler.copies.admit(
                 str(source), name, policy, allowance, bool(exam_override)
             )
-            if exam_override:
-                pass  # also where the content is the same
-            elif not replace or action == LOAD:
+            # An override makes a version of its own, also where the content is the same.
+            if not exam_override and (not replace or action == LOAD):
                 same = await served_again(self.reconciler, previous, judged)
                 if same is not None:
                     return same
-            elif is_unchanged(self.reconciler, previous, judged):
+            elif not exam_override and is_unchanged(self.reconciler, previous, judged):
                 served = self.reconciler.registry[name]
                 await self._commits.unchanged(who, name, action, judged)
                 return served
