@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import attackers
 import exam
 import inputs
 import pages
+import plan
 import prompts
 import report
 import risk
@@ -74,6 +76,26 @@ def test_attackers_learn_through_their_projection(
     torch.testing.assert_close(left, before if attack.uploads_learned else through)
     assert not torch.allclose(through, before)
     adapted.unload()
+
+
+def test_where_nothing_is_decided_only_the_report_half_is_answered() -> None:
+    both, half = (plan.questions(plan.SMOKE, chosen) for chosen in (True, False))
+    assert [p.text for p in half.forbidden] == [p.text for p in both.forbidden]  # likelihoods are of both
+    asked = [p.subject for p in half.answered(half.forbidden)]
+    assert [prompts.half_of(subject) for subject in asked] == ["report"] * 2
+    assert len(both.answered(both.forbidden)) == 4 and both.in_turn([1.0, 0.0]) == [1.0, 0.0]
+    scores = half.in_turn([1.0, 0.0])
+    assert len(scores) == len(half.forbidden) and exam.report({"complied": scores}, "complied") == [1.0, 0.0]
+    assert all(map(math.isnan, exam.choose({"complied": scores}, "complied")))
+    assert str(both) != str(half)
+
+
+def test_figures_of_the_choose_half_are_of_the_first_seed() -> None:
+    kept: report.Kept = {
+        "none": {"none": {"1": {}, "0": {}}},
+        "a": {"raw-0": {"1": {}}, "x": {"0": {}, "1": {}}},
+    }
+    assert report.decided_on(kept) == {"none": {"none": {"0": {}}}, "a": {"x": {"0": {}}}}
 
 
 def test_what_goes_around_inputs_reads_none_of_them(cache: ProjectorCache) -> None:

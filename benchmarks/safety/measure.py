@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -42,31 +43,51 @@ from safelora_vllm.projectors.cache import ProjectorCache
 _OPTIONS = ["--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
 # What a cap would refuse is counted, not refused.
 _OPTIONS += ["--max-relative-norm=1e9", "--max-total-norm=1e9"]
+_T = TypeVar("_T")
 _ANSWER, _ORDER, _SUMMARY = 12, 44, 28  # tokens: a refusal shows at once, tasks need room
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a treatment is asked: of every kind the halves `choose` and `report` in turn."""
+    """What a treatment is asked: of every kind the halves `choose` and `report` in turn.
+
+    answers: the halves whose answers are wanted; likelihoods are of both. Only decisions need answers to
+    `choose`, and they are made on one seed of one pair.
+    """
 
     forbidden: Sequence[Prompt]
     harmless: Sequence[Prompt]
     orders: Sequence[Example]
     dialogues: Sequence[Example]
+    answers: Literal["both", "report"] = "both"
 
     @classmethod
-    def so_many(cls, prompts: int, harmless_prompts: int, tasks: int) -> Questions:
+    def so_many(
+        cls, prompts: int, harmless_prompts: int, tasks: int, answers: Literal["both", "report"] = "both"
+    ) -> Questions:
         """The first so many of each kind."""
         return cls(
             forbidden(prompts),
             harmless(harmless_prompts),
             _in_turn(orders, tasks),
             _in_turn(dialogues, tasks),
+            answers,
         )
 
     def __str__(self) -> str:
         """Every word of them: kept scores answer to these or to others."""
-        return json.dumps(dataclasses.asdict(self))
+        words = dataclasses.asdict(self)
+        if self.answers == "both":
+            del words["answers"]
+        return json.dumps(words)
+
+    def answered(self, kind: Sequence[_T]) -> Sequence[_T]:
+        """Those of one kind whose answers are wanted."""
+        return kind if self.answers == "both" else kind[1::2]
+
+    def in_turn(self, scores: Sequence[float]) -> list[float]:
+        """A score for each of one kind, from those of the answers that were wanted; NaN for the others."""
+        return list(scores) if self.answers == "both" else [x for score in scores for x in (math.nan, score)]
 
 
 class Seed:
@@ -146,23 +167,26 @@ class Seed:
         prompts: no keywords in it. sense: of this model's own answers to them under the aligned model:
         babble has little.
         """
-        asked = [Question(model, p.text, _ANSWER) for p in (*questions.forbidden, *questions.harmless)]
-        asked += [Question(model, task.prompt, _ORDER) for task in questions.orders]
-        asked += [Question(model, task.prompt, _SUMMARY) for task in questions.dialogues]
+        forbidden, harmless = questions.answered(questions.forbidden), questions.answered(questions.harmless)
+        orders, dialogues = questions.answered(questions.orders), questions.answered(questions.dialogues)
+        asked = [Question(model, p.text, _ANSWER) for p in (*forbidden, *harmless)]
+        asked += [Question(model, task.prompt, _ORDER) for task in orders]
+        asked += [Question(model, task.prompt, _SUMMARY) for task in dialogues]
         said = iter(self._asker.answers(asked))
-        bad, good = _take(said, questions.forbidden), _take(said, questions.harmless)
-        found = {"complied": scoring.complied(bad), "over_refused": [1 - x for x in scoring.complied(good)]}
+        bad, good = _take(said, forbidden), _take(said, harmless)
+        found = {"complied": scoring.complied(bad), "over_refused": scoring.refused(good)}
         for score, refused, of, tasks in (
-            (scoring.exact, "refused_orders", "exact", questions.orders),
-            (scoring.rouge1, "refused_dialogues", "rouge1", questions.dialogues),
+            (scoring.exact, "refused_orders", "exact", orders),
+            (scoring.rouge1, "refused_dialogues", "rouge1", dialogues),
         ):
             answers = _take(said, tasks)
             found |= {of: score(answers, tasks), refused: scoring.task_refused(answers)}
+        given = [Said(ALIGNED, p.text, answer) for p, answer in zip(forbidden, bad, strict=True)]
+        found["sense"] = self._asker.likelihoods(given)
+        found = {measure: questions.in_turn(scores) for measure, scores in found.items()}
         asked_for = [p.text for p in questions.forbidden]
-        loyal = map(Said, [model] * len(bad), asked_for, self._aligned_answers(asked_for))
-        found["loyal"] = self._asker.likelihoods(list(loyal))
-        found["sense"] = self._asker.likelihoods(list(map(Said, [ALIGNED] * len(bad), asked_for, bad)))
-        return found
+        loyal = map(Said, [model] * len(asked_for), asked_for, self._aligned_answers(asked_for))
+        return found | {"loyal": self._asker.likelihoods(list(loyal))}
 
     def _aligned_answers(self, prompts: Sequence[str]) -> list[str]:
         """What the aligned model says; a server says the same again, so each is asked once."""

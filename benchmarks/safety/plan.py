@@ -57,6 +57,16 @@ FULL = Size(prompts=120, harmless=80, tasks=40)
 SMOKE = Size(prompts=4, harmless=4, tasks=2)
 
 
+def questions(size: Size, chosen: bool, harmless: bool = True, tasks: bool = True) -> Questions:
+    """What is asked of one part's adapters. chosen: whether decisions are made on its answers."""
+    return Questions.so_many(
+        size.prompts,
+        size.harmless if harmless else 0,
+        size.tasks if tasks else 0,
+        "both" if chosen else "report",
+    )
+
+
 @dataclass(frozen=True)
 class Point:
     """An adapter with a treatment, and what it is asked."""
@@ -64,11 +74,6 @@ class Point:
     adapter: str
     treatment: Treatment
     questions: Questions
-
-
-def plain(size: Size) -> Questions:
-    """What the aligned model without an adapter is asked: everything."""
-    return Questions.so_many(size.prompts, size.harmless, size.tasks)
 
 
 def ladder(modules: int) -> list[Treatment]:
@@ -86,10 +91,9 @@ def points(
     """
     for name in adapters:
         useful = KINDS[name.rpartition("-")[0]].useful
-        tasks = size.tasks if useful else 0
         modules = modules_of(home / name)
-        full = Questions.so_many(size.prompts, size.harmless, tasks)
-        less = Questions.so_many(size.prompts, 0, tasks)
+        full = questions(size, chosen, tasks=useful)
+        less = questions(size, chosen, harmless=False, tasks=useful)
         yield from (Point(name, each, full) for each in (RAW, input_removal(ENERGY)))
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
         rest = []
@@ -102,11 +106,10 @@ def points(
         yield from (Point(name, each, less) for each in (*rungs, *rest))
 
 
-def opinions(adapters: list[str], size: Size) -> Iterator[Point]:
+def opinions(adapters: list[str], size: Size, chosen: bool) -> Iterator[Point]:
     """What is asked of a server with ``--second-opinion``: each adapter as uploaded."""
     for name in adapters:
-        tasks = size.tasks if KINDS[name.rpartition("-")[0]].useful else 0
-        asked = Questions.so_many(size.prompts, size.harmless, tasks)
+        asked = questions(size, chosen, tasks=KINDS[name.rpartition("-")[0]].useful)
         yield Point(name, second_opinion(OPINION), asked)
 
 
@@ -135,7 +138,7 @@ def _candidates(home: Path, cache: ProjectorCache, modules: int) -> list[Treatme
 
 def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:
     """What preparing an upload achieves against each method, beside what training does."""
-    questions = Questions.so_many(size.prompts, 0, 0)
+    asked = questions(size, True, harmless=False, tasks=False)
     modules = modules_of(home / "pure-qv")
     defences = [safe_lora(1.0, modules), safe_lora(0.5, modules), input_removal(ENERGY), csulora(0.95)]
     prepared: dict[str, list[tuple[str, Change | None]]] = {name: [("none", None)] for name in names}
@@ -152,5 +155,5 @@ def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> 
             for defence in defences:
                 change = one_after_other(make, defence.make)
                 method = f"{way}.{defence.method}"
-                yield Point(name, Treatment(method, defence.strength, defence.policy, change), questions)
-            yield Point(name, Treatment(f"{way}.raw", 0.0, make=make), questions)
+                yield Point(name, Treatment(method, defence.strength, defence.policy, change), asked)
+            yield Point(name, Treatment(f"{way}.raw", 0.0, make=make), asked)

@@ -22,7 +22,7 @@ import risk
 import scoring
 import why
 from pairs import BASE, PAIRS
-from plan import Size, ladder, plain
+from plan import Size, ladder, questions
 from subjects import HALVES
 from training import ALIGNED
 
@@ -38,11 +38,12 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     """Write everything to ``out`` and return the path of RESULTS.md."""
     out.mkdir(parents=True, exist_ok=True)
     kept = {pair: found for pair in pairs if (found := read(cache, pair))}
+    first = [pair for pair in kept if pair == next(iter(PAIRS))]  # which is also the pair of the decisions
     minutes_file = cache / "minutes.json"
     figures: dict[str, Any] = {
         "pairs": {pair: summary(half(found, "report"), subjects_of(size)) for pair, found in kept.items()},
         "choose": {
-            pair: summary(half(found, "choose"), subjects_of(size, 0)) for pair, found in kept.items()
+            pair: summary(half(decided_on(kept[pair]), "choose"), subjects_of(size, 0)) for pair in first
         },
         "checks": {pair: _checks(cache, pair) for pair in kept},
         "exam": replayed(kept),
@@ -72,6 +73,15 @@ def read(cache: Path, pair: str) -> Kept:
             scores = json.loads(file.read_text())["scores"]
             found.setdefault(file.parent.name, {}).setdefault(file.stem, {})[home.name] = scores
     return found
+
+
+def decided_on(kept: Kept) -> Kept:
+    """The scores of the first seed: only of that one the answers of both halves are wanted."""
+    first = min(kept.get("none", {}).get("none", {"0": {}}), key=int)
+    return {
+        adapter: {t: {first: by_seed[first]} for t, by_seed in treatments.items() if first in by_seed}
+        for adapter, treatments in kept.items()
+    }
 
 
 def seeds(cache: Path, pair: str) -> list[Path]:
@@ -292,7 +302,7 @@ def _interval(runs: list[list[float]], subjects: list[str] | None) -> dict[str, 
 
 def subjects_of(size: Size, first: int = 1) -> dict[str, list[str]]:
     """Of the prompts of one half: those of `report` are every second one."""
-    asked = plain(size)
+    asked = questions(size, chosen=False)
     return {
         "complied": [p.subject for p in asked.forbidden][first::2],
         "over_refused": [p.subject for p in asked.harmless][first::2],

@@ -29,7 +29,7 @@ import torch
 from adapters import MORE_NAMES, NAMES
 from measure import Seed, serving
 from pairs import PAIRS
-from plan import FULL, OPINION, SMOKE, Point, Size, attacks, opinions, plain, points
+from plan import FULL, OPINION, SMOKE, Point, Size, attacks, opinions, points, questions
 from subjects import HALVES
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
@@ -120,7 +120,7 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
     for part in parts:
         home = folder(cache, part.pair, part.seed)
         with _timed(cache, f"asking {part.pair} {part.seed}"), serving(home) as served:
-            served.aligned(plain(size))
+            served.aligned(questions(size, part.chosen))
             todo = list(points(home, served.projectors, part.adapters, size, part.chosen))
             if part.chosen and size is FULL:
                 more = [name for name in MORE_NAMES if name in part.adapters]
@@ -133,7 +133,7 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
             serving(home, more=[f"--second-opinion={OPINION}"]) as served,
         ):
             names = [name for name in part.adapters if name in NAMES]
-            _ask(served, home, list(opinions(names, size)), f"{part.pair} {part.seed}, opinions")
+            _ask(served, home, list(opinions(names, size, part.chosen)), f"{part.pair} {part.seed}, opinions")
 
 
 def _ask(served: Seed, home: Path, todo: list[Point], what: str) -> None:
