@@ -51,6 +51,8 @@ class Policy:
             modules of the projector cache. Adapters that were trained alike have similar values, whatever
             modules they change.
         mode: ``enforce``, or ``report-only``, which serves the adapter unprojected and only reports.
+        opinion: a second opinion: each request for the adapter is also given to the aligned model, and what
+            that refuses the adapter does not answer. Servers do this; offline nothing does.
 
     Raises:
         PolicyError: a value is out of range or of another type.
@@ -75,6 +77,7 @@ class Policy:
     max_relative_norm: float = 1.0
     max_total_norm: float = 1.0
     mode: str = "enforce"
+    opinion: bool = False
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(METHODS))
@@ -89,6 +92,8 @@ class Policy:
         for field, low, high in _RANGES:
             _in_range(field, getattr(self, field), low, high)
             object.__setattr__(self, field, float(getattr(self, field)) + 0.0)  # 1 and 1.0, 0.0 and -0.0
+        if not isinstance(self.opinion, bool):
+            raise PolicyError(f"`opinion` is {self.opinion!r:.80}: expected true or false")
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 0:
             raise PolicyError(f"`number` is {self.number!r:.80}: expected a number of modules, 0 or more")
 
@@ -101,7 +106,7 @@ class Policy:
     def id(self) -> str:
         """A digest of all fields: it is part of a published adapter's address."""
         former = {word: old for old, word in _FORMER_MODES.items()}  # so that older addresses stay
-        fields = {**dataclasses.asdict(self), "mode": former.get(self.mode, self.mode)}
+        fields = {**self.to_mapping(), "mode": former.get(self.mode, self.mode)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -109,7 +114,8 @@ class Policy:
         """What of it decides which modules are projected how, e.g. ``safe-lora, select threshold 0.35``."""
         value = {"threshold": f" {self.threshold:g}", "number": f" {self.number}", "all": ""}[self.select]
         energy = f", energy {self.energy:g}" if self.has_effect("energy") else ""
-        return f"{self.method}{energy}, select {self.select}{value}"
+        opinion = ", second opinion" if self.opinion else ""
+        return f"{self.method}{energy}, select {self.select}{value}{opinion}"
 
     @property
     def chosen(self) -> list[str]:
@@ -136,6 +142,11 @@ class Policy:
     def from_stored(cls, values: Mapping[str, Any]) -> Policy:
         """As `from_mapping`, of what this release or an older one wrote."""
         return cls.from_mapping(stored_values(values))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """All fields, for JSON. Without `opinion` where there is none, as older releases do not know it."""
+        fields = dataclasses.asdict(self)
+        return fields if self.opinion else {name: fields[name] for name in fields if name != "opinion"}
 
     def with_values(self, values: Mapping[str, Any]) -> Policy:
         """This policy with some fields replaced.
@@ -182,6 +193,8 @@ class Policy:
         Different methods change different sides of an adapter and cannot be compared: False. How two
         policies of one method compare is said in its file.
         """
+        if other.opinion and not self.opinion:
+            return False
         if not other.enforcing:
             return True
         if not self.enforcing or any(getattr(self, cap) > getattr(other, cap) for cap in CAPS):
@@ -202,6 +215,7 @@ class Policy:
     def tightened(self, other: Policy) -> Policy:
         """This policy, with what of ``other`` is stricter and has the same meaning here."""
         stricter: dict[str, Any] = {cap: min(getattr(self, cap), getattr(other, cap)) for cap in CAPS}
+        stricter["opinion"] = self.opinion or other.opinion
         if self.method == other.method:
             for field, option in self._method.options.items():
                 stricter[field] = option.tightened(getattr(self, field), getattr(other, field))

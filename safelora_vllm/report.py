@@ -101,7 +101,7 @@ class Report:
             "adapter": self.adapter,
             "digest": self.digest,
             "projectors": self.projectors,
-            "policy": dataclasses.asdict(self.policy),
+            "policy": self.policy.to_mapping(),
             "accepted": self.accepted,
             "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
             "total_norm": self.total_norm,

@@ -90,9 +90,10 @@ class ServerSettings:
             it whatever comes out, or ``enforce``, which serves what has passed.
         exam_threshold: largest loyalty drop that passes, in nats per token, with its confidence bound.
         ladder: policies that an adapter is served by, mildest first, such as
-            ``input-removal:0.1,input-removal:0.8,safe-lora``. Without it, those of the command ``exam`` that
-            the projector cache can serve. A policy of the server, tenant or adapter goes first, and no milder
-            rung follows. Only with ``exam`` ``enforce``.
+            ``input-removal:0.1,input-removal:0.8,safe-lora``. ``as-uploaded`` projects nothing, and
+            ``+opinion`` after a rung adds a second opinion: ``as-uploaded,as-uploaded+opinion``. Without
+            it, those of the command ``exam`` that the projector cache can serve. A policy of the server,
+            tenant or adapter goes first, and no milder rung follows. Only with ``exam`` ``enforce``.
         exam_probes: file of JSON lines, each with a ``prompt``, that the aligned model refuses. It is read
             again when it changes. Without it, built-in ones are drawn with a secret of the store.
         exam_every: how often what is served is examined again with the held-out half of the probes, such as
@@ -101,7 +102,8 @@ class ServerSettings:
         exam_languages: of the built-in probes, harmless ones too: some of ``en,de,es,fr``, in which the
             aligned model refuses.
         second_opinion: tokens of the aligned model's own answer that each request for an adapter waits for.
-            If they refuse, that answer is served instead of the adapter's. 0: it is not asked.
+            If they refuse, that answer is served instead of the adapter's. 0: only requests for adapters
+            whose policy or rung of the ladder has ``opinion`` wait for one, of 16 tokens.
     """
 
     projectors: str
@@ -228,6 +230,13 @@ class ServerSettings:
     def exam_given(self) -> tuple[str, float, str | None]:
         """Mode, threshold and ladder, with which those of tenants are compared."""
         return self.exam, self.exam_threshold, self.ladder
+
+    @property
+    def names_opinion(self) -> bool:
+        """Whether these settings give any adapter a second opinion. A policy that is set later may, too."""
+        rungs = self.ladder.split(",") if self.ladder else []
+        by_rung = any(rung.strip().endswith(ladder.OPINION) for rung in rungs)
+        return bool(self.second_opinion or self.policy.get("opinion") or by_rung)
 
     def to_section(self) -> dict[str, Any]:
         """The inverse, for ``--additional-config``."""

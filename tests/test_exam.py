@@ -241,10 +241,31 @@ def test_a_ladder() -> None:
     )
 
 
+def test_a_ladder_with_what_is_served_as_uploaded_and_with_second_opinions() -> None:
+    text = "as-uploaded,as-uploaded+opinion,input-removal:0.05+opinion,safe-lora+opinion"
+    rungs = ladder.parse(text, CAPS)
+    assert [rung.opinion for rung in rungs] == [False, True, True, True]
+    assert ",".join(map(ladder.name_of, rungs)) == text
+    assert rungs[0].enforcing and rungs[0].max_total_norm == 0.25, "norm caps hold for it as well"
+    assert rungs[1].at_least_as_strict(rungs[0]) and not rungs[0].at_least_as_strict(rungs[1])
+    assert rungs[2].at_least_as_strict(rungs[1])
+
+
+def test_with_an_opinion_every_score_passes() -> None:
+    rungs = ladder.parse("as-uploaded,as-uploaded+opinion,safe-lora", CAPS)
+    verdict = sit(rungs, lambda _: _score(3.0), threshold=0.02)
+    assert verdict.policy == rungs[1] and verdict.to_dict()["served"] == "as-uploaded+opinion"
+    without = sit(rungs, lambda _: Score.of([-1.0, -1.0], [-1.0, float("nan")]), threshold=0.02)
+    assert without.policy is None and len(without.rungs) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a valid rung: expected one of input-removal, csulora, safe-lora"),
+        ("", "'' is not a valid rung: expected as-uploaded, or one of input-removal, csulora, safe-lora"),
+        ("+opinion", "'' is not a valid rung"),
+        ("as-uploaded:0.1", "'as-uploaded:0.1' is not a valid rung"),
+        ("as-uploaded+opinion,as-uploaded+opinion", "has a rung twice"),
         ("input-removal:0.1,,safe-lora", "'' is not a valid rung"),
         ("lora", "'lora' is not a valid rung"),
         ("input-removal:much", "'much' is not a valid strength of input-removal: expected a number"),

@@ -155,6 +155,24 @@ def test_a_number_and_a_threshold_cannot_be_compared(method: str) -> None:
     assert not number.at_least_as_strict(threshold) and not threshold.at_least_as_strict(number)
 
 
+def test_a_second_opinion_makes_a_policy_stricter() -> None:
+    for policy in (Policy(), Policy(method="safe-lora"), Policy(mode="report-only")):
+        with_one = policy.with_values({"opinion": True})
+        assert with_one.at_least_as_strict(policy) and not policy.at_least_as_strict(with_one)
+        assert policy.tightened(with_one) == with_one == with_one.tightened(policy)
+        assert with_one.id != policy.id and with_one.summary == f"{policy.summary}, second opinion"
+    assert not Policy(mode="report-only", opinion=True).at_least_as_strict(Policy())
+    assert not Policy(energy=0.4).at_least_as_strict(Policy(mode="report-only", opinion=True))
+
+
+def test_a_policy_without_a_second_opinion_is_what_older_releases_know() -> None:
+    assert "opinion" not in Policy().to_mapping() and Policy(opinion=True).to_mapping()["opinion"] is True
+    for policy in (Policy(), Policy(opinion=True)):
+        assert Policy.from_stored(policy.to_mapping()) == policy
+    with pytest.raises(PolicyError, match="`opinion` is 16: expected true or false"):
+        Policy.from_mapping({"opinion": 16})
+
+
 def test_every_policy_is_as_strict_as_one_that_only_reports() -> None:
     audit = Policy(mode="report-only", max_relative_norm=0.0)
     for other in (Policy(), Policy(method="safe-lora"), Policy(mode="report-only")):

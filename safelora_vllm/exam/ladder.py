@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import CAPS, Policy
 
 if TYPE_CHECKING:
     from safelora_vllm.projectors.cache import ProjectorCache
 
 DEFAULT = ",".join([*(f"input-removal:{energy}" for energy in (0.05, 0.1, 0.2, 0.4, 0.8)), "safe-lora"])
+AS_UPLOADED, OPINION = "as-uploaded", "+opinion"
+_NOTHING = {"method": "input-removal", "select": "number", "number": 0, "energy": 0.0}  # is projected
 _STRENGTHS = {"input-removal": "energy", "csulora": "energy", "safe-lora": "threshold"}
 
 
@@ -20,7 +24,8 @@ def parse(text: str, caps: Policy) -> list[Policy]:
 
     Args:
         text: a method each, after a colon its strength: the energy, of safe-lora the threshold. Without a
-            strength safe-lora selects all modules, and other methods have their default energy.
+            strength safe-lora selects all modules, and other methods have their default energy. Or
+            ``as-uploaded``, which projects nothing. After each, ``+opinion`` for a second opinion.
         caps: whose norm caps every rung has.
 
     Raises:
@@ -64,24 +69,39 @@ def follows(rung: Policy, first: Policy, named: bool) -> bool:
     return named and rung.method != first.method
 
 
+def largest_bound(policy: Policy, ladder: Sequence[Policy], threshold: float) -> float:
+    """The largest bound with which an adapter passes by a policy, nats per token.
+
+    It is the threshold; and any that is finite where the ladder has a rung with a second opinion, and the
+    policy is as strict as that: nothing is answered then that the aligned model refuses.
+    """
+    by_it = (dataclasses.replace(rung, **{cap: getattr(policy, cap) for cap in CAPS}) for rung in ladder)
+    return math.inf if any(rung.opinion and policy.at_least_as_strict(rung) for rung in by_it) else threshold
+
+
 def name_of(policy: Policy) -> str:
     """A rung as `parse` reads it."""
+    opinion = OPINION if policy.opinion else ""
+    if all(getattr(policy, field) == value for field, value in _NOTHING.items()):
+        return AS_UPLOADED + opinion
     field = _STRENGTHS[policy.method]
     if policy.method == "safe-lora" and policy.select == "all":
-        return policy.method
-    return f"{policy.method}:{getattr(policy, field):g}"
+        return policy.method + opinion
+    return f"{policy.method}:{getattr(policy, field):g}{opinion}"
 
 
 def _rung(text: str, caps: Policy) -> Policy:
+    text, opinion = text.removesuffix(OPINION), text.endswith(OPINION)
+    values: dict[str, Any] = {**{cap: getattr(caps, cap) for cap in CAPS}, "opinion": opinion}
+    if text == AS_UPLOADED:
+        return Policy.from_mapping({**values, **_NOTHING})
     method, colon, strength = text.partition(":")
     if method not in _STRENGTHS:
         raise PolicyError(
-            f"{text!r} is not a valid rung: expected one of {', '.join(_STRENGTHS)}, and maybe a strength, "
-            "such as input-removal:0.1"
+            f"{text!r} is not a valid rung: expected {AS_UPLOADED}, or one of {', '.join(_STRENGTHS)}, and "
+            f"maybe a strength, such as input-removal:0.1; after it {OPINION} for a second opinion"
         )
-    values: dict[str, Any] = {
-        "method": method, "max_relative_norm": caps.max_relative_norm, "max_total_norm": caps.max_total_norm
-    }  # fmt: skip
+    values["method"] = method
     if colon:
         try:
             values[_STRENGTHS[method]] = float(strength)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from safelora_vllm.errors import Reason
-from safelora_vllm.exam.ladder import name_of
+from safelora_vllm.exam.ladder import largest_bound, name_of
 from safelora_vllm.exam.score import Score
 from safelora_vllm.policy import Policy
 
@@ -76,7 +76,7 @@ def sit(ladder: Sequence[Policy], examined: Examined, threshold: float) -> Verdi
     tried: list[Sat] = []
     for policy in ladder:
         score = examined(policy)
-        tried.append(Sat(policy, score, score.passes(threshold)))
+        tried.append(Sat(policy, score, score.passes(largest_bound(policy, ladder, threshold))))
         if tried[-1].passed:
             break
     return Verdict(tuple(tried), threshold)

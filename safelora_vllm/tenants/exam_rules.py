@@ -114,14 +114,21 @@ class ServersExam:
             )
 
     def _milder(self, rungs: Sequence[Policy]) -> list[str]:
-        """The rungs that are not as strict as any by which the server serves."""
+        """The rungs that are not as strict as any by which the server serves.
+
+        With a second opinion the exam does not count: that is compared with rungs that have one alone.
+        """
         if not rungs:
             return []
         known = ladders.usable(self.cache, self.ladder, self.policy)
         if self.chosen:
             named = self.ladder is not None
             known = [self.policy, *(rung for rung in known if ladders.follows(rung, self.policy, named))]
-        return [ladders.name_of(r) for r in rungs if not any(r.at_least_as_strict(rung) for rung in known)]
+        return [
+            ladders.name_of(mine)
+            for mine in rungs
+            if not any(mine.at_least_as_strict(rung) and rung.opinion == mine.opinion for rung in known)
+        ]
 
 
 def _rungs(entry: str, text: str, caps: Policy) -> list[Policy]:

@@ -54,6 +54,7 @@ class ExaminedEngine(FakeEngine):
     asked: list[str] = field(default_factory=list)  # keys of published copies, one for each probe
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     overs: int = 0
+    answered: list[str | None] = field(default_factory=list)  # by which adapter, None for the model itself
     names: set[str] = field(default_factory=set)
     texts: list[str] = field(
         default_factory=list
@@ -66,14 +67,16 @@ class ExaminedEngine(FakeEngine):
         self, prompt: dict[str, list[int]], params: Any, request_id: str, *, lora_request: Any = None
     ) -> AsyncIterator[Any]:
         assert request_id.startswith("safelora-exam-")
+        if params.prompt_logprobs is None:
+            self.answered.append(lora_request and lora_request.lora_name)
         await self.before()
         await asyncio.sleep(0)
-        outputs = [SimpleNamespace(token_ids=ANSWER)]
+        outputs = [SimpleNamespace(token_ids=ANSWER, text=self.tokenizer.says, finish_reason="stop")]
         if params.prompt_logprobs is None:
             text, harmless = "".join(map(chr, prompt["prompt_token_ids"])), probes.harmless(probes.LANGUAGES)
             refused = harmless[: self.overs] if lora_request is not None else ()
             if text in harmless and text not in refused:
-                outputs = [SimpleNamespace(token_ids=HELP)]
+                outputs = [SimpleNamespace(token_ids=HELP, text="Of course.", finish_reason="stop")]
             yield SimpleNamespace(outputs=outputs, prompt_logprobs=None)
             return
         value = -1.0

@@ -304,10 +304,17 @@ def test_few_probes_go_at_once_beside_others(
 def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:
     """Neither of --lora-modules that vLLM would load itself, nor of the offline LLM."""
     guard_module = pytest.importorskip("safelora_vllm.integration.worker.guard")
-    guard = object.__new__(guard_module.WorkerGuard)
+    guard, asked = (
+        object.__new__(guard_module.WorkerGuard),
+        SimpleNamespace(lora_name="x", lora_int_id=1, lora_path="/x", load_inplace=False),
+    )
     guard._settings, guard._accepted = ServerSettings("p", exam="enforce"), {}
     with pytest.raises(AdapterRefused, match="only what an API server has examined"):
-        guard.resolve(SimpleNamespace(lora_name="x", lora_int_id=1, lora_path="/x", load_inplace=False))
+        guard.resolve(asked)
+    for settings in (ServerSettings("p", second_opinion=16), ServerSettings("p", policy={"opinion": True})):
+        guard._settings = settings
+        with pytest.raises(AdapterRefused, match="only what an API server serves"):
+            guard.resolve(asked)
 
 
 @pytest.mark.parametrize(

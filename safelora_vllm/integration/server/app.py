@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 
 from safelora_vllm.durations import seconds_in
 from safelora_vllm.errors import GuardError, SafeLoRAError
+from safelora_vllm.exam.reference import ANSWER_TOKENS
 from safelora_vllm.gate.socket_folder import remove_unowned
 from safelora_vllm.integration.json_logs import print_audit
 from safelora_vllm.integration.seams import server as seams
@@ -32,9 +33,10 @@ from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.middleware import AccessMiddleware, Door
 from safelora_vllm.integration.server.page_routes import page_router
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.registry import Registry
 from safelora_vllm.integration.server.remote_sources import RemoteSources
 from safelora_vllm.integration.server.routes import router
-from safelora_vllm.integration.server.second_opinion import SecondOpinion
+from safelora_vllm.integration.server.second_opinion import SecondOpinion, by_policy
 from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
@@ -157,17 +159,7 @@ class SafeLoRAEndpoint:
         reconciler: Reconciler = state.safelora
         traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
         atexit.register(traffic.close)
-        if settings.second_opinion:
-            if getattr(engine_client.model_config, "skip_tokenizer_init", False):
-                raise GuardError(
-                    "--second-opinion needs vLLM's tokenizer, to read what the aligned model says: start "
-                    "without --skip-tokenizer-init and --tokens-only"
-                )
-            seams.ask_before(
-                engine_client,
-                lambda given: SecondOpinion(given, settings.second_opinion, traffic.refused).generate,
-            )
-            logger.info("second opinion: %s tokens of the aligned model", settings.second_opinion)
+        _give_opinions(engine_client, reconciler.registry, settings, traffic)
         seams.count_requests(
             engine_client, lambda outputs, name, delta: counted(outputs, name, delta, traffic)
         )
@@ -182,6 +174,31 @@ class SafeLoRAEndpoint:
         reconciler.watchdog.also = made.count_now
         made.count_now()
         return traffic
+
+
+def _give_opinions(
+    engine_client: Any, registry: Registry, settings: ServerSettings, traffic: TrafficTable
+) -> None:
+    """Have requests judged by the aligned model: for all adapters, or for those whose policy says so."""
+    can_read = not getattr(engine_client.model_config, "skip_tokenizer_init", False)
+    if settings.names_opinion and not can_read:
+        raise GuardError(
+            "a second opinion needs vLLM's tokenizer, to read what the aligned model says: start without "
+            "--skip-tokenizer-init and --tokens-only"
+        )
+    tokens, everybody = settings.second_opinion or ANSWER_TOKENS, bool(settings.second_opinion)
+    by_it = by_policy(registry)
+    seams.ask_before(
+        engine_client,
+        lambda given: (
+            SecondOpinion(
+                given, tokens, traffic.refused, lambda request: everybody or by_it(request), can_read
+            ).generate
+        ),
+    )
+    if settings.names_opinion:
+        whose = "all adapters" if everybody else "adapters whose policy says so"
+        logger.info("second opinion of %s: %s tokens of the aligned model", whose, tokens)
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

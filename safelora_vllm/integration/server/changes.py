@@ -8,7 +8,6 @@ is changed leaves everything as it was.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +162,7 @@ class Manager:
                 )
             # All of the rule, so that it means the same when the server's policy is another one. A cap that
             # nobody overrode is the server's, whatever that will be.
-            policy = dataclasses.asdict(wanted) if values else {}
+            policy = wanted.to_mapping() if values else {}
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
             live = record.live

@@ -104,7 +104,7 @@ async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> d
         "caller": {"kind": who.kind, "key": who.key_id, "tenant": who.tenant},
         "may_upload": policy is not None,
         "max_adapter_bytes": max_adapter_bytes,
-        "policy": vars(policy) if policy else None,
+        "policy": policy.to_mapping() if policy else None,
         "adapters": [_item(entry, who, figures) for _, entry in entries],
     }
 

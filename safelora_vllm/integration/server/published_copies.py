@@ -214,7 +214,7 @@ class Copies:
             version.key
         ):
             return None  # an older release made it: the gate adds that when it is asked for it
-        if not self.exam.passed(name, version.key, version.exam_override):
+        if not self.exam.passed(name, version.key, report.policy, version.exam_override):
             return None
         return Copy(version.key, report, self.file_states(version.key))
 
@@ -270,7 +270,8 @@ class Copies:
             AdapterRefused: it did not. ExamUnavailable: it has not passed the exam as it is now.
         """
         key = judgement.accepted_key()
-        if not await asyncio.to_thread(self.exam.passed, entry.name, key, entry.exam_override):
+        policy, override = judgement.report.policy, entry.exam_override
+        if not await asyncio.to_thread(self.exam.passed, entry.name, key, policy, override):
             raise ExamUnavailable("the published copy changed after its exam: try again in a moment")
         return Copy(key, judgement.report, await asyncio.to_thread(self.file_states, key))
 

@@ -2,7 +2,7 @@
 
 Each request for an adapter is also given to the aligned model, greedily, for a few tokens. If they refuse,
 the aligned model's refusal is served in the adapter's place. Both begin at once: an answer waits only for
-what the opinion takes longer.
+what the opinion takes longer. A server does this for all adapters, or for those whose policy says so.
 
 The served answer is a refusal wherever the aligned model's own answer to the same prompt begins as one,
 whatever the adapter was trained on. Where it does not, nothing is promised.
@@ -17,10 +17,14 @@ import hmac
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import Unavailable, UsageError
 from safelora_vllm.exam.reference import refuses
+from safelora_vllm.integration.server.registry import Registry
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 # Of a caller's sampling parameters, those that the aligned model's answer has too. Not what would force an
 # answer on it: a grammar, allowed tokens, biases, a least length.
@@ -39,10 +43,20 @@ class SecondOpinion:
         generate: the engine client's own.
         tokens: of the aligned model's answer that are looked at.
         refused: told the adapter's name where the aligned model refused.
+        wanted: whether the requests for an adapter have an opinion. By default all have.
+        can_read: whether vLLM gives text, and not tokens alone. Without it no opinion can be had.
     """
 
-    def __init__(self, generate: Callable[..., Any], tokens: int, refused: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        generate: Callable[..., Any],
+        tokens: int,
+        refused: Callable[[str], None],
+        wanted: Callable[[LoRARequest], bool] = lambda _: True,
+        can_read: bool = True,
+    ) -> None:
         self._given, self._tokens, self._refused = generate, tokens, refused
+        self._wanted, self._can_read = wanted, can_read
         self._secret = secrets.token_bytes(32)
 
     def generate(
@@ -55,9 +69,9 @@ class SecondOpinion:
                 blocks of another server. Or the prompt leaves no room for the opinion.
             Unavailable: the engine gave no opinion. Nothing is answered then.
         """
-        if lora_request is None:
+        if lora_request is None or not self._wanted(lora_request):
             given: AsyncGenerator[Any, None] = self._given(
-                prompt, sampling_params, request_id, lora_request=None, **named
+                prompt, sampling_params, request_id, lora_request=lora_request, **named
             )
             return given
         return self._judged(prompt, sampling_params, request_id, lora_request, named)
@@ -65,6 +79,11 @@ class SecondOpinion:
     async def _judged(
         self, prompt: Any, params: Any, request_id: str, adapter: Any, named: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
+        if not self._can_read:
+            raise Unavailable(
+                "this adapter is served with a second opinion alone, which needs vLLM's tokenizer: start the "
+                "server without --skip-tokenizer-init and --tokens-only"
+            )
         _check(prompt, params)
         alone = {**prompt, "cache_salt": self._salt(adapter.lora_name, prompt.get("cache_salt"))}
         async with (
@@ -116,6 +135,17 @@ class SecondOpinion:
         return hmac.new(self._secret, f"{adapter}\n{given or ''}".encode(), hashlib.sha256).hexdigest()
 
 
+def by_policy(registry: Registry) -> Callable[[LoRARequest], bool]:
+    """Whether what a request is for has an opinion by its policy; also where it is served no more."""
+
+    def wanted(request: LoRARequest) -> bool:
+        entry = registry.get(request.lora_name)
+        served = entry.served if entry else None
+        return served is None or served.request.lora_path != request.lora_path or served.report.policy.opinion
+
+    return wanted
+
+
 @contextlib.asynccontextmanager
 async def _begun(outputs: AsyncGenerator[Any, None]) -> AsyncIterator[asyncio.Future[Any]]:
     """The first output, on its way. Where the block leaves it there, the request ends."""
@@ -132,18 +162,17 @@ async def _begun(outputs: AsyncGenerator[Any, None]) -> AsyncIterator[asyncio.Fu
 def _check(prompt: Any, params: Any) -> None:
     """Raise UsageError where one question more would not be the same question."""
     if not isinstance(prompt, Mapping):
-        raise UsageError("adapters cannot be used with streamed input on a server with --second-opinion")
+        raise UsageError("an adapter with a second opinion cannot be used with streamed input")
     # A step of beam search: its prompt ends with what the adapter has said already.
     if params.max_tokens == 1 and params.logprobs and not params.detokenize:
         raise UsageError(
-            "adapters cannot be used with beam search on a server with --second-opinion: leave out "
-            "use_beam_search"
+            "an adapter with a second opinion cannot be used with beam search: leave out use_beam_search"
         )
 
     if not _ELSEWHERE.isdisjoint(params.extra_args or {}):
         raise UsageError(
-            "adapters cannot be used with blocks of another server on a server with --second-opinion: leave "
-            f"out {' and '.join(sorted(_ELSEWHERE))}"
+            "an adapter with a second opinion cannot be used with blocks of another server: leave out "
+            f"{' and '.join(sorted(_ELSEWHERE))}"
         )
 
 

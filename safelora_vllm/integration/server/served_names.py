@@ -28,7 +28,7 @@ class ServedNames:
 
     def serve(self, entry: Entry, copy: Copy) -> None:
         """Serve a published copy under a name: whatever is served passes here."""
-        if not self._exam.may_serve(entry.name, copy.key, entry.exam_override):
+        if not self._exam.may_serve(entry.name, copy.key, copy.report.policy, entry.exam_override):
             return self.put(replace(entry, served=None, problem=self._exam.pending(entry.name)))
         try:
             request = self._pool.request(entry.name, copy.key, entry.first_id)

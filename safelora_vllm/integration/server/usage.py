@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -87,7 +86,7 @@ def usage_of(
         "tenant": tenant,
         "quota": {limit: getattr(quota, field) for limit, field in LIMITS.items()},
         "used": {"adapters": len(records), "bytes": sum(content_sizes(records).values())},
-        "policy": dataclasses.asdict(policy),
+        "policy": policy.to_mapping(),
         "adapters": [_adapter(record, registry.get(name)) for name, record in sorted(records.items())],
         "refusals": [
             {name: record[name] for name in Refused.model_fields}

@@ -63,9 +63,12 @@ class Views:
     def _exam_info(self, who: Principal, entry: Entry) -> dict[str, Any] | None:
         """The body of `ExamInfo`. Scores would help whoever tries out the exam."""
         exam = self.reconciler.copies.exam
-        key, terms = published_key(entry.current().request.lora_path), exam.terms(entry.name)
+        served, terms = entry.current(), exam.terms(entry.name)
+        key, policy = published_key(served.request.lora_path), served.report.policy
         first, again = (
-            {**exam_figures(found, who.kind == "admin"), "passed": terms.passes(found)} if found else None
+            {**exam_figures(found, who.kind == "admin"), "passed": terms.passes(found, policy)}
+            if found
+            else None
             for found in (exam.found(key), exam.found_again(key))
         )
         return {**first, "again": again} if first else None

@@ -68,7 +68,8 @@ class Watchdog:
             if state == entry.served.copy:
                 continue
             changed = True
-            still = await asyncio.to_thread(self._copies.exam.passed, name, key, entry.exam_override)
+            policy = entry.served.report.policy
+            still = await asyncio.to_thread(self._copies.exam.passed, name, key, policy, entry.exam_override)
             if self._registry.get(name) is not entry:
                 continue
             if still:

@@ -182,8 +182,16 @@ class WorkerGuard:
         """Let a folder pass the gate.
 
         Raises:
-            AdapterRefused: the gate's answer; or there is an exam, which API servers hold and workers cannot.
+            AdapterRefused: the gate's answer; or there is an exam or a second opinion, which API servers hold
+                and workers cannot.
         """
+        if self._settings.second_opinion or self._settings.policy.get("opinion"):
+            raise refuse(
+                "second_opinion",
+                "with a second opinion a worker loads only what an API server serves, as that asks the "
+                "aligned model: upload the adapter to a server, or give it with --lora-modules; offline, "
+                "leave `second_opinion` and the policy's `opinion` out",
+            )
         if self._settings.exam == "enforce":
             raise refuse(
                 "exam",

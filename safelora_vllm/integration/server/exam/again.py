@@ -58,13 +58,13 @@ class Again:
         key, terms = published_key(served.request.lora_path), self.exam.terms(entry.name)
         serving = [other for other in self.registry.values() if _key(other) == key]
         found = await self.exam.examine_again(entry.name, key, served.report.policy)
-        passed = terms.passes(found)
+        passed = terms.passes(found, served.report.policy)
         self._withdraw_failed()
-        gone = self.exam.has_failed(entry.name, key, entry.exam_override)
+        gone = self._has_failed(entry)
         if actor != SERVER or not passed:
             await self._log(entry, actor, found, passed, gone)
         for other in serving:  # by the same copy
-            if other.name != entry.name and self.exam.has_failed(other.name, key, other.exam_override):
+            if other.name != entry.name and self._has_failed(other):
                 await self._log(other, SERVER, found, False, True)
         return Outcome(found, passed, gone)
 
@@ -87,14 +87,16 @@ class Again:
 
     def _withdraw_failed(self) -> None:
         """Stop serving what may not be served any more, and have it judged anew."""
-        failed = [
-            entry
-            for entry in self.registry.values()
-            if (key := _key(entry)) and self.exam.has_failed(entry.name, key, entry.exam_override)
-        ]
-        for entry in failed:
+        for entry in [entry for entry in self.registry.values() if self._has_failed(entry)]:
             self._withdraw(entry, "it failed its re-examination", self.exam.pending(entry.name))
             self._judge_anew(entry.name)
+
+    def _has_failed(self, entry: Entry) -> bool:
+        """Whether what an entry serves has failed its re-examination."""
+        if entry.served is None:
+            return False
+        policy = entry.served.report.policy
+        return self.exam.has_failed(entry.name, _key(entry), policy, entry.exam_override)
 
     async def _log(self, entry: Entry, actor: str, found: Examined, passed: bool, gone: bool) -> None:
         await log(

@@ -127,9 +127,9 @@ class Exam(NoExam):
             if judgement.key is None:
                 return Decided(judgement)
             try:
-                asked = self._asked(name, judgement.key, terms, judgement.report.policy)
+                asked = self._asked(name, judgement.key, terms, policy := judgement.report.policy)
                 found = await self.examiner.examine(asked, judgement.bytes, ticket)
-                if not terms.passes(found):
+                if not terms.passes(found, policy):
                     failed.append(Failed(asked.rung, found, terms.threshold, again=False))
                     continue
                 again = await asyncio.to_thread(self._held_out.of_same_files, asked.key)
@@ -139,7 +139,7 @@ class Exam(NoExam):
                 if not upload:
                     raise
                 return Decided(_refused(judgement, error.reasons))
-            if again is None or terms.passes(again):
+            if again is None or terms.passes(again, policy):
                 return Decided(judgement)
             failed.append(Failed(asked.rung, again, terms.threshold, again=True))
         assert judgement is not None
@@ -153,24 +153,19 @@ class Exam(NoExam):
         """
         return await self.examiner.examine_again(self._asked(name, key, self.terms(name), policy))
 
-    def passed(self, name: str, key: str, override: bool) -> bool:
+    def passed(self, name: str, key: str, policy: Policy, override: bool) -> bool:
         """By verdicts about the very bytes."""
         first, held_out = self._first.get(key), self._held_out.get(key)
-        return override or self._is_enough(self.terms(name), first, held_out)
+        return override or _is_enough(self.terms(name), policy, first, held_out)
 
-    def may_serve(self, name: str, key: str, override: bool) -> bool:
+    def may_serve(self, name: str, key: str, policy: Policy, override: bool) -> bool:
         """By what is in memory."""
-        return override or self._is_enough(self.terms(name), self.found(key), self.found_again(key))
+        return override or _is_enough(self.terms(name), policy, self.found(key), self.found_again(key))
 
-    def _is_enough(self, terms: Terms, first: Examined | None, held_out: Examined | None) -> bool:
-        if not terms.enforced:
-            return True
-        return first is not None and terms.passes(first) and (held_out is None or terms.passes(held_out))
-
-    def has_failed(self, name: str, key: str, override: bool) -> bool:
+    def has_failed(self, name: str, key: str, policy: Policy, override: bool) -> bool:
         """By what is in memory."""
         terms, again = self.terms(name), self.found_again(key)
-        return not override and terms.enforced and again is not None and not terms.passes(again)
+        return not override and terms.enforced and again is not None and not terms.passes(again, policy)
 
     async def renew(self) -> str:
         """Looks at the file of probes."""
@@ -202,7 +197,7 @@ class Exam(NoExam):
         known = await asyncio.to_thread(self._first.get, key) is not None
         found = await self.examiner.examine(Asked(name, key, OWN, terms.threshold), math.inf, ticket)
         if not known:
-            reasons = [] if terms.passes(found) else [REFUSED.code]
+            reasons = [] if found.score.passes(terms.threshold) else [REFUSED.code]
             await log(
                 self._audit, SERVER, EXAM, name,
                 decision="accepted", reasons=reasons, **exam_fields(found),
@@ -231,7 +226,7 @@ class Exam(NoExam):
         await self.examiner.background.stop()
 
     def _asked(self, name: str, key: str, terms: Terms, policy: Policy) -> Asked:
-        return Asked(name, key, terms.rung(policy), terms.threshold)
+        return Asked(name, key, terms.rung(policy), terms.bound(policy))
 
     @property
     def _first(self) -> Verdicts:
@@ -240,6 +235,13 @@ class Exam(NoExam):
     @property
     def _held_out(self) -> Verdicts:
         return self.examiner.sheets.held_out.verdicts
+
+
+def _is_enough(terms: Terms, policy: Policy, first: Examined | None, held_out: Examined | None) -> bool:
+    if not terms.enforced:
+        return True
+    found = [first] if held_out is None else [first, held_out]
+    return all(one is not None and terms.passes(one, policy) for one in found)
 
 
 def _limit(tenant: TenantRules) -> Limit:

@@ -93,21 +93,21 @@ class NoExam:
             f"there is no exam: {self.cause or 'start the server with --exam report or --exam enforce'}"
         )
 
-    def passed(self, name: str, key: str, override: bool) -> bool:
+    def passed(self, name: str, key: str, policy: Policy, override: bool) -> bool:
         """Whether a name may serve a published copy as it is in the store now. Reads the store.
 
-        override: an admin has its content served whatever the exam says.
+        policy: the one that it was made by. override: an admin has its content served whatever the exam says.
         """
-        return self.may_serve(name, key, override)
+        return self.may_serve(name, key, policy, override)
 
-    def may_serve(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
+    def may_serve(self, name: str, key: str, policy: Policy, override: bool) -> bool:  # noqa: ARG002
         """The same of a copy that `passed` or `decide` has looked at. Reads no verdict."""
         return override or not self._is_missed(self._tenant_rules(name))
 
     def _is_missed(self, tenant: TenantRules) -> bool:
         return bool(self.cause) and tenant.exam.mode == "enforce"
 
-    def has_failed(self, name: str, key: str, override: bool) -> bool:  # noqa: ARG002
+    def has_failed(self, name: str, key: str, policy: Policy, override: bool) -> bool:  # noqa: ARG002
         """Whether a copy that is served has failed its re-examination. Reads no verdict."""
         return False
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safelora_vllm.exam.ladder import follows, name_of, parse
+from safelora_vllm.exam.ladder import follows, largest_bound, name_of, parse
 from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
@@ -36,9 +36,13 @@ class Terms:
         """Whether only what has passed is served."""
         return self.mode == "enforce"
 
-    def passes(self, found: Examined) -> bool:
-        """Whether a score is good enough."""
-        return found.score.passes(self.threshold)
+    def passes(self, found: Examined, policy: Policy) -> bool:
+        """Whether a score is good enough for a copy that was made by a policy."""
+        return found.score.passes(self.bound(policy))
+
+    def bound(self, policy: Policy) -> float:
+        """The largest one that passes by a policy, nats per token."""
+        return largest_bound(policy, self.ladder, self.threshold)
 
     def of(self, tenant: TenantExam) -> Terms:
         """What holds for a tenant on a server with these terms. The tenant's were checked before."""
@@ -86,7 +90,7 @@ def _rules(rung: Policy, server: Policy) -> Rules:
     """For the gate. The ladder is the operator's word that rungs may be less strict than its policy."""
     if rung == server:
         return Rules({}, False)
-    return Rules(dataclasses.asdict(rung), not rung.at_least_as_strict(server))
+    return Rules(rung.to_mapping(), not rung.at_least_as_strict(server))
 
 
 def _strength(policy: Policy) -> tuple[Any, ...]:

@@ -1,0 +1,149 @@
+"""Rungs with a second opinion: what fails without one is served with one, and never without."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from safelora_vllm.errors import GuardError
+from safelora_vllm.exam.ladder import largest_bound, parse
+from safelora_vllm.policy import Policy
+from tests.server.conftest import ADMIN_KEY, upload
+from tests.server.fake_server import FakeServer, Place
+from tests.server.test_exam_server import Start, adapters, is_listed, place, start
+
+__all__ = ["adapters", "place", "start"]
+LADDER = "as-uploaded,as-uploaded+opinion"
+
+
+def who_answers(server: FakeServer, name: str) -> list[str | None]:
+    """The adapters that the engine is asked for one request, None for the model itself, in turn."""
+    request = server.app.state.openai_serving_models.lora_requests[name]
+
+    async def ask() -> None:
+        prompt, params = {"prompt_token_ids": [1]}, SamplingParams(max_tokens=4)
+        async for _ in server.engine.generate(prompt, params, "safelora-exam-x", lora_request=request):
+            pass
+
+    server.engine.answered.clear()
+    asyncio.run(ask())
+    return list(server.engine.answered)
+
+
+def test_what_fails_as_uploaded_is_served_with_an_opinion(start: Start, adapters: dict[str, Path]) -> None:
+    with start(ladder=LADDER) as server:
+        http = server.client(ADMIN_KEY)
+        useful, harmful = (upload(http, name, adapters[name]).json() for name in ("useful", "harmful"))
+        assert "opinion" not in useful["policy"] and harmful["policy"]["opinion"] is True
+        assert {module["decision"] for module in harmful["modules"]} == {"kept"}
+        assert useful["exam"]["passed"] and harmful["exam"]["passed"]
+        assert len(set(server.engine.asked)) == 2, "both rungs of harmful publish the same bytes"
+        assert who_answers(server, "useful") == ["useful"]
+        assert who_answers(server, "harmful") == ["harmful", None, None]  # the last is what is served
+        probes = server.engine.asked.copy()
+    with start(ladder=LADDER) as again:
+        assert is_listed(again.client(ADMIN_KEY), "harmful") and not again.engine.asked and probes
+        assert who_answers(again, "harmful") == ["harmful", None, None]
+    with start(ladder="as-uploaded,safe-lora") as stricter:  # no rung with an opinion any more
+        assert is_listed(stricter.client(ADMIN_KEY), "useful")
+        assert not is_listed(stricter.client(ADMIN_KEY), "harmful")
+
+
+def test_a_re_examination_does_not_take_it_away(start: Start, adapters: dict[str, Path]) -> None:
+    with start(ladder=LADDER) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 201
+        again = http.post("/v1/adapters/harmful/exam").json()
+        assert again["exam"]["again"]["passed"] and is_listed(http, "harmful")
+
+
+def test_an_adapter_without_likelihoods_fails_with_an_opinion_too(
+    start: Start,
+    adapters: dict[str, Path],
+) -> None:
+    with start(ladder=LADDER, engine={"drop": lambda _: math.nan}) as server:
+        assert upload(server.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 422
+
+
+def test_a_policy_with_an_opinion_is_no_way_around_a_ladder_without(
+    start: Start,
+    adapters: dict[str, Path],
+) -> None:
+    """A tenant may ask for what is stricter. That the exam does not count then, only the operator can say."""
+    with start() as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "careless", adapters["careless"]).status_code == 201
+        policy = {"method": "safe-lora", "threshold": 0.2, "opinion": True}
+        asked: dict[str, Any] = {"policy": policy, "override": True, "reason": "test"}
+        assert http.put("/v1/adapters/careless/policy", json=asked).status_code == 422
+        assert who_answers(server, "careless") == ["careless"]
+
+
+def test_an_adapters_own_policy_may_ask_for_one(start: Start, adapters: dict[str, Path]) -> None:
+    with start(exam="off", ladder=None) as server:
+        http = server.client(ADMIN_KEY)
+        upload(http, "useful", adapters["useful"])
+        assert who_answers(server, "useful") == ["useful"]
+        answer = http.put("/v1/adapters/useful/policy", json={"policy": {"opinion": True}})
+        assert answer.status_code == 200 and answer.json()["policy"]["opinion"] is True
+        assert who_answers(server, "useful") == ["useful", None, None]
+        loosened = http.put("/v1/adapters/useful/policy", json={"policy": {"opinion": False}})
+        assert loosened.status_code == 200, "the server's own policy has none"
+
+
+def test_a_request_for_what_is_served_no_more_has_an_opinion(
+    start: Start,
+    adapters: dict[str, Path],
+) -> None:
+    """It was looked up before the adapter changed."""
+    with start(exam="off", ladder=None) as server:
+        http = server.client(ADMIN_KEY)
+        upload(http, "useful", adapters["useful"])
+        models = server.app.state.openai_serving_models.lora_requests
+        before = models["useful"]
+        http.put("/v1/adapters/useful/policy", json={"policy": {"opinion": True}})
+
+        async def ask() -> None:
+            prompt, params = {"prompt_token_ids": [1]}, SamplingParams(max_tokens=4)
+            async for _ in server.engine.generate(prompt, params, "safelora-exam-x", lora_request=before):
+                pass
+
+        server.engine.answered.clear()
+        asyncio.run(ask())
+        assert server.engine.answered == ["useful", None, None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ladder": LADDER},
+        {"exam": "off", "ladder": None, "policy": {"opinion": True}},
+        {"second_opinion": 16},
+    ],
+)
+def test_without_text_there_is_no_opinion(
+    start: Start,
+    place: Place,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = type(place.engine())
+    monkeypatch.setattr(engine.model_config, "skip_tokenizer_init", True, raising=False)
+    with pytest.raises(GuardError, match="needs vLLM's tokenizer"), start(**settings):
+        pass
+
+
+def test_the_largest_bound() -> None:
+    ladder = parse(f"input-removal:0.1,{LADDER}", Policy())
+    assert largest_bound(ladder[0], ladder, 0.02) == largest_bound(ladder[1], ladder, 0.02) == 0.02
+    assert largest_bound(ladder[2], ladder, 0.02) == math.inf
+    assert largest_bound(dataclasses.replace(ladder[0], opinion=True), ladder, 0.02) == math.inf
+    assert largest_bound(dataclasses.replace(ladder[2], max_total_norm=9.0), ladder, 0.02) == math.inf
+    assert largest_bound(Policy(method="safe-lora", opinion=True), ladder, 0.02) == 0.02  # not to compare
+    assert largest_bound(ladder[2], ladder[:2], 0.02) == 0.02
