@@ -115,10 +115,9 @@ def policy() -> str:
     for field in dataclasses.fields(Policy):
         condition, values = _condition(field.name)
         needs = f"`{condition}` is {' or '.join(f'`{value}`' for value in values)}" if values else ""
-        rows.append(
-            (shown(options[field.name]), f"`{field.name}`", default(options[field.name]), needs,
-             meanings[field.name])
-        )  # fmt: skip
+        action = options.get(field.name)
+        given = (shown(action), default(action)) if action else ("none", f"`{str(field.default).lower()}`")
+        rows.append((given[0], f"`{field.name}`", given[1], needs, meanings[field.name]))
     return table(("option", "field", "default", "has an effect only where", "meaning"), rows)
 
 

@@ -31,6 +31,7 @@ def test_the_defaults() -> None:
         "max_relative_norm": 1.0,
         "max_total_norm": 1.0,
         "mode": "enforce",
+        "opinion": False,
     }
     assert {method for method in METHOD_NAMES if Policy(method=method).select != "all"} == {"safe-lora"}
     assert Policy(method="input-removal", select="threshold").select == "threshold"
@@ -204,7 +205,7 @@ def test_the_id_depends_on_every_field() -> None:
     others = [
         Policy(method="safe-lora", select="all"), Policy(select="threshold"), Policy(threshold=0.4),
         Policy(number=11), Policy(energy=0.7), Policy(max_relative_norm=2.0), Policy(max_total_norm=2.0),
-        Policy(mode="report-only"),
+        Policy(mode="report-only"), Policy(opinion=True),
     ]  # fmt: skip
     assert len({policy.id for policy in (Policy(), *others)}) == 1 + len(dataclasses.fields(Policy))
     assert Policy.from_mapping(dataclasses.asdict(Policy())).id == Policy().id
