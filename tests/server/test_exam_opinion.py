@@ -60,7 +60,7 @@ def test_what_fails_as_uploaded_is_served_with_an_opinion(start: Start, adapters
         assert is_listed(again.client(ADMIN_KEY), "harmful") and not again.engine.asked and probes
         assert who_answers(again, "harmful") == ["harmful", None, None]
     with start(ladder="as-uploaded,safe-lora") as stricter:  # no rung with an opinion any more
-        assert answer_of(stricter, "useful") == 200 and answer_of(stricter, "harmful") == 404
+        assert answer_of(stricter, "useful") == 200 and answer_of(stricter, "harmful") == 422
 
 
 def test_a_re_examination_does_not_take_it_away(start: Start, adapters: dict[str, Path]) -> None:
