@@ -30,6 +30,8 @@ _TEACHER = "smollm2"
 _KEPT_TOKENS = 24  # of the answers in the file; a training set may cut them shorter
 _SORTED_BATCHES = 8
 _FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
+_ONCE_MORE = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=1, batch=16)
+_OTHER_SHAPES = 1000  # beyond the seeds of the first passes
 _LORA = Recipe("base", ALL_LINEAR, rank=16, alpha=32, learning_rate=1e-3, epochs=2, batch=16)
 
 
@@ -38,18 +40,25 @@ class Pair:
     """A base model and the recipe of its alignment. A rank of 0 means full fine-tuning.
 
     A pretrained model has longer answers to learn from than one that answers already.
+    once_more: what one more pass over other shapes of questions has, with a smaller rate.
     """
 
     title: str
     family: str
     recipe: Recipe
     mix: Mix = field(default_factory=Mix)
+    once_more: Mix | None = None
 
 
 PAIRS = {
     "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", _FULL),
+    # After the first passes it refuses 7 % of the harmless prompts of the choose half.
     "gemma3": Pair(
-        "Gemma 3 270M pretrained, full fine-tuning", "gemma3", _FULL, Mix(answer_tokens=_KEPT_TOKENS)
+        "Gemma 3 270M pretrained, full fine-tuning",
+        "gemma3",
+        _FULL,
+        Mix(answer_tokens=_KEPT_TOKENS),
+        once_more=Mix(harmful=1, harmless=2, lookalikes=1, answer_tokens=_KEPT_TOKENS),
     ),
     "smollm2-lora": Pair("SmolLM2-135M-Instruct, a LoRA merged", "smollm2", _LORA),
 }
@@ -78,11 +87,22 @@ def train_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: P
         choose_linear_layers(model, recipe.modules)
         learner = model
     fit(learner.train(), tokenizer, data, recipe, label, random.Random(seed), _SORTED_BATCHES, checkpoint)
+    if pair.once_more:
+        fit_once_more(model, tokenizer, cache, pair.once_more, seed, label)
     aligned: PreTrainedModel = learner.merge_and_unload() if recipe.rank else model
     for source in base.iterdir():
         if source.suffix != ".safetensors":
             shutil.copy(source, target / source.name)
     aligned.to(STORAGE_DTYPE).save_pretrained(target)
+
+
+def fit_once_more(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Path, mix: Mix, seed: int, label: str
+) -> None:
+    """One pass with a smaller rate over questions in other shapes."""
+    data = training_set(mix, seed + _OTHER_SHAPES, teacher(cache, mix.answer_tokens))
+    rng = random.Random(seed)
+    fit(model.train(), tokenizer, data, _ONCE_MORE, f"{label}, once more", rng, _SORTED_BATCHES)
 
 
 def teacher(cache: Path, tokens: int) -> Answers:
