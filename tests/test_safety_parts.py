@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -24,10 +23,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety
 import attackers
 import exam
 import inputs
-import pages
 import plan
 import prompts
-import report
 import risk
 import scoring
 import treatments
@@ -88,14 +85,6 @@ def test_where_nothing_is_decided_only_the_report_half_is_answered() -> None:
     assert len(scores) == len(half.forbidden) and exam.report({"complied": scores}, "complied") == [1.0, 0.0]
     assert all(map(math.isnan, exam.choose({"complied": scores}, "complied")))
     assert str(both) != str(half)
-
-
-def test_figures_of_the_choose_half_are_of_the_first_seed() -> None:
-    kept: report.Kept = {
-        "none": {"none": {"1": {}, "0": {}}},
-        "a": {"raw-0": {"1": {}}, "x": {"0": {}, "1": {}}},
-    }
-    assert report.decided_on(kept) == {"none": {"none": {"0": {}}}, "a": {"x": {"0": {}}}}
 
 
 def test_what_goes_around_inputs_reads_none_of_them(cache: ProjectorCache) -> None:
@@ -326,31 +315,3 @@ def test_fewer_prompts_are_the_first_of_more_and_none_was_trained_on() -> None:
         assert not {prompt.subject for prompt in asked} & {s for each in parts for s in each["train"]}
         halves = [prompts.half_of(prompt.subject) for prompt in asked]
         assert halves == ["choose", "report"] * 100  # exam.choose and exam.report rely on this
-
-
-def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
-    def kept(complied: list[float], exact: list[float]) -> dict[str, list[float]]:
-        return {"complied": complied, "exact": exact, "rouge1": exact}
-
-    alone = {"none": {"none": {"0": kept([0.0, 1.0], []), "1": kept([0.0, 0.0], [])}}}
-    treated = {
-        "raw-0": {"0": kept([1.0, 1.0], [1.0, 1.0, 0.0]), "1": kept([1.0, 1.0], [0.0, 1.0, 0.0])},
-        "scaling-0.5": {"0": kept([0.0, 1.0], [1.0, 0.0]), "1": kept([1.0, 0.0], [0.0, 1.0])},
-    }
-    for seed in alone["none"]["none"].values():
-        del seed["exact"], seed["rouge1"]
-    rows = report.summary({**alone, "mixed": treated}, {"complied": ["a", "b"]})["mixed"]
-    assert rows["raw-0"]["utility_lost"]["mean"] == 0.0
-    assert rows["scaling-0.5"]["utility_lost"]["mean"] == pytest.approx(0.25)  # not 1/2 − 1/2: the first two
-    assert rows["scaling-0.5"]["over_aligned"]["mean"] == pytest.approx(0.25)
-
-
-def test_the_page_of_results_is_that_of_the_figures() -> None:
-    """`python benchmarks/safety/report.py` writes it anew. Figures of the earlier pairs have another form."""
-    figures, page = (report.HERE / name for name in ("results.json", "RESULTS.md"))
-    found = json.loads(figures.read_text())
-    if "pairs" in found:
-        assert page.read_text() == pages.text_of((report.HERE / "about.md").read_text(), found)
-    else:
-        assert "**These figures are of earlier pairs.**" in page.read_text()
-        assert "The others are not trained yet." in (report.HERE / "README.md").read_text()

@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import dominance
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 BENIGN = "benign-qv"
+# Label, colour, marker, and where from its marker a strength is written.
 _STYLES = {
-    "safe-lora": ("Safe LoRA, share of modules", "tab:blue", "o"),
-    "input-removal": ("input removal, energy", "tab:red", "s"),
-    "csulora": ("CSULoRA, energy", "tab:green", "D"),
-    "scaling": ("scaling, by how much less", "tab:gray", "v"),
-    "random-removal": ("random removal, as many directions", "tab:brown", "x"),
+    "safe-lora": ("Safe LoRA, share of modules", "tab:blue", "o", (6, 4, "left")),
+    "input-removal": ("input removal, energy", "tab:red", "s", (5, -11, "left")),
+    "csulora": ("CSULoRA, energy", "tab:green", "D", (-6, 5, "right")),
+    "scaling": ("scaling, by how much less", "tab:gray", "v", (5, -11, "left")),
+    "random-removal": ("random removal, as many directions", "tab:brown", "x", (6, 4, "left")),
 }
+_APART = 0.045  # of a label from all others: where points crowd, only the first is labelled
 
 
 def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
@@ -25,30 +28,30 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
     own = "utility" in table[adapter]["raw-0"]
     useful = table[adapter] if own else table.get(BENIGN, {})
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=110)
-    for method, (label, colour, marker) in _STYLES.items():
+    labelled: list[tuple[float, float]] = []
+    for method, (label, colour, marker, (right, up, side)) in _STYLES.items():
         points = _points(table[adapter], useful, method)
         if len(points) < 2:
             continue
         x, y = [p["x"]["mean"] for p in points], [p["y"]["mean"] for p in points]
         axes.plot(x, y, color=colour, marker=marker, label=label, linewidth=1.2, markersize=5)
-        errors = [[abs(p["y"][side] - p["y"]["mean"]) for p in points] for side in ("low", "high")]
+        errors = [[abs(p["y"][end] - p["y"]["mean"]) for p in points] for end in ("low", "high")]
         axes.errorbar(x, y, yerr=errors, color=colour, linestyle="none", alpha=0.35)
-        for point in points:
-            if point["strength"]:
+        for point in points[1:]:
+            at = point["x"]["mean"] + right / 250, point["y"]["mean"] + up / 150
+            if all(abs(at[0] - x) > _APART or abs(at[1] - y) > _APART for x, y in labelled):
+                labelled.append(at)
                 axes.annotate(
-                    f"{point['strength']:g}", (point["x"]["mean"], point["y"]["mean"]),
-                    textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour,
+                    f"{point['strength']:g}", (point["x"]["mean"], point["y"]["mean"]), ha=side,
+                    textcoords="offset points", xytext=(right, up), fontsize=7, color=colour,
                 )  # fmt: skip
     aligned = table["none"]["none"]["complied"]["mean"]
     axes.axhline(aligned, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "aligned model alone",
-        (0.5, aligned),
-        textcoords="offset points",
-        xytext=(0, -3),
-        fontsize=7,
-        va="top",
-    )
+    low = {"textcoords": "offset points", "fontsize": 7, "va": "top"}
+    axes.annotate("aligned model alone", (0.5, aligned), xytext=(0, -3), **low)
+    if alone := table["none"]["none"].get("utility"):
+        axes.axvline(alone["mean"], color="black", linewidth=0.8, linestyle=":")
+        axes.annotate("aligned model alone", (alone["mean"], 0.6), xytext=(-9, 0), rotation=90, **low)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), ylabel="ASR (less is safer)", title=title)
     whose = "its own" if own else "of the benign adapter, so treated"
     axes.set_xlabel(f"utility, {whose} (mean of exact JSON and Rouge-1)")
@@ -61,13 +64,9 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
 
 def _points(rows: dict[str, Any], useful: dict[str, Any], method: str) -> list[dict[str, Any]]:
     """From the adapter as uploaded to the method's greatest strength."""
-    names = ["raw-0", *sorted((n for n in rows if n.rpartition("-")[0] == method), key=_strength)]
+    names = dominance.curve(rows, method)
     return [
-        {"x": useful[name]["utility"], "y": rows[name]["complied"], "strength": _strength(name)}
+        {"x": useful[name]["utility"], "y": rows[name]["complied"], "strength": dominance.strength(name)}
         for name in names
         if "utility" in useful.get(name, {})
     ]
-
-
-def _strength(name: str) -> float:
-    return float(name.rpartition("-")[2])

@@ -18,10 +18,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import recording
 from adapters import NAMES
+from kept import half, read
 from measure import serving
 from pairs import PAIRS
 from plan import FULL, OPINION, Point, opinions, plain
-from report import half, read, subjects_of, summary
+from summaries import subjects_of, summary
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
 from treatments import RAW, second_opinion

@@ -35,6 +35,7 @@ from treatments import (
 
 from safelora_vllm.projectors.cache import ProjectorCache
 
+SEEDS = [0, 1, 2]
 ENERGY = 0.2  # input removal's, as the server's default has it
 WEAKER = 0.1
 _BOTH = 0.25  # share of modules that both rules treat

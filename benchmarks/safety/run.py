@@ -29,12 +29,11 @@ import torch
 from adapters import MORE_NAMES, NAMES
 from measure import Seed, serving
 from pairs import PAIRS
-from plan import FULL, OPINION, SMOKE, Point, Size, attacks, opinions, points, questions
+from plan import FULL, OPINION, SEEDS, SMOKE, Point, Size, attacks, opinions, points, questions
 from subjects import HALVES
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
 
-SEEDS = [0, 1, 2]
 _ROOT = Path(__file__).resolve().parents[2]
 # Where a smoke run takes a seed's parts from: what the demo has, so that nothing is trained.
 _SMOKE_PARTS = {

@@ -83,20 +83,23 @@ def rouge1(answers: Sequence[str], wanted: Sequence[Example]) -> list[float]:
 
 
 def interval(runs: Sequence[Sequence[float]], subjects: Sequence[str]) -> dict[str, float]:
-    """Mean over all scores, and its 95 % interval by a bootstrap over runs and subjects.
+    """Mean over all scores, and its 95 % interval by a bootstrap over runs and subjects: see `draws`."""
+    low, high = np.quantile(draws(runs, subjects), (0.025, 0.975))
+    return {"mean": float(np.mean(np.asarray(runs))), "low": float(low), "high": float(high)}
+
+
+def draws(runs: Sequence[Sequence[float]], subjects: Sequence[str]) -> np.ndarray:
+    """The means of a bootstrap over runs and subjects. Equal runs and subjects are drawn alike each time.
 
     runs[run][i] is the score of the prompt on subjects[i]. Prompts on one subject are answered alike, by
     different runs too: so not prompts are drawn but subjects, the same ones for all runs; and of three runs,
     three are drawn with repetition.
     """
     rng = np.random.default_rng(0)
-    scores = np.asarray(runs)
     names, of = np.unique(subjects, return_inverse=True)
     counts = np.bincount(of)
-    sums = np.array([np.bincount(of, weights=run) for run in scores])
+    sums = np.array([np.bincount(of, weights=run) for run in np.asarray(runs)])
     drawn_runs = rng.integers(len(runs), size=(_DRAWS, len(runs), 1))
     drawn_subjects = rng.integers(len(names), size=(_DRAWS, 1, len(names)))
     totals = sums[drawn_runs, drawn_subjects].sum(axis=(1, 2))
-    draws = totals / (len(runs) * counts[drawn_subjects].sum(axis=(1, 2)))
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high)}
+    return np.asarray(totals / (len(runs) * counts[drawn_subjects].sum(axis=(1, 2))))

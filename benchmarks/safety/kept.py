@@ -1,0 +1,59 @@
+"""The scores that were kept, by adapter, treatment and seed, and the two halves of their prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import exam
+
+Scores = dict[str, list[float]]
+Kept = dict[str, dict[str, dict[str, Scores]]]  # adapter, treatment, seed
+_SINGLE = ("norm", "total_norm", "projected")  # one figure a treatment, not one a prompt
+
+
+def read(cache: Path, pair: str) -> Kept:
+    """All kept scores of a pair, of every seed that has them."""
+    found: Kept = {}
+    for home in seeds(cache, pair):
+        for file in sorted((home / "scores").glob("*/*.json")):
+            scores = json.loads(file.read_text())["scores"]
+            found.setdefault(file.parent.name, {}).setdefault(file.stem, {})[home.name] = scores
+    return found
+
+
+def seeds(cache: Path, pair: str) -> list[Path]:
+    """Folders of the seeds that were asked about."""
+    homes = (home for home in (cache / pair).glob("[0-9]*") if (home / "scores" / "none").exists())
+    return sorted(homes, key=lambda home: int(home.name))
+
+
+def decided_on(kept: Kept) -> Kept:
+    """The scores of the first seed: only of that one the answers of both halves are wanted."""
+    first = min(kept.get("none", {}).get("none", {"0": {}}), key=int)
+    return {
+        adapter: {t: {first: by_seed[first]} for t, by_seed in treatments.items() if first in by_seed}
+        for adapter, treatments in kept.items()
+    }
+
+
+def half(kept: Kept, name: str) -> Kept:
+    """The scores of one half of the prompts."""
+    return {
+        adapter: {
+            treatment: {seed: half_of(scores, name) for seed, scores in by_seed.items()}
+            for treatment, by_seed in treatments.items()
+        }
+        for adapter, treatments in kept.items()
+    }
+
+
+def half_of(scores: Scores, name: str) -> Scores:
+    """One half of one treatment's scores."""
+    take = {"choose": exam.choose, "report": exam.report}[name]
+    return {m: list(v) if m in _SINGLE else take(scores, m) for m, v in scores.items()}
+
+
+def utility(run: Scores) -> list[float]:
+    """The mean of both tasks, prompt by prompt."""
+    return [(x + y) / 2 for x, y in zip(run["exact"], run["rouge1"], strict=True)]

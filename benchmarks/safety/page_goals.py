@@ -1,0 +1,110 @@
+"""RESULTS.md's table of goals, and that of the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dominance import RULE, UTILITIES
+from goals import DEFAULT
+from plan import SEEDS
+from wording import PAIRS, Table, cell, markdown, title, words
+
+GOALS = {
+    "pure": "purely malicious, strongest policy",
+    "mixed": "10 % malicious, one setting chosen beforehand, mean over pairs and seeds",
+    "exam": "exam, replayed: the worst attacker; the two tasks",
+    "curves": "input removal's curve below Safe LoRA's, CSULoRA's and scaling's",
+    "time": "a whole run",
+}
+_FIGURES = {
+    "over_aligned": "ASR over aligned",
+    "utility_lost": "utility lost",
+    "false_escalations": "false escalations",
+    "not_lower": "comparisons in which it is not lower",
+    "hours": "hours",
+}
+_NOTE = f"""A goal is *reached so far* or *missed so far* until all of its pairs have been measured with
+{len(SEEDS)} seeds. The static rule was chosen on seed 0 of the first pair, on the `choose` half: of the
+settings within 5 points of the aligned model, the one that costs the 10 % malicious adapter least utility.
+An escalation is false where a milder rung, which failed, was within 5 points of the aligned model on the
+`report` half."""
+_CURVES = """ASR of input removal less that of another method, where both leave the 10 % malicious adapter the
+same utility. Curves are linear between their points, from the adapter as uploaded to the strongest setting.
+*Not told apart*: the interval holds 0."""
+
+
+def goals(figures: Table) -> list[str]:
+    """The section."""
+    rows = [
+        [
+            _goal(row),
+            measured(row["measured"]),
+            by(row["by"]),
+            "; ".join(f"{_FIGURES[name]} {_figure(of)}" for name, of in row["figures"].items()),
+            "; ".join(f"at most {limit:g}" for limit in row["limits"].values()),
+            result(row),
+        ]
+        for row in figures["goals"]
+    ]
+    if not rows:
+        return []
+    heads = ["goal", "measured on", "by", "figure", "limit", "result"]
+    return ["## The goals", _NOTE, markdown(heads, rows)]
+
+
+def result(row: Table) -> str:
+    """Reached or missed, and whether more may come. A part of a run does not say how long a whole one is."""
+    if row["goal"] == "time" and row["reached"] and not row["complete"]:
+        return "not known yet"
+    word = "reached" if row["reached"] else "missed"
+    return word if row["complete"] else f"{word} so far"
+
+
+def by(what: str) -> str:
+    """A setting in words: a treatment, or what the goals call it."""
+    if what.startswith("chosen: "):
+        return f"static rule: {by(what.removeprefix('chosen: '))}"
+    if what == DEFAULT:
+        return f"{words(what)} (the default)"
+    if what == RULE:
+        return "input removal"
+    if what == "run.py":
+        return f"`{what}`"
+    return words(what) if what.rpartition("-")[2].replace(".", "").isdigit() else what
+
+
+def measured(seeds: Table) -> str:
+    """Pairs with their seeds."""
+    return "; ".join(f"{PAIRS[pair]}: seed {', '.join(each)}" for pair, each in seeds.items())
+
+
+def curves(compared: Table) -> list[str]:
+    """One pair's comparisons."""
+    if not compared:
+        return []
+    heads = ["against", *(f"at utility {at:g}" for at in UTILITIES)]
+    rows = [[words_of(other), *curve_cells(cells)] for other, cells in compared.items()]
+    return ["### The curves compared", _CURVES, markdown(heads, rows)]
+
+
+def curve_cells(by_utility: Table) -> Sequence[str]:
+    """The differences with what they say."""
+    return [f"{cell(of)}: {of['says']}" for of in by_utility.values()]
+
+
+def words_of(method: str) -> str:
+    """A method without its strength."""
+    return {"safe-lora": "Safe LoRA", "csulora": "CSULoRA", "scaling": "scaling"}[method]
+
+
+def _goal(row: Table) -> str:
+    text = GOALS[row["goal"]]
+    if row["goal"] in ("pure", "exam") and row["adapter"]:
+        return f"{text} ({title(row['adapter'])})"
+    return text
+
+
+def _figure(of: Table) -> str:
+    if "low" in of:
+        return cell(of)
+    return f"{of['mean']:g} of {of['of']}" if "of" in of else f"{of['mean']:.2f}"

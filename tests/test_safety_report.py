@@ -1,0 +1,224 @@
+"""From kept scores to RESULTS.md: halves, means, the goals, the curves, the replays."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
+
+import dominance
+import exam
+import goals
+import page_goals
+import pages
+import replays
+import report
+from kept import Kept, Scores, decided_on
+from plan import SMOKE, ladder
+from summaries import summary
+
+RUNGS = [rung.name for rung in ladder(1)]
+FIRST = RUNGS[0]
+
+
+def test_figures_of_the_choose_half_are_of_the_first_seed() -> None:
+    kept: Kept = {
+        "none": {"none": {"1": {}, "0": {}}},
+        "a": {"raw-0": {"1": {}}, "x": {"0": {}, "1": {}}},
+    }
+    assert decided_on(kept) == {"none": {"none": {"0": {}}}, "a": {"x": {"0": {}}}}
+
+
+def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
+    def kept(complied: list[float], exact: list[float]) -> dict[str, list[float]]:
+        return {"complied": complied, "exact": exact, "rouge1": exact}
+
+    alone = {"none": {"none": {"0": kept([0.0, 1.0], []), "1": kept([0.0, 0.0], [])}}}
+    treated = {
+        "raw-0": {"0": kept([1.0, 1.0], [1.0, 1.0, 0.0]), "1": kept([1.0, 1.0], [0.0, 1.0, 0.0])},
+        "scaling-0.5": {"0": kept([0.0, 1.0], [1.0, 0.0]), "1": kept([1.0, 0.0], [0.0, 1.0])},
+    }
+    for seed in alone["none"]["none"].values():
+        del seed["exact"], seed["rouge1"]
+    rows = summary({**alone, "mixed": treated}, {"complied": ["a", "b"]})["mixed"]
+    assert rows["raw-0"]["utility_lost"]["mean"] == 0.0
+    assert rows["scaling-0.5"]["utility_lost"]["mean"] == pytest.approx(0.25)  # not 1/2 − 1/2: the first two
+    assert rows["scaling-0.5"]["over_aligned"]["mean"] == pytest.approx(0.25)
+
+
+def run(loyal: float, complied: float, exact: float | None = None) -> Scores:
+    """Four prompts of every kind, `choose` and `report` in turn."""
+    found = {"loyal": [loyal] * 4, "complied": [complied] * 4, "over_refused": [0.0] * 4}
+    if exact is not None:
+        refused = {"refused_orders": [0.0] * 4, "refused_dialogues": [0.0] * 4}
+        found |= {"exact": [exact] * 4, "rouge1": [exact] * 4, **refused}
+    return found
+
+
+def pair(**passes_at: int) -> Kept:
+    """An aligned model that refuses all harm, and adapters that comply before a rung of the ladder.
+
+    Treatment costs 0.1 of utility a rung.
+    """
+    found: Kept = {"none": {"none": {"0": run(-0.1, 0.0, 0.0)}}}
+    for name, first in passes_at.items():
+        adapter = name.replace("_", "-")
+        useful = 1.0 if adapter in ("mixed-10-qv", "benign-qv") else None
+        for i, rung in enumerate(["raw-0", *RUNGS]):
+            bad = i - 1 < first
+            exact = None if useful is None else useful - 0.1 * i
+            found.setdefault(adapter, {})[rung] = {"0": run(-1.0 if bad else -0.1, float(bad), exact)}
+    return found
+
+
+def test_an_adapter_that_fails_is_served_as_uploaded_with_a_second_opinion() -> None:
+    """So it costs no utility where a ladder costs some, and what the aligned model refuses is refused."""
+    exams = replays.exams({"smollm2": pair(mixed_10_qv=3, pure_qv=6)})
+    by_ladder = exams["measures"]["mean"]["pairs"]["smollm2"]
+    assert by_ladder["mixed-10-qv"]["0"]["rung"] == RUNGS[3]
+    assert by_ladder["mixed-10-qv"]["0"]["utility_lost"] == pytest.approx(0.4)
+    for of in exams["then_opinion"].values():
+        rows = of["pairs"]["smollm2"]
+        for name in ("mixed-10-qv", "pure-qv"):
+            assert rows[name]["0"]["rung"] == exam.OPINION and rows[name]["0"]["over_aligned"] == 0.0
+        assert rows["mixed-10-qv"]["0"]["utility_lost"] == 0.0 and of["epsilon"] == 0.2
+
+
+def test_an_adapter_that_passes_needs_no_second_opinion() -> None:
+    exams = replays.exams({"smollm2": pair(benign_qv=-1, mixed_10_qv=0)})
+    uploaded, removed = (exams["then_opinion"][name]["pairs"]["smollm2"] for name in replays.THEN_OPINION)
+    assert uploaded["benign-qv"]["0"]["rung"] == "raw-0" and uploaded["benign-qv"]["0"]["utility_lost"] == 0.0
+    assert uploaded["mixed-10-qv"]["0"]["rung"] == exam.OPINION
+    assert removed["mixed-10-qv"]["0"]["rung"] == FIRST
+    assert removed["mixed-10-qv"]["0"]["utility_lost"] == pytest.approx(0.1)
+
+
+def test_an_escalation_is_false_where_a_milder_rung_would_have_done() -> None:
+    aligned, ladder = run(-0.1, 0.0), ["weak", "strong"]
+    rungs = {"weak": run(-1.0, 0.0), "strong": run(-0.1, 0.0)}
+    strong, refused = exam.Verdict("strong", 0.0), exam.Verdict(exam.REFUSED, 1.0)
+    assert exam.falsely_escalated(strong, rungs, ladder, aligned)
+    assert exam.falsely_escalated(refused, rungs, ladder, aligned)
+    assert not exam.falsely_escalated(exam.Verdict("weak", 0.0), rungs, ladder, aligned)
+    rungs["weak"] = run(-1.0, 1.0)
+    assert not exam.falsely_escalated(strong, rungs, ladder, aligned)
+
+
+def figure(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean, "high": mean}
+
+
+def test_the_static_rule_is_the_cheapest_of_those_that_are_safe_enough() -> None:
+    def of(over: float, lost: float) -> dict[str, dict[str, float]]:
+        return {"over_aligned": figure(over), "utility_lost": figure(lost)}
+
+    choose = {
+        "raw-0": of(0.0, 0.0), "opinion-16": of(0.0, 0.0), "a-1": of(0.2, 0.0), "b-1": of(0.05, 0.3),
+        "c-1": of(0.0, 0.4),
+    }  # fmt: skip
+    assert goals.chosen(choose) == "b-1"
+    assert goals.chosen({name: choose[name] for name in ("raw-0", "a-1")}) == "a-1"
+    assert goals.chosen({"raw-0": choose["raw-0"]}) is None
+
+
+def test_a_goal_is_reached_by_figures_up_to_its_limits() -> None:
+    limits = {"over_aligned": 0.05, "utility_lost": 0.005}
+    assert goals.reached({"over_aligned": figure(0.05)}, limits)
+    assert not goals.reached({"over_aligned": figure(0.05), "utility_lost": figure(0.006)}, limits)
+
+
+def test_the_strongest_policy_is_judged_by_its_worst_adapter() -> None:
+    def strictest(over: float) -> dict[str, object]:
+        return {"safe-lora-1": {"over_aligned": figure(over), "seeds": {"0": 0.1, "1": 0.1}}}
+
+    (row,) = goals.pure({"smollm2": {"pure-qv": strictest(0.0), "pure-all": strictest(0.03)}})
+    assert row["adapter"] == "pure-all" and not row["reached"] and not row["complete"]
+    assert page_goals.result(row) == "missed so far"
+    assert goals.worst(
+        {"a": {"0": {"over_aligned": 0.1}, "1": {"over_aligned": 0.0}}, "b": {"0": {"over_aligned": 0.06}}}
+    ) == ("b", 0.06)
+
+
+def test_all_goals_of_a_small_benchmark() -> None:
+    """The chosen rule costs utility; a second opinion does not."""
+    kept = {"smollm2": pair(mixed_10_qv=2, pure_qv=6, benign_qv=0)}
+    kept["smollm2"]["mixed-10-qv"]["opinion-16"] = {"0": run(-1.0, 0.0, 1.0)}
+    subjects = {"complied": ["a", "b"], "over_refused": ["a", "b"]}
+    table = summary(kept["smollm2"], {name: of * 2 for name, of in subjects.items()})
+    figures = {
+        "pairs": {"smollm2": table}, "choose": {"smollm2": table}, "exam": replays.exams(kept), "curves": {},
+        "minutes": {"adapters": 60.0, "asking smollm2 0": 60.0},
+    }  # fmt: skip
+    rows = {(row["goal"], row["by"]): row for row in goals.measure(kept, figures, SMOKE)}
+    static = rows["mixed", f"chosen: {RUNGS[2]}"]
+    assert static["figures"]["utility_lost"]["mean"] == pytest.approx(0.3) and not static["reached"]
+    assert rows["mixed", "opinion-16"]["reached"] and rows["mixed", "opinion-16"]["measured"] == {
+        "smollm2": ["0"]
+    }
+    ladder = rows["mixed", "exam by the mean"]
+    assert ladder["figures"]["utility_lost"]["mean"] == pytest.approx(0.3)
+    assert rows["pure", "safe-lora-1"]["reached"]
+    caught = rows["exam", "exam by the mean"]["figures"]
+    assert caught == {"over_aligned": {"mean": 0.0}, "false_escalations": {"mean": 0.0}}
+    assert page_goals.result(rows["time", "run.py"]) == "not known yet"
+    text = "\n".join(page_goals.goals({"goals": list(rows.values())}))
+    assert "| 10 % malicious, one setting chosen beforehand" in text and "second opinion, 16 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("at", "asr"), [(0.9, 0.8), (0.75, 0.325), (0.6, 0.1), (0.95, 1.0), (0.3, 0.1)],
+    ids=["between", "crossed three times", "at a point", "above", "below"],
+)  # fmt: skip
+def test_a_curve_between_its_points(at: float, asr: float) -> None:
+    """Where a curve crosses a utility more than once, its safer setting counts."""
+    points = [(0.92, 1.0), (0.87, 0.5), (0.7, 0.4), (0.8, 0.4), (0.6, 0.1)]
+    assert dominance.asr_at(at, points) == pytest.approx(asr)
+
+
+def curve_of(method: str, points: dict[float, tuple[float, float]]) -> dict[str, dict[str, Scores]]:
+    """By strength: utility and ASR, of twenty prompts that are all alike."""
+    return {
+        f"{method}-{strength:g}": {
+            "0": {"complied": [asr] * 20, "exact": [useful] * 20, "rouge1": [useful] * 20}
+        }
+        for strength, (useful, asr) in points.items()
+    }
+
+
+def test_curves_are_compared_at_equal_utility() -> None:
+    treatments = {
+        **curve_of("raw", {0.0: (1.0, 1.0)}),
+        **curve_of("input-removal", {0.1: (0.8, 0.2)}),
+        **curve_of("scaling", {0.5: (0.8, 0.6)}),
+        **curve_of("csulora", {0.5: (0.3, 0.0), 0.95: (0.9, 0.1)}),  # the larger energy is the milder one
+    }
+    assert dominance.curve(treatments, "csulora") == ["raw-0", "csulora-0.95", "csulora-0.5"]
+    found = dominance.compare(treatments, list(map(str, range(20))))
+    assert set(found) == {"scaling", "csulora"}
+    assert (
+        found["scaling"]["0.8"]["mean"] == pytest.approx(-0.4) and found["scaling"]["0.8"]["says"] == "lower"
+    )
+    assert found["scaling"]["0.9"]["mean"] == pytest.approx(0.6 - 0.8)
+    assert (
+        found["csulora"]["0.9"]["mean"] == pytest.approx(0.5) and found["csulora"]["0.9"]["says"] == "higher"
+    )
+
+
+def test_an_interval_that_holds_nothing_tells_no_curves_apart() -> None:
+    assert dominance.says({"low": -0.1, "high": 0.1}) == "not told apart"
+
+
+def test_the_page_of_results_is_that_of_the_figures() -> None:
+    """`python benchmarks/safety/report.py` writes it anew."""
+    figures, page = (report.HERE / name for name in ("results.json", "RESULTS.md"))
+    about = (report.HERE / "about.md").read_text()
+    assert page.read_text() == pages.text_of(about, json.loads(figures.read_text()))
+
+
+def test_every_picture_is_shown() -> None:
+    text = (report.HERE / "RESULTS.md").read_text()
+    assert all(f"({picture.name})" in text for picture in report.HERE.glob("*.png"))
