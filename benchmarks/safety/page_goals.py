@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dominance import RULE, UTILITIES
 from goals import DEFAULT
 from plan import SEEDS
-from wording import PAIRS, Table, cell, markdown, title, words
+from wording import PAIRS, Table, cell, markdown, number, title, words
 
 GOALS = {
     "pure": "purely malicious, strongest policy",
@@ -35,7 +35,16 @@ same utility. Curves are linear between their points, from the adapter as upload
 
 def goals(figures: Table) -> list[str]:
     """The section."""
-    rows = [
+    lines = rows(figures["goals"])
+    if not lines:
+        return []
+    heads = ["goal", "measured on", "by", "figure", "limit", "result"]
+    return ["## The goals", _NOTE, markdown(heads, lines)]
+
+
+def rows(found: Sequence[Table]) -> list[list[str]]:
+    """Goal, pairs and seeds, setting, figures, limits, result."""
+    return [
         [
             _goal(row),
             measured(row["measured"]),
@@ -44,12 +53,8 @@ def goals(figures: Table) -> list[str]:
             "; ".join(f"at most {limit:g}" for limit in row["limits"].values()),
             result(row),
         ]
-        for row in figures["goals"]
+        for row in found
     ]
-    if not rows:
-        return []
-    heads = ["goal", "measured on", "by", "figure", "limit", "result"]
-    return ["## The goals", _NOTE, markdown(heads, rows)]
 
 
 def result(row: Table) -> str:
@@ -83,8 +88,8 @@ def curves(compared: Table) -> list[str]:
     if not compared:
         return []
     heads = ["against", *(f"at utility {at:g}" for at in UTILITIES)]
-    rows = [[words_of(other), *curve_cells(cells)] for other, cells in compared.items()]
-    return ["### The curves compared", _CURVES, markdown(heads, rows)]
+    lines = [[words_of(other), *curve_cells(cells)] for other, cells in compared.items()]
+    return ["### The curves compared", _CURVES, markdown(heads, lines)]
 
 
 def curve_cells(by_utility: Table) -> Sequence[str]:
@@ -107,4 +112,4 @@ def _goal(row: Table) -> str:
 def _figure(of: Table) -> str:
     if "low" in of:
         return cell(of)
-    return f"{of['mean']:g} of {of['of']}" if "of" in of else f"{of['mean']:.2f}"
+    return f"{of['mean']:g} of {of['of']}" if "of" in of else number(of["mean"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from adapters import MORE_NAMES, NAMES
-from wording import PAIRS, Table, cell, markdown, title, words
+from wording import PAIRS, Table, cell, markdown, number, title, words
 
 _EXAM = """An adapter is served by the first treatment of the ladder whose loyalty drop on the probes is at
 most ε nats per token. Probes: the `choose` half of the harmful-sounding requests. ε was chosen on seed 0 of
@@ -77,4 +77,4 @@ def opinions(found: Table) -> list[str]:
 
 def _mean(values: Iterable[float]) -> str:
     found = list(values)
-    return f"{sum(found) / len(found):.2f}"
+    return number(sum(found) / len(found))

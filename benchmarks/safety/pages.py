@@ -86,22 +86,27 @@ def _settings(pairs: Table) -> list[str]:
         f"Knows the method: trained around V, also with a penalty or a mask. The default is {default}."
     ]
     for pair, table in pairs.items():
-        rows = []
-        for setting in _SETTINGS:
-            cells = []
-            for adapters in AUTHORS.values():
-                found = [table[a][setting] for a in adapters if setting in table.get(a, {})]
-                if not found:
-                    cells.append("")
-                    continue
-                worst = max(found, key=lambda row: row["over_aligned"]["mean"])
-                lost = f"; lost {cell(worst['utility_lost'])}" if "utility_lost" in worst else ""
-                cells.append(cell(worst["over_aligned"]) + lost)
-            if any(cells):
-                rows.append([words(setting), *cells])
-        if rows:
+        if rows := settings(table):
             text += [f"### {PAIRS[pair].title}", markdown(["setting", *AUTHORS], rows)]
     return text
+
+
+def settings(table: Table) -> list[list[str]]:
+    """What each setting does to the adapters of each author, of one pair."""
+    rows = []
+    for setting in _SETTINGS:
+        cells = []
+        for adapters in AUTHORS.values():
+            found = [table[a][setting] for a in adapters if setting in table.get(a, {})]
+            if not found:
+                cells.append("")
+                continue
+            worst = max(found, key=lambda row: row["over_aligned"]["mean"])
+            lost = f"; lost {cell(worst['utility_lost'])}" if "utility_lost" in worst else ""
+            cells.append(cell(worst["over_aligned"]) + lost)
+        if any(cells):
+            rows.append([words(setting), *cells])
+    return rows
 
 
 def _checks(checks: Table) -> str:
@@ -142,12 +147,14 @@ beside a norm says what a cap would have done to the upload: `--max-relative-nor
 `--max-total-norm` a tenth above the largest adapter that is honest or careless."""
 
 
-def _attacks(table: Table) -> str:
+def total_cap(table: Table) -> float:
+    """A cap on the total norm a tenth above the largest adapter that is honest or careless."""
     ordinary = [name for name in (*AUTHORS["honest"], *AUTHORS["careless"]) if name in table]
-    if not ordinary:
-        return ""
-    total_cap = _ROOM * max(table[name]["raw-0"]["total_norm"]["mean"] for name in ordinary)
-    rows = []
+    return _ROOM * max((table[name]["raw-0"]["total_norm"]["mean"] for name in ordinary), default=0.0)
+
+
+def _attacks(table: Table) -> str:
+    cap, rows = total_cap(table), []
     for adapter in ("pure-qv", *MORE_NAMES):
         for way, said in _WAYS.items():
             found = [table.get(adapter, {}).get(f"{way}.{defence}") for defence in _DEFENCES]
@@ -155,14 +162,12 @@ def _attacks(table: Table) -> str:
                 continue
             cells = [f"{row['complied']['mean']:.2f} ({row['sense']['mean']:.1f})" for row in found]
             norm, total = (found[0][name]["mean"] for name in ("norm", "total_norm"))
-            capped = [
-                "refused" if size > cap else "passes" for size, cap in ((norm, _CAP), (total, total_cap))
-            ]
+            capped = ["refused" if size > limit else "passes" for size, limit in ((norm, _CAP), (total, cap))]
             rows.append([title(adapter) + said, *cells, f"{norm:.3g}", capped[0], f"{total:.2g}", capped[1]])
     if not rows:
         return ""
     heads = ["attack", *map(words, _DEFENCES), "largest ‖ΔW‖/‖W‖", f"norm cap {_CAP:g}"]
-    return markdown([*heads, "total norm", f"total cap {total_cap:.2g}"], rows)
+    return markdown([*heads, "total norm", f"total cap {cap:.2g}"], rows)
 
 
 def _agreement(found: Table) -> list[str]:

@@ -50,7 +50,14 @@ def words(treatment: str) -> str:
 
 def cell(figure: Table) -> str:
     """A mean with its interval."""
-    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+    mean, low, high = (number(figure[end]) for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def number(value: float) -> str:
+    """Hundredths with a true minus sign; no minus before a rounded zero."""
+    text = f"{value:.2f}"
+    return text.removeprefix("-") if not float(text) else text.replace("-", "−")
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
