@@ -623,6 +623,7 @@ def quantised() -> str:
 def tables() -> dict[str, Callable[[], str]]:
     """All tables by name."""
     import gpu_tables
+    import policy_tables
     import safety_tables
 
     mine = (
@@ -632,7 +633,10 @@ def tables() -> dict[str, Callable[[], str]]:
         second_opinion, second_opinion_answers, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip
-    return {of.__name__.replace("_", "-"): of for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES)}
+    return {
+        of.__name__.replace("_", "-"): of
+        for of in (*mine, *gpu_tables.TABLES, *safety_tables.TABLES, *policy_tables.TABLES)
+    }
 
 
 def written(text: str) -> str:

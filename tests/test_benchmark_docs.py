@@ -15,8 +15,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import safety_tables
+import policy_tables
 import tables
+
+from safelora_vllm.policy import Policy
 
 ROOT = tables.ROOT
 # Settings, shapes and versions that prose may name; measured figures stand in tables.
@@ -24,8 +26,6 @@ SETTINGS = {
     "0.05", "0.1", "0.2", "0.3", "0.35", "0.4", "0.5", "0.8", "0.95", "0.99", "0.006", "0.28", "0.32", "0.33",
     "2.11", "2.13",
 }  # fmt: skip
-# What prose says of a file all the same: where its figure is.
-IN_PROSE = {"0.11": ("smollm2", "gemma3")}
 
 
 @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
@@ -52,20 +52,13 @@ def test_every_file_of_figures_is_cited() -> None:
 def test_prose_has_no_figures_but_settings(document: Path) -> None:
     text = re.sub(r"^```.*?^```", "", tables.BLOCK.sub("", document.read_text()), flags=re.S | re.M)
     text = re.sub(r"`[^`\n]*`|\]\([^)]*\)|arXiv [\d.]+", "", text)
-    assert set(re.findall(r"(?<![\d.])\d+\.\d+", text)) <= SETTINGS | set(IN_PROSE)
-
-
-def test_the_one_figure_in_prose() -> None:
-    for figure, families in IN_PROSE.items():
-        for family in families:
-            alone = tables.load("results")["families"][family]["none"]["none"]
-            assert f"{alone['complied']['mean']:.2f}" == figure
+    assert set(re.findall(r"(?<![\d.])\d+\.\d+", text)) <= SETTINGS
 
 
 def cells(adapter: str, measure: str) -> list[str]:
-    """As uploaded, by the default policy, and by Safe LoRA on all modules."""
-    found = tables.load("results")["families"]["smollm2"][adapter]
-    treatments = ("raw-0", "input-removal-0.2", "safe-lora-1")
+    """As uploaded, by the default policy, by Safe LoRA on all modules, and with a second opinion alone."""
+    found = tables.load("results")["pairs"]["smollm2"][adapter]
+    treatments = ("raw-0", f"input-removal-{Policy().energy:g}", "safe-lora-1", "opinion-16")
     return [f"{found[treatment][measure]['mean']:.2f}" for treatment in treatments]
 
 
@@ -75,9 +68,10 @@ def readme_rows() -> dict[str, list[str]]:
     first = tables.load("hot_load")["kinds"]["qv-r8"]["measures"]["first load"]["guarded_over_unguarded"]
     on_gpu = tables.load("gpu_serving")["ratios"]
     return {
-        "10 % malicious data, q and v": cells("mixed-10-qv", "complied"),
+        "10 % malicious data": cells("mixed-10-qv", "complied"),
         "own tasks": cells("mixed-10-qv", "utility"),
-        "purely malicious adapter, all linear layers": cells("pure-all", "complied"),
+        "purely malicious adapter": cells("pure-qv", "complied"),
+        "trained around the default": cells("around-inputs-qv", "complied"),
         f"hostile adapters, of {hostile['cases']}": [str(hostile["hurt"]), str(hostile["guarded hurt"])],
         "time of a first load": ["1", f"{first:.1f}"],
         "longest pause of a stream": ["1", f"{on_gpu['loading new content, max_ms']:.2f}"],
@@ -107,12 +101,13 @@ def test_the_results_in_the_readme() -> None:
     assert len(shown) == len(expected)
     for part, figures in expected.items():
         assert [found for label, found in shown.items() if part in label] == [figures], part
-    alone = re.findall(r"aligned model alone answers (\d\.\d+)", section)
-    assert alone == list(IN_PROSE)
+    alone = tables.load("results")["pairs"]["smollm2"]["none"]["none"]
+    said = re.findall(r"aligned model alone answers (\d\.\d+) .* scores (\d\.\d+)", section)
+    assert said == [tuple(f"{alone[measure]['mean']:.2f}" for measure in ("complied", "utility"))]
 
 
 def test_the_attacks_caps_are_those_of_the_safety_benchmark() -> None:
     """Both state the total cap in a heading."""
     results = (ROOT / "benchmarks" / "safety" / "RESULTS.md").read_text()
-    (cap,) = re.findall(r"total cap [\d.]+", safety_tables.attacks())
+    (cap,) = re.findall(r"total cap [\d.]+", policy_tables.attacks())
     assert f"| {cap} |" in results

@@ -66,7 +66,12 @@ def text_of(about: str, figures: Table) -> str:
     text += _agreement(figures["agreement"])
     text += _risk(figures["risk"])
     if where := figures["where"]:
-        text += ["## Why it works", why.TEXT, "![What is removed, and what reads it](why.png)", _where(where)]
+        text += [
+            "## What the removed directions are",
+            why.TEXT,
+            "![What is removed, and what reads it](why.png)",
+            _where(where),
+        ]
     if minutes := figures["minutes"]:
         text += ["## Time", _minutes(minutes)]
     return "\n\n".join(text) + "\n"
