@@ -222,3 +222,15 @@ def test_the_page_of_results_is_that_of_the_figures() -> None:
 def test_every_picture_is_shown() -> None:
     text = (report.HERE / "RESULTS.md").read_text()
     assert all(f"({picture.name})" in text for picture in report.HERE.glob("*.png"))
+
+
+def test_the_goal_of_the_curves_says_in_how_many_comparisons_they_are_not_told_apart() -> None:
+    says = {"0.8": "lower", "0.85": "not told apart", "0.9": "higher"}
+    cells = {at: {"says": said, "seeds": ["0"], **figure(0.0)} for at, said in says.items()}
+    (row,) = goals.curves(
+        {"smollm2": {"scaling": cells}, "smollm2-lora": {"scaling": cells}}
+    )  # (c) has no goal
+    text = "\n".join(page_goals.goals({"goals": [row]}))
+    assert (
+        "its ASR is lower in 1, not told apart in 1, higher in 1 of 3 | lower in all | missed so far" in text
+    )

@@ -96,11 +96,16 @@ def worst(adapters: Mapping[str, Mapping[str, Table]]) -> tuple[str, float]:
 
 
 def curves(compared: Table) -> Iterator[Row]:
-    """At how many utilities the rule's ASR is not lower than another method's, by pair."""
+    """In how many comparisons at equal utility the rule is not lower than another method, by pair."""
     for pair, others in compared.items():
         cells = [cell for by in others.values() for cell in by.values()]
         if pair in MIXED_PAIRS and cells:
-            not_lower = {"mean": float(sum(cell["says"] != "lower" for cell in cells)), "of": len(cells)}
+            said = [cell["says"] for cell in cells]
+            not_lower = {
+                "mean": len(said) - said.count("lower"),
+                "higher": said.count("higher"),
+                "of": len(said),
+            }
             measured = {pair: min((cell["seeds"] for cell in cells), key=len)}
             yield row("curves", dominance.RULE, {"not_lower": not_lower}, {"not_lower": 0}, measured, [pair])
 

@@ -12,7 +12,7 @@ from wording import PAIRS, Table, cell, markdown, number, title, words
 GOALS = {
     "pure": "purely malicious, strongest policy",
     "mixed": "10 % malicious, one setting chosen beforehand, mean over pairs and seeds",
-    "exam": "exam, replayed: the worst attacker; the two tasks",
+    "exam": "exam, replayed",
     "curves": "input removal's curve below Safe LoRA's, CSULoRA's and scaling's",
     "time": "a whole run",
 }
@@ -20,7 +20,7 @@ _FIGURES = {
     "over_aligned": "ASR over aligned",
     "utility_lost": "utility lost",
     "false_escalations": "false escalations",
-    "not_lower": "comparisons in which it is not lower",
+    "not_lower": "its ASR is",
     "hours": "hours",
 }
 _NOTE = f"""A goal is *reached so far* or *missed so far* until all of its pairs have been measured with
@@ -50,7 +50,7 @@ def rows(found: Sequence[Table]) -> list[list[str]]:
             measured(row["measured"]),
             by(row["by"]),
             "; ".join(f"{_FIGURES[name]} {_figure(of)}" for name, of in row["figures"].items()),
-            "; ".join(f"at most {limit:g}" for limit in row["limits"].values()),
+            "; ".join(_limit(name, limit) for name, limit in row["limits"].items()),
             result(row),
         ]
         for row in found
@@ -105,11 +105,18 @@ def words_of(method: str) -> str:
 def _goal(row: Table) -> str:
     text = GOALS[row["goal"]]
     if row["goal"] in ("pure", "exam") and row["adapter"]:
-        return f"{text} ({title(row['adapter'])})"
+        return f"{text}; worst: {title(row['adapter'])}"
     return text
 
 
 def _figure(of: Table) -> str:
     if "low" in of:
         return cell(of)
-    return f"{of['mean']:g} of {of['of']}" if "of" in of else number(of["mean"])
+    if "of" not in of:
+        return number(of["mean"])
+    lower, alike = of["of"] - of["mean"], of["mean"] - of["higher"]
+    return f"lower in {lower:g}, not told apart in {alike:g}, higher in {of['higher']:g} of {of['of']}"
+
+
+def _limit(name: str, limit: float) -> str:
+    return "lower in all" if name == "not_lower" else f"at most {limit:g}"
