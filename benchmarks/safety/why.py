@@ -26,6 +26,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 ADAPTERS = ("pure-qv", "identity-qv", "mixed-10-qv", "benign-qv")
 ENERGY = 0.2
 _PROMPTS = 24
+_LABELS = {"forbidden": "harmful-sounding", "difference": "harmful-sounding less harmless"}
 TEXT = f"""Left: |cos(r₁, mean input)|. r₁ is V's first input direction. The mean input is a module's, at the
 token where the answer begins, over {_PROMPTS} held-out prompts of each kind. The figure is the median over
 layers and the mean over seeds.
@@ -103,17 +104,20 @@ def draw(found: dict[str, dict[str, float]], titles: dict[str, str], path: Path)
     colours = {"forbidden": "tab:red", "harmless": "tab:green", "orders": "tab:blue", "difference": "black"}
     for offset, (kind, colour) in enumerate(colours.items()):
         heights = [found[""][f"{part} {kind}"] for part in ("q_proj", "o_proj", "down_proj")]
-        left.bar([i + 0.2 * offset for i in range(3)], heights, 0.18, color=colour, label=kind)
+        left.bar(
+            [i + 0.2 * offset for i in range(3)], heights, 0.18, color=colour, label=_LABELS.get(kind, kind)
+        )
     left.set_xticks([i + 0.3 for i in range(3)], ["q_proj", "o_proj", "down_proj"])
     left.set(ylabel="|cos(r₁, mean input)|", title="alignment's first input direction")
-    left.legend(fontsize=7)
+    left.set_ylim(top=1.3 * max(found[""].values()))  # room for the legend
+    left.legend(fontsize=7, ncols=2, loc="upper right")
     adapters = [name for name in ADAPTERS if name in found]
     labels = [titles[name].partition(",")[0] for name in adapters]
     right.barh(labels, [found[name]["read"] for name in adapters], color="tab:red", height=0.6)
     expected = statistics.fmean(found[name]["random"] for name in adapters)
     right.axvline(expected, color="black", linewidth=0.9, linestyle=":", label="random adapter")
-    right.invert_yaxis()
-    right.legend(fontsize=7)
+    right.set_ylim(len(adapters) + 0.3, -0.6)  # the first on top, room for the legend below
+    right.legend(fontsize=7, loc="lower right")
     right.set(xlabel="share of ‖ΔW‖²", title=f"what reads the directions of energy {ENERGY}")
     for axes in (left, right):
         axes.grid(alpha=0.25)
