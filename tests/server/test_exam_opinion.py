@@ -17,10 +17,13 @@ from safelora_vllm.errors import GuardError, Unavailable
 from safelora_vllm.exam.ladder import largest_bound, parse
 from safelora_vllm.integration.server.app import _give_opinions
 from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from tests.server.conftest import ADMIN_KEY, upload
-from tests.server.fake_server import FakeServer
+from tests.server.fake_exam import ExaminedEngine
+from tests.server.fake_server import SECRET, FakeServer, Place
 from tests.server.test_exam_server import Start, adapters, answer_of, is_listed, place, start
+from tests.server.test_exam_tenants import write_keys
 
 __all__ = ["adapters", "place", "start"]
 LADDER = "as-uploaded,as-uploaded+opinion"
@@ -104,6 +107,43 @@ def test_an_adapters_own_policy_may_ask_for_one(start: Start, adapters: dict[str
         assert who_answers(server, "useful") == ["useful", None, None]
         loosened = http.put("/v1/adapters/useful/policy", json={"policy": {"opinion": False}})
         assert loosened.status_code == 200, "the server's own policy has none"
+
+
+def test_an_override_may_take_the_servers_opinion_away(
+    cache: ProjectorCache,
+    tmp_path: Path,
+    adapters: dict[str, Path],
+    place: Place,  # for the admin's key
+) -> None:
+    assert not place.service.state().policy.opinion
+    (tmp_path / "own").mkdir()
+    with (
+        Place.start(cache, tmp_path / "own", opinion=True) as own,
+        own.server(engine=ExaminedEngine(own.engine().answers, store=own.store)) as server,
+    ):
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "useful", adapters["useful"]).json()["policy"]["opinion"] is True
+        asked: dict[str, Any] = {"policy": {"opinion": False}}
+        assert http.put("/v1/adapters/useful/policy", json=asked).status_code == 400
+        answer = http.put("/v1/adapters/useful/policy", json={**asked, "override": True, "reason": "trusted"})
+        assert answer.status_code == 200 and "opinion" not in answer.json()["policy"]
+        assert who_answers(server, "useful") == ["useful"]
+        assert http.put("/v1/adapters/useful/policy", json={"policy": {}}).json()["policy"]["opinion"] is True
+        assert who_answers(server, "useful") == ["useful", None, None]
+
+
+def test_a_tenant_with_opinions_keeps_the_ladder(
+    start: Start,
+    adapters: dict[str, Path],
+    place: Place,  # noqa: F811
+) -> None:
+    keys = write_keys(place, more="policy = {opinion = true}")
+    with start(keys=keys) as server:
+        acme = server.client(SECRET)
+        careless = upload(acme, "acme/careless", adapters["careless"]).json()
+        assert careless["policy"]["select"] == "all" and careless["policy"]["opinion"] is True
+        assert upload(acme, "acme/harmful", adapters["harmful"]).status_code == 422
+        assert who_answers(server, "acme/careless") == ["acme/careless", None, None]
 
 
 def test_a_request_for_what_is_served_no_more_has_an_opinion(
