@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,9 +15,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import GuardError, Unavailable
+from safelora_vllm.errors import GuardError, Unavailable, UsageError
 from safelora_vllm.exam.ladder import largest_bound, parse
 from safelora_vllm.integration.server.app import _give_opinions
+from safelora_vllm.integration.server.second_opinion import ByPolicy, SecondOpinion
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
@@ -135,7 +138,7 @@ def test_an_override_may_take_the_servers_opinion_away(
 def test_a_tenant_with_opinions_keeps_the_ladder(
     start: Start,
     adapters: dict[str, Path],
-    place: Place,  # noqa: F811
+    place: Place,
 ) -> None:
     keys = write_keys(place, more="policy = {opinion = true}")
     with start(keys=keys) as server:
@@ -166,6 +169,39 @@ def test_a_request_for_what_is_served_no_more_has_an_opinion(
         server.engine.answered.clear()
         asyncio.run(ask())
         assert _sorted(server.engine.answered) == ["useful", None, None]
+
+
+@pytest.mark.parametrize("opinion", [False, True])
+def test_a_beam_search_ends_as_it_began(opinion: bool) -> None:
+    """vLLM asks for it step by step. Where the adapter is replaced meanwhile, it ends on the old weights."""
+    old, new = LoRARequest("x", 1, "safelora://old"), LoRARequest("x", 2, "safelora://new")
+    registry: dict[str, Any] = {"x": _served(old, opinion=opinion)}
+    asked: list[str] = []
+
+    async def generate(*_: Any, lora_request: Any = None, **__: Any) -> AsyncIterator[str]:
+        asked.append(lora_request.lora_path)
+        yield "a token"
+
+    by_it = ByPolicy(registry)
+    judged = SecondOpinion(generate, 16, pytest.fail, by_it.wanted, ends=by_it.ends)
+    step = SamplingParams(max_tokens=1, logprobs=4, detokenize=False)
+
+    async def ask() -> None:
+        async for _ in judged.generate({"prompt_token_ids": [1]}, step, "r", lora_request=old):
+            pass
+
+    for registry_now in (registry["x"], _served(new, opinion=True), None):
+        registry.pop("x", None)
+        if registry_now is not None:
+            registry["x"] = registry_now
+        with pytest.raises(UsageError, match="beam search") if opinion else nullcontext():
+            asyncio.run(ask())
+    assert asked == ([] if opinion else ["safelora://old"] * 3)
+
+
+def _served(request: LoRARequest, opinion: bool) -> Any:
+    report = SimpleNamespace(policy=Policy(opinion=opinion))
+    return SimpleNamespace(served=SimpleNamespace(request=request, report=report))
 
 
 @pytest.mark.parametrize(
