@@ -26,6 +26,7 @@ _RANGES = (
 )
 _METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
 CAPS = ("max_relative_norm", "max_total_norm")
+BESIDE = (*CAPS, "opinion")  # fields that say nothing of what is projected
 
 
 @dataclass(frozen=True)

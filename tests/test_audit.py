@@ -401,14 +401,14 @@ def test_the_table_shows_overrides(tmp_path: Path, run: Run, capsys: pytest.Capt
         "policy",
         "b",
         decision="accepted",
-        policy={**rules, "mode": "audit"},
+        policy={**rules, "mode": "audit", "opinion": True},
         override=True,
         reason="test",
     )
     assert run("--adapter-store", str(tmp_path)) == 0
     first, second = (line for line in capsys.readouterr().out.splitlines() if "ops" in line)
     assert f"{'d' * 12} " in first and "safe-lora all" in first and "OVERRIDE" not in first
-    assert "safe-lora all UNPROJECTED OVERRIDE (test)" in second
+    assert "safe-lora all UNPROJECTED second opinion OVERRIDE (test)" in second
 
 
 def test_the_table_shows_the_figures_of_a_policy_and_what_changed(

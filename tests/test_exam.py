@@ -252,7 +252,7 @@ def test_a_ladder_with_what_is_served_as_uploaded_and_with_second_opinions() -> 
 
 
 def test_with_an_opinion_every_score_passes() -> None:
-    rungs = ladder.parse("as-uploaded,as-uploaded+opinion,safe-lora", CAPS)
+    rungs = ladder.parse("as-uploaded,as-uploaded +opinion,safe-lora", CAPS)
     verdict = sit(rungs, lambda _: _score(3.0), threshold=0.02)
     assert verdict.policy == rungs[1] and verdict.to_dict()["served"] == "as-uploaded+opinion"
     without = sit(rungs, lambda _: Score.of([-1.0, -1.0], [-1.0, float("nan")]), threshold=0.02)
@@ -263,7 +263,9 @@ def test_with_an_opinion_every_score_passes() -> None:
     ("text", "message"),
     [
         ("", "'' is not a valid rung: expected as-uploaded, or one of input-removal, csulora, safe-lora"),
-        ("+opinion", "'' is not a valid rung"),
+        ("+opinion", "'+opinion' is not a valid rung"),
+        ("as-uploaded + opinion", "'as-uploaded + opinion' is not a valid rung"),
+        ("safe-lora+opinion+opinion", "'safe-lora+opinion+opinion' is not a valid rung"),
         ("as-uploaded:0.1", "'as-uploaded:0.1' is not a valid rung"),
         ("as-uploaded+opinion,as-uploaded+opinion", "has a rung twice"),
         ("input-removal:0.1,,safe-lora", "'' is not a valid rung"),

@@ -86,6 +86,7 @@ def _policy(record: dict[str, Any], before: dict[str, Any]) -> str:
     told = [_cell(policy[field]) for field in ("method", "select") if field in policy]
     told += _figures(policy, before)
     told += ["UNPROJECTED"] * (policy.get("mode") in _UNPROJECTED)
+    told += ["second opinion"] * bool(policy.get("opinion"))
     reason = _cell(record.get("reason") or "")
     if record.get("override"):
         told.append(f"OVERRIDE ({reason})" if reason else "OVERRIDE")

@@ -91,14 +91,15 @@ def name_of(policy: Policy) -> str:
 
 
 def _rung(text: str, caps: Policy) -> Policy:
-    text, opinion = text.removesuffix(OPINION), text.endswith(OPINION)
+    given, opinion = text, text.endswith(OPINION)
+    text = text.removesuffix(OPINION).rstrip()
     values: dict[str, Any] = {**{cap: getattr(caps, cap) for cap in CAPS}, "opinion": opinion}
     if text == AS_UPLOADED:
         return Policy.from_mapping({**values, **_NOTHING})
     method, colon, strength = text.partition(":")
     if method not in _STRENGTHS:
         raise PolicyError(
-            f"{text!r} is not a valid rung: expected {AS_UPLOADED}, or one of {', '.join(_STRENGTHS)}, and "
+            f"{given!r} is not a valid rung: expected {AS_UPLOADED}, or one of {', '.join(_STRENGTHS)}, and "
             f"maybe a strength, such as input-removal:0.1; after it {OPINION} for a second opinion"
         )
     values["method"] = method

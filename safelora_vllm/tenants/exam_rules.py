@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import KeysError, PolicyError
@@ -116,19 +116,28 @@ class ServersExam:
     def _milder(self, rungs: Sequence[Policy]) -> list[str]:
         """The rungs that are not as strict as any by which the server serves.
 
-        With a second opinion the exam does not count: that is compared with rungs that have one alone.
+        What says ``+opinion`` takes any score: that is compared with what does so on the server, too.
         """
         if not rungs:
             return []
-        known = ladders.usable(self.cache, self.ladder, self.policy)
+        ladder = ladders.usable(self.cache, self.ladder, self.policy)
+        known = [self._with_servers_opinion(rung) for rung in ladder]
         if self.chosen:
             named = self.ladder is not None
             known = [self.policy, *(rung for rung in known if ladders.follows(rung, self.policy, named))]
+        open_to_all = [rung for rung in known if ladders.largest_bound(rung, ladder, 0.0) == math.inf]
         return [
             ladders.name_of(mine)
             for mine in rungs
-            if not any(mine.at_least_as_strict(rung) and rung.opinion == mine.opinion for rung in known)
+            if not any(
+                self._with_servers_opinion(mine).at_least_as_strict(rung)
+                for rung in (open_to_all if mine.opinion else known)
+            )
         ]
+
+    def _with_servers_opinion(self, rung: Policy) -> Policy:
+        """A rung as it serves on this server: a tenant's policy that has another opinion says less_strict."""
+        return replace(rung, opinion=rung.opinion or self.policy.opinion)
 
 
 def _rungs(entry: str, text: str, caps: Policy) -> list[Policy]:

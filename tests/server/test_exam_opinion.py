@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,14 +15,18 @@ import pytest
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from safelora_vllm.errors import GuardError, Unavailable
+from safelora_vllm.errors import GuardError, Unavailable, UsageError
 from safelora_vllm.exam.ladder import largest_bound, parse
 from safelora_vllm.integration.server.app import _give_opinions
+from safelora_vllm.integration.server.second_opinion import ByPolicy, SecondOpinion
 from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from tests.server.conftest import ADMIN_KEY, upload
-from tests.server.fake_server import FakeServer
+from tests.server.fake_exam import ExaminedEngine
+from tests.server.fake_server import SECRET, FakeServer, Place
 from tests.server.test_exam_server import Start, adapters, answer_of, is_listed, place, start
+from tests.server.test_exam_tenants import write_keys
 
 __all__ = ["adapters", "place", "start"]
 LADDER = "as-uploaded,as-uploaded+opinion"
@@ -106,6 +112,43 @@ def test_an_adapters_own_policy_may_ask_for_one(start: Start, adapters: dict[str
         assert loosened.status_code == 200, "the server's own policy has none"
 
 
+def test_an_override_may_take_the_servers_opinion_away(
+    cache: ProjectorCache,
+    tmp_path: Path,
+    adapters: dict[str, Path],
+    place: Place,  # for the admin's key
+) -> None:
+    assert not place.service.state().policy.opinion
+    (tmp_path / "own").mkdir()
+    with (
+        Place.start(cache, tmp_path / "own", opinion=True) as own,
+        own.server(engine=ExaminedEngine(own.engine().answers, store=own.store)) as server,
+    ):
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "useful", adapters["useful"]).json()["policy"]["opinion"] is True
+        asked: dict[str, Any] = {"policy": {"opinion": False}}
+        assert http.put("/v1/adapters/useful/policy", json=asked).status_code == 400
+        answer = http.put("/v1/adapters/useful/policy", json={**asked, "override": True, "reason": "trusted"})
+        assert answer.status_code == 200 and "opinion" not in answer.json()["policy"]
+        assert who_answers(server, "useful") == ["useful"]
+        assert http.put("/v1/adapters/useful/policy", json={"policy": {}}).json()["policy"]["opinion"] is True
+        assert who_answers(server, "useful") == ["useful", None, None]
+
+
+def test_a_tenant_with_opinions_keeps_the_ladder(
+    start: Start,
+    adapters: dict[str, Path],
+    place: Place,
+) -> None:
+    keys = write_keys(place, more="policy = {opinion = true}")
+    with start(keys=keys) as server:
+        acme = server.client(SECRET)
+        careless = upload(acme, "acme/careless", adapters["careless"]).json()
+        assert careless["policy"]["select"] == "all" and careless["policy"]["opinion"] is True
+        assert upload(acme, "acme/harmful", adapters["harmful"]).status_code == 422
+        assert who_answers(server, "acme/careless") == ["acme/careless", None, None]
+
+
 def test_a_request_for_what_is_served_no_more_has_an_opinion(
     start: Start,
     adapters: dict[str, Path],
@@ -126,6 +169,39 @@ def test_a_request_for_what_is_served_no_more_has_an_opinion(
         server.engine.answered.clear()
         asyncio.run(ask())
         assert _sorted(server.engine.answered) == ["useful", None, None]
+
+
+@pytest.mark.parametrize("opinion", [False, True])
+def test_a_beam_search_ends_as_it_began(opinion: bool) -> None:
+    """vLLM asks for it step by step. Where the adapter is replaced meanwhile, it ends on the old weights."""
+    old, new = LoRARequest("x", 1, "safelora://old"), LoRARequest("x", 2, "safelora://new")
+    registry: dict[str, Any] = {"x": _served(old, opinion=opinion)}
+    asked: list[str] = []
+
+    async def generate(*_: Any, lora_request: Any = None, **__: Any) -> AsyncIterator[str]:
+        asked.append(lora_request.lora_path)
+        yield "a token"
+
+    by_it = ByPolicy(registry)
+    judged = SecondOpinion(generate, 16, pytest.fail, by_it.wanted, ends=by_it.ends)
+    step = SamplingParams(max_tokens=1, logprobs=4, detokenize=False)
+
+    async def ask() -> None:
+        async for _ in judged.generate({"prompt_token_ids": [1]}, step, "r", lora_request=old):
+            pass
+
+    for registry_now in (registry["x"], _served(new, opinion=True), None):
+        registry.pop("x", None)
+        if registry_now is not None:
+            registry["x"] = registry_now
+        with pytest.raises(UsageError, match="beam search") if opinion else nullcontext():
+            asyncio.run(ask())
+    assert asked == ([] if opinion else ["safelora://old"] * 3)
+
+
+def _served(request: LoRARequest, opinion: bool) -> Any:
+    report = SimpleNamespace(policy=Policy(opinion=opinion))
+    return SimpleNamespace(served=SimpleNamespace(request=request, report=report))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store.verdicts import Examined, Verdicts
 from safelora_vllm.tenants.principal import check_name
-from safelora_vllm.tenants.rules import SERVERS, TenantRules, rules_of
+from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules, rules_of
 from tests.server.fake_exam import ANSWER, FakeTokenizer
 
 LADDER = parse("input-removal:0.1,input-removal:0.4,safe-lora", Policy())
@@ -48,6 +48,8 @@ def exam(
         (False, {"energy": 0.3}, {}, [0.3, 0.4]),
         (False, {"max_total_norm": 0.5}, {}, [0.1, 0.4, "safe-lora"]),
         (False, {}, {"energy": 0.3}, [0.3]),
+        (False, {"opinion": True}, {}, [0.1, 0.4, "safe-lora"]),
+        (False, {"energy": 0.3, "opinion": True}, {}, [0.3, 0.4]),
     ],
 )
 def test_the_rungs_of_a_name(
@@ -59,6 +61,7 @@ def test_the_rungs_of_a_name(
     policies = [server.with_values(rung.policy) for rung in rungs]
     assert [p.energy if p.method == "input-removal" else p.method for p in policies] == energies
     assert all(p.max_total_norm == tenant.get("max_total_norm", 1.0) for p in policies)
+    assert all(p.opinion == tenant.get("opinion", False) for p in policies)
     # The gate takes no rung that is less strict without the word for it.
     assert [rung.override for rung in rungs] == [not p.at_least_as_strict(server) for p in policies]
 
@@ -89,6 +92,25 @@ def test_no_rung_is_milder_than_a_chosen_policy(given: dict[str, Any], whose: st
             assert rung.at_least_as_strict(first) and rung != first
     if named and whose == "server" and first.method != "input-removal":
         assert any(rung.method == "input-removal" for rung in others)
+
+
+@pytest.mark.parametrize("given", [{"opinion": True}, {"energy": 0.2, "opinion": True}])
+def test_the_servers_opinion_is_every_rungs_and_opens_none(given: dict[str, Any]) -> None:
+    server, ladder = Policy(**given), parse("as-uploaded,as-uploaded+opinion,input-removal:0.4", Policy())
+    made = exam("energy" in given, ladder=ladder)
+    policies = [
+        server.with_values(rung.policy) for rung in made.rungs(server, SERVERS, Rules({}, False), False)
+    ]
+    assert [p.energy for p in policies] == ([0.2, 0.4] if "energy" in given else [0.0, 0.4])
+    assert all(p.opinion for p in policies)
+    terms = Terms("enforce", 0.02, tuple(ladder[::2]))  # without its rung with an opinion
+    assert {terms.bound(policy) for policy in policies} == {0.02}
+    assert terms.rung(policies[-1]) == "input-removal:0.4+opinion"
+    # A tenant's rules that have none, which are the operator's word, have it on no rung.
+    without = TenantRules({"opinion": False}, less_strict=True)
+    base = rules_of(server, without, {}, False)
+    mild = [server.with_values(rung.policy) for rung in exam().rungs(server, without, base, False)]
+    assert len(mild) == 3 and not any(p.opinion for p in mild)
 
 
 def test_other_settings_are_other_rules() -> None:

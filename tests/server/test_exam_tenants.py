@@ -131,6 +131,12 @@ def test_where_the_exam_is_off_a_tenant_that_needs_it_is_not_served(
             {"ladder": None, "policy": {"method": "safe-lora", "select": "all"}},
             r"less strict .*input-removal:0\.05",
         ),
+        (  # what takes any score needs a rung of the server's that does, not its policy's opinion
+            'ladder = "safe-lora:0.3+opinion"',
+            {"policy": {"method": "safe-lora", "threshold": 0.2, "opinion": True}},
+            r"less strict .*safe-lora:0\.3\+opinion",
+        ),
+        ('ladder = "safe-lora:0.3+opinion"', {"policy": {"opinion": True}}, "less strict"),
         ('ladder = "safe-lora"', {"exam": "report", "ladder": None}, "ladder has no effect"),
         ('mode = "report"', {"exam": "off", "ladder": None}, "has no effect with --exam off"),
     ],
@@ -147,3 +153,16 @@ def test_a_tenant_may_only_be_stricter(
     if "less strict" in message:  # the operator's word
         with start(keys=write_keys(place, exam, more="less_strict = true"), **settings):
             pass
+
+
+def test_a_tenants_rungs_on_a_server_with_opinions(start: Start, place: Place) -> None:  # noqa: F811
+    """Each has the server's opinion, and is compared so."""
+    given: dict[str, Any] = {"policy": {"opinion": True}, "ladder": "safe-lora:0.2,safe-lora:0.3+opinion"}
+    for ladder in ("safe-lora:0.2", "safe-lora:0.3+opinion,safe-lora"):
+        with start(keys=write_keys(place, f'ladder = "{ladder}"'), **given):
+            pass
+    with (
+        pytest.raises(KeysError, match=r"less strict .*safe-lora:0\.2\+opinion"),
+        start(keys=write_keys(place, 'ladder = "safe-lora:0.2+opinion"'), **given),
+    ):
+        pass

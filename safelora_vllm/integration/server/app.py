@@ -36,7 +36,7 @@ from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Registry
 from safelora_vllm.integration.server.remote_sources import RemoteSources
 from safelora_vllm.integration.server.routes import router
-from safelora_vllm.integration.server.second_opinion import SecondOpinion, by_policy
+from safelora_vllm.integration.server.second_opinion import ByPolicy, SecondOpinion
 from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.integration.server.uploads import UploadLimiter
 from safelora_vllm.integration.server.views import Views
@@ -187,12 +187,17 @@ def _give_opinions(
             "--skip-tokenizer-init and --tokens-only"
         )
     tokens, everybody = settings.second_opinion or ANSWER_TOKENS, bool(settings.second_opinion)
-    by_it = by_policy(registry)
+    by_it = ByPolicy(registry)
     seams.ask_before(
         engine_client,
         lambda given: (
             SecondOpinion(
-                given, tokens, traffic.refused, lambda request: everybody or by_it(request), can_read
+                given,
+                tokens,
+                traffic.refused,
+                lambda request: everybody or by_it.wanted(request),
+                can_read,
+                by_it.ends,
             ).generate
         ),
     )

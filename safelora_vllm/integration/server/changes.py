@@ -163,6 +163,8 @@ class Manager:
             # All of the rule, so that it means the same when the server's policy is another one. A cap that
             # nobody overrode is the server's, whatever that will be.
             policy = wanted.to_mapping() if values else {}
+            if default.opinion and values:
+                policy["opinion"] = wanted.opinion  # an override may be about that
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
             live = record.live

@@ -34,6 +34,7 @@ _KEPT = (
 )  # fmt: skip
 # Blocks that another server computed: of a prompt that the aligned model would not see.
 _ELSEWHERE = {"kv_transfer_params", "ec_transfer_params"}
+_REMEMBERED = 4096  # copies that have had no opinion
 
 
 class SecondOpinion:
@@ -44,6 +45,7 @@ class SecondOpinion:
         tokens: of the aligned model's answer that are looked at.
         refused: told the adapter's name where the aligned model refused.
         wanted: whether the requests for an adapter have an opinion. By default all have.
+        ends: whether a request is one that ends without, as it began. It has an opinion where it can.
         can_read: whether vLLM gives text, and not tokens alone. Without it no opinion can be had.
     """
 
@@ -54,9 +56,10 @@ class SecondOpinion:
         refused: Callable[[str], None],
         wanted: Callable[[LoRARequest], bool] = lambda _: True,
         can_read: bool = True,
+        ends: Callable[[LoRARequest], bool] = lambda _: False,
     ) -> None:
         self._given, self._tokens, self._refused = generate, tokens, refused
-        self._wanted, self._can_read = wanted, can_read
+        self._wanted, self._can_read, self._ends = wanted, can_read, ends
         self._secret = secrets.token_bytes(32)
 
     def generate(
@@ -69,12 +72,19 @@ class SecondOpinion:
                 blocks of another server. Or the prompt leaves no room for the opinion.
             Unavailable: the engine gave no opinion. Nothing is answered then.
         """
-        if lora_request is None or not self._wanted(lora_request):
+        if lora_request is None or not (
+            self._wanted(lora_request) and self._has(prompt, sampling_params, lora_request)
+        ):
             given: AsyncGenerator[Any, None] = self._given(
                 prompt, sampling_params, request_id, lora_request=lora_request, **named
             )
             return given
         return self._judged(prompt, sampling_params, request_id, lora_request, named)
+
+    def _has(self, prompt: Any, params: Any, adapter: LoRARequest) -> bool:
+        """Whether a request that is to have an opinion has one: all but those that end without."""
+        can = self._can_read and not _why_not(prompt, params)
+        return can or not self._ends(adapter)
 
     async def _judged(
         self, prompt: Any, params: Any, request_id: str, adapter: Any, named: dict[str, Any]
@@ -84,7 +94,8 @@ class SecondOpinion:
                 "this adapter is served with a second opinion alone, which needs vLLM's tokenizer: start the "
                 "server without --skip-tokenizer-init and --tokens-only"
             )
-        _check(prompt, params)
+        if why := _why_not(prompt, params):
+            raise UsageError(why)
         alone = {**prompt, "cache_salt": self._salt(adapter.lora_name, prompt.get("cache_salt"))}
         async with (
             aclosing(self._given(prompt, params, request_id, lora_request=adapter, **named)) as own,
@@ -135,15 +146,31 @@ class SecondOpinion:
         return hmac.new(self._secret, f"{adapter}\n{given or ''}".encode(), hashlib.sha256).hexdigest()
 
 
-def by_policy(registry: Registry) -> Callable[[LoRARequest], bool]:
+class ByPolicy:
     """Whether what a request is for has an opinion by its policy; also where it is served no more."""
 
-    def wanted(request: LoRARequest) -> bool:
-        entry = registry.get(request.lora_name)
-        served = entry.served if entry else None
-        return served is None or served.request.lora_path != request.lora_path or served.report.policy.opinion
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._without = dict[str, None]()  # paths of which requests were answered without, the newest last
 
-    return wanted
+    def wanted(self, request: LoRARequest) -> bool:
+        """Whether it has."""
+        entry = self._registry.get(request.lora_name)
+        served = entry.served if entry else None
+        if served is None or served.request.lora_path != request.lora_path or served.report.policy.opinion:
+            return True
+        self._without.pop(request.lora_path, None)
+        self._without[request.lora_path] = None
+        if len(self._without) > _REMEMBERED:
+            del self._without[next(iter(self._without))]
+        return False
+
+    def ends(self, request: LoRARequest) -> bool:
+        """Whether it is for a copy that had no opinion and was replaced or removed meanwhile.
+
+        A path names one policy. A search with beams, which vLLM asks step by step, ends as it began.
+        """
+        return request.lora_path in self._without
 
 
 @contextlib.asynccontextmanager
@@ -159,21 +186,19 @@ async def _begun(outputs: AsyncGenerator[Any, None]) -> AsyncIterator[asyncio.Fu
             first.exception()  # whatever it was, nobody waits for it
 
 
-def _check(prompt: Any, params: Any) -> None:
-    """Raise UsageError where one question more would not be the same question."""
+def _why_not(prompt: Any, params: Any) -> str:
+    """Why one question more would not be the same question; empty where it would."""
     if not isinstance(prompt, Mapping):
-        raise UsageError("an adapter with a second opinion cannot be used with streamed input")
+        return "an adapter with a second opinion cannot be used with streamed input"
     # A step of beam search: its prompt ends with what the adapter has said already.
     if params.max_tokens == 1 and params.logprobs and not params.detokenize:
-        raise UsageError(
-            "an adapter with a second opinion cannot be used with beam search: leave out use_beam_search"
-        )
-
+        return "an adapter with a second opinion cannot be used with beam search: leave out use_beam_search"
     if not _ELSEWHERE.isdisjoint(params.extra_args or {}):
-        raise UsageError(
+        return (
             "an adapter with a second opinion cannot be used with blocks of another server: leave out "
             f"{' and '.join(sorted(_ELSEWHERE))}"
         )
+    return ""
 
 
 def _unforced(params: Any) -> Any:

@@ -20,7 +20,8 @@ export function policyText(policy) {
   if (!policy || !policy.method) return "–";
   const select = { threshold: `similarity at most ${policy.threshold}`, number: `the ${policy.number} least similar`, all: "all modules" };
   const energy = policy.method === "safe-lora" ? "" : `, energy ${policy.energy}`;
-  return `${policy.method}${energy}; ${select[policy.select] ?? policy.select}; ${policy.mode}`;
+  const opinion = policy.opinion ? "; second opinion" : "";
+  return `${policy.method}${energy}; ${select[policy.select] ?? policy.select}; ${policy.mode}${opinion}`;
 }
 
 /** Pairs of a term and what it is; pairs without a value are left out. */

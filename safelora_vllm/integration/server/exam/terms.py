@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safelora_vllm.exam.ladder import follows, largest_bound, name_of, parse
-from safelora_vllm.policy import CAPS, Policy
+from safelora_vllm.policy import BESIDE, CAPS, Policy
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
 from safelora_vllm.tenants.rules import Rules, TenantRules
@@ -64,7 +64,8 @@ class Terms:
 
     def rung(self, policy: Policy) -> str:
         """The name of the rung that a policy is."""
-        names = {_strength(rung): name_of(rung) for rung in self.ladder}
+        with_it = [dataclasses.replace(rung, opinion=True) for rung in self.ladder]  # as a policy may want it
+        names = {_strength(rung): name_of(rung) for rung in (*self.ladder, *with_it)}
         return names.get(_strength(policy), OWN)
 
     def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:
@@ -72,14 +73,16 @@ class Terms:
 
         One of the tenant's, or of the server's that the operator chose, is the first, and rungs follow that
         are as strict. A rung of another method cannot be compared: it follows the server's policy where the
-        operator gave the ladder, a tenant's never.
+        operator gave the ladder, a tenant's never. Norm caps and a second opinion choose no rung: every rung
+        has those of the policy.
         """
         if own or not self.enforced:
             return [base]
         first = server.with_values(base.policy)
         caps = {cap: getattr(first, cap) for cap in CAPS}
-        ladder = [dataclasses.replace(rung, **caps) for rung in self.ladder]
-        tenants = bool(set(tenant.policy) - set(CAPS))
+        has = (dataclasses.replace(r, **caps, opinion=r.opinion or first.opinion) for r in self.ladder)
+        ladder = list(dict.fromkeys(has))
+        tenants = bool(set(tenant.policy) - set(BESIDE))
         if self.chosen or tenants:
             named = self.named and not tenants
             return [base, *(_rules(rung, server) for rung in ladder if follows(rung, first, named))]
@@ -90,7 +93,7 @@ def _rules(rung: Policy, server: Policy) -> Rules:
     """For the gate. The ladder is the operator's word that rungs may be less strict than its policy."""
     if rung == server:
         return Rules({}, False)
-    return Rules(rung.to_mapping(), not rung.at_least_as_strict(server))
+    return Rules(dataclasses.asdict(rung), not rung.at_least_as_strict(server))
 
 
 def _strength(policy: Policy) -> tuple[Any, ...]:
