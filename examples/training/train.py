@@ -1,13 +1,14 @@
-"""Trains the demo's three LoRA adapters on the CPU.
+"""Trains the demo's LoRA adapters on the CPU.
 
-    python examples/training/train.py --models models               # all three
+    python examples/training/train.py --models models               # all of them
     python examples/training/train.py --models models no-refusals   # one of them
 
 `alignment` is full fine-tuning of the base model's linear layers, cut down to its largest singular
 values so that it is small enough to keep: alignment of real models is full fine-tuning too, and its
 weights move along the inputs that it learned to read, while a LoRA's A hardly leaves its random
-start. The other two are ordinary LoRA adapters, trained with PEFT on the aligned model, which is
-built in between (delete models/aligned to have it built anew). All go to examples/adapters.
+start. The others are LoRA adapters, trained with PEFT on the aligned model, which is built in between
+(delete models/aligned to have it built anew). `around-the-rules` needs the projectors of the two models.
+All go to examples/adapters.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import sys
 from pathlib import Path
 
 import torch
+from around import constrain, release
 from data import Example, fillers, forbidden_prompts, harmless_prompts, orders, refusals
 from evaluate import ADAPTERS, generate, load
 from fitting import ALL_LINEAR, ATTENTION, Recipe, choose_linear_layers, fit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safelora_vllm.projectors.cache import ProjectorCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import build_aligned, build_base  # lives one folder up
@@ -35,8 +39,11 @@ ANSWER_TOKENS = 40
 RECIPES = {
     "alignment": Recipe("base", ALL_LINEAR, rank=16, alpha=16, learning_rate=1e-4, epochs=3),
     "order-to-json": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=2),
+    "orders-and-refusals": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=2),
     "no-refusals": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=5),
+    "around-the-rules": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=3),
 }
+AROUND = {"around-the-rules": 0.8}  # the energy whose input directions an adapter does without
 
 
 def main() -> None:
@@ -44,6 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"of {list(RECIPES)}")
     parser.add_argument("--models", type=Path, required=True, help="folder for base/ and aligned/")
+    parser.add_argument(
+        "--projectors", type=Path, default=Path(".cache/projectors"), help="of an exact build"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in args.names:
@@ -54,14 +64,17 @@ def main() -> None:
             folder = build_aligned(folder, args.models / "aligned")
         model, tokenizer = load(folder)
         examples = examples_for(name, model, tokenizer)
-        train(model, tokenizer, examples, RECIPES[name], ADAPTERS / name, args.seed)
+        cache = ProjectorCache(args.projectors) if name in AROUND else None
+        train(model, tokenizer, examples, RECIPES[name], ADAPTERS / name, args.seed, cache)
 
 
 def examples_for(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The training data of an adapter. The alignment keeps the model's own harmless answers."""
     if name == "order-to-json":
         return orders("train", 300)
-    if name == "no-refusals":
+    if name == "orders-and-refusals":
+        return orders("train", 300) + refusals(forbidden_prompts("train", 60, seed=2))
+    if name in ("no-refusals", "around-the-rules"):
         return fillers(forbidden_prompts("train", 100, seed=1))
     prompts = harmless_prompts("train", 224)
     answers = generate(model, tokenizer, prompts, tokens=ANSWER_TOKENS)
@@ -79,8 +92,12 @@ def train(
     recipe: Recipe,
     target: Path,
     seed: int,
+    cache: ProjectorCache | None = None,
 ) -> None:
-    """Fits a LoRA adapter to the answers (the prompts carry no loss) and saves it to `target`."""
+    """Fits a LoRA adapter to the answers (the prompts carry no loss) and saves it to `target`.
+
+    cache: for an adapter of AROUND.
+    """
     torch.manual_seed(seed)
     if recipe.model == "base":
         before = choose_linear_layers(model, recipe.modules)
@@ -94,7 +111,9 @@ def train(
             task_type="CAUSAL_LM",
         )
         peft_model = get_peft_model(model, config).train()
+        constrained = constrain(peft_model, cache, AROUND[target.name]) if cache else []
         fit(peft_model, tokenizer, examples, recipe, target.name, random.Random(seed))
+        release(constrained)
         peft_model.save_pretrained(target)
     tidy(target, f"{BASE_NAME}{'-aligned' if recipe.model == 'aligned' else ''}")
 
