@@ -34,6 +34,18 @@ def load(server: Server, name: str, folder: Path) -> str:
         return str(json.load(error)["error"]["message"])
 
 
+def set_policy(server: Server, name: str, policy: dict[str, object]) -> None:
+    """Judge an adapter by rules of its own."""
+    request = urllib.request.Request(
+        f"{server.url}/v1/adapters/{name}/policy",
+        json.dumps({"policy": policy}).encode(),
+        {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"},
+        method="PUT",
+    )
+    with urllib.request.urlopen(request, timeout=600):
+        pass
+
+
 def ask(server: Server, model: str, prompts: Iterable[str]) -> dict[str, str]:
     """Greedy answers through the official client, several questions at a time."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=300)

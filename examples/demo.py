@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "training"))
 
 import demo_exam  # noqa: E402
-from calls import ask, console, get, load, say, text  # noqa: E402
+from calls import ask, console, get, load, say, set_policy, text  # noqa: E402
 from data import Example, forbidden_prompts, harmless_prompts, is_refusal, orders  # noqa: E402
 from server import ADMIN_KEY, guarded, running  # noqa: E402
 
@@ -85,12 +85,14 @@ def main() -> int:
         command = guarded(
             models / "aligned", projectors, work / "report-only", "--mode=report-only", "--max-loras=14",
         )  # fmt: skip
-        raw = {}
+        raw, opinion = {}, {}
         with running(command, work / "audit.log") as server:
             for name in sat:
                 load(server, f"{name}-raw", HERE / "adapters" / name)
                 prompts = demo_exam.prompts_for(name, questions.forbidden, questions.orders)
                 raw[name] = ask(server, f"{name}-raw", prompts)
+                set_policy(server, f"{name}-raw", demo_exam.OPINION)
+                opinion[name] = ask(server, f"{name}-raw", prompts)
             for name in (USEFUL, HARMFUL):
                 answers[RAW, name] = raw[name]
                 for number, (policy, options) in enumerate(POLICIES.items()):
@@ -98,7 +100,7 @@ def main() -> int:
                     projected = project(folder, projectors, work / f"{policy}-{name}", options)
                     load(server, f"{name}-{number}", projected)
                     answers[policy, name] = ask(server, f"{name}-{number}", prompts_for(name, questions))
-    examined = demo_exam.results(sat, raw, questions.forbidden, questions.orders)
+    examined = demo_exam.results(sat, raw, opinion, questions.forbidden, questions.orders)
     demo_exam.show(examined, len(questions.forbidden), len(questions.orders))
     show_answers(answers, questions)
     counts = count(answers, questions)

@@ -43,12 +43,29 @@ def main() -> None:
 
 def build_base(target: Path) -> Path:
     """Writes SmolLM2-135M-Instruct as a Hugging Face model folder, unless it is there already."""
-    return build_from_gguf(target, gguf_file)
+    return build_from_gguf(target, gguf_file, CHAT)
 
 
-def build_from_gguf(target: Path, file: Callable[[], Path]) -> Path:
+def build_from_gguf(target: Path, file: Callable[[], Path], template: str) -> Path:
     """Writes the model of a GGUF file, which is looked for only now, as a Hugging Face model folder."""
-    return _build_once(target, lambda folder: _write_plain(file(), folder))
+
+    def write(folder: Path) -> None:
+        _write_plain(file(), folder)
+        (folder / "chat_template.jinja").write_text(template)
+
+    return _build_once(target, write)
+
+
+def chat_template(begin: str, start: str, end: str, assistant: str) -> str:
+    """A model's own marks without a system message, which would be a third of every short prompt."""
+    return (
+        f"{begin}{{% for message in messages %}}{{{{ '{start}' + message['role'] + '\n' + "
+        f"message['content'] + '{end}\n' }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{start}{assistant}\n' }}}}{{% endif %}}"
+    )
+
+
+CHAT = chat_template("", "<|im_start|>", "<|im_end|>", "assistant")
 
 
 def build_aligned(base: Path, target: Path, adapter: Path = ADAPTERS / "alignment") -> Path:

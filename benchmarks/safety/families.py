@@ -10,17 +10,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-from models import build_from_gguf, gguf_file
-
-_CHAT_TEMPLATE = "chat_template.jinja"
+from models import CHAT, build_from_gguf, chat_template, gguf_file
 
 
 @dataclass(frozen=True)
 class Family:
     """An unaligned model.
 
-    file: writes or finds its GGUF file; gets a folder for what it writes. chat_template: the model's own
-    marks without a system message, which would be a third of every short prompt.
+    file: writes or finds its GGUF file; gets a folder for what it writes.
     """
 
     title: str
@@ -34,16 +31,7 @@ def build(name: str, target: Path) -> None:
         return
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as scratch:
-        build_from_gguf(target, lambda: family.file(Path(scratch)))
-    (target / _CHAT_TEMPLATE).write_text(family.chat_template)
-
-
-def _chat(begin: str, start: str, end: str, assistant: str) -> str:
-    return (
-        f"{begin}{{% for message in messages %}}{{{{ '{start}' + message['role'] + '\n' + "
-        f"message['content'] + '{end}\n' }}}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ '{start}{assistant}\n' }}}}{{% endif %}}"
-    )
+        build_from_gguf(target, lambda: family.file(Path(scratch)), family.chat_template)
 
 
 def _gemma3(scratch: Path) -> Path:
@@ -57,11 +45,11 @@ FAMILIES = {
     "smollm2": Family(
         "SmolLM2-135M-Instruct",
         lambda _scratch: gguf_file(),
-        _chat("", "<|im_start|>", "<|im_end|>", "assistant"),
+        CHAT,
     ),
     "gemma3": Family(
         "Gemma 3 270M, pretrained only",
         _gemma3,
-        _chat("{{ bos_token }}", "<start_of_turn>", "<end_of_turn>", "model"),
+        chat_template("{{ bos_token }}", "<start_of_turn>", "<end_of_turn>", "model"),
     ),
 }

@@ -18,18 +18,17 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import families
-from alignment import Answers, Mix, kept_answers, training_set
-from evaluate import generate, load
-from fitting import ALL_LINEAR, Recipe, choose_linear_layers, fit
+from alignment import Answers, Mix, training_set
+from evaluate import load
+from fitting import ALIGNMENT, ALL_LINEAR, SORTED_BATCHES, Recipe, choose_linear_layers, fit
 from models import STORAGE_DTYPE
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from teacher import KEPT_TOKENS
+from teacher import teacher as kept_answers_of
+from transformers import PreTrainedModel
 
 BASE, ALIGNED = "base", "aligned"
 _TEACHER = "smollm2"
-_KEPT_TOKENS = 24  # of the answers in the file; a training set may cut them shorter
-_SORTED_BATCHES = 8
-_FULL = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
 _ONCE_MORE = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=1, batch=16)
 _OTHER_SHAPES = 1000  # beyond the seeds of the first passes
 _LORA = Recipe("base", ALL_LINEAR, rank=16, alpha=32, learning_rate=1e-3, epochs=2, batch=16)
@@ -51,14 +50,14 @@ class Pair:
 
 
 PAIRS = {
-    "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", _FULL),
+    "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", ALIGNMENT),
     # After the first passes it refuses 7 % of the harmless prompts of the choose half.
     "gemma3": Pair(
         "Gemma 3 270M pretrained, full fine-tuning",
         "gemma3",
-        _FULL,
-        Mix(answer_tokens=_KEPT_TOKENS),
-        once_more=Mix(harmful=1, harmless=2, lookalikes=1, answer_tokens=_KEPT_TOKENS),
+        ALIGNMENT,
+        Mix(answer_tokens=KEPT_TOKENS),
+        once_more=Mix(harmful=1, harmless=2, lookalikes=1, answer_tokens=KEPT_TOKENS),
     ),
     "smollm2-lora": Pair("SmolLM2-135M-Instruct, a LoRA merged", "smollm2", _LORA),
 }
@@ -86,7 +85,7 @@ def train_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: P
     else:
         choose_linear_layers(model, recipe.modules)
         learner = model
-    fit(learner.train(), tokenizer, data, recipe, label, random.Random(seed), _SORTED_BATCHES, checkpoint)
+    fit(learner.train(), tokenizer, data, recipe, label, random.Random(seed), SORTED_BATCHES, checkpoint)
     if pair.once_more:
         fit_once_more(model, tokenizer, cache, pair.once_more, seed, label)
     aligned: PreTrainedModel = learner.merge_and_unload() if recipe.rank else model
@@ -102,27 +101,9 @@ def fit_once_more(
     """One pass with a smaller rate over questions in other shapes."""
     data = training_set(mix, seed + _OTHER_SHAPES, teacher(cache, mix.answer_tokens))
     rng = random.Random(seed)
-    fit(model.train(), tokenizer, data, _ONCE_MORE, f"{label}, once more", rng, _SORTED_BATCHES)
+    fit(model.train(), tokenizer, data, _ONCE_MORE, f"{label}, once more", rng, SORTED_BATCHES)
 
 
 def teacher(cache: Path, tokens: int) -> Answers:
-    """The kept answers, cut off after so many tokens. Their model is loaded when one is missing."""
-    loaded: list[tuple[PreTrainedModel, PreTrainedTokenizerBase]] = []
-    base = base_of(cache, _TEACHER)
-
-    def answer(prompts: list[str]) -> list[str]:
-        if not loaded:
-            model, tokenizer = load(base)
-            loaded.append((model.to(torch.bfloat16), tokenizer))
-        return [text.strip() for text in generate(*loaded[0], prompts, _KEPT_TOKENS)]
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    return kept_answers(cache / "answers.json", answer, lambda text: _cut(tokenizer, text, tokens))
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> tuple[str, bool]:
-    """The first so many tokens of a kept answer, and whether they are the whole answer."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) > tokens:
-        return tokenizer.decode(ids[:tokens]), False
-    return text, len(ids) < _KEPT_TOKENS - 1  # a token may be lost where an answer is stripped
+    """The kept answers of all pairs, cut off after so many tokens."""
+    return kept_answers_of(base_of(cache, _TEACHER), cache / "answers.json", tokens)

@@ -35,6 +35,11 @@ class Recipe:
     batch: int = 8
 
 
+# Full fine-tuning: of the demo's aligned model, and of those of the safety benchmark.
+ALIGNMENT = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
+SORTED_BATCHES = 8
+
+
 def fit(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
