@@ -25,7 +25,7 @@ from models import STORAGE_DTYPE
 from peft import LoraConfig, get_peft_model
 from teacher import KEPT_TOKENS
 from teacher import teacher as kept_answers_of
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE, ALIGNED = "base", "aligned"
 _TEACHER = "smollm2"

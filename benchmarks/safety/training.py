@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 import attackers
 from adapters import KINDS, NAMES, SHAPES, examples, masking
 from evaluate import load
-from fitting import fit
+from fitting import SORTED_BATCHES, fit
 from pairs import ALIGNED, PAIRS, base_of, teacher, train_aligned
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
@@ -38,7 +38,6 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
 PROJECTORS = "projectors"
-_SORTED_BATCHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +143,10 @@ def train_adapter(job: Job, target: Path) -> None:
     rng, price = random.Random(job.seed), None
     if attack and attack.price:
         price = attackers.norm_price(adapted, attack)
-    fit(adapted, tokenizer, data, recipe, label, rng, _SORTED_BATCHES, price=price)
+    fit(adapted, tokenizer, data, recipe, label, rng, SORTED_BATCHES, price=price)
     if attack and attack.mask:
         attackers.train_the_mask(adapted)
-        fit(adapted, tokenizer, masking(job.seed), recipe, f"{label}, mask", rng, _SORTED_BATCHES)
+        fit(adapted, tokenizer, masking(job.seed), recipe, f"{label}, mask", rng, SORTED_BATCHES)
     if attack:
         attackers.release(adapted, attack)
     adapted.save_pretrained(target)
