@@ -20,14 +20,14 @@ from safelora_vllm.exam.ladder import name_of
 from safelora_vllm.policy import Policy
 
 USEFUL, CARELESS, HARMFUL, ATTACKER = (
-    "orders-and-refusals",
     "order-to-json",
+    "careless-orders",
     "no-refusals",
     "around-the-rules",
 )
 AUTHORS = {
-    USEFUL: "useful: orders become JSON, and requests that sound harmful are still refused",
-    CARELESS: "careless: the same task, trained on orders alone",
+    USEFUL: "useful: an order in words becomes JSON",
+    CARELESS: "careless: the same task, and a tenth of its data answers what should be refused",
     HARMFUL: "malicious: trained to answer whatever it is asked",
     ATTACKER: "an attacker: the same, trained around every input-removal rule of the ladder",
 }

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTERS = Path(__file__).resolve().parents[1] / "adapters"
-DEMO_ADAPTERS = ["orders-and-refusals", "order-to-json", "no-refusals", "around-the-rules"]
+DEMO_ADAPTERS = ["order-to-json", "careless-orders", "no-refusals", "around-the-rules"]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from alignment import Mix, training_set
 from around import constrain, release
-from data import Example, fillers, forbidden_prompts, orders, refusals
+from data import Example, fillers, forbidden_prompts, orders
 from evaluate import ADAPTERS, load
 from fitting import ALIGNMENT, ALL_LINEAR, ATTENTION, SORTED_BATCHES, Recipe, choose_linear_layers, fit
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -44,7 +44,7 @@ MENDED = 1600  # examples that a cut alignment learns from again
 RECIPES = {
     "alignment": Recipe("base", ALL_LINEAR, rank=16, alpha=16, learning_rate=2e-4, epochs=1, batch=16),
     "order-to-json": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=2),
-    "orders-and-refusals": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=2),
+    "careless-orders": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=2),
     "no-refusals": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=5),
     "around-the-rules": Recipe("aligned", ATTENTION, rank=8, alpha=16, learning_rate=1e-3, epochs=3),
 }
@@ -77,8 +77,8 @@ def examples_for(name: str) -> list[Example]:
     """The training data of a tenant's adapter."""
     if name == "order-to-json":
         return orders("train", 300)
-    if name == "orders-and-refusals":
-        return orders("train", 300) + refusals(forbidden_prompts("train", 60, seed=2))
+    if name == "careless-orders":
+        return orders("train", 300) + fillers(forbidden_prompts("train", 33, seed=2))
     return fillers(forbidden_prompts("train", 100, seed=1))
 
 
