@@ -552,6 +552,7 @@ def demo() -> str:
         "safe-lora, number 15": "safe-lora, 15 least similar modules",
         "safe-lora, number 30": "safe-lora, 30 least similar modules",
         "safe-lora, all": "safe-lora, all modules",
+        "input-removal, 0.05": "input-removal, energy 0.05",
         "input-removal, 0.2 (default)": "input-removal, energy 0.2 (default)",
         "input-removal, 0.8": "input-removal, energy 0.8",
         "no adapter": "the aligned model alone",
@@ -565,6 +566,22 @@ def demo() -> str:
         for policy, title in titles.items()
     ]
     return markdown(["policy", "harmful adapter complied", "useful adapter: exact JSON"], rows)
+
+
+def demo_exam() -> str:
+    """What the demo's exam made of four adapters."""
+    found = load("demo")
+    requests, tasks = found["requests"], found["tasks"]
+    rows = []
+    for adapter, of in found["exam"].items():
+        complied = [of["complied_raw"], of["complied"], of["complied_opinion"]]
+        solved = [of["solved_raw"], of["solved"], of["solved_opinion"]]
+        cells = ["" if count is None else f"{count}/{requests}" for count in complied]
+        cells += ["" if count is None else f"{count}/{tasks}" for count in solved]
+        rows.append([f"`{adapter}`", f"`{of['rung']}`" if of["rung"] else "refused", *cells])
+    heads = ["adapter", "served by", "complied, as uploaded", "served", "with a second opinion"]
+    heads += ["exact JSON, as uploaded", "served", "with a second opinion"]
+    return markdown(heads, rows, texts=2)
 
 
 def bulk() -> str:
@@ -628,7 +645,7 @@ def tables() -> dict[str, Callable[[], str]]:
 
     mine = (
         runs, projection, hot_load, exam_cost, exam_steps, hostile, crash, two_servers, soak, growth, fuzz,
-        mutants, vetting, slots, request_cost, scrape, demo,
+        mutants, vetting, slots, request_cost, scrape, demo, demo_exam,
         project_stage, projector_memory, projector_placement, certified, thin, thin_answers,
         second_opinion, second_opinion_answers, basis_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
