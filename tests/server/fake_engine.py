@@ -86,6 +86,11 @@ class FakeEngine:
         self.removed.append(lora_id)
         return True
 
+    async def generate(self, *_: object, **__: object) -> AsyncIterator[object]:
+        """What every engine client of vLLM has. Here it answers nothing."""
+        raise NotImplementedError
+        yield
+
     async def check_health(self) -> None:
         """It is well."""
 
