@@ -181,7 +181,7 @@ def resolving(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A guard whose gate admits every folder under a new key; `admitted` has what it was given."""
     guard: Any = object.__new__(WorkerGuard)
     guard._accepted, guard._store, guard._taken = {}, Store(), FoundSound()
-    guard._settings = SimpleNamespace(exam="off")
+    guard._settings = ServerSettings("projectors")
     guard.admitted = []
 
     def admit(*arguments: object, **named: object) -> Any:
