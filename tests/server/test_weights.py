@@ -56,6 +56,6 @@ def test_vllm_and_peft_agree(
         agreement = (served - reference_logprobs(projected, tokens)).abs().mean()
         distance = (served - reference_logprobs(raw, tokens)).abs().mean()
         # vLLM computes in bfloat16 (8 bits of mantissa) over 30 layers, the reference in float32.
-        assert agreement < 0.1, (prompt, agreement)
+        assert agreement < 0.2, (prompt, agreement)
         # The raw adapter's deltas are 0.3 of each weight: nobody could mistake it for the projected.
         assert distance > 5 * agreement, (prompt, agreement, distance)
