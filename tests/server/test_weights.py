@@ -58,4 +58,4 @@ def test_vllm_and_peft_agree(
         # vLLM computes in bfloat16 (8 bits of mantissa) over 30 layers, the reference in float32.
         assert agreement < 0.2, (prompt, agreement)
         # The raw adapter's deltas are 0.3 of each weight: nobody could mistake it for the projected.
-        assert distance > 5 * agreement, (prompt, agreement, distance)
+        assert distance > 3 * agreement, (prompt, agreement, distance)
