@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ import exam
 import goals
 import page_goals
 import pages
+import recorded
 import replays
 import report
 from kept import Kept, Scores, decided_on
@@ -108,6 +110,34 @@ def test_an_escalation_is_false_where_a_milder_rung_would_have_done() -> None:
     assert not exam.falsely_escalated(strong, rungs, ladder, aligned)
 
 
+def test_pairs_are_measured_one_by_one() -> None:
+    """What was recorded of another pair stays, and what that pair decided holds for this one."""
+
+    def figures_of(pair_name: str, kept: Kept, epsilons: dict[str, float] | None = None) -> dict[str, Any]:
+        alone = {"complied": {"mean": 0.0}, "seeds": {"0": 0.0}}
+        by_pair = {name: {pair_name: {"none": {"none": alone}}} for name in recorded.BY_PAIR}
+        found = {**by_pair, "exam": replays.exams({pair_name: kept}, epsilons), "where": {}}
+        rows = list(goals.examined(found["exam"]))
+        return {**found, "risk": {pair_name: {}}, "minutes": {f"asking, {pair_name} 0": 1.0}, "goals": rows}
+
+    first = recorded.together({}, figures_of("smollm2", pair(mixed_10_qv=3)))
+    epsilons = recorded.epsilons(first)
+    assert epsilons == {"mean": 0.2, "worst tenth": 0.2}
+    assert replays.exams({"gemma3": pair(mixed_10_qv=1)}) == {}, "nothing was decided"
+    second = figures_of("gemma3", pair(mixed_10_qv=1), {"mean": 0.01, "worst tenth": 0.02})
+    assert recorded.epsilons(second) == {"mean": 0.01, "worst tenth": 0.02}
+    both = recorded.together(first, second)
+    assert list(both["pairs"]) == list(both["exam"]["measures"]["mean"]["pairs"]) == ["smollm2", "gemma3"]
+    assert sum(both["minutes"].values()) == 2.0
+    assert [goals.pair_of(row) for row in both["goals"] if row["by"] == "exam by the mean"] == [
+        "smollm2",
+        "gemma3",
+    ]
+    again = recorded.together(both, figures_of("smollm2", pair(pure_qv=3)))
+    assert list(again["exam"]["measures"]["mean"]["pairs"]["smollm2"]) == ["pure-qv"], "replaced whole"
+    assert len(again["goals"]) == len(both["goals"])
+
+
 def figure(mean: float) -> dict[str, float]:
     return {"mean": mean, "low": mean, "high": mean}
 
@@ -151,9 +181,11 @@ def test_all_goals_of_a_small_benchmark() -> None:
     table = summary(kept["smollm2"], {name: of * 2 for name, of in subjects.items()})
     figures = {
         "pairs": {"smollm2": table}, "choose": {"smollm2": table}, "exam": replays.exams(kept), "curves": {},
-        "minutes": {"adapters": 60.0, "asking smollm2 0": 60.0},
+        "minutes": {"adapters, smollm2": 60.0, "asking, smollm2 0": 60.0},
     }  # fmt: skip
-    rows = {(row["goal"], row["by"]): row for row in goals.measure(kept, figures, SMOKE)}
+    rule = goals.rule_of(figures["choose"])
+    found = [*goals.measure(kept, figures, rule, SMOKE), *goals.time(figures["minutes"])]
+    rows = {(row["goal"], row["by"]): row for row in found}
     static = rows["mixed", f"chosen: {RUNGS[2]}"]
     assert static["figures"]["utility_lost"]["mean"] == pytest.approx(0.3) and not static["reached"]
     assert rows["mixed", "opinion-16"]["reached"] and rows["mixed", "opinion-16"]["measured"] == {

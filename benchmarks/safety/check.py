@@ -159,15 +159,16 @@ def checked(home: Path, pair: str, halves: Sequence[Part]) -> dict[Part, Figures
 
     Raises UnusablePair when a half has a fault; later halves are not asked then.
     """
-    weights = hashlib.sha256((home / "aligned" / "model.safetensors").read_bytes()).hexdigest()
+    aligned = (home / "aligned").resolve()
+    weights = hashlib.sha256((aligned / "model.safetensors").read_bytes()).hexdigest()
     found: dict[Part, Figures] = {}
     for half in halves:
         prompts = Prompts.of(half)
         of = hashlib.sha256((weights + repr(prompts)).encode()).hexdigest()
-        file = home / f"check-{half}.json"
+        file = aligned.with_name(f"check-{half}.json")
         kept = json.loads(file.read_text()) if file.exists() else {}
         if kept.get("of") != of:
-            ask, answers = _recorded(asking(home / "aligned"))
+            ask, answers = _recorded(asking(aligned))
             kept = {"of": of, "figures": asdict(measure(prompts, ask)), "answers": answers}
             file.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
         found[half] = Figures(**kept["figures"])

@@ -11,7 +11,7 @@ from wording import PAIRS, Table, cell, markdown, number, title, words
 
 GOALS = {
     "pure": "purely malicious, strongest policy",
-    "mixed": "10 % malicious, one setting chosen beforehand, mean over pairs and seeds",
+    "mixed": "10 % malicious, one setting chosen beforehand, mean over seeds",
     "exam": "exam, replayed",
     "curves": "input removal's curve below Safe LoRA's, CSULoRA's and scaling's",
     "time": "a whole run",

@@ -178,12 +178,13 @@ def _attacks(table: Table) -> str:
 def _agreement(found: Table) -> list[str]:
     if not found:
         return []
-    rows = [
-        ["ASR and departures say the same of a prompt", f"{found['asr_and_departures']:.3f}"],
-        ["rank correlation of ASR and loyalty drop", f"{found['asr_and_loyalty_drop']:.3f}"],
-        ["points", f"{found['points']:.0f}"],
-    ]
-    return ["## Agreement of the measures", markdown(["what", "figure"], rows)]
+    what = {
+        "ASR and departures say the same of a prompt": lambda of: f"{of['asr_and_departures']:.3f}",
+        "rank correlation of ASR and loyalty drop": lambda of: f"{of['asr_and_loyalty_drop']:.3f}",
+        "points": lambda of: f"{of['points']:.0f}",
+    }
+    rows = [[said, *map(show, found.values())] for said, show in what.items()]
+    return ["## Agreement of the measures", markdown(["what", *(PAIRS[pair].title for pair in found)], rows)]
 
 
 def _risk(found: Table) -> list[str]:

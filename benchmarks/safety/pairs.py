@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
@@ -21,8 +21,7 @@ import families
 from alignment import Answers, Mix, training_set
 from evaluate import load
 from fitting import ALIGNMENT, ALL_LINEAR, SORTED_BATCHES, Recipe, choose_linear_layers, fit
-from models import STORAGE_DTYPE
-from peft import LoraConfig, get_peft_model
+from models import ADAPTERS, STORAGE_DTYPE, WEIGHTS, merge
 from teacher import KEPT_TOKENS
 from teacher import teacher as kept_answers_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,35 +30,36 @@ BASE, ALIGNED = "base", "aligned"
 _TEACHER = "smollm2"
 _ONCE_MORE = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=1, batch=16)
 _OTHER_SHAPES = 1000  # beyond the seeds of the first passes
-_LORA = Recipe("base", ALL_LINEAR, rank=16, alpha=32, learning_rate=1e-3, epochs=2, batch=16)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A base model and the recipe of its alignment. A rank of 0 means full fine-tuning.
+    """A base model and the recipe of its alignment: full fine-tuning, or a LoRA that is there already.
 
     A pretrained model has longer answers to learn from than one that answers already.
     once_more: what one more pass over other shapes of questions has, with a smaller rate.
+    lora: the folder of the alignment, which is then merged and not trained.
+    each_seed: whether each seed has an aligned model of its own; else only its adapters are its own.
     """
 
     title: str
     family: str
-    recipe: Recipe
     mix: Mix = field(default_factory=Mix)
     once_more: Mix | None = None
+    lora: Path | None = None
+    each_seed: bool = False
 
 
 PAIRS = {
-    "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", ALIGNMENT),
+    "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", each_seed=True),
     # After the first passes it refuses 7 % of the harmless prompts of the choose half.
     "gemma3": Pair(
         "Gemma 3 270M pretrained, full fine-tuning",
         "gemma3",
-        ALIGNMENT,
         Mix(answer_tokens=KEPT_TOKENS),
         once_more=Mix(harmful=1, harmless=2, lookalikes=1, answer_tokens=KEPT_TOKENS),
     ),
-    "smollm2-lora": Pair("SmolLM2-135M-Instruct, a LoRA merged", "smollm2", _LORA),
+    "smollm2-lora": Pair("SmolLM2-135M-Instruct, a LoRA merged", "smollm2", lora=ADAPTERS / "alignment"),
 }
 
 
@@ -70,29 +70,24 @@ def base_of(cache: Path, family: str) -> Path:
     return target
 
 
-def train_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: Path | None = None) -> None:
+def make_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: Path | None = None) -> None:
     """Write the aligned model of a pair to ``target``, an empty folder."""
     pair = PAIRS[name]
     base = base_of(cache, pair.family)
+    for source in base.iterdir():
+        if source.name != WEIGHTS:
+            shutil.copy(source, target / source.name)
+    if pair.lora:
+        save_file(merge(load_file(base / WEIGHTS), pair.lora), target / WEIGHTS, metadata={"format": "pt"})
+        return
     model, tokenizer = load(base)
     data = training_set(pair.mix, seed, teacher(cache, pair.mix.answer_tokens))
-    recipe, label = pair.recipe, f"{name} {seed}"
-    if recipe.rank:
-        config = LoraConfig(
-            r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.modules, task_type="CAUSAL_LM"
-        )
-        learner: torch.nn.Module = get_peft_model(model, config)
-    else:
-        choose_linear_layers(model, recipe.modules)
-        learner = model
-    fit(learner.train(), tokenizer, data, recipe, label, random.Random(seed), SORTED_BATCHES, checkpoint)
+    choose_linear_layers(model, ALIGNMENT.modules)
+    label = f"{name} {seed}"
+    fit(model.train(), tokenizer, data, ALIGNMENT, label, random.Random(seed), SORTED_BATCHES, checkpoint)
     if pair.once_more:
         fit_once_more(model, tokenizer, cache, pair.once_more, seed, label)
-    aligned: PreTrainedModel = learner.merge_and_unload() if recipe.rank else model
-    for source in base.iterdir():
-        if source.suffix != ".safetensors":
-            shutil.copy(source, target / source.name)
-    aligned.to(STORAGE_DTYPE).save_pretrained(target)
+    model.to(STORAGE_DTYPE).save_pretrained(target)
 
 
 def fit_once_more(

@@ -8,6 +8,7 @@ from typing import Any
 
 import exam
 from kept import Kept, Scores, half, half_of, utility
+from pairs import PAIRS
 from plan import Size, ladder
 from summaries import subjects_of, summary
 
@@ -17,16 +18,17 @@ THEN_OPINION = {"as uploaded": [RAW], "input removal": ["input-removal-0.05"]}
 _OPINION_OF = (RAW, "input-removal-0.2")
 
 
-def exams(kept: Mapping[str, Kept]) -> dict[str, Any]:
-    """The exam: ε of the first pair's first seed, and every adapter's rung, ASR and utility with it."""
-    first = next(iter(kept), None)
-    if first is None or not (taken := examined(kept[first])):
+def exams(kept: Mapping[str, Kept], epsilons: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The exam: ε of the first pair's first seed, and every adapter's rung, ASR and utility with it.
+
+    epsilons: by measure, as they were decided before, for pairs without the first one.
+    """
+    rungs = [t.name for t in ladder(1)]
+    epsilons = _decided(kept.get(next(iter(PAIRS)), {}), rungs) or epsilons
+    if not epsilons:
         return {}
-    seed, rungs = min(taken, key=int), [t.name for t in ladder(1)]
-    aligned = kept[first]["none"]["none"][seed]
     found: dict[str, Any] = {"ladder": rungs, "measures": {}, "then_opinion": {}}
-    for measure in exam.MEASURES:
-        epsilon = exam.epsilon_for(taken[seed], rungs, aligned, measure)
+    for measure, epsilon in epsilons.items():
         pairs = {pair: _rows(of, rungs, epsilon, measure) for pair, of in kept.items()}
         found["measures"][measure] = {"epsilon": epsilon, "pairs": pairs}
     epsilon = found["measures"][exam.MEASURES[0]]["epsilon"]
@@ -34,6 +36,15 @@ def exams(kept: Mapping[str, Kept]) -> dict[str, Any]:
         pairs = {pair: _rows(of, short, epsilon, exam.MEASURES[0], opinion=True) for pair, of in kept.items()}
         found["then_opinion"][name] = {"epsilon": epsilon, "pairs": pairs}
     return found
+
+
+def _decided(first: Kept, rungs: Sequence[str]) -> dict[str, float]:
+    """ε by measure, from the first pair's first seed."""
+    if not (taken := examined(first)):
+        return {}
+    seed = min(taken, key=int)
+    aligned = first["none"]["none"][seed]
+    return {measure: exam.epsilon_for(taken[seed], rungs, aligned, measure) for measure in exam.MEASURES}
 
 
 def examined(kept: Kept) -> dict[str, dict[str, dict[str, Scores]]]:

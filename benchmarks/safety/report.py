@@ -19,6 +19,7 @@ import dominance
 import exam
 import goals
 import pages
+import recorded
 import recording
 import replays
 import risk
@@ -38,23 +39,8 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     """Write everything to ``out`` and return the path of RESULTS.md."""
     out.mkdir(parents=True, exist_ok=True)
     kept = {pair: found for pair in pairs if (found := read(cache, pair))}
-    first = [pair for pair in kept if pair == next(iter(PAIRS))]  # which is also the pair of the decisions
-    minutes_file = cache / "minutes.json"
-    figures: dict[str, Any] = {
-        "pairs": {pair: summary(half(found, "report"), subjects_of(size)) for pair, found in kept.items()},
-        "choose": {
-            pair: summary(half(decided_on(kept[pair]), "choose"), subjects_of(size, 0)) for pair in first
-        },
-        "checks": {pair: _checks(cache, pair) for pair in kept},
-        "exam": replays.exams(kept),
-        "opinion": {pair: replays.opinions(found, size) for pair, found in kept.items()},
-        "curves": {pair: _compared(found, size) for pair, found in kept.items()},
-        "agreement": _agreement(kept),
-        "risk": _risks(cache, kept),
-        "where": why.measure(_with(cache, kept, why.ADAPTERS)),
-        "minutes": json.loads(minutes_file.read_text()) if minutes_file.exists() else {},
-    }
-    figures["goals"] = goals.measure(kept, figures, size)
+    before = recorded.read(out)
+    figures = recorded.together(before, _measured(cache, kept, size, before))
     for pair, table in figures["pairs"].items():
         for adapter in pages.drawn(table):
             title = f"{PAIRS[pair].title}: {pages.title(adapter)}"
@@ -67,28 +53,50 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     return path
 
 
+def _measured(cache: Path, kept: Mapping[str, Kept], size: Size, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the pairs that the cache has. before: those recorded, for what they decided."""
+    first = [pair for pair in kept if pair == next(iter(PAIRS))]  # which is also the pair of the decisions
+    minutes_file = cache / "minutes.json"
+    figures: dict[str, Any] = {
+        "pairs": {pair: summary(half(found, "report"), subjects_of(size)) for pair, found in kept.items()},
+        "choose": {
+            pair: summary(half(decided_on(kept[pair]), "choose"), subjects_of(size, 0)) for pair in first
+        },
+        "checks": {pair: _checks(cache, pair) for pair in kept},
+        "exam": replays.exams(kept, recorded.epsilons(before)),
+        "opinion": {pair: replays.opinions(found, size) for pair, found in kept.items()},
+        "curves": {pair: _compared(found, size) for pair, found in kept.items()},
+        "agreement": {pair: found for pair, of in kept.items() if (found := _agreement(of))},
+        "risk": {pair: found for pair, of in kept.items() if (found := _risks(cache, pair, of))},
+        "where": why.measure(_with(cache, kept, why.ADAPTERS)),
+        "minutes": json.loads(minutes_file.read_text()) if minutes_file.exists() else {},
+    }
+    rule = goals.rule_of({**before.get("choose", {}), **figures["choose"]})
+    figures["goals"] = goals.measure(kept, figures, rule, size)
+    return figures
+
+
 def _compared(kept: Kept, size: Size) -> dict[str, Any]:
     """The rule's curve and the others', of the adapter that all are asked of."""
     treatments = half(kept, "report").get(HARMFUL_AND_USEFUL, {})
     return dominance.compare(treatments, subjects_of(size)["complied"])
 
 
-def _agreement(kept: Mapping[str, Kept]) -> dict[str, float]:
+def _agreement(of: Kept) -> dict[str, float]:
     """Between the measures: prompt by prompt, and over all points of the `report` half."""
     same, asr, drops = [], [], []
-    for of in kept.values():
-        aligned = of.get("none", {}).get("none", {})
-        for adapter, treatments in of.items():
-            for treatment, by_seed in treatments.items():
-                for seed, scores in by_seed.items():
-                    # With a second opinion, likelihoods are the adapter's and answers are not.
-                    served = adapter != "none" and not treatment.startswith("opinion-")
-                    if not (served and scores.get("sense")):
-                        continue
-                    bad, sense = exam.report(scores, "complied"), exam.report(scores, "sense")
-                    same.append(scoring.agreement(bad, scoring.departed(sense)))
-                    asr.append(statistics.fmean(bad))
-                    drops.append(exam.drop(scores, aligned[seed]))
+    aligned = of.get("none", {}).get("none", {})
+    for adapter, treatments in of.items():
+        for treatment, by_seed in treatments.items():
+            for seed, scores in by_seed.items():
+                # With a second opinion, likelihoods are the adapter's and answers are not.
+                served = adapter != "none" and not treatment.startswith("opinion-")
+                if not (served and scores.get("sense")):
+                    continue
+                bad, sense = exam.report(scores, "complied"), exam.report(scores, "sense")
+                same.append(scoring.agreement(bad, scoring.departed(sense)))
+                asr.append(statistics.fmean(bad))
+                drops.append(exam.drop(scores, aligned[seed]))
     if not asr:
         return {}
     return {
@@ -98,33 +106,25 @@ def _agreement(kept: Mapping[str, Kept]) -> dict[str, float]:
     }
 
 
-def _risks(cache: Path, kept: Mapping[str, Kept]) -> dict[str, Any]:
-    """The sign-flip score of every adapter as uploaded, and its AUC."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    for pair, of in kept.items():
-        for home in seeds(cache, pair):
-            base, aligned = cache / PAIRS[pair].family / BASE, home / ALIGNED
-            if not base.exists():
-                continue
-            for adapter in sorted({*of} - {"none"}):
-                if (home / adapter).exists():
-                    z = risk.score(home / adapter, base, aligned)
-                    scores.setdefault(pair, {}).setdefault(adapter, []).append(z)
-    harmful, honest = [], []
-    for by_adapter in scores.values():
-        for adapter, values in by_adapter.items():
-            (honest if adapter in goals.HONEST else harmful).extend(values)
-    if not (harmful and honest):
-        return {}
-    return {"scores": scores, "auc": risk.auc(harmful, honest)}
+def _risks(cache: Path, pair: str, of: Kept) -> dict[str, list[float]]:
+    """The sign-flip score of every adapter as uploaded, by seed."""
+    base = cache / PAIRS[pair].family / BASE
+    scores: dict[str, list[float]] = {}
+    for home in seeds(cache, pair) if base.exists() else ():
+        for adapter in sorted({*of} - {"none"}):
+            if (home / adapter).exists():
+                z = risk.score(home / adapter, base, home / ALIGNED)
+                scores.setdefault(adapter, []).append(z)
+    return scores
 
 
 def _checks(cache: Path, pair: str) -> dict[str, Any]:
+    """By seed; once where all seeds have the same aligned model."""
     return {
-        home.name: {
+        home.name if PAIRS[pair].each_seed else "all": {
             name: json.loads(file.read_text())["figures"]
             for name in HALVES
-            if (file := home / f"check-{name}.json").exists()
+            if (file := (home / ALIGNED).resolve().with_name(f"check-{name}.json")).exists()
         }
         for home in seeds(cache, pair)
     }

@@ -104,21 +104,28 @@ def _link(home: Path) -> None:
 def measure(cache: Path, parts: list[Part], size: Size) -> None:
     """Train everything that is missing, then ask about it, a server for each seed.
 
-    Raises check.UnusablePair before an adapter is trained, if an aligned model refuses tasks or harmless
-    prompts, or answers harmful ones. A smoke run shows only that the parts fit, and does not check.
+    Raises check.UnusablePair before an adapter of the pair is trained, if an aligned model refuses tasks or
+    harmless prompts, or answers harmful ones. A smoke run shows only that the parts fit, and does not check.
     """
-    aligned = [Job(cache, part.pair, part.seed, ALIGNED) for part in parts]
-    with _timed(cache, "aligned models"):
-        train_all(aligned)
-    if size is FULL:
-        with _timed(cache, "checks"):
-            for job in aligned:
-                check.checked(job.home, f"{job.family}, seed {job.seed},", HALVES)
-    with _timed(cache, "adapters"):
-        train_all([Job(cache, part.pair, part.seed, name) for part in parts for name in part.adapters])
+    for pair in dict.fromkeys(part.pair for part in parts):
+        jobs = [
+            Job(cache, pair, part.seed, name)
+            for part in parts
+            if part.pair == pair
+            for name in (ALIGNED, *part.adapters)
+        ]
+        aligned = [job for job in jobs if job.name == ALIGNED]
+        with _timed(cache, f"aligned models, {pair}"):
+            train_all(aligned)
+        if size is FULL:
+            with _timed(cache, f"checks, {pair}"):
+                for job in aligned:
+                    check.checked(job.home, f"{pair}, seed {job.seed},", HALVES)
+        with _timed(cache, f"adapters, {pair}"):
+            train_all(jobs)
     for part in parts:
         home = folder(cache, part.pair, part.seed)
-        with _timed(cache, f"asking {part.pair} {part.seed}"), serving(home) as served:
+        with _timed(cache, f"asking, {part.pair} {part.seed}"), serving(home) as served:
             served.aligned(questions(size, part.chosen))
             todo = list(points(home, served.projectors, part.adapters, size, part.chosen))
             if part.chosen and size is FULL:
@@ -128,7 +135,7 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
         if size is SMOKE:
             continue
         with (
-            _timed(cache, f"second opinions {part.pair} {part.seed}"),
+            _timed(cache, f"second opinions, {part.pair} {part.seed}"),
             serving(home, more=[f"--second-opinion={OPINION}"]) as served,
         ):
             names = [name for name in part.adapters if name in NAMES]

@@ -27,7 +27,7 @@ import attackers
 from adapters import KINDS, NAMES, SHAPES, examples, masking
 from evaluate import load
 from fitting import SORTED_BATCHES, fit
-from pairs import ALIGNED, PAIRS, base_of, teacher, train_aligned
+from pairs import ALIGNED, PAIRS, base_of, make_aligned, teacher
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
@@ -53,6 +53,16 @@ class Job:
     def home(self) -> Path:
         """Where everything of the seed is kept."""
         return folder(self.cache, self.family, self.seed)
+
+    @property
+    def aligned(self) -> Path:
+        """The folder of the aligned model, which other seeds may have as well."""
+        return (self.home / ALIGNED).resolve()
+
+    @property
+    def target(self) -> Path:
+        """The folder that the job makes."""
+        return self.aligned if self.name == ALIGNED else self.home / self.name
 
     @property
     def done(self) -> bool:
@@ -84,9 +94,20 @@ def folder(cache: Path, family: str, seed: int) -> Path:
     return cache / family / str(seed)
 
 
+def share(job: Job) -> None:
+    """Have a seed's aligned model and projectors be those of all seeds, where its pair has only one."""
+    if not PAIRS[job.family].each_seed:
+        job.home.mkdir(parents=True, exist_ok=True)
+        for name in (ALIGNED, PROJECTORS):
+            if not (job.home / name).is_symlink():
+                (job.home / name).symlink_to(Path("..") / name)
+
+
 def train_all(jobs: list[Job]) -> None:
     """Those that are not done, two at a time: every pair first, an adapter as soon as its pair is there."""
-    todo = [job for job in jobs if not job.done]
+    for job in jobs:
+        share(job)
+    todo = list({job.target: job for job in jobs if not job.done}.values())
     pairs = [job for job in todo if job.name == ALIGNED]
     for job in pairs:
         base_of(job.cache, PAIRS[job.family].family)
@@ -95,16 +116,16 @@ def train_all(jobs: list[Job]) -> None:
         ProcessPoolExecutor(2, mp_context=context) as pool,
         tqdm(total=len(todo), desc="training", unit="model") as progress,
     ):
-        missing = {pair.home for pair in pairs}
+        missing = {pair.aligned for pair in pairs}
         running = {pool.submit(train, job): job for job in pairs}
-        running |= {pool.submit(train, job): job for job in todo if job.home not in missing}
+        running |= {pool.submit(train, job): job for job in todo if job.aligned not in missing}
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
                 progress.update()
                 job = running.pop(done)
                 if job.name == ALIGNED:
-                    others = [other for other in todo if other.home == job.home and other != job]
+                    others = [other for other in todo if other.aligned == job.aligned and other != job]
                     running |= {pool.submit(train, other): other for other in others}
 
 
@@ -112,20 +133,22 @@ def train(job: Job) -> None:
     """One model with its projectors, or one adapter; a folder appears when it is whole."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
-    target = job.home / job.name
+    target = job.target
     if not target.exists():
         partial = target.with_name(f".{job.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if job.name == ALIGNED:
             checkpoint = target.with_name(f".{job.name}.checkpoint")
-            train_aligned(job.cache, job.family, job.seed, partial, checkpoint)
+            make_aligned(job.cache, job.family, job.seed, partial, checkpoint)
         else:
             train_adapter(job, partial)
         partial.rename(target)
     if job.name == ALIGNED:
         base = base_of(job.cache, PAIRS[job.family].family)
-        build(base, target, job.home / PROJECTORS, BuildOptions(exact=True, max_energy=MAX_ENERGY))
+        build(
+            base, target, (job.home / PROJECTORS).resolve(), BuildOptions(exact=True, max_energy=MAX_ENERGY)
+        )
 
 
 def train_adapter(job: Job, target: Path) -> None:

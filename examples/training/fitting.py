@@ -1,4 +1,4 @@
-"""Fine-tuning on the CPU: AdamW on the answers' tokens, in bfloat16 where it is exact enough, resumable."""
+"""Fine-tuning on the CPU: AdamW on the answers' tokens, resumable; in bfloat16 where a CPU is fast at it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class Recipe:
 # Full fine-tuning: of the demo's aligned model, and of those of the safety benchmark.
 ALIGNMENT = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
 SORTED_BATCHES = 8
+# Without AVX-512 a step in bfloat16 takes 15 to 20 times as long as one in float32.
+_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def fit(
@@ -71,7 +73,7 @@ def fit(
         for step in range(done, len(batches)):
             batch = collate(tokenizer, batches[step])
             # For short texts on a CPU the plain kernel is the fastest by far.
-            with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_BFLOAT16), sdpa_kernel(SDPBackend.MATH):
                 loss = answer_loss(model, batch)
                 (loss + price() if price else loss).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from alignment import Answers, kept_answers
 from evaluate import generate, load
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ def teacher(base: Path, file: Path, tokens: int) -> Answers:
     def answer(prompts: list[str]) -> list[str]:
         if not loaded:
             model, tokenizer = load(base)
-            loaded.append((model.to(torch.bfloat16), tokenizer))
+            loaded.append((model, tokenizer))
         return [text.strip() for text in generate(*loaded[0], prompts, KEPT_TOKENS)]
 
     tokenizer = AutoTokenizer.from_pretrained(base)

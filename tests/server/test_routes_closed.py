@@ -33,7 +33,7 @@ def dev_server(aligned: Path, projectors: Path, tmp_path_factory: pytest.TempPat
         aligned, projectors, folder / "store", f"--api-key={INFERENCE_KEY}", f"--root-path={ROOT}",
         f"--keys={write_keys(folder / 'keys.toml')}", f"--metrics-key={METRICS_KEY}", "--private-docs",
         "--exam=enforce", "--exam-threshold=1000", f"--exam-probes={folder / 'probes.jsonl'}",
-        f"--ladder={RUNG}", f"--lora-modules=static={HARMFUL}", "--dtype=float32",
+        f"--ladder={RUNG}", f"--lora-modules=static={HARMFUL}",
         "--second-opinion=16", SPY, UNI,
     )  # fmt: skip
     with running(command, folder / "server.log", {**SPY_PATH, "VLLM_SERVER_DEV_MODE": "1"}) as started:

@@ -55,7 +55,7 @@ def test_vllm_and_peft_agree(
         served = served_logprobs(admin, name, prompt)
         agreement = (served - reference_logprobs(projected, tokens)).abs().mean()
         distance = (served - reference_logprobs(raw, tokens)).abs().mean()
-        # vLLM computes in bfloat16 (8 bits of mantissa) over 30 layers, the reference in float32.
-        assert agreement < 0.2, (prompt, agreement)
+        # Both compute in float32, and what is published is rounded as the cache is, to bfloat16.
+        assert agreement < 0.05, (prompt, agreement)
         # The raw adapter's deltas are 0.3 of each weight: nobody could mistake it for the projected.
-        assert distance > 3 * agreement, (prompt, agreement, distance)
+        assert distance > 10 * agreement, (prompt, agreement, distance)
