@@ -59,7 +59,7 @@ def ask(server: Server, model: str, prompts: Iterable[str]) -> dict[str, str]:
         )
         return prompt, (reply.choices[0].message.content or "").strip()
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(32) as pool:
         return dict(pool.map(one, prompts))
 
 
