@@ -119,6 +119,11 @@ class Policy:
         return f"{self.method}{energy}, select {self.select}{value}{opinion}"
 
     @property
+    def selects_none(self) -> bool:
+        """Whether no module of any adapter is projected, as on the exam's rung ``as-uploaded``."""
+        return self.select == "number" and self.number == 0
+
+    @property
     def chosen(self) -> list[str]:
         """The fields that differ from their defaults with this method."""
         default = Policy(method=self.method)
