@@ -179,10 +179,7 @@ class Policy:
                     f"`{condition}` to {' or '.join(map(repr, needed))}{_default_of(field)}, or leave "
                     f"`{field}` out"
                 )
-            # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
-            option = self._method.options.get(field)
-            idle = field in ("number", "threshold") or (option is not None and option.more_is_stricter)
-            if idle and getattr(self, field) <= 0:
+            if self.is_idle(field):
                 raise PolicyError(
                     f"with `{field}` {getattr(self, field):g} nothing is projected. If that is meant, set "
                     "`mode` to 'report-only'"
@@ -192,6 +189,13 @@ class Policy:
         """Whether another value of the field could give another answer."""
         condition, needed = _condition(field)
         return not needed or getattr(self, condition) in needed
+
+    def is_idle(self, field: str) -> bool:
+        """Whether a field that has an effect has a value with which no module is projected."""
+        # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
+        option = self._method.options.get(field)
+        may_be = field in ("number", "threshold") or (option is not None and option.more_is_stricter)
+        return may_be and bool(getattr(self, field) <= 0)
 
     def at_least_as_strict(self, other: Policy) -> bool:
         """Whether this policy serves no adapter more freely than ``other`` does.

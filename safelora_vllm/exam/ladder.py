@@ -113,5 +113,7 @@ def _rung(text: str, caps: Policy) -> Policy:
     elif method == "safe-lora":
         values["select"] = "all"
     policy = Policy.from_mapping(values)
-    policy.check_effective([_STRENGTHS[method]] if colon else [])
+    if colon and policy.is_idle(_STRENGTHS[method]):
+        meant = AS_UPLOADED + (OPINION if opinion else "")
+        raise PolicyError(f"on the rung {given!r} nothing is projected: if that is meant, name it {meant}")
     return policy
