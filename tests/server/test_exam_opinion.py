@@ -73,6 +73,17 @@ def test_what_fails_as_uploaded_is_served_with_an_opinion(start: Start, adapters
         assert answer_of(stricter, "useful") == 200 and answer_of(stricter, "harmful") == 422
 
 
+def test_the_log_says_in_words_what_passes(
+    start: Start, adapters: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="vllm.safelora.exam")
+    with start(ladder="as-uploaded,safe-lora:0.2+opinion") as server:
+        assert upload(server.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 201
+    first, second = (r.message for r in caplog.records if r.message.startswith("exam of adapter"))
+    assert "by as-uploaded: failed" in first and "at most 0.02 passes" in first
+    assert "by safe-lora:0.2+opinion: passed" in second and "any passes with a second opinion" in second
+
+
 def test_a_re_examination_does_not_take_it_away(start: Start, adapters: dict[str, Path]) -> None:
     with start(ladder=LADDER) as server:
         http = server.client(ADMIN_KEY)
