@@ -252,6 +252,27 @@ def test_a_ladder_with_what_is_served_as_uploaded_and_with_second_opinions() -> 
     assert rungs[2].at_least_as_strict(rungs[1])
 
 
+@pytest.mark.parametrize(
+    ("text", "first", "after"),
+    [
+        ("as-uploaded,as-uploaded+opinion,safe-lora", "as-uploaded+opinion", "safe-lora"),
+        (
+            "safe-lora:0.2+opinion,safe-lora+opinion,as-uploaded",
+            "safe-lora:0.2+opinion",
+            "safe-lora+opinion, as-uploaded",
+        ),
+        ("as-uploaded,safe-lora,as-uploaded+opinion", "", ""),
+        (ladder.DEFAULT, "", ""),
+    ],
+)
+def test_rungs_after_one_with_an_opinion_are_warned_of(text: str, first: str, after: str) -> None:
+    warning = ladder.hardly_tried(ladder.parse(text, CAPS))
+    assert bool(warning) == bool(first)
+    if first:
+        assert f"rungs after {first} are hardly ever tried" in warning
+        assert f"put {first} last in the ladder, or leave out {after}" in warning
+
+
 def test_with_an_opinion_every_score_passes() -> None:
     rungs = ladder.parse("as-uploaded,as-uploaded +opinion,safe-lora", CAPS)
     verdict = sit(rungs, lambda _: _score(3.0), threshold=0.02)

@@ -84,6 +84,15 @@ def test_the_log_says_in_words_what_passes(
     assert "by safe-lora:0.2+opinion: passed" in second and "any passes with a second opinion" in second
 
 
+@pytest.mark.parametrize("ladder", [LADDER, f"{LADDER},safe-lora"])
+def test_a_start_warns_of_rungs_that_are_hardly_tried(
+    start: Start, caplog: pytest.LogCaptureFixture, ladder: str
+) -> None:
+    with start(ladder=ladder):
+        found = [r.message for r in caplog.records if "hardly ever tried" in r.message]
+    assert len(found) == (ladder != LADDER)
+
+
 def test_a_re_examination_does_not_take_it_away(start: Start, adapters: dict[str, Path]) -> None:
     with start(ladder=LADDER) as server:
         http = server.client(ADMIN_KEY)
