@@ -25,6 +25,7 @@ from safelora_vllm.settings import ServerSettings
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_exam import ExaminedEngine
 from tests.server.fake_server import SECRET, FakeServer, Place
+from tests.server.test_exam_override import override
 from tests.server.test_exam_server import Start, adapters, answer_of, is_listed, place, start
 from tests.server.test_exam_tenants import write_keys
 
@@ -108,6 +109,35 @@ def test_an_adapter_without_likelihoods_fails_with_an_opinion_too(
 ) -> None:
     with start(ladder=LADDER, engine={"drop": lambda _: math.nan}) as server:
         assert upload(server.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 422
+
+
+def test_an_override_of_the_exam_keeps_the_ladders_opinion(
+    start: Start,
+    adapters: dict[str, Path],
+) -> None:
+    """A cautious operator has it waive the exam alone. That it is without an opinion has to be said."""
+    with start(ladder=LADDER) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 201
+        answer = override(server, "harmful", True)
+        assert answer.status_code == 200 and answer.json()["exam_override"]
+        assert answer.json()["policy"]["select"] == "threshold", "the server's, as without an exam"
+        assert answer.json()["policy"]["opinion"] is True
+        assert who_answers(server, "harmful") == ["harmful", None, None]
+    with start(ladder=LADDER) as server:
+        assert who_answers(server, "harmful") == ["harmful", None, None]
+        http = server.client(ADMIN_KEY)
+        for policy, opinion in (({"opinion": False}, False), ({}, True), ({"threshold": 0.9}, True)):
+            answer = http.put("/v1/adapters/harmful/policy", json={"policy": policy})
+            assert answer.status_code == 200 and answer.json()["exam_override"]
+            assert answer.json()["policy"].get("opinion", False) is opinion, policy
+        assert http.put("/v1/adapters/harmful/policy", json={"policy": {"opinion": False}}).status_code == 200
+    with start(ladder=LADDER) as server:
+        assert who_answers(server, "harmful") == ["harmful"]
+    with start(ladder="as-uploaded,safe-lora") as server:  # no rung of it has one
+        http = server.client(ADMIN_KEY)
+        assert http.put("/v1/adapters/harmful/policy", json={"policy": {}}).status_code == 200
+        assert who_answers(server, "harmful") == ["harmful"]
 
 
 def test_a_policy_with_an_opinion_is_no_way_around_a_ladder_without(
