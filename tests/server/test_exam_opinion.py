@@ -154,6 +154,30 @@ def test_a_policy_with_an_opinion_is_no_way_around_a_ladder_without(
         assert who_answers(server, "careless") == ["careless"]
 
 
+def test_callers_see_the_opinion_and_the_verdict(
+    start: Start, adapters: dict[str, Path], place: Place
+) -> None:
+    with start(ladder=LADDER, keys=write_keys(place)) as server:
+        admin, acme = server.client(ADMIN_KEY), server.client(SECRET)
+        for name in ("useful", "harmful"):
+            assert upload(acme, f"acme/{name}", adapters[name]).status_code == 201
+        harmful, useful = admin.get("/v1/overview").json()["adapters"]
+        assert (harmful["second_opinion"], useful["second_opinion"]) == (True, False)
+        assert harmful["exam"] == {"passed": True, "rung": "as-uploaded+opinion", "bound": 1.0}
+        assert useful["exam"]["rung"] == "as-uploaded"
+        assert acme.get("/v1/overview").json()["adapters"][0]["exam"] == {**harmful["exam"], "bound": None}
+        used = acme.get("/v1/usage").json()["adapters"]
+        assert [adapter["second_opinion"] for adapter in used] == [True, False]
+        assert 'second_opinion="true"' in admin.get("/metrics").text
+    with start(exam="off", ladder=None, second_opinion=16, keys=write_keys(place)) as server:
+        admin = server.client(ADMIN_KEY)
+        assert upload(admin, "acme/new", adapters["useful"]).status_code == 201
+        for path in ("overview", "usage?tenant=acme"):
+            (new,) = (a for a in admin.get(f"/v1/{path}").json()["adapters"] if a["name"] == "acme/new")
+            assert new["second_opinion"] and new.get("exam") is None
+        assert 'second_opinion="false"' not in admin.get("/metrics").text
+
+
 def test_an_adapters_own_policy_may_ask_for_one(start: Start, adapters: dict[str, Path]) -> None:
     with start(exam="off", ladder=None) as server:
         http = server.client(ADMIN_KEY)
