@@ -9,15 +9,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import WEIGHTS
+from safelora_vllm.api.exam import Examination
 from safelora_vllm.errors import PolicyError, Unavailable, UsageError
 from safelora_vllm.exam import ladder, probes
-from safelora_vllm.exam.reference import Tokens, reference, refuses
+from safelora_vllm.exam.reference import Reference, Tokens, reference, refuses
 from safelora_vllm.exam.score import Score
 from safelora_vllm.exam.sitting import sit, threshold_for
 from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import Report
+from tests.tiny import Draft
 
 CAPS = Policy(max_relative_norm=0.5, max_total_norm=0.25)
 
@@ -344,3 +350,18 @@ def test_the_threshold_that_serves_all_honest_adapters() -> None:
     honest = [[_score(0.03), _score(0.01)], [_score(0.02), _score(0.04)]]
     assert threshold_for(honest) == 0.03
     assert threshold_for(honest, rung=1) == 0.02
+
+
+def test_the_command_examines_a_rung_that_projects_nothing(cache: ProjectorCache, tmp_path: Path) -> None:
+    """With an opinion too, without which an adapter is asked."""
+    model: Any = None  # only what it would be given is looked at
+    upload, nobody = Draft().write(tmp_path / "upload"), Reference((), (), (), 0.0)
+    rungs = ladder.parse("as-uploaded,as-uploaded+opinion", Policy())
+    examination = Examination(model, cache, tuple(rungs), nobody, "aligned")
+    digests = set()
+    for rung in rungs:
+        with examination._published(upload, rung) as folder:
+            digests.add((folder / WEIGHTS).read_bytes())
+            report = Report.from_dict(json.loads((folder / "report.json").read_text())["report"])
+        assert report.count("projected") == 0 and report.accepted
+    assert len(digests) == 1
