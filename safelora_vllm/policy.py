@@ -53,7 +53,8 @@ class Policy:
             modules they change.
         mode: ``enforce``, or ``report-only``, which serves the adapter unprojected and only reports.
         opinion: a second opinion: each request for the adapter is also given to the aligned model, and what
-            that refuses the adapter does not answer. Servers do this; offline nothing does.
+            that refuses the adapter does not answer. Only servers do this. What `project_adapter` writes has
+            none, and vLLM's offline ``LLM`` refuses each adapter (reason code ``second_opinion``).
 
     Raises:
         PolicyError: a value is out of range or of another type.
