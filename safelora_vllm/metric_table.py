@@ -131,13 +131,19 @@ METRICS = (
         ),
     ),
     Described(
-        "safelora_adapter_info", "gauge", ("adapter", "digest", "method", "mode", "tenant", "version"), "1",
-        "digest of the uploaded content, and method and mode of the policy that it was judged by; the "
-        "tenant that owns it, and its version: 0 for --lora-modules",
+        "safelora_adapter_info", "gauge",
+        ("adapter", "digest", "method", "mode", "second_opinion", "tenant", "version"), "1",
+        "digest of the uploaded content, and method and mode of the policy that it was judged by; whether "
+        "its requests have a second opinion, true or false; the tenant that owns it, and its version: 0 for "
+        "--lora-modules",
         queries=(
             (
                 "Is anything served unprojected?",
                 "safelora_adapter_info{mode=\"report-only\"}",
+            ),
+            (
+                "Which adapters are served with a second opinion?",
+                "safelora_adapter_info{second_opinion=\"true\"}",
             ),
             (
                 "Which version of an adapter does each server serve?",
@@ -219,7 +225,7 @@ METRICS = (
     ),
     Described(
         "safelora_adapter_second_opinion_refusals_total", "counter", ("adapter",), "requests",
-        "requests for an adapter that the aligned model refused in its place, with --second-opinion",
+        "requests for an adapter that the aligned model refused in its place, as a second opinion",
         queries=(
             (
                 "Which adapters are asked most for what the aligned model refuses?",

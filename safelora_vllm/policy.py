@@ -53,7 +53,8 @@ class Policy:
             modules they change.
         mode: ``enforce``, or ``report-only``, which serves the adapter unprojected and only reports.
         opinion: a second opinion: each request for the adapter is also given to the aligned model, and what
-            that refuses the adapter does not answer. Servers do this; offline nothing does.
+            that refuses the adapter does not answer. Only servers do this. What `project_adapter` writes has
+            none, and vLLM's offline ``LLM`` refuses each adapter (reason code ``second_opinion``).
 
     Raises:
         PolicyError: a value is out of range or of another type.
@@ -119,6 +120,11 @@ class Policy:
         return f"{self.method}{energy}, select {self.select}{value}{opinion}"
 
     @property
+    def selects_none(self) -> bool:
+        """Whether no module of any adapter is projected, as on the exam's rung ``as-uploaded``."""
+        return self.select == "number" and self.number == 0
+
+    @property
     def chosen(self) -> list[str]:
         """The fields that differ from their defaults with this method."""
         default = Policy(method=self.method)
@@ -174,10 +180,7 @@ class Policy:
                     f"`{condition}` to {' or '.join(map(repr, needed))}{_default_of(field)}, or leave "
                     f"`{field}` out"
                 )
-            # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
-            option = self._method.options.get(field)
-            idle = field in ("number", "threshold") or (option is not None and option.more_is_stricter)
-            if idle and getattr(self, field) <= 0:
+            if self.is_idle(field):
                 raise PolicyError(
                     f"with `{field}` {getattr(self, field):g} nothing is projected. If that is meant, set "
                     "`mode` to 'report-only'"
@@ -187,6 +190,13 @@ class Policy:
         """Whether another value of the field could give another answer."""
         condition, needed = _condition(field)
         return not needed or getattr(self, condition) in needed
+
+    def is_idle(self, field: str) -> bool:
+        """Whether a field that has an effect has a value with which no module is projected."""
+        # Ĉ has no negative eigenvalues: no similarity is below 0, and 0 only where Ĉ B is.
+        option = self._method.options.get(field)
+        may_be = field in ("number", "threshold") or (option is not None and option.more_is_stricter)
+        return may_be and bool(getattr(self, field) <= 0)
 
     def at_least_as_strict(self, other: Policy) -> bool:
         """Whether this policy serves no adapter more freely than ``other`` does.

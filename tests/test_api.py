@@ -220,3 +220,13 @@ def test_a_live_model_is_its_active_adapter(
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(sl.SafeLoRAError, match="expected one; call its set_adapter first"):
         sl.inspect_adapter(model, cache)
+
+
+def test_a_second_opinion_is_warned_of_as_only_servers_have_one(
+    cache: ProjectorCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    upload = Draft().write(tmp_path / "upload")
+    for policy, warned in ((sl.Policy(), 0), (sl.Policy(opinion=True), 1)):
+        caplog.clear()
+        sl.inspect_adapter(upload, cache, policy)
+        assert sum("only a server asks the aligned model" in r.message for r in caplog.records) == warned

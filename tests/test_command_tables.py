@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from safelora_vllm.cli import audit, audit_table, calibrate, plan, tables
+from safelora_vllm.cli import audit, audit_table, calibrate, plan, tables, tables_exam
 from safelora_vllm.cli import store as store_command
 from safelora_vllm.cli.main import main
 from safelora_vllm.errors import Reason
+from safelora_vllm.exam.ladder import parse
+from safelora_vllm.exam.score import Score
+from safelora_vllm.exam.sitting import sit
 from safelora_vllm.methods.method import Spread
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.placement import Placement
@@ -261,6 +264,27 @@ def test_advice_where_a_gate_does_not_fit(
 def test_spreads_and_figures_of_a_calibration() -> None:
     assert calibrate._cell(0.12345) == "0.1235"
     assert calibrate._cell(Spread(0.1, 0.25, 1.0)) == "0.1000–0.2500–1.0000"
+
+
+@pytest.mark.parametrize(
+    ("ladder", "title"),
+    [
+        ("as-uploaded,safe-lora", "x: loyalty drop, nats per token, at most 0.02"),
+        (
+            "as-uploaded,as-uploaded+opinion",
+            "x: loyalty drop, nats per token, at most 0.02, with a second opinion any",
+        ),
+    ],
+)
+def test_the_title_over_an_exam_says_what_passes(
+    ladder: str, title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    rungs, far, near = parse(ladder, Policy()), Score(0.3, 0.3, 0.3, 10), Score(0.01, 0.01, 0.01, 10)
+    verdict = sit(rungs, lambda rung: near if rung.select == "all" else far, 0.02)
+    assert verdict.policy is not None
+    tables_exam.print_verdict("x", verdict)
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"{title} ┏")
 
 
 def test_a_policy_of_the_audit_log_in_short() -> None:

@@ -9,15 +9,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import WEIGHTS
+from safelora_vllm.api.exam import Examination
 from safelora_vllm.errors import PolicyError, Unavailable, UsageError
 from safelora_vllm.exam import ladder, probes
-from safelora_vllm.exam.reference import Tokens, reference, refuses
+from safelora_vllm.exam.reference import Reference, Tokens, reference, refuses
 from safelora_vllm.exam.score import Score
 from safelora_vllm.exam.sitting import sit, threshold_for
 from safelora_vllm.policy import Policy
+from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.report import Report
+from tests.tiny import Draft
 
 CAPS = Policy(max_relative_norm=0.5, max_total_norm=0.25)
 
@@ -252,6 +258,27 @@ def test_a_ladder_with_what_is_served_as_uploaded_and_with_second_opinions() -> 
     assert rungs[2].at_least_as_strict(rungs[1])
 
 
+@pytest.mark.parametrize(
+    ("text", "first", "after"),
+    [
+        ("as-uploaded,as-uploaded+opinion,safe-lora", "as-uploaded+opinion", "safe-lora"),
+        (
+            "safe-lora:0.2+opinion,safe-lora+opinion,as-uploaded",
+            "safe-lora:0.2+opinion",
+            "safe-lora+opinion, as-uploaded",
+        ),
+        ("as-uploaded,safe-lora,as-uploaded+opinion", "", ""),
+        (ladder.DEFAULT, "", ""),
+    ],
+)
+def test_rungs_after_one_with_an_opinion_are_warned_of(text: str, first: str, after: str) -> None:
+    warning = ladder.hardly_tried(ladder.parse(text, CAPS))
+    assert bool(warning) == bool(first)
+    if first:
+        assert f"rungs after {first} are hardly ever tried" in warning
+        assert f"put {first} last in the ladder, or leave out {after}" in warning
+
+
 def test_with_an_opinion_every_score_passes() -> None:
     rungs = ladder.parse("as-uploaded,as-uploaded +opinion,safe-lora", CAPS)
     verdict = sit(rungs, lambda _: _score(3.0), threshold=0.02)
@@ -273,7 +300,8 @@ def test_with_an_opinion_every_score_passes() -> None:
         ("lora", "'lora' is not a valid rung"),
         ("input-removal:much", "'much' is not a valid strength of input-removal: expected a number"),
         ("input-removal:2", "`energy` is 2.0"),
-        ("input-removal:0", "nothing is projected"),
+        ("input-removal:0", "'input-removal:0' nothing is projected: if that is meant, name it as-uploaded"),
+        ("safe-lora:-0.1+opinion", "if that is meant, name it as-uploaded+opinion"),
         ("input-removal:nan", "`energy` is nan"),
         ("safe-lora,safe-lora", "has a rung twice"),
         ("input-removal:0.2,input-removal", "has a rung twice"),
@@ -322,3 +350,18 @@ def test_the_threshold_that_serves_all_honest_adapters() -> None:
     honest = [[_score(0.03), _score(0.01)], [_score(0.02), _score(0.04)]]
     assert threshold_for(honest) == 0.03
     assert threshold_for(honest, rung=1) == 0.02
+
+
+def test_the_command_examines_a_rung_that_projects_nothing(cache: ProjectorCache, tmp_path: Path) -> None:
+    """With an opinion too, without which an adapter is asked."""
+    model: Any = None  # only what it would be given is looked at
+    upload, nobody = Draft().write(tmp_path / "upload"), Reference((), (), (), 0.0)
+    rungs = ladder.parse("as-uploaded,as-uploaded+opinion", Policy())
+    examination = Examination(model, cache, tuple(rungs), nobody, "aligned")
+    digests = set()
+    for rung in rungs:
+        with examination._published(upload, rung) as folder:
+            digests.add((folder / WEIGHTS).read_bytes())
+            report = Report.from_dict(json.loads((folder / "report.json").read_text())["report"])
+        assert report.count("projected") == 0 and report.accepted
+    assert len(digests) == 1

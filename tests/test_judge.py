@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safelora_vllm.exam.ladder import parse
 from safelora_vllm.methods import METHODS, judge, lowrank
 from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.judge import JudgedModule, grouped
@@ -217,6 +218,25 @@ def test_operators_and_waits_do_not_depend_on_the_number_of_modules(
         together(weights, loaded, policy)
     assert len(seen) == waits * groups
     assert counted.count <= operators * groups + applied, counted.count / groups
+
+
+@pytest.mark.parametrize("kind", ["exact", "thin"])
+def test_where_no_module_is_selected_nothing_is_read(
+    kind: str, cache: ProjectorCache, thin: ProjectorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a server whose memory was planned for another policy, as on the first rung of many ladders."""
+    (policy,) = parse("as-uploaded", Policy())
+    loaded = ProjectorCache((thin if kind == "thin" else cache).folder)
+    loaded.load("cpu", None, **dataclasses.asdict(parts_read(Policy(), loaded.thin)))
+    weights = adapter()
+    expected = together(weights, loaded, Policy(mode="report-only"))
+    monkeypatch.setattr(loaded._shards, "read", lambda *_: pytest.fail("read"))
+    found = together(weights, loaded, policy)
+    assert list(found) == list(weights) and not any(module.projected for module in found.values())
+    for name, module in found.items():
+        assert torch.equal(module.a, expected[name].a) and torch.equal(module.b, expected[name].b)
+        assert module.similarity == (0.5, 0.5), "anything from 0 to 1"
+        assert (module.served.retained, module.came.norm) == (1.0, expected[name].came.norm)
 
 
 @pytest.mark.parametrize("nbytes", [0, 5_000, 40_000, 10**9])

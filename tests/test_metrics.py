@@ -83,9 +83,19 @@ def test_series_of_a_served_adapter() -> None:
         ("safelora_adapter_relative_norm", ("tenant",)): 0.05,
         ("safelora_adapter_total_norm", ("tenant",)): 0.003,
         ("safelora_adapter_load_seconds", ("tenant",)): 0.5,
-        ("safelora_adapter_info", ("tenant", "d" * 64, "safe-lora", "enforce", "", "1")): 1,
+        ("safelora_adapter_info", ("tenant", "d" * 64, "safe-lora", "enforce", "false", "", "1")): 1,
         ("safelora_workers", ("guarded",)): 2,
     }
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_who_is_served_with_a_second_opinion(own: bool, of_all: bool) -> None:
+    policy = dataclasses.replace(REPORT.policy, opinion=own)
+    known = Known(entries=[entry(dataclasses.replace(REPORT, policy=policy).named("x"), 0.5)])
+    samples = parsed(expose(known, ReportSeries(of_all)))
+    (labels,) = (labels for name, labels in samples if name == "safelora_adapter_info")
+    assert labels[4] == ("true" if own or of_all else "false")
 
 
 def test_series_of_an_unloaded_adapter_disappear() -> None:

@@ -114,6 +114,32 @@ def test_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("width", "words", "missing"),
+    [
+        (60, [], "exam"),
+        (80, ["exam", "passed", "failed"], "0.0123"),
+        (120, ["passed 0.0123", "failed 0.3000", "failed"], "safe-lora"),
+        (170, ["passed 0.0123 as-uploaded+opinion", "failed 0.3000 safe-lora", "served, opinion"], "None"),
+    ],
+)
+def test_exams_and_second_opinions(width: int, words: list[str], missing: str) -> None:
+    examined = [
+        adapter(
+            "a", second_opinion=True, exam={"passed": True, "rung": "as-uploaded+opinion", "bound": 0.0123}
+        ),
+        adapter("b", exam={"passed": False, "rung": "safe-lora", "bound": 0.3}, second_opinion=False),
+        adapter("c", exam={"passed": False, "rung": None, "bound": None}, second_opinion=False),
+        adapter("d", exam=None),
+    ]
+    console = Console(file=io.StringIO(), width=width, height=40)
+    Frame("http://x", {**answer(0), "adapters": examined}, console).print_once()
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert all(word in text for word in words) and missing not in text, text
+    assert max(map(len, text.splitlines())) <= width
+
+
 def test_once(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["top", f"{url}/", "--once"]) == 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from safelora_vllm.adapters.read import read_adapter
 from safelora_vllm.api.opened import gate_settings, with_base_model
 from safelora_vllm.errors import AdapterRefused, UsageError
-from safelora_vllm.gate.admit import admit, evaluate
+from safelora_vllm.gate.admit import GateSettings, admit, evaluate
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
@@ -113,7 +113,15 @@ def project_adapter(
     if out.exists():
         raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
     settings = gate_settings(projectors, policy, device)
-    settings = with_base_model(settings, base_model)
+    return write_projected(adapter, with_base_model(settings, base_model), out)
+
+
+def write_projected(adapter: str | os.PathLike[str] | PeftModel, settings: GateSettings, out: Path) -> Report:
+    """`project_adapter` with a gate's settings, into a folder that is not there.
+
+    Raises:
+        AdapterRefused, AdapterNotFound, UsageError: as `project_adapter`.
+    """
     with _on_disk(adapter) as (path, name), _beside(out) as scratch:
         admission = admit(path, name, settings, PublishedStore(scratch))
         if admission.folder is None:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safelora_vllm.adapters.read import Limits, read_adapter
-from safelora_vllm.api.adapters import project_adapter
-from safelora_vllm.api.opened import opened_cache
+from safelora_vllm.api.adapters import write_projected
+from safelora_vllm.api.opened import opened_cache, usable_device, with_base_model
 from safelora_vllm.exam import ladder as ladders
 from safelora_vllm.exam import probes as probe_sets
 from safelora_vllm.exam.reference import Reference, reference
 from safelora_vllm.exam.score import Score
 from safelora_vllm.exam.sitting import Verdict, sit, threshold_for
 from safelora_vllm.exam.with_transformers import Model
+from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
@@ -114,7 +115,9 @@ class Examination:
         """What the gate would publish, in a folder for as long as it is needed."""
         with tempfile.TemporaryDirectory(prefix="safelora-exam-") as scratch:
             out = Path(scratch) / "adapter"
-            project_adapter(adapter, self.cache, out, policy, base_model=self.folder)
+            # Rungs were checked with the ladder: of a policy, as-uploaded would be refused for its number 0.
+            settings = GateSettings(self.cache, policy, usable_device("cpu"))
+            write_projected(adapter, with_base_model(settings, self.folder), out)
             yield out
 
 

@@ -32,6 +32,11 @@ def gate_settings(
             f"`policy` is of type {type(policy).__name__}: expected a Policy, such as Policy(energy=0.1)"
         )
     policy.check_effective(policy.chosen)
+    if policy.opinion:
+        logger.warning(
+            "the policy's `opinion` has no effect here: only a server asks the aligned model at each "
+            "request. To have a second opinion, upload the adapter to a server"
+        )
     cache = opened_cache(projectors)
     check_energy(policy, cache)
     return GateSettings(cache, policy, usable_device(device))

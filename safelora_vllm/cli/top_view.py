@@ -23,7 +23,8 @@ _PLAIN: dict[str, Any] = {
     "show_edge": False,
     "padding": (0, 1, 0, 0),
 }
-_NARROW, _WIDE = 70, 110  # columns of the terminal below which there are fewer, and from which on more
+# Columns of the terminal below which there are fewer, and from which on more.
+_NARROW, _WIDE, _WIDEST = 70, 110, 150
 _LEAST_ROWS, _REFUSALS, _HEAD = 3, 5, 2
 
 
@@ -95,6 +96,9 @@ class Frame:
         names = names[:2] if self._console.width < _NARROW else names
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
+        examined = self._console.width >= _NARROW and any(a.get("exam") for a in self._answer["adapters"])
+        if examined:
+            table.add_column("exam", no_wrap=True, overflow="ellipsis")
         for a in adapters:
             figures = a["figures"] or {}
             retained = figures.get("least_retained")
@@ -106,7 +110,8 @@ class Frame:
                 *more,
                 f"{figures['total_norm']:.4f}" if figures else "–",
             ]
-            table.add_row(Text(printable(a["name"])), _state(a), *map(Text, cells[: len(names)]))
+            exam = [_exam(a, self._console.width)] if examined else []
+            table.add_row(Text(printable(a["name"])), _state(a), *map(Text, cells[: len(names)] + exam))
         return table
 
 
@@ -116,6 +121,18 @@ def _projected(adapter: dict[str, Any], figures: dict[str, Any]) -> str:
     return f"{figures['projected'] if adapter['mode'] == 'enforce' else 0}/{figures['modules']}"
 
 
+def _exam(adapter: dict[str, Any], width: int) -> str:
+    """The verdict, and as fits the score and the rung."""
+    if not (found := adapter.get("exam")):
+        return "–"
+    words = ["passed" if found["passed"] else "failed"]
+    if width >= _WIDE and found["bound"] is not None:
+        words.append(f"{found['bound']:.4f}")
+    if width >= _WIDEST and found["rung"]:
+        words.append(found["rung"])
+    return printable(" ".join(words))
+
+
 def _state(adapter: dict[str, Any]) -> Text:
     codes = ", ".join(dict.fromkeys(reason["code"] for reason in adapter["reasons"]))
     words = adapter["state"] + (f": {codes}" if codes else "")
@@ -123,6 +140,8 @@ def _state(adapter: dict[str, Any]) -> Text:
         words += " UNPROJECTED"
     if adapter["override"]:
         words += ", override"
+    if adapter.get("second_opinion"):
+        words += ", opinion"
     return Text(printable(words), style=_STYLES.get(adapter["state"], ""))
 
 

@@ -79,6 +79,18 @@ def largest_bound(policy: Policy, ladder: Sequence[Policy], threshold: float) ->
     return math.inf if any(rung.opinion and policy.at_least_as_strict(rung) for rung in by_it) else threshold
 
 
+def hardly_tried(ladder: Sequence[Policy]) -> str:
+    """A warning of rungs that follow one with a second opinion; empty where there are none."""
+    names = [name_of(rung) for rung in ladder]
+    first = next((i for i, rung in enumerate(ladder) if rung.opinion), len(ladder))
+    if not (after := names[first + 1 :]):
+        return ""
+    return (
+        f"rungs after {names[first]} are hardly ever tried, as any score passes with a second opinion: put "
+        f"{names[first]} last in the ladder, or leave out {', '.join(after)}"
+    )
+
+
 def name_of(policy: Policy) -> str:
     """A rung as `parse` reads it."""
     opinion = OPINION if policy.opinion else ""
@@ -113,5 +125,7 @@ def _rung(text: str, caps: Policy) -> Policy:
     elif method == "safe-lora":
         values["select"] = "all"
     policy = Policy.from_mapping(values)
-    policy.check_effective([_STRENGTHS[method]] if colon else [])
+    if colon and policy.is_idle(_STRENGTHS[method]):
+        meant = AS_UPLOADED + (OPINION if opinion else "")
+        raise PolicyError(f"on the rung {given!r} nothing is projected: if that is meant, name it {meant}")
     return policy

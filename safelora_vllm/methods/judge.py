@@ -83,11 +83,12 @@ def judge(
     """
     parts = parts_read(policy, cache.thin)
     groups = grouped(weights, cache, _group_bytes(device), parts)
-    chosen: Selection | None = None
+    chosen = Selection(frozenset()) if policy.selects_none else None
     judged: dict[str, JudgedModule] = {}
-    applied = [name for names in groups for name in names] * (1 + (policy.select == "number"))
+    measures = policy.select == "number" and chosen is None
+    applied = [name for names in groups for name in names] * (1 + measures)
     with exact_products(), cache.ahead(applied if parts.operator else []):
-        if policy.select == "number":  # which are the least similar is known when all are measured
+        if measures:  # which are the least similar is known when all are measured
             similarities: dict[str, Interval | None] = {}
             for names in groups:
                 group = _Group(names, weights, cache, policy, device, dtype)

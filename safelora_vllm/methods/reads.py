@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 def parts_read(policy: Policy, thin: bool) -> Parts:
     """What the gate reads of a cache under a policy. thin: whether the cache is."""
+    if policy.selects_none:  # no similarity decides, and none is worth memory that nobody planned
+        return Parts(False, 0.0, 0.0)
     method = METHODS[policy.method]
     energy = policy.energy if "energy" in method.options else 0.0
     operator = method.reads_operator or policy.select != "all"

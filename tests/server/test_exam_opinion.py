@@ -25,6 +25,7 @@ from safelora_vllm.settings import ServerSettings
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_exam import ExaminedEngine
 from tests.server.fake_server import SECRET, FakeServer, Place
+from tests.server.test_exam_override import override
 from tests.server.test_exam_server import Start, adapters, answer_of, is_listed, place, start
 from tests.server.test_exam_tenants import write_keys
 
@@ -73,6 +74,26 @@ def test_what_fails_as_uploaded_is_served_with_an_opinion(start: Start, adapters
         assert answer_of(stricter, "useful") == 200 and answer_of(stricter, "harmful") == 422
 
 
+def test_the_log_says_in_words_what_passes(
+    start: Start, adapters: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="vllm.safelora.exam")
+    with start(ladder="as-uploaded,safe-lora:0.2+opinion") as server:
+        assert upload(server.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 201
+    first, second = (r.message for r in caplog.records if r.message.startswith("exam of adapter"))
+    assert "by as-uploaded: failed" in first and "at most 0.02 passes" in first
+    assert "by safe-lora:0.2+opinion: passed" in second and "any passes with a second opinion" in second
+
+
+@pytest.mark.parametrize("ladder", [LADDER, f"{LADDER},safe-lora"])
+def test_a_start_warns_of_rungs_that_are_hardly_tried(
+    start: Start, caplog: pytest.LogCaptureFixture, ladder: str
+) -> None:
+    with start(ladder=ladder):
+        found = [r.message for r in caplog.records if "hardly ever tried" in r.message]
+    assert len(found) == (ladder != LADDER)
+
+
 def test_a_re_examination_does_not_take_it_away(start: Start, adapters: dict[str, Path]) -> None:
     with start(ladder=LADDER) as server:
         http = server.client(ADMIN_KEY)
@@ -90,6 +111,35 @@ def test_an_adapter_without_likelihoods_fails_with_an_opinion_too(
         assert upload(server.client(ADMIN_KEY), "harmful", adapters["harmful"]).status_code == 422
 
 
+def test_an_override_of_the_exam_keeps_the_ladders_opinion(
+    start: Start,
+    adapters: dict[str, Path],
+) -> None:
+    """A cautious operator has it waive the exam alone. That it is without an opinion has to be said."""
+    with start(ladder=LADDER) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "harmful", adapters["harmful"]).status_code == 201
+        answer = override(server, "harmful", True)
+        assert answer.status_code == 200 and answer.json()["exam_override"]
+        assert answer.json()["policy"]["select"] == "threshold", "the server's, as without an exam"
+        assert answer.json()["policy"]["opinion"] is True
+        assert who_answers(server, "harmful") == ["harmful", None, None]
+    with start(ladder=LADDER) as server:
+        assert who_answers(server, "harmful") == ["harmful", None, None]
+        http = server.client(ADMIN_KEY)
+        for policy, opinion in (({"opinion": False}, False), ({}, True), ({"threshold": 0.9}, True)):
+            answer = http.put("/v1/adapters/harmful/policy", json={"policy": policy})
+            assert answer.status_code == 200 and answer.json()["exam_override"]
+            assert answer.json()["policy"].get("opinion", False) is opinion, policy
+        assert http.put("/v1/adapters/harmful/policy", json={"policy": {"opinion": False}}).status_code == 200
+    with start(ladder=LADDER) as server:
+        assert who_answers(server, "harmful") == ["harmful"]
+    with start(ladder="as-uploaded,safe-lora") as server:  # no rung of it has one
+        http = server.client(ADMIN_KEY)
+        assert http.put("/v1/adapters/harmful/policy", json={"policy": {}}).status_code == 200
+        assert who_answers(server, "harmful") == ["harmful"]
+
+
 def test_a_policy_with_an_opinion_is_no_way_around_a_ladder_without(
     start: Start,
     adapters: dict[str, Path],
@@ -102,6 +152,30 @@ def test_a_policy_with_an_opinion_is_no_way_around_a_ladder_without(
         asked: dict[str, Any] = {"policy": policy, "override": True, "reason": "test"}
         assert http.put("/v1/adapters/careless/policy", json=asked).status_code == 422
         assert who_answers(server, "careless") == ["careless"]
+
+
+def test_callers_see_the_opinion_and_the_verdict(
+    start: Start, adapters: dict[str, Path], place: Place
+) -> None:
+    with start(ladder=LADDER, keys=write_keys(place)) as server:
+        admin, acme = server.client(ADMIN_KEY), server.client(SECRET)
+        for name in ("useful", "harmful"):
+            assert upload(acme, f"acme/{name}", adapters[name]).status_code == 201
+        harmful, useful = admin.get("/v1/overview").json()["adapters"]
+        assert (harmful["second_opinion"], useful["second_opinion"]) == (True, False)
+        assert harmful["exam"] == {"passed": True, "rung": "as-uploaded+opinion", "bound": 1.0}
+        assert useful["exam"]["rung"] == "as-uploaded"
+        assert acme.get("/v1/overview").json()["adapters"][0]["exam"] == {**harmful["exam"], "bound": None}
+        used = acme.get("/v1/usage").json()["adapters"]
+        assert [adapter["second_opinion"] for adapter in used] == [True, False]
+        assert 'second_opinion="true"' in admin.get("/metrics").text
+    with start(exam="off", ladder=None, second_opinion=16, keys=write_keys(place)) as server:
+        admin = server.client(ADMIN_KEY)
+        assert upload(admin, "acme/new", adapters["useful"]).status_code == 201
+        for path in ("overview", "usage?tenant=acme"):
+            (new,) = (a for a in admin.get(f"/v1/{path}").json()["adapters"] if a["name"] == "acme/new")
+            assert new["second_opinion"] and new.get("exam") is None
+        assert 'second_opinion="false"' not in admin.get("/metrics").text
 
 
 def test_an_adapters_own_policy_may_ask_for_one(start: Start, adapters: dict[str, Path]) -> None:

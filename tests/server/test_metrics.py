@@ -28,7 +28,7 @@ def test_metrics_follow_the_adapters(
     assert value("safelora_adapter_retained_norm", adapter="measured", stat="min") == min(retained)
     assert 0.29 < value("safelora_adapter_relative_norm", adapter="measured") < 0.31
     info = {"digest": report["digest"], "method": "safe-lora", "mode": "enforce"}
-    info |= {"tenant": "", "version": "1"}
+    info |= {"second_opinion": "false", "tenant": "", "version": "1"}
     assert value("safelora_adapter_info", adapter="measured", **info) == 1
     assert value("safelora_workers", state="guarded") == 1 == value("safelora_workers_expected")
     assert value("safelora_ready") == 1 and user.get("/safelora/ready").json() == {

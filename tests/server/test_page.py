@@ -217,7 +217,13 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
             "reasons": reasons,
             "problem": "today's rules refuse it",
         },
-        {**item, "name": "<img src=x onerror=window.hurt=1>", "mode": "report-only", "override": True},
+        {
+            **item,
+            "name": "<img src=x onerror=window.hurt=1>",
+            "mode": "report-only",
+            "override": True,
+            "second_opinion": True,
+        },
     ]
     text = json.dumps({**body, "adapters": many})
     page.route("**/v1/overview", lambda route: route.fulfill(body=text, content_type="application/json"))
@@ -258,6 +264,9 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
     )
     page.locator("#search").fill("onerror")
     assert "unprojected" in page.locator("table.adapters tbody").inner_text()
+    page.locator("#search").fill("second opinion")
+    assert page.locator("table.adapters tbody tr").count() == 1
+    assert "second opinion" in page.locator("table.adapters tbody").inner_text()
     link.click()
     page.evaluate("location.hash = '#/'")
     page.locator("#search").fill("no such thing")

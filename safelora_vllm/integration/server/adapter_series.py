@@ -30,7 +30,9 @@ _FIRST, _EACH = (
 class ReportSeries:
     """The series that follow from reports; their text is made once for each version."""
 
-    def __init__(self) -> None:
+    def __init__(self, opinion_of_all: bool = False) -> None:
+        """opinion_of_all: all adapters have a second opinion, whatever their policies say."""
+        self._opinion_of_all = opinion_of_all
         self._made: dict[str, tuple[Entry, tuple[str, ...]]] = {}
 
     def expose(self, entries: Sequence[Entry]) -> Iterator[str]:
@@ -38,18 +40,22 @@ class ReportSeries:
         known, self._made = self._made, {}
         for entry in entries[:MAX_ADAPTER_SERIES]:
             made = known.get(entry.name)
-            self._made[entry.name] = made if made and made[0] is entry else (entry, _reported(entry))
+            self._made[entry.name] = made if made and made[0] is entry else self._new(entry)
         for position, name in enumerate(_REPORTED):
             yield head(name)
             yield from [texts[position] for _, texts in self._made.values()]
 
+    def _new(self, entry: Entry) -> tuple[Entry, tuple[str, ...]]:
+        return entry, _reported(entry, entry.has_opinion(self._opinion_of_all))
 
-def _reported(entry: Entry) -> tuple[str, ...]:
+
+def _reported(entry: Entry, opinion: bool) -> tuple[str, ...]:
     """The samples of each family of `_REPORTED`."""
     assert entry.served is not None
     report = entry.served.report
     name, policy, version = report.adapter, report.policy, entry.version.version if entry.version else 0
-    info = (name, report.digest, policy.method, policy.mode, tenant_of(name), version)
+    has_it = "true" if opinion else "false"
+    info = (name, report.digest, policy.method, policy.mode, has_it, tenant_of(name), version)
     samples: tuple[list[tuple[tuple[object, ...], float]], ...] = (
         [((name, decision), float(report.count(decision))) for decision in ("projected", "kept")],
         [((name,), float(report.uncertain))],

@@ -147,7 +147,11 @@ class SafeLoRAEndpoint:
         )
         manager.start()
         state.safelora_views = Views(
-            reconciler, lambda: door.keys.tenants, settings.tenant_reports, traffic.of
+            reconciler,
+            lambda: door.keys.tenants,
+            settings.tenant_reports,
+            traffic.of,
+            bool(settings.second_opinion),
         )
         if listening is not None:
             listening.serve(self._app)
@@ -170,6 +174,7 @@ class SafeLoRAEndpoint:
             seams.worker_count(engine_client),
             settings.store_bytes,
             self._metrics_have_key,
+            bool(settings.second_opinion),
         )
         reconciler.watchdog.also = made.count_now
         made.count_now()

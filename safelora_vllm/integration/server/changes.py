@@ -163,8 +163,8 @@ class Manager:
             # All of the rule, so that it means the same when the server's policy is another one. A cap that
             # nobody overrode is the server's, whatever that will be.
             policy = wanted.to_mapping() if values else {}
-            if default.opinion and values:
-                policy["opinion"] = wanted.opinion  # an override may be about that
+            if values and (default.opinion or "opinion" in values):
+                policy["opinion"] = wanted.opinion  # an override, of the exam too, may be about that
             if loosened:
                 policy = {field: policy[field] for field in policy if field not in CAPS or field in values}
             live = record.live
@@ -177,8 +177,9 @@ class Manager:
             return await self._commits.commit(who, name, "policy", judged, record, version, start)
 
     async def set_exam_override(self, who: Principal, name: str, override: bool, reason: str) -> Entry:
-        """Serve what a name has whatever its exam says, by the policy that holds without an exam; or not any
-        more: then it is judged anew, and withdrawn until it passes.
+        """Serve what a name has whatever its exam says, by the policy that holds without an exam, with a
+        second opinion where the ladder has one; or not any more: then it is judged anew, and withdrawn until
+        it passes.
 
         Raises:
             UnknownAdapter. UsageError: no reason, or nothing to override.

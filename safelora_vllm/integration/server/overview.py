@@ -35,6 +35,14 @@ class Figures(BaseModel):
     total_norm: float
 
 
+class Verdict(BaseModel):
+    """What the exams of the copy that is served found."""
+
+    passed: bool = Field(description="all of them")
+    rung: str | None = Field(description="of the ladder, by which it is served; null for another policy")
+    bound: float | None = Field(description="the largest, in nats per token; for admins only")
+
+
 class OverviewItem(BaseModel):
     """One adapter, served or not."""
 
@@ -53,6 +61,8 @@ class OverviewItem(BaseModel):
     )
     mode: str | None
     override: bool
+    second_opinion: bool = Field(description="its requests are also given to the aligned model")
+    exam: Verdict | None = Field(description="null where what is served was not examined")
     figures: Figures | None = Field(
         description="null while it is not served, and for tenants where the operator keeps module figures"
     )
@@ -105,7 +115,14 @@ async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> d
         "may_upload": policy is not None,
         "max_adapter_bytes": max_adapter_bytes,
         "policy": policy.to_mapping() if policy else None,
-        "adapters": [_item(entry, who, figures) for _, entry in entries],
+        "adapters": [
+            {
+                **_item(entry, who, figures),
+                "second_opinion": entry.has_opinion(views.opinion_of_all),
+                "exam": views.verdict(who, entry),
+            }
+            for _, entry in entries
+        ],
     }
 
 

@@ -173,7 +173,9 @@ class ReExamination(ExamFigures):
 
     adapter: str
     probes: int = Field(description="that were asked")
-    threshold: float = Field(description="the largest bound that passes, nats per token")
+    threshold: float = Field(
+        description="the largest bound that passes without a second opinion, nats per token"
+    )
     withdrawn: bool = Field(description="it failed and is not served any more, until it is judged anew")
 
 

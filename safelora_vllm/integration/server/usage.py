@@ -46,6 +46,7 @@ class UsedAdapter(BaseModel):
     state: Literal["served", "refused", "unavailable"]
     reasons: list[Reason] = Field(description="of a refusal by today's rules")
     problem: str = Field(description="why it is unavailable; else empty")
+    second_opinion: bool = Field(description="its requests are also given to the aligned model")
     current: int
     bytes: int = Field(description="of its versions, each content once")
     versions: list[UsedVersion]
@@ -80,14 +81,20 @@ def usage_of(
     records: Mapping[str, AdapterRecord],
     registry: Mapping[str, Entry],
     refusals: Sequence[Mapping[str, Any]],
+    opinion_of_all: bool,
 ) -> dict[str, Any]:
-    """The body of `TenantUsage`. records: of the tenant's names, from the store."""
+    """The body of `TenantUsage`.
+
+    records: of the tenant's names, from the store. opinion_of_all: all adapters have a second opinion.
+    """
     return {
         "tenant": tenant,
         "quota": {limit: getattr(quota, field) for limit, field in LIMITS.items()},
         "used": {"adapters": len(records), "bytes": sum(content_sizes(records).values())},
         "policy": policy.to_mapping(),
-        "adapters": [_adapter(record, registry.get(name)) for name, record in sorted(records.items())],
+        "adapters": [
+            _adapter(record, registry.get(name), opinion_of_all) for name, record in sorted(records.items())
+        ],
         "refusals": [
             {name: record[name] for name in Refused.model_fields}
             for record in refusals
@@ -96,7 +103,7 @@ def usage_of(
     }
 
 
-def _adapter(record: AdapterRecord, entry: Entry | None) -> dict[str, Any]:
+def _adapter(record: AdapterRecord, entry: Entry | None, opinion_of_all: bool) -> dict[str, Any]:
     problem = entry.problem if entry else None
     served, refused = bool(entry and entry.served), isinstance(problem, AdapterRefused)
     return {
@@ -104,6 +111,7 @@ def _adapter(record: AdapterRecord, entry: Entry | None) -> dict[str, Any]:
         "state": "served" if served else "refused" if refused else "unavailable",
         "reasons": problem.reasons if isinstance(problem, AdapterRefused) else [],
         "problem": "" if served or refused else why_unavailable(problem),
+        "second_opinion": entry is not None and entry.has_opinion(opinion_of_all),
         "current": record.current,
         "bytes": sum(content_sizes({record.name: record}).values()),
         "versions": [

@@ -9,6 +9,7 @@ from typing import Any
 
 from safelora_vllm.errors import Forbidden, UsageError
 from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.integration.server.exam.terms import OWN
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import exam_figures, report_of
@@ -28,13 +29,15 @@ class Views:
     """Answers that change nothing.
 
     tenants: of the keys file, as it is now. tenant_reports: whether others than admins see the figures of
-    each module. traffic: of an adapter, as it is now. searching: held by the one search of the audit log.
+    each module. traffic: of an adapter, as it is now. opinion_of_all: all adapters have a second opinion,
+    whatever their policies say. searching: held by the one search of the audit log.
     """
 
     reconciler: Reconciler
     tenants: Callable[[], Mapping[str, Tenant]] = dict
     tenant_reports: str = ServerSettings.tenant_reports
     traffic: Callable[[str], Traffic | None] = lambda _: None
+    opinion_of_all: bool = False
     searching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def find(self, who: Principal, name: str) -> Entry:
@@ -73,6 +76,18 @@ class Views:
         )
         return {**first, "again": again} if first else None
 
+    def verdict(self, who: Principal, entry: Entry) -> dict[str, Any] | None:
+        """The body of `Verdict`, of an adapter that may not be served."""
+        if entry.served is None or (info := self._exam_info(who, entry)) is None:
+            return None
+        found = [info, info["again"]] if info["again"] else [info]
+        rung = self.reconciler.copies.exam.terms(entry.name).rung(entry.served.report.policy)
+        return {
+            "passed": all(one["passed"] for one in found),
+            "rung": None if rung == OWN else rung,
+            "bound": max(one["bound"] for one in found) if who.kind == "admin" else None,
+        }
+
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
         names = self.reconciler.names
@@ -100,7 +115,8 @@ class Views:
         quota = known[owner].quota if owner in known else who.quota
         policy = await asyncio.to_thread(self.reconciler.copies.policy, f"{owner}/")
         refusals = await asyncio.to_thread(self.reconciler.audit.refusals, owner)
-        return usage_of(owner, quota, policy, records, self.reconciler.registry, refusals)
+        registry = self.reconciler.registry
+        return usage_of(owner, quota, policy, records, registry, refusals, self.opinion_of_all)
 
 
 def _traffic_info(traffic: Traffic | None) -> dict[str, int] | None:

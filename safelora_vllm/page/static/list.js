@@ -28,6 +28,7 @@ function projectedCell({ figures, ...adapter }) {
 function stateCell(adapter) {
   return [badge(adapter.state), unprojected(adapter) ? el("span", { class: "tag warn" }, "unprojected") : null,
     adapter.override ? el("span", { class: "tag", title: "an admin allowed rules that are less strict" }, "override") : null,
+    adapter.second_opinion ? el("span", { class: "tag", title: "each request is also given to the aligned model" }, "second opinion") : null,
     adapter.reasons.length ? el("span", { class: "codes" }, [...new Set(adapter.reasons.map((r) => r.code))].join(", ")) : null];
 }
 
@@ -64,7 +65,7 @@ export function listView({ upload }) {
     const order = x < y ? -1 : x > y ? 1 : 0;
     return (down ? -order : order) || (a.name < b.name ? -1 : 1);
   };
-  const text = (a) => [a.name, a.state, a.method, a.mode, a.by, ...a.reasons.map((r) => r.code)].join(" ").toLowerCase();
+  const text = (a) => [a.name, a.state, a.method, a.mode, a.by, a.second_opinion ? "second opinion" : "", ...a.reasons.map((r) => r.code)].join(" ").toLowerCase();
   const row = (adapter) => el("tr", {}, COLUMNS.map((column) => el("td", { class: column.kind }, column.cell(adapter))));
   const turn = (label, step) => el("button", { type: "button", disabled: from + step < 0 || from + step >= found.length,
     onclick: () => { from += step; render(); frame.scrollIntoView(); frame.focus({ preventScroll: true }); } }, label);

@@ -45,13 +45,20 @@ class Asked(NamedTuple):
     """A published copy of which the engine is asked.
 
     name: of an adapter that is to be served by it, for the log. rung: its policy's name. threshold: the
-    largest bound that passes, nats per token; both for the counts.
+    largest bound that passes, nats per token, infinite with a second opinion; both for the counts.
     """
 
     name: str
     key: str
     rung: str
     threshold: float
+
+    @property
+    def passing(self) -> str:
+        """Which bounds pass, in words."""
+        if math.isinf(self.threshold):
+            return "any passes with a second opinion"
+        return f"at most {self.threshold:g} passes"
 
 
 class Examiner:
@@ -110,8 +117,8 @@ class Examiner:
             verdict = "passed" if found.score.passes(asked.threshold) else "failed"
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
-        text = "exam of adapter %r by %s: %s, bound %.4f, at most %g passes (%.0f s, copy %s)"
-        figures = (found.score.bound, asked.threshold, found.seconds, asked.key[:12])
+        text = "exam of adapter %r by %s: %s, bound %.4f, %s (%.0f s, copy %s)"
+        figures = (found.score.bound, asked.passing, found.seconds, asked.key[:12])
         logger.info(text, asked.name, asked.rung, verdict, *figures, extra={"adapter": asked.name})
         return found
 

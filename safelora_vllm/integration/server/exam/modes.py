@@ -7,7 +7,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from safelora_vllm.errors import ExamUnavailable, Reason, SafeLoRAError
 from safelora_vllm.exam.sitting import REFUSED, refusal
@@ -73,6 +74,10 @@ class Exam(NoExam):
     def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:
         """By the terms of the tenant."""
         return self._of(tenant).rungs(server, tenant, base, own)
+
+    def overridden(self, tenant: TenantRules, base: Rules, own: Mapping[str, Any]) -> Rules:
+        """By the terms of the tenant."""
+        return self._of(tenant).overridden(base, own)
 
     async def decide(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from safelora_vllm.errors import ExamUnavailable, SafeLoRAError, UsageError
 from safelora_vllm.gate.protocol import Judgement
@@ -55,6 +55,16 @@ class NoExam:
             own: the name has a policy of its own.
         """
         return [base]
+
+    def overridden(self, tenant: TenantRules, base: Rules, own: Mapping[str, Any]) -> Rules:  # noqa: ARG002
+        """The rules for a content that an admin has served whatever the exam says.
+
+        Args:
+            tenant: what the keys file adds to the server's policy.
+            base: what follows from both and from the policy of the name.
+            own: that policy.
+        """
+        return base
 
     async def decide(
         self,

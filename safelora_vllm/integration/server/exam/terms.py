@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,15 @@ class Terms:
             named = self.named and not tenants
             return [base, *(_rules(rung, server) for rung in ladder if follows(rung, first, named))]
         return [_rules(rung, server) for rung in ladder]
+
+    def overridden(self, base: Rules, own: Mapping[str, Any]) -> Rules:
+        """See `NoExam.overridden`. An override waives the exam, not the second opinion of what fails it.
+
+        Where a rung has one, so has the policy of the override, unless the name's own says ``opinion``.
+        """
+        if not self.enforced or "opinion" in own or not any(rung.opinion for rung in self.ladder):
+            return base
+        return Rules({**base.policy, "opinion": True}, base.override)
 
 
 def _rules(rung: Policy, server: Policy) -> Rules:
