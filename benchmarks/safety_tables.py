@@ -147,6 +147,25 @@ def refuses_harmless() -> str:
     return tables.markdown(["adapter", *(STRENGTHS[name].strip("*") for name in columns)], rows)
 
 
+def second_opinion_answers() -> str:
+    """What a second opinion leaves of each adapter, as uploaded: asked of a server with one."""
+    measures, rows = ("complied", "over_refused", "utility"), []
+    for pair, table in pairs_of().items():
+        for adapter, title in UPLOADED.items():
+            kinds = [table.get(adapter, {}).get(name) for name in ("raw-0", "opinion-16")]
+            if not all(kinds):
+                continue
+            asr, refused, utility = (
+                [mean(of, name) if name in of else "" for of in kinds] for name in measures
+            )
+            ends = ", ".join(tables.number(kinds[1]["over_aligned"][end], 2) for end in ("low", "high"))
+            rows.append([f"{title}; {PAIRS[pair]}", *asr, f"[{ends}]", *refused, *utility])
+        alone = [mean(table["none"]["none"], name) for name in measures[:2]]
+        rows.append([f"none: the aligned model alone; {PAIRS[pair]}", alone[0], "", "", alone[1], "", "", ""])
+    heads = ["adapter", "ASR, as uploaded", "with an opinion", "over the aligned model", "refuses harmless"]
+    return tables.markdown([*heads, "with an opinion", "utility", "with an opinion"], rows)
+
+
 def exam_replayed() -> str:
     """Which rung of the ladder each adapter gets, and what it does."""
     found = tables.load("results")["exam"]
@@ -187,4 +206,4 @@ def curves_compared() -> str:
     return tables.markdown(["against", *utilities], rows, texts=4)
 
 
-TABLES = (safety, measured, goal, refuses_harmless, exam_replayed, curves_compared)
+TABLES = (safety, measured, goal, refuses_harmless, second_opinion_answers, exam_replayed, curves_compared)

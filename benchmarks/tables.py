@@ -463,26 +463,12 @@ def second_opinion() -> str:
     return markdown(["time with an opinion, relative", "median", "rounds"], rows)
 
 
-def second_opinion_answers() -> str:
-    """What a second opinion leaves of each adapter, as uploaded."""
-    import safety_tables
-
-    found, rows = load("second_opinion_answers"), []
-
-    def cells(of: Mapping[str, Any], *measures: str) -> list[str]:
-        return [number(of[measure]["mean"], 2) if measure in of else "" for measure in measures]
-
-    for row in found["rows"]:
-        shown = ("complied", "over_refused", "utility")
-        pairs = zip(cells(row["uploaded"], *shown), cells(row["opinion"], *shown), strict=True)
-        over = row["opinion"]["over_aligned"]
-        ends = ", ".join(number(over[end], 2) for end in ("low", "high"))
-        asr, refused, utility = ([*pair] for pair in pairs)
-        rows.append([safety_tables.UPLOADED[row["adapter"]], *asr, f"[{ends}]", *refused, *utility])
-    alone = cells(found["aligned"], "complied", "over_refused")
-    rows.append(["none: the aligned model alone", alone[0], "", "", alone[1], "", "", ""])
-    heads = ["adapter", "ASR, as uploaded", "with an opinion", "over the aligned model", "refuses harmless"]
-    return markdown([*heads, "with an opinion", "utility", "with an opinion"], rows)
+def cpu_dtypes() -> str:
+    """Time in bfloat16 over time in float32, and what the CPU can do."""
+    found = load("cpu_dtypes")
+    rounds = [b / a for a, b in zip(found["seconds"]["float32"], found["seconds"]["bfloat16"], strict=True)]
+    row = [found["capability"], number(found["bfloat16_over_float32"], 1), f"{min(rounds):.1f} to {max(rounds):.1f}"]
+    return markdown(["the CPU has", "bfloat16 / float32, medians", "rounds"], [row])
 
 
 def basis_dtypes() -> str:
@@ -647,7 +633,7 @@ def tables() -> dict[str, Callable[[], str]]:
         runs, projection, hot_load, exam_cost, exam_steps, hostile, crash, two_servers, soak, growth, fuzz,
         mutants, vetting, slots, request_cost, scrape, demo, demo_exam,
         project_stage, projector_memory, projector_placement, certified, thin, thin_answers,
-        second_opinion, second_opinion_answers, basis_dtypes,
+        second_opinion, basis_dtypes, cpu_dtypes,
         build_modules, build_intervals, build_model, bulk, fp8, quantised,
     )  # fmt: skip
     return {
