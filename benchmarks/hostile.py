@@ -1,10 +1,11 @@
 """The corpus of hostile adapters against unguarded vLLM and against this package's guarded server.
 
-    python benchmarks/hostile.py [--base DIR] [--aligned DIR] [--projectors DIR] [--quick]
+    python benchmarks/hostile.py [--base DIR] [--aligned DIR] [--projectors DIR] [--quick] [--exam]
 
 The same cases as in the tests (tests/corpus/), loaded one after another over HTTP. After each load the
 adapter is used once, and then another tenant's, whose answer must not change. A server that ended, hangs or
-answers the other tenant differently is started anew. Suspected killers come last.
+answers the other tenant differently is started anew. Suspected killers come last. With --exam only the
+guarded server is attacked, with --exam enforce: what it projects sits an exam before it is served.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from attack import HARM, OUTCOMES, Attack, Finding
 from rich.console import Console
 from rich.table import Table
-from servers import running, stop
+from servers import EXAM, SAFE_LORA, running, stop
 from tqdm import tqdm
 
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--aligned", type=Path, default=_CACHE / "models" / "aligned")
     parser.add_argument("--projectors", type=Path, default=_CACHE / "projectors")
     parser.add_argument("--quick", action="store_true", help="one case of each row: a smoke test, no result")
+    parser.add_argument("--exam", action="store_true", help="the guarded server alone, with --exam enforce")
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)  # of this process, which writes the adapters; more would wait for the server's
@@ -58,14 +60,14 @@ def main() -> None:
     target = Target.of(ProjectorCache(args.projectors), args.base, args.aligned)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in SERVERS:
+        for kind in SERVERS[-1:] if args.exam else SERVERS:
             taken = [case for case in cases if kind == "guarded" or not case.archive]
             found[kind] = run(kind, taken, target, args, Path(scratch) / kind)
     figures = {"outcomes": OUTCOMES, **summarise(cases, found)}
     show(figures)
     markdown = as_markdown(figures)
-    command = "hostile.py" + " --quick" * args.quick
-    path = recording.write("hostile", command, "vLLM's default", figures, args.out)
+    command = "hostile.py" + " --quick" * args.quick + " --exam" * args.exam
+    path = recording.write("hostile" + "_exam" * args.exam, command, "vLLM's default", figures, args.out)
     path.with_suffix(".md").write_text(markdown)
     print(f"{markdown}\nwritten to {path}")
 
@@ -83,7 +85,8 @@ def run(
     while waiting:
         own = work / f"server-{len(waiting)}"
         own.mkdir()
-        with running(kind, args.aligned, args.projectors, own, options) as server:
+        guarded = (*EXAM, "--ladder=safe-lora") if args.exam else SAFE_LORA
+        with running(kind, args.aligned, args.projectors, own, options, guarded) as server:
             attack = Attack(kind, server, target, work / "neighbour")
             while waiting:
                 case = waiting.pop(0)
@@ -103,13 +106,13 @@ def summarise(cases: list[Hostile], found: Mapping[str, Mapping[str, Finding]]) 
     for row, title in ROWS.items():
         names = [case.name for case in cases if case.row == row]
         counts = {
-            kind: dict(Counter(found[kind][name].outcome for name in names if name in found[kind]))
-            for kind in SERVERS
+            kind: dict(Counter(of[name].outcome for name in names if name in of))
+            for kind, of in found.items()
         }
         rows[row] = {"title": title, "cases": len(names), **counts}
     every: dict[str, Any] = {case.name: {"row": case.row} for case in cases}
-    for kind in SERVERS:
-        for name, finding in found[kind].items():
+    for kind, of in found.items():
+        for name, finding in of.items():
             every[name][kind] = asdict(finding)
     return {"rows": rows, "cases": every}
 
@@ -117,7 +120,12 @@ def summarise(cases: list[Hostile], found: Mapping[str, Mapping[str, Finding]]) 
 def columns(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The outcomes that happened, in their order: (server, outcome)."""
     rows = figures["rows"].values()
-    return [(kind, name) for kind in SERVERS for name in OUTCOMES if any(name in row[kind] for row in rows)]
+    return [
+        (kind, name)
+        for kind in SERVERS
+        for name in OUTCOMES
+        if any(name in row.get(kind, {}) for row in rows)
+    ]
 
 
 def cells(figures: Mapping[str, Any]) -> list[list[str]]:

@@ -19,6 +19,9 @@ from pathlib import Path
 _OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "2048", "--max-lora-rank", "16"]
 _OPTIONS += ["--max-loras", "2", "--max-cpu-loras", "16", "--served-model-name", "aligned"]
 _START_SECONDS = 600.0
+SAFE_LORA = ("--method=safe-lora", "--select=all")
+# Everything that has a finite score passes: what is measured is the server, not the exam's verdicts.
+EXAM = ("--exam=enforce", "--exam-threshold=1000")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Server:
 @contextmanager
 def running(
     kind: str, model: Path, projectors: Path, scratch: Path, options: list[str],
-    guarded: Sequence[str] = ("--method", "safe-lora", "--select", "all"),
+    guarded: Sequence[str] = SAFE_LORA,
 ) -> Iterator[Server]:  # fmt: skip
     """A ``guarded`` or ``unguarded`` server of ``model``, started now and stopped at the end.
 

@@ -1,17 +1,18 @@
 """Hours in small: many tenants' adapters over few slots, all kinds of changes, and what grows meanwhile.
 
-    python benchmarks/soak.py [--minutes 20] [--adapters 200]
+    python benchmarks/soak.py [--minutes 20] [--adapters 200] [--exam]
 
 A guarded server with 2 device slots and 8 CPU slots serves the adapters. Users ask random ones, operators
 replace, remove, upload again and try to upload broken ones, all at random. Every answer is compared with what
 the same content said when it was asked alone. Sampled meanwhile, over all of the server's processes:
 memory (PSS), open files, threads, the store's bytes and files, and the metric series. A line is fitted to the
-second half of the samples: what leaks, rises there.
+second half of the samples: what leaks, rises there. With --exam every upload sits an exam of eight probes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -29,12 +30,13 @@ import psutil
 import recording
 from rich.console import Console
 from rich.table import Table
-from servers import Server, running
+from servers import EXAM, SAFE_LORA, Server, running
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
+from safelora_vllm.exam.probes import drawn
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.corpus.target import sized_lora
 from tests.tiny import Draft, lora_config
@@ -45,6 +47,7 @@ _CACHE = HERE.parent / ".cache"
 USERS, OPERATORS, SAMPLE_SECONDS = 4, 2, 10.0
 # Half of the modules are projected; the rest is large enough to tell any two adapters apart.
 _OPTIONS = ["--max-cpu-loras=8", "--max-loras=2", "--select=number", "--number=30"]
+_PROBES = 8  # of an exam, the fewest
 _TOLERANCE = 0.1  # of a log probability: other requests in the batch change the rounding
 _PROMPT = "The capital of France is"
 Answer = dict[str, float]  # the likeliest first tokens with their log probabilities
@@ -73,6 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--exam", action="store_true", help="with --exam enforce")
     parser.add_argument("--aligned", type=Path, default=_CACHE / "models" / "aligned")
     parser.add_argument("--projectors", type=Path, default=_CACHE / "projectors")
     parser.add_argument("--out", type=Path, default=recording.RESULTS, help="folder of the JSON")
@@ -80,7 +84,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         contents = write_contents(work, args.projectors, args.adapters)
-        with running("guarded", args.aligned, args.projectors, work, _OPTIONS) as server:
+        guarded = exam_options(work) if args.exam else SAFE_LORA
+        with running("guarded", args.aligned, args.projectors, work, _OPTIONS, guarded) as server:
             ledger, reference = Ledger(), begin(server, contents)
             for number in range(len(contents)):
                 ledger.now(f"n{number}", number)
@@ -92,9 +97,18 @@ def main() -> int:
         "requests": dict(ledger.counts), "wrong": ledger.faults, "fits": fits, "samples": samples,
     }  # fmt: skip
     show(figures)
-    command = f"soak.py --minutes {args.minutes:g} --adapters {args.adapters}"
-    print(f"written to {recording.write('soak', command, 'default', figures, args.out)}")
+    command = f"soak.py --minutes {args.minutes:g} --adapters {args.adapters}" + " --exam" * args.exam
+    print(
+        f"written to {recording.write('soak' + '_exam' * args.exam, command, 'default', figures, args.out)}"
+    )
     return 1 if ledger.faults else 0
+
+
+def exam_options(work: Path) -> tuple[str, ...]:
+    """Of a server whose exams are as short as they can be."""
+    file = work / "probes.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in drawn(b"", _PROBES).prompts))
+    return (*SAFE_LORA, *EXAM, f"--exam-probes={file}")
 
 
 def write_contents(work: Path, projectors: Path, count: int) -> list[dict[str, bytes]]:
