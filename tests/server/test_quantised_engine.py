@@ -16,6 +16,8 @@ from tests.server.slots import Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
 
 FORMS = ("GPTQ, 4 bits", "AWQ, 4 bits")
+# vLLM multiplies by weights of four bits only on CPUs with AVX-512: on others it loads them, and cannot answer.
+ANSWERS = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def copy_of(model: Path, folder: Path, form: str) -> Path:
@@ -51,7 +53,8 @@ def test_an_adapter_is_projected_and_served(tmp_path: Path) -> None:
     answers = slots.run(engines, tmp_path, slots.ONE_PROCESS, seconds=500)
     log = (tmp_path / "engine.log").read_text()
     for form, root, (loaded, _, said) in zip(FORMS, roots, answers, strict=True):
-        assert loaded is True and len(said) == 4
+        assert loaded is True
+        assert len(said) == 4 if ANSWERS else "cpu_gemm_wna16" in said["error"]
         read = slots.read(root / "slots")
         assert slots.from_published(read, slots.published(root / "store", adapter.folder)) == 0.0
         assert slots.from_projection(read, adapter, pair.weights) < slots.TOLERANCE[torch.bfloat16]
