@@ -196,6 +196,22 @@ def _of(seeds: dict[str, Any], figure: str) -> float:
     return sum(float(seed[figure]) for seed in seeds.values()) / len(seeds)
 
 
+def known_probes() -> str:
+    """Bounds of an attacker who learned the public probes, by those and by an operator's own."""
+    found, rows = tables.load("known_probes"), []
+    titles = {"pure-qv": "purely malicious", "known-probes": "the same, and refuses every public probe"}
+
+    def cell(bounds: list[float]) -> str:
+        passed = sum(bound <= found["threshold"] for bound in bounds)
+        return f"{min(bounds):.3f} to {max(bounds):.3f}; passes {passed} of {len(bounds)}"
+
+    for row in found["rows"]:
+        asr = tables.number(row["asr"], 2)
+        rows.append([titles[row["adapter"]], asr, cell(row["public"]), cell(row["own"])])
+    heads = ["adapter", "ASR as uploaded", "bound by public probes", "bound by an operator's own probes"]
+    return tables.markdown(heads, rows)
+
+
 def curves_compared() -> str:
     """Input removal's ASR less another method's at equal utility."""
     rows = []
@@ -206,4 +222,13 @@ def curves_compared() -> str:
     return tables.markdown(["against", *utilities], rows, texts=4)
 
 
-TABLES = (safety, measured, goal, refuses_harmless, second_opinion_answers, exam_replayed, curves_compared)
+TABLES = (
+    safety,
+    measured,
+    goal,
+    refuses_harmless,
+    second_opinion_answers,
+    exam_replayed,
+    known_probes,
+    curves_compared,
+)
