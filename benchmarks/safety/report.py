@@ -68,7 +68,7 @@ def _measured(cache: Path, kept: Mapping[str, Kept], size: Size, before: Mapping
         "curves": {pair: _compared(found, size) for pair, found in kept.items()},
         "agreement": {pair: found for pair, of in kept.items() if (found := _agreement(of))},
         "risk": {pair: found for pair, of in kept.items() if (found := _risks(cache, pair, of))},
-        "where": why.measure(_with(cache, kept, why.ADAPTERS)),
+        "where": why.measure([home for pair in first for home in _with(cache, pair, why.ADAPTERS)]),
         "minutes": json.loads(minutes_file.read_text()) if minutes_file.exists() else {},
     }
     rule = goals.rule_of({**before.get("choose", {}), **figures["choose"]})
@@ -130,9 +130,8 @@ def _checks(cache: Path, pair: str) -> dict[str, Any]:
     }
 
 
-def _with(cache: Path, kept: Mapping[str, Kept], adapters: Sequence[str]) -> list[Path]:
-    homes = seeds(cache, next(iter(kept))) if kept else []
-    return [home for home in homes if all((home / name).exists() for name in adapters)]
+def _with(cache: Path, pair: str, adapters: Sequence[str]) -> list[Path]:
+    return [home for home in seeds(cache, pair) if all((home / name).exists() for name in adapters)]
 
 
 if __name__ == "__main__":
