@@ -16,7 +16,7 @@ from tests.server.slots import Engine
 from tests.server.small_models import Pair, make_adapter, make_pair
 
 FORMS = ("GPTQ, 4 bits", "AWQ, 4 bits")
-# vLLM multiplies by weights of four bits only on CPUs with AVX-512: on others it loads them, and cannot answer.
+# vLLM multiplies by weights of four bits only on CPUs with AVX-512; on others it loads them, and no more.
 ANSWERS = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
