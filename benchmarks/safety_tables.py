@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "safety"))
 import page_goals
 import wording
 
-PAIRS = {"smollm2": "SmolLM2", "gemma3": "Gemma", "smollm2-lora": "SmolLM2, LoRA merged"}
+PAIRS = {"smollm2": "SmolLM2", "gemma3": "Gemma", "smollm2-lora": "SmolLM2, rank 16"}
 ADAPTERS = {
     "pure-qv": "purely malicious, q and v",
     "pure-all": "purely malicious, all linear",
