@@ -149,7 +149,7 @@ _NOT_FINITE = (
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])
 @pytest.mark.parametrize(
-    "values", [{"select": "all"}, {"threshold": 0.0}, {"select": "number", "number": 0}], ids=str
+    "values", [{"select": "all"}, {"threshold": 0.0}, {"select": "number", "number": 1}], ids=str
 )
 def test_a_similarity_that_overflows_is_refused(
     values: dict[str, Any], mode: str, enlarging: ProjectorCache, tmp_path: Path
@@ -160,6 +160,16 @@ def test_a_similarity_that_overflows_is_refused(
     policy = Policy(method="safe-lora", mode=mode, **values)
     assert sentences(policy, torch.float32, enlarging, folder, tmp_path) == []
     assert sentences(policy, torch.float16, enlarging, folder, tmp_path) == [_NOT_FINITE]
+
+
+def test_a_policy_that_selects_no_module_measures_no_similarity(
+    enlarging: ProjectorCache, tmp_path: Path
+) -> None:
+    """What is served is what was uploaded, and that is finite."""
+    first = enlarging.projector(Q1).output_basis(0.95)[:, :1]
+    folder = of_large_values(first, torch.ones(1, 96)).write(tmp_path / "evil")
+    policy = Policy(method="safe-lora", select="number", number=0)
+    assert sentences(policy, torch.float16, enlarging, folder, tmp_path) == []
 
 
 @pytest.mark.parametrize("mode", ["enforce", "report-only"])
