@@ -269,10 +269,10 @@ def test_spreads_and_figures_of_a_calibration() -> None:
 @pytest.mark.parametrize(
     ("ladder", "title"),
     [
-        ("as-uploaded,safe-lora", "x: loyalty drop, nats per token, at most 0.02"),
+        ("as-uploaded,safe-lora", "x: loyalty drop, nats per token, at most 0.02 passes"),
         (
             "as-uploaded,as-uploaded+opinion",
-            "x: loyalty drop, nats per token, at most 0.02, with a second opinion any",
+            "x: loyalty drop, nats per token, at most 0.02 passes, with a second opinion every score",
         ),
     ],
 )

@@ -258,6 +258,13 @@ def test_a_ladder_with_what_is_served_as_uploaded_and_with_second_opinions() -> 
     assert rungs[2].at_least_as_strict(rungs[1])
 
 
+def test_an_empty_ladder_is_refused_and_none_is_the_default(cache: ProjectorCache) -> None:
+    """A variable of a shell that nobody set is no wish for the default."""
+    assert ladder.usable(cache, None, CAPS) == ladder.served_by(cache, ladder.parse(ladder.DEFAULT, CAPS))
+    with pytest.raises(PolicyError, match="'' is not a valid rung"):
+        ladder.usable(cache, "", CAPS)
+
+
 @pytest.mark.parametrize(
     ("text", "first", "after"),
     [

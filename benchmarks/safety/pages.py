@@ -213,5 +213,8 @@ def _where(where: Table) -> str:
 def _minutes(minutes: Table) -> str:
     rows = [[what, f"{took:.0f}"] for what, took in minutes.items()]
     total = f"{sum(minutes.values()):.0f}"
-    note = "On two CPU cores, summed over all runs that it took; raw figures of one machine."
+    note = (
+        "On two CPU cores, summed over all runs of `run.py` that it took; raw figures of one machine. "
+        "What was trained apart, or is not in the table, took more."
+    )
     return f"{note}\n\n" + markdown(["part", "minutes"], [*rows, ["all", total]])

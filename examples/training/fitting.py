@@ -38,7 +38,7 @@ class Recipe:
 # Full fine-tuning: of the demo's aligned model, and of those of the safety benchmark.
 ALIGNMENT = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
 SORTED_BATCHES = 8
-# Without AVX-512 a step in bfloat16 takes 15 to 20 times as long as one in float32.
+# Without AVX-512 a CPU multiplies bfloat16 much more slowly than float32.
 _BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -25,9 +25,9 @@ def print_reference(known: Reference) -> None:
 def print_verdict(adapter: str, verdict: Verdict) -> None:
     """Print a line for each rung that was tried, then what is served."""
     console = terminal()
-    wanted = f"at most {verdict.threshold:g}"
+    wanted = f"at most {verdict.threshold:g} passes"
     if any(sat.policy.opinion for sat in verdict.rungs):
-        wanted += ", with a second opinion any"
+        wanted += ", with a second opinion every score"
     table = Table(title=f"{printable(adapter)}: loyalty drop, nats per token, {wanted}")
     table.add_column("rung")
     for column in ("mean", "95 % bound", "worst tenth"):

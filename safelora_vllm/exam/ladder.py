@@ -43,9 +43,9 @@ def usable(cache: ProjectorCache, text: str | None, caps: Policy) -> list[Policy
     Raises:
         PolicyError: the text is no ladder, or has a rung that the cache cannot serve.
     """
-    rungs = parse(text or DEFAULT, caps)
+    rungs = parse(DEFAULT if text is None else text, caps)
     found = served_by(cache, rungs)
-    if text and len(found) < len(rungs):
+    if text is not None and len(found) < len(rungs):
         missing = ", ".join(name_of(rung) for rung in rungs if rung not in found)
         raise PolicyError(
             f"the projector cache {cache.folder} has too few directions for {missing}: leave these rungs "
