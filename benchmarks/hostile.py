@@ -5,7 +5,7 @@
 The same cases as in the tests (tests/corpus/), loaded one after another over HTTP. After each load the
 adapter is used once, and then another tenant's, whose answer must not change. A server that ended, hangs or
 answers the other tenant differently is started anew. Suspected killers come last. With --exam only the
-guarded server is attacked, with --exam enforce: what it projects sits an exam before it is served.
+guarded server is attacked, with --exam enforce: what it projects sits an exam of eight probes first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 from attack import HARM, OUTCOMES, Attack, Finding
 from rich.console import Console
 from rich.table import Table
-from servers import EXAM, SAFE_LORA, running, stop
+from servers import SAFE_LORA, running, stop
+from short_exam import short_exam
 from tqdm import tqdm
 
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -85,7 +86,7 @@ def run(
     while waiting:
         own = work / f"server-{len(waiting)}"
         own.mkdir()
-        guarded = (*EXAM, "--ladder=safe-lora") if args.exam else SAFE_LORA
+        guarded = (*short_exam(own), "--ladder=safe-lora") if args.exam else SAFE_LORA
         with running(kind, args.aligned, args.projectors, own, options, guarded) as server:
             attack = Attack(kind, server, target, work / "neighbour")
             while waiting:

@@ -20,8 +20,6 @@ _OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "2048",
 _OPTIONS += ["--max-loras", "2", "--max-cpu-loras", "16", "--served-model-name", "aligned"]
 _START_SECONDS = 600.0
 SAFE_LORA = ("--method=safe-lora", "--select=all")
-# Everything that has a finite score passes: what is measured is the server, not the exam's verdicts.
-EXAM = ("--exam=enforce", "--exam-threshold=1000")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ second half of the samples: what leaks, rises there. With --exam every upload si
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -30,13 +29,13 @@ import psutil
 import recording
 from rich.console import Console
 from rich.table import Table
-from servers import EXAM, SAFE_LORA, Server, running
+from servers import SAFE_LORA, Server, running
+from short_exam import short_exam
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
-from safelora_vllm.exam.probes import drawn
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.corpus.target import sized_lora
 from tests.tiny import Draft, lora_config
@@ -47,7 +46,6 @@ _CACHE = HERE.parent / ".cache"
 USERS, OPERATORS, SAMPLE_SECONDS = 4, 2, 10.0
 # Half of the modules are projected; the rest is large enough to tell any two adapters apart.
 _OPTIONS = ["--max-cpu-loras=8", "--max-loras=2", "--select=number", "--number=30"]
-_PROBES = 8  # of an exam, the fewest
 _TOLERANCE = 0.1  # of a log probability: other requests in the batch change the rounding
 _PROMPT = "The capital of France is"
 Answer = dict[str, float]  # the likeliest first tokens with their log probabilities
@@ -84,7 +82,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         contents = write_contents(work, args.projectors, args.adapters)
-        guarded = exam_options(work) if args.exam else SAFE_LORA
+        guarded = (*SAFE_LORA, *short_exam(work)) if args.exam else SAFE_LORA
         with running("guarded", args.aligned, args.projectors, work, _OPTIONS, guarded) as server:
             ledger, reference = Ledger(), begin(server, contents)
             for number in range(len(contents)):
@@ -102,13 +100,6 @@ def main() -> int:
         f"written to {recording.write('soak' + '_exam' * args.exam, command, 'default', figures, args.out)}"
     )
     return 1 if ledger.faults else 0
-
-
-def exam_options(work: Path) -> tuple[str, ...]:
-    """Of a server whose exams are as short as they can be."""
-    file = work / "probes.jsonl"
-    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in drawn(b"", _PROBES).prompts))
-    return (*SAFE_LORA, *EXAM, f"--exam-probes={file}")
 
 
 def write_contents(work: Path, projectors: Path, count: int) -> list[dict[str, bytes]]:

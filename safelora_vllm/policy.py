@@ -15,7 +15,7 @@ from safelora_vllm.methods import METHODS, Method
 from safelora_vllm.methods.selection import Interval, Selection, by_number, by_threshold
 
 METHOD_NAMES = tuple(METHODS)
-SELECTIONS = ("threshold", "number", "all")
+SELECTIONS = ("threshold", "number", "all", "none")
 MODES = ("enforce", "report-only")
 _FORMER_MODES = {"audit": "report-only"}  # the former word → today's
 _RANGES = (
@@ -40,8 +40,9 @@ class Policy:
         method: ``input-removal`` (A' = A − (A R) Rᵀ, the default), ``safe-lora`` (Hsu et al. 2024, B' = Ĉ B)
             or ``csulora`` (arXiv 2605.30640, damps what is not in both L and R).
         select: ``threshold`` projects modules whose similarity is ≤ ``threshold``; ``number`` the
-            ``number`` least similar ones; ``all`` every module. Default: ``threshold`` for safe-lora
-            (as in the paper), ``all`` for the others (which need no similarity).
+            ``number`` least similar ones; ``all`` every module; ``none`` no module, so that the adapter is
+            vetted and bounded by the caps, and served as it was uploaded. Default: ``threshold`` for
+            safe-lora (as in the paper), ``all`` for the others (which need no similarity).
         threshold: the paper's τ, a cosine. 0.35 is the paper's value for Llama-2.
         number: the paper's K, how many modules are projected.
         energy: the share of ‖V‖_F² whose directions input-removal takes away (R), and csulora keeps (L and
@@ -114,15 +115,17 @@ class Policy:
     @property
     def summary(self) -> str:
         """What of it decides which modules are projected how, e.g. ``safe-lora, select threshold 0.35``."""
+        opinion = ", second opinion" if self.opinion else ""
+        if self.select == "none":
+            return f"nothing projected{opinion}"
         value = {"threshold": f" {self.threshold:g}", "number": f" {self.number}", "all": ""}[self.select]
         energy = f", energy {self.energy:g}" if self.has_effect("energy") else ""
-        opinion = ", second opinion" if self.opinion else ""
         return f"{self.method}{energy}, select {self.select}{value}{opinion}"
 
     @property
     def selects_none(self) -> bool:
         """Whether no module of any adapter is projected, as on the exam's rung ``as-uploaded``."""
-        return self.select == "number" and self.number == 0
+        return self.select == "none" or (self.select == "number" and self.number == 0)
 
     @property
     def chosen(self) -> list[str]:
@@ -173,8 +176,8 @@ class Policy:
             PolicyError: such as ``number`` without ``select`` being ``number``, or an ``energy`` of 0.
         """
         for field in given:
+            condition, needed = self._condition(field)
             if not self.has_effect(field):
-                condition, needed = _condition(field)
                 raise PolicyError(
                     f"`{field}` has no effect with `{condition}` {getattr(self, condition)!r}. Set "
                     f"`{condition}` to {' or '.join(map(repr, needed))}{_default_of(field)}, or leave "
@@ -183,13 +186,21 @@ class Policy:
             if self.is_idle(field):
                 raise PolicyError(
                     f"with `{field}` {getattr(self, field):g} nothing is projected. If that is meant, set "
-                    "`mode` to 'report-only'"
+                    "`select` to 'none', or `mode` to 'report-only' to refuse nothing either"
                 )
 
     def has_effect(self, field: str) -> bool:
         """Whether another value of the field could give another answer."""
-        condition, needed = _condition(field)
+        condition, needed = self._condition(field)
         return not needed or getattr(self, condition) in needed
+
+    def _condition(self, field: str) -> tuple[str, tuple[str, ...]]:
+        """Where a field only means something together with another's values: that field and those values."""
+        if field in ("threshold", "number"):
+            return "select", (field,)
+        if self.select == "none" and field in ("method", "energy"):
+            return "select", SELECTIONS[:-1]
+        return "method", tuple(name for name, method in METHODS.items() if field in method.options)
 
     def is_idle(self, field: str) -> bool:
         """Whether a field that has an effect has a value with which no module is projected."""
@@ -201,8 +212,9 @@ class Policy:
     def at_least_as_strict(self, other: Policy) -> bool:
         """Whether this policy serves no adapter more freely than ``other`` does.
 
-        Different methods change different sides of an adapter and cannot be compared: False. How two
-        policies of one method compare is said in its file.
+        Any policy is at least as strict as one that projects nothing. Different methods change different
+        sides of an adapter and cannot be compared: False. How two policies of one method compare is said in
+        its file.
         """
         if other.opinion and not self.opinion:
             return False
@@ -210,7 +222,9 @@ class Policy:
             return True
         if not self.enforcing or any(getattr(self, cap) > getattr(other, cap) for cap in CAPS):
             return False
-        if self.method != other.method:
+        if other.selects_none:
+            return True
+        if self.selects_none or self.method != other.method:
             return False
         for field, option in self._method.options.items():
             if not option.at_least_as_strict(getattr(self, field), getattr(other, field)):
@@ -227,7 +241,10 @@ class Policy:
         """This policy, with what of ``other`` is stricter and has the same meaning here."""
         stricter: dict[str, Any] = {cap: min(getattr(self, cap), getattr(other, cap)) for cap in CAPS}
         stricter["opinion"] = self.opinion or other.opinion
-        if self.method == other.method:
+        if self.selects_none:
+            for field in ("method", "select", "threshold", "number", "energy"):
+                stricter[field] = getattr(other, field)
+        elif self.method == other.method and not other.selects_none:
             for field, option in self._method.options.items():
                 stricter[field] = option.tightened(getattr(self, field), getattr(other, field))
             if self.select != other.select:
@@ -246,6 +263,8 @@ class Policy:
         known = {name: found for name, found in similarities.items() if found is not None}
         if self.select == "all":
             return Selection(frozenset(known))
+        if self.select == "none":
+            return Selection(frozenset())
         if self.select == "threshold":
             return by_threshold(known, self.threshold)
         return by_number(known, self.number)
@@ -256,13 +275,6 @@ def stored_values(values: Mapping[str, Any]) -> dict[str, Any]:
     mode = values.get("mode")
     todays = _FORMER_MODES.get(mode) if isinstance(mode, str) else None
     return {**values, "mode": todays} if todays else dict(values)
-
-
-def _condition(field: str) -> tuple[str, tuple[str, ...]]:
-    """Where a field only means something together with another's values: that field and those values."""
-    if field in ("threshold", "number"):
-        return "select", (field,)
-    return "method", tuple(name for name, method in METHODS.items() if field in method.options)
 
 
 def _default_of(field: str) -> str:

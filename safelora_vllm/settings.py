@@ -195,7 +195,19 @@ class ServerSettings:
                 f"second_opinion is {self.second_opinion}: expected {LEAST_TOKENS} to {MOST_TOKENS} tokens, "
                 "such as 16, or 0 for none"
             )
+        if self.policy.get("select") == "none" and not self._looks_at_harm:
+            raise GuardError(
+                "the policy's `select` 'none' serves adapters as they were uploaded, and nothing else would "
+                "hold harm back: set second_opinion, such as 16, or exam to enforce. To serve whatever is "
+                "uploaded while you try a policy, set `mode` to 'report-only' instead"
+            )
         self._check_exam()
+
+    @property
+    def _looks_at_harm(self) -> bool:
+        """Whether something else than a projection does, or the operator wants nothing to."""
+        by_model = self.second_opinion or self.policy.get("opinion") or self.exam == "enforce"
+        return bool(by_model or self.policy.get("mode", "enforce") != "enforce")
 
     def _check_exam(self) -> None:
         if self.exam not in EXAMS:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import safelora_vllm as sl
@@ -230,3 +231,18 @@ def test_a_second_opinion_is_warned_of_as_only_servers_have_one(
         caplog.clear()
         sl.inspect_adapter(upload, cache, policy)
         assert sum("only a server asks the aligned model" in r.message for r in caplog.records) == warned
+
+
+def test_where_nothing_is_selected_the_upload_is_what_is_served_but_caps_hold(
+    cache: ProjectorCache, tmp_path: Path
+) -> None:
+    upload, policy = Draft().write(tmp_path / "upload"), sl.Policy(select="none")
+    report = sl.project_adapter(upload, cache, tmp_path / "out", policy)
+    assert {module.decision for module in report.modules} == {"kept"} and report.policy == policy
+    came, served = (load_file(folder / "adapter_model.safetensors") for folder in (upload, tmp_path / "out"))
+    scale = lora_config()["lora_alpha"] / lora_config()["r"]
+    for name in (name for name in came if "lora_A" in name):
+        other = name.replace("lora_A", "lora_B")
+        torch.testing.assert_close(served[other] @ served[name], scale * came[other] @ came[name])
+    tight = sl.inspect_adapter(upload, cache, sl.Policy(select="none", max_total_norm=1e-9))
+    assert not tight.accepted and [reason.code for reason in tight.reasons] == ["total_norm"]

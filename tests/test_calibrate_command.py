@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from safelora_vllm.cli import USAGE
 from safelora_vllm.cli.main import main
 from safelora_vllm.methods.calibration import calibrate
 from safelora_vllm.methods.input_removal import InputRemovalEffect, energy_that_keeps
@@ -207,3 +208,11 @@ def test_help_names_the_options_that_it_takes(run: Run) -> None:
     assert code == 0 and "--mode" not in out
     for option in ("--keep-random", "--method", "--select", "--threshold", "--number", "--energy", "--json"):
         assert option in out
+
+
+def test_a_policy_that_projects_nothing_has_nothing_to_calibrate(run: Run) -> None:
+    code, out, err = run("--select", "none")
+    assert (code, out) == (USAGE, "")
+    assert (
+        "with --select 'none' nothing is projected, so there is nothing to calibrate: leave --select" in err
+    )

@@ -97,6 +97,13 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones() -> None:
         ({"method": "safe-lora", "select": "number", "number": 0}, "with `number` 0 nothing is projected"),
         ({"method": "safe-lora", "threshold": 0}, "with `threshold` 0 nothing is projected"),
         ({"method": "safe-lora", "threshold": -1}, "with `threshold` -1 nothing is projected"),
+        (
+            {"select": "none", "energy": 0.5},
+            "`energy` has no effect with `select` 'none'. "
+            "Set `select` to 'threshold' or 'number' or 'all', or leave `energy` out",
+        ),
+        ({"select": "none", "method": "safe-lora"}, "`method` has no effect with `select` 'none'"),
+        ({"select": "none", "number": 3}, "`number` has no effect with `select` 'none'"),
     ],
 )
 def test_a_value_without_effect_is_told(values: dict[str, Any], told: str) -> None:
@@ -109,6 +116,7 @@ def test_values_with_effect_pass() -> None:
         {"method": "safe-lora", "threshold": 0.4},
         {"energy": 0.3},
         {"select": "number", "number": 5},
+        {"select": "none", "max_total_norm": 0.1, "opinion": True},
         *({"method": method, "energy": 0.9} for method in METHOD_NAMES if method != "safe-lora"),
     ):
         Policy.from_mapping(values).check_effective(values)
@@ -190,6 +198,21 @@ def test_a_policy_is_as_strict_as_itself_and_stricter_than_a_choice_of_modules(m
         assert not everything.at_least_as_strict(Policy(method=other, select="all"))
 
 
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("select", ["all", "threshold", "number"])
+def test_every_policy_is_stricter_than_one_that_projects_nothing(method: str, select: str) -> None:
+    """Whatever its method is. Caps and a second opinion count as ever, and what is stricter stays."""
+    nothing, policy = Policy(select="none"), Policy(method=method, select=select)
+    assert policy.at_least_as_strict(nothing) and not nothing.at_least_as_strict(policy)
+    assert nothing.at_least_as_strict(nothing)
+    assert policy.tightened(nothing) == policy == nothing.tightened(policy)
+    for stricter in ({"max_total_norm": 0.5}, {"opinion": True}):
+        assert not policy.at_least_as_strict(Policy(select="none", **stricter))
+        assert policy.tightened(Policy(select="none", **stricter)) == policy.with_values(stricter)
+    assert nothing.at_least_as_strict(Policy(mode="report-only"))
+    assert not Policy(mode="report-only").at_least_as_strict(nothing), "it refuses nothing"
+
+
 def test_more_energy_is_stricter_for_input_removal() -> None:
     less, more = (Policy(method="input-removal", energy=energy) for energy in (0.7, 0.9))
     assert more.at_least_as_strict(less) and not less.at_least_as_strict(more)
@@ -217,6 +240,7 @@ def test_the_id_depends_on_every_field() -> None:
         ({}, "input-removal, energy 0.2, select all"),
         ({"method": "safe-lora"}, "safe-lora, select threshold 0.35"),
         ({"method": "csulora", "select": "number", "number": 3}, "csulora, energy 0.95, select number 3"),
+        ({"select": "none", "opinion": True}, "nothing projected, second opinion"),
     ],
 )
 def test_the_summary_has_what_decides(values: dict[str, Any], summary: str) -> None:
@@ -360,3 +384,8 @@ def test_the_stricter_value_stays_whichever_side_has_it(
 def test_a_policy_is_an_object(values: Any) -> None:
     with pytest.raises(PolicyError, match="expected an object"):
         Policy.from_mapping(values)
+
+
+def test_none_selects_nothing() -> None:
+    assert Policy(select="none").selects({"a": (0.0, 0.0), "b": None}).projected == frozenset()
+    assert Policy(select="none").selects_none and not Policy(select="number").selects_none

@@ -38,7 +38,7 @@ def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(meth
     ("values", "message"),
     [
         ({"method": "none"}, "`method` is 'none': expected one of safe-lora, input-removal, csulora"),
-        ({"select": "some"}, "`select` is 'some': expected one of threshold, number, all"),
+        ({"select": "some"}, "`select` is 'some': expected one of threshold, number, all, none"),
         ({"mode": "off"}, "`mode` is 'off': expected one of enforce, report-only"),
         ({"threshold": 2}, "`threshold` is 2: expected a number from -1 to 1"),
         ({"energy": -0.1}, "`energy` is -0.1: expected a number from 0 to 1"),
@@ -61,7 +61,8 @@ def test_a_value_that_projects_nothing_is_told_in_full() -> None:
         Policy(energy=0.0).check_effective(["energy"])
     assert (
         str(told.value)
-        == "with `energy` 0 nothing is projected. If that is meant, set `mode` to 'report-only'"
+        == "with `energy` 0 nothing is projected. If that is meant, set `select` to 'none', or `mode` to "
+        "'report-only' to refuse nothing either"
     )
 
 

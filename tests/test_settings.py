@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,27 @@ def test_a_policy_that_does_less_than_it_says_is_refused(policy: dict[str, Any],
     """``serve`` refuses such options. A section that somebody wrote reaches the workers without them."""
     with pytest.raises(PolicyError, match=told):
         ServerSettings.from_additional_config({"safelora": {"projectors": "p", "policy": policy}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "starts"),
+    [
+        ({}, False),
+        ({"exam": "report"}, False),
+        ({"second_opinion": 16}, True),
+        ({"policy": {"opinion": True}}, True),
+        ({"exam": "enforce"}, True),
+        ({"policy": {"mode": "report-only"}}, True),
+    ],
+    ids=str,
+)
+def test_adapters_are_served_as_uploaded_only_where_something_else_looks_at_harm(
+    settings: dict[str, Any], starts: bool
+) -> None:
+    policy = {"select": "none", **settings.pop("policy", {})}
+    expected = nullcontext() if starts else pytest.raises(GuardError, match="set second_opinion, such as 16")
+    with expected:
+        ServerSettings.from_additional_config({"safelora": {"projectors": "p", "policy": policy, **settings}})
 
 
 def test_a_path_may_be_one() -> None:

@@ -115,7 +115,7 @@ class Examination:
         """What the gate would publish, in a folder for as long as it is needed."""
         with tempfile.TemporaryDirectory(prefix="safelora-exam-") as scratch:
             out = Path(scratch) / "adapter"
-            # Rungs were checked with the ladder: of a policy, as-uploaded would be refused for its number 0.
+            # The rungs were checked with the ladder.
             settings = GateSettings(self.cache, policy, usable_device("cpu"))
             write_projected(adapter, with_base_model(settings, self.folder), out)
             yield out

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from safelora_vllm.api.opened import opened_cache, usable_device, warn_of_truncation
-from safelora_vllm.errors import ProjectorCacheError
+from safelora_vllm.errors import ProjectorCacheError, UsageError
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
 from safelora_vllm.methods.reads import naming_default
 from safelora_vllm.policy import Policy
@@ -96,7 +96,7 @@ def calibrate_policy(
         The effect by module type and on all modules, and a ladder of strengths.
 
     Raises:
-        UsageError: the method cannot be calibrated, or no strength keeps the share.
+        UsageError: the method cannot be calibrated, nothing is selected, or no strength keeps the share.
         PolicyError: the policy has more energy than the cache, or a field without effect.
         ProjectorCacheError: the cache is missing, empty or damaged.
 
@@ -108,6 +108,10 @@ def calibrate_policy(
     """
     policy = policy or Policy()
     policy.check_effective(policy.chosen)
+    if policy.select == "none":
+        raise UsageError(
+            "with `select` 'none' nothing is projected, so there is nothing to calibrate: leave `select` out"
+        )
     calibrator_of(policy.method)  # before anything is read
     if keep_random is not None:
         search_of(policy.method)

@@ -259,7 +259,7 @@ def _advice(plan: Plan, policy: Policy) -> list[str]:
             "server's --gate-device cpu."
         ]
     smaller = "a smaller --energy"
-    if METHODS[policy.method].reads_operator or policy.select != "all":
+    if METHODS[policy.method].reads_operator or policy.select not in ("all", "none"):
         method = "--method input-removal and " if METHODS[policy.method].reads_operator else ""
         less = "neither Ĉ nor V" if plan.held.operator else "less of L"
         smaller = f"{method}--select all, which read{'' if method else 's'} {less}"

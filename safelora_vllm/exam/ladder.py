@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 DEFAULT = ",".join([*(f"input-removal:{energy}" for energy in (0.05, 0.1, 0.2, 0.4, 0.8)), "safe-lora"])
 AS_UPLOADED, OPINION = "as-uploaded", "+opinion"
-_NOTHING = {"method": "input-removal", "select": "number", "number": 0, "energy": 0.0}  # is projected
 _STRENGTHS = {"input-removal": "energy", "csulora": "energy", "safe-lora": "threshold"}
 
 
@@ -59,7 +58,7 @@ def served_by(cache: ProjectorCache, rungs: Sequence[Policy]) -> list[Policy]:
     from safelora_vllm.methods.input_removal import largest_energy
 
     most = largest_energy([cache.projector(name) for name in cache.modules])
-    return [rung for rung in rungs if rung.method == "safe-lora" or rung.energy <= most]
+    return [rung for rung in rungs if not rung.has_effect("energy") or rung.energy <= most]
 
 
 def follows(rung: Policy, first: Policy, named: bool) -> bool:
@@ -94,7 +93,7 @@ def hardly_tried(ladder: Sequence[Policy]) -> str:
 def name_of(policy: Policy) -> str:
     """A rung as `parse` reads it."""
     opinion = OPINION if policy.opinion else ""
-    if all(getattr(policy, field) == value for field, value in _NOTHING.items()):
+    if policy.select == "none":
         return AS_UPLOADED + opinion
     field = _STRENGTHS[policy.method]
     if policy.method == "safe-lora" and policy.select == "all":
@@ -107,7 +106,7 @@ def _rung(text: str, caps: Policy) -> Policy:
     text = text.removesuffix(OPINION).rstrip()
     values: dict[str, Any] = {**{cap: getattr(caps, cap) for cap in CAPS}, "opinion": opinion}
     if text == AS_UPLOADED:
-        return Policy.from_mapping({**values, **_NOTHING})
+        return Policy.from_mapping({**values, "select": "none"})
     method, colon, strength = text.partition(":")
     if method not in _STRENGTHS:
         raise PolicyError(

@@ -68,7 +68,7 @@ def truncation(policy: Policy, cache: ProjectorCache | None) -> str:
 
     cache: None for a thin one that is not built yet.
     """
-    if not METHODS[policy.method].reads_operator or (cache and not cache.thin):
+    if policy.selects_none or not METHODS[policy.method].reads_operator or (cache and not cache.thin):
         return ""
     if cache is None:
         return (

@@ -20,7 +20,7 @@ from tests.server.test_routes import KEYS, METRICS_KEY, walk
 
 ROOT = "/proxied"
 HARMFUL = Path(__file__).parents[2] / "examples" / "adapters" / "no-refusals"
-PROBES, RUNG = 16, "input-removal:0.05"
+PROBES, RUNG = 16, "as-uploaded"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_an_exam_gives_the_commands_score(dev_server: Server, aligned: Path, pro
     """
     with client(dev_server, ADMIN_KEY) as admin:
         found = admin.get("/v1/adapters/static").json()
-        assert found["policy"]["method"] == "input-removal" and found["policy"]["energy"] == 0.05
+        assert found["policy"]["select"] == "none"
         assert "safelora exam" not in admin.get("/metrics").text
         assert say(admin, "static")
     examination = Examination.of(aligned, projectors, ladder=RUNG, count=PROBES)

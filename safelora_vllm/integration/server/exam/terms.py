@@ -106,6 +106,8 @@ def _rules(rung: Policy, server: Policy) -> Rules:
 
 
 def _strength(policy: Policy) -> tuple[Any, ...]:
-    """A policy without its caps."""
+    """A policy without its caps, and without what has no effect where nothing is projected."""
+    if policy.selects_none:
+        return ("none", policy.opinion)
     fields = dataclasses.asdict(policy)
     return tuple(value for name, value in fields.items() if name not in CAPS)
