@@ -1,4 +1,4 @@
-"""The tables of docs/policies.md on the safety benchmark, from ``safety/results.json``. See `tables`."""
+"""The tables of docs/policies.md and docs/what-policies-did.md on the safety benchmark. See `tables`."""
 
 from __future__ import annotations
 

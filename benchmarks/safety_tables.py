@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md on the safety benchmark, from ``safety/results.json``. See `tables`.
+"""The tables of docs/benchmarks.md and docs/second-opinion.md on the safety benchmark. See `tables`.
 
 Adapters, treatments and pairs that were not asked yet have no rows.
 """

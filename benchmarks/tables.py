@@ -1,6 +1,6 @@
 """The tables of the documentation that show measured figures, from the files of the figures.
 
-    python benchmarks/tables.py     writes them anew into docs/benchmarks.md and docs/policies.md
+    python benchmarks/tables.py     writes them anew into the files of DOCUMENTS
 
 A table stands between ``<!-- NAME: written by python benchmarks/tables.py -->`` and ``<!-- end -->``. A test
 compares what stands there with what this writes.
@@ -16,7 +16,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "policies.md")
+DOCUMENTS = tuple(
+    ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "policies", "second-opinion", "what-policies-did")
+)
 BLOCK = re.compile(r"(<!-- ([\w-]+): written by python benchmarks/tables\.py -->\n)(.*?)(<!-- end -->)", re.S)
 _HURT = ("disturbed", "hung", "died")
 _KINDS = {"qv-r8": "q and v, r = 8", "all-r16": "all linear, r = 16"}
