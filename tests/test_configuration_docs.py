@@ -20,7 +20,7 @@ from safelora_vllm.cli.main import _parser
 from safelora_vllm.cli.options import size_text
 from safelora_vllm.methods import METHODS, Method
 from safelora_vllm.methods.reads import parts_read
-from safelora_vllm.policy import Policy, _condition
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.manifest import WHOLE
 from safelora_vllm.settings import FIELDS, ServerSettings
 
@@ -113,7 +113,7 @@ def policy() -> str:
     options = {action.dest: action for action in parser_of("serve")._actions if action.dest in POLICY}
     rows = []
     for field in dataclasses.fields(Policy):
-        condition, values = _condition(field.name)
+        condition, values = Policy()._condition(field.name)
         needs = f"`{condition}` is {' or '.join(f'`{value}`' for value in values)}" if values else ""
         action = options.get(field.name)
         given = (shown(action), default(action)) if action else ("none", f"`{str(field.default).lower()}`")
