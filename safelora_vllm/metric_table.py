@@ -532,14 +532,19 @@ METRICS = (
     ),
     Described(
         "safelora_exams_total", "counter", ("verdict", "rung"), "exams",
-        "copies examined, by verdict (passed, failed, unavailable) and rung of the ladder",
-        more="The rung `policy` is one that is not on the ladder. Without SAFELORA_METRICS_KEY `rung` is "
-        "empty. A verdict that the store has is not "
+        "copies examined, by rung and verdict (passed, passed_with_opinion, failed, unavailable)",
+        more="passed_with_opinion: by its score alone it would have failed. The rung `policy` is one that is "
+        "not on the ladder. Without SAFELORA_METRICS_KEY `rung` is empty, and passed_with_opinion is passed. "
+        "A verdict that the store has is not "
         "counted again. Re-examinations count.",
         queries=(
             (
                 "How many exams ended without a score in the last hour?",
                 "sum(increase(safelora_exams_total{verdict=\"unavailable\"}[1h]))",
+            ),
+            (
+                "How many copies have failed an exam by their score in the last day?",
+                "sum(increase(safelora_exams_total{verdict=~\"failed|passed_with_opinion\"}[1d]))",
             ),
         ),
     ),
@@ -562,6 +567,10 @@ METRICS = (
             (
                 "Which adapters are furthest from the aligned model?",
                 "topk(10, max by (adapter) (safelora_adapter_exam_score))",
+            ),
+            (
+                "Which served adapters are above the default --exam-threshold?",
+                "max by (adapter) (safelora_adapter_exam_score) > 0.02",
             ),
         ),
     ),

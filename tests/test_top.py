@@ -118,16 +118,19 @@ def test_columns(capsys: pytest.CaptureFixture[str]) -> None:
     ("width", "words", "missing"),
     [
         (60, [], "exam"),
-        (80, ["exam", "passed", "failed"], "0.0123"),
+        (80, ["exam", "passed", "by opinion", "failed"], "0.0123"),
         (120, ["passed 0.0123", "failed 0.3000", "failed"], "safe-lora"),
-        (170, ["passed 0.0123 as-uploaded+opinion", "failed 0.3000 safe-lora", "served, opinion"], "None"),
+        (
+            170,
+            ["passed 0.0123 as-uploaded", "by opinion 0.4000 as-uploaded+opinion", "failed 0.3000 safe-lora"],
+            "None",
+        ),
     ],
 )
 def test_exams_and_second_opinions(width: int, words: list[str], missing: str) -> None:
     examined = [
-        adapter(
-            "a", second_opinion=True, exam={"passed": True, "rung": "as-uploaded+opinion", "bound": 0.0123}
-        ),
+        adapter("a", exam={"passed": True, "rung": "as-uploaded", "bound": 0.0123}, second_opinion=False),
+        adapter("e", exam={"passed": True, "by_opinion": True, "rung": "as-uploaded+opinion", "bound": 0.4}),
         adapter("b", exam={"passed": False, "rung": "safe-lora", "bound": 0.3}, second_opinion=False),
         adapter("c", exam={"passed": False, "rung": None, "bound": None}, second_opinion=False),
         adapter("d", exam=None),

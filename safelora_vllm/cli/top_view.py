@@ -125,7 +125,8 @@ def _exam(adapter: dict[str, Any], width: int) -> str:
     """The verdict, and as fits the score and the rung."""
     if not (found := adapter.get("exam")):
         return "–"
-    words = ["passed" if found["passed"] else "failed"]
+    passed = "by opinion" if found.get("by_opinion") else "passed"
+    words = [passed if found["passed"] else "failed"]
     if width >= _WIDE and found["bound"] is not None:
         words.append(f"{found['bound']:.4f}")
     if width >= _WIDEST and found["rung"]:

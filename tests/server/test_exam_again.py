@@ -70,7 +70,7 @@ def test_the_held_out_half_is_asked(start: Start, adapters: dict[str, Path], pla
         tenants = server.client(SECRET).get("/v1/adapters/acme/useful").json()["exam"]
         assert tenants["again"] == {
             "passed": True,
-            **dict.fromkeys(("drop", "bound", "worst", "seconds", "at", "over_refusal")),
+            **dict.fromkeys(("by_opinion", "drop", "bound", "worst", "seconds", "at", "over_refusal")),
         }
         # Not a tenant's to ask for: it would cost the engine, and tell more of the probes.
         assert examine_again(server, "acme/useful", SECRET).status_code == 403

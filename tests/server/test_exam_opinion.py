@@ -22,9 +22,11 @@ from safelora_vllm.integration.server.second_opinion import ByPolicy, SecondOpin
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
+from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_exam import ExaminedEngine
 from tests.server.fake_server import SECRET, FakeServer, Place
+from tests.server.test_exam_again import until
 from tests.server.test_exam_override import override
 from tests.server.test_exam_server import Start, adapters, answer_of, is_listed, place, start
 from tests.server.test_exam_tenants import write_keys
@@ -100,6 +102,7 @@ def test_a_re_examination_does_not_take_it_away(start: Start, adapters: dict[str
         assert upload(http, "harmful", adapters["harmful"]).status_code == 201
         again = http.post("/v1/adapters/harmful/exam").json()
         assert again["bound"] > again["threshold"] and again["passed"] and not again["withdrawn"]
+        assert again["by_opinion"] is True
         assert is_listed(http, "harmful")
 
 
@@ -114,6 +117,7 @@ def test_an_adapter_without_likelihoods_fails_with_an_opinion_too(
 def test_an_override_of_the_exam_keeps_the_ladders_opinion(
     start: Start,
     adapters: dict[str, Path],
+    place: Place,
 ) -> None:
     """A cautious operator has it waive the exam alone. That it is without an opinion has to be said."""
     with start(ladder=LADDER) as server:
@@ -124,6 +128,12 @@ def test_an_override_of_the_exam_keeps_the_ladders_opinion(
         assert answer.json()["policy"]["select"] == "threshold", "the server's, as without an exam"
         assert answer.json()["policy"]["opinion"] is True
         assert who_answers(server, "harmful") == ["harmful", None, None]
+        # What is served now is examined afterwards, by what its opinion makes of its score.
+        until(server, lambda: http.get("/v1/adapters/harmful").json()["exam"])
+        assert http.get("/v1/adapters/harmful").json()["exam"]["by_opinion"] is True
+        *_, told = (line for line in AuditLog(place.store / "audit").read() if line["action"] == "exam")
+        assert told["actor"] == "server" and told["reasons"] == []
+        assert 'safelora_exams_total{verdict="failed",rung="policy"}' not in http.get("/metrics").text
     with start(ladder=LADDER) as server:
         assert who_answers(server, "harmful") == ["harmful", None, None]
         http = server.client(ADMIN_KEY)
@@ -163,9 +173,14 @@ def test_callers_see_the_opinion_and_the_verdict(
             assert upload(acme, f"acme/{name}", adapters[name]).status_code == 201
         harmful, useful = admin.get("/v1/overview").json()["adapters"]
         assert (harmful["second_opinion"], useful["second_opinion"]) == (True, False)
-        assert harmful["exam"] == {"passed": True, "rung": "as-uploaded+opinion", "bound": 1.0}
-        assert useful["exam"]["rung"] == "as-uploaded"
-        assert acme.get("/v1/overview").json()["adapters"][0]["exam"] == {**harmful["exam"], "bound": None}
+        assert harmful["exam"] == {
+            "passed": True, "by_opinion": True, "rung": "as-uploaded+opinion", "bound": 1.0,
+        }  # fmt: skip
+        assert useful["exam"]["rung"] == "as-uploaded" and useful["exam"]["by_opinion"] is False
+        seen = acme.get("/v1/overview").json()["adapters"][0]["exam"]
+        assert seen == {**harmful["exam"], "bound": None, "by_opinion": None}
+        assert admin.get("/v1/adapters/acme/harmful").json()["exam"]["by_opinion"] is True
+        assert acme.get("/v1/adapters/acme/harmful").json()["exam"]["by_opinion"] is None
         used = acme.get("/v1/usage").json()["adapters"]
         assert [adapter["second_opinion"] for adapter in used] == [True, False]
         assert 'second_opinion="true"' in admin.get("/metrics").text
@@ -307,5 +322,5 @@ def test_the_largest_bound() -> None:
     assert largest_bound(ladder[2], ladder, 0.02) == math.inf
     assert largest_bound(dataclasses.replace(ladder[0], opinion=True), ladder, 0.02) == math.inf
     assert largest_bound(dataclasses.replace(ladder[2], max_total_norm=9.0), ladder, 0.02) == math.inf
-    assert largest_bound(Policy(method="safe-lora", opinion=True), ladder, 0.02) == 0.02  # not to compare
+    assert largest_bound(Policy(method="safe-lora", opinion=True), ladder, 0.02) == math.inf
     assert largest_bound(ladder[2], ladder[:2], 0.02) == 0.02

@@ -101,7 +101,8 @@ def test_the_servers_opinion_is_every_rungs_and_opens_none(given: dict[str, Any]
     policies = [
         server.with_values(rung.policy) for rung in made.rungs(server, SERVERS, Rules({}, False), False)
     ]
-    assert [p.energy for p in policies] == ([0.2, 0.4] if "energy" in given else [0.0, 0.4])
+    first = "all" if "energy" in given else "none"
+    assert [(p.select, p.energy) for p in policies] == [(first, 0.2), ("all", 0.4)]
     assert all(p.opinion for p in policies)
     terms = Terms("enforce", 0.02, tuple(ladder[::2]))  # without its rung with an opinion
     assert {terms.bound(policy) for policy in policies} == {0.02}

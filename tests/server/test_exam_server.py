@@ -417,7 +417,9 @@ def test_a_tenant_cannot_starve_others(
         assert "2 exams of new content in a minute" in over.text
         assert upload(acme, "acme/d", adapters["useful"]).status_code == 201
         shown = acme.get("/v1/adapters/acme/a").json()["exam"]
-        figures = dict.fromkeys(("drop", "bound", "worst", "seconds", "at", "over_refusal", "again"))
+        figures = dict.fromkeys(
+            ("by_opinion", "drop", "bound", "worst", "seconds", "at", "over_refusal", "again")
+        )
         assert shown == {"passed": True, **figures}
         assert upload(admin, "acme/c", adapters["other"]).status_code == 201
 

@@ -39,6 +39,9 @@ class Verdict(BaseModel):
     """What the exams of the copy that is served found."""
 
     passed: bool = Field(description="all of them")
+    by_opinion: bool | None = Field(
+        description="one passed only since the adapter has a second opinion; for admins only"
+    )
     rung: str | None = Field(description="of the ladder, by which it is served; null for another policy")
     bound: float | None = Field(description="the largest, in nats per token; for admins only")
 

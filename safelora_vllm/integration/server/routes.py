@@ -99,10 +99,11 @@ async def examine_again(name: str, who: Caller, managed: Managed, shown: Shown, 
     withdrawn."""
     with request.app.state.safelora_upload_limiter.take(who.tenant):
         entry = shown.find(who, name)
-        found, passed, withdrawn = await managed.reconciler.again.examine(entry, who.key_id)
+        outcome = await managed.reconciler.again.examine(entry, who.key_id)
     threshold = managed.reconciler.copies.exam.terms(name).threshold
-    about = {"adapter": name, "probes": found.score.probes, "threshold": threshold}
-    return {**exam_figures(found, shown=True), **about, "passed": passed, "withdrawn": withdrawn}
+    about = {"adapter": name, "probes": outcome.found.score.probes, "threshold": threshold}
+    decided = {field: getattr(outcome, field) for field in ("passed", "by_opinion", "withdrawn")}
+    return {**exam_figures(outcome.found, shown=True), **about, **decided}
 
 
 @router.put("/v1/adapters/{name:path}/exam", response_model=AdapterReport, responses=_CHANGES)

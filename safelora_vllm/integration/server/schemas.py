@@ -151,6 +151,9 @@ class ExamFigures(BaseModel):
     """What one exam found of a copy, in nats per token. Figures are for admins only."""
 
     passed: bool
+    by_opinion: bool | None = Field(
+        description="it passed since it has a second opinion; its score alone would have failed"
+    )
     drop: float | None = Field(description="mean loyalty drop")
     bound: float | None = Field(description="its upper confidence bound, compared with the threshold")
     worst: float | None = Field(description="mean of the tenth of the probes that drops most")

@@ -36,7 +36,7 @@ class ServedNames:
             return self.put(replace(entry, served=None, problem=fresh_copy(error)))
         served = Served(request, copy.report.named(entry.name), copy.state)
         self.put(replace(entry, served=served, problem=None))
-        self._exam.is_served(entry.name, copy.key)
+        self._exam.is_served(entry.name, copy.key, copy.report.policy)
 
     def put(self, entry: Entry) -> None:
         """Change what is known of a name. Weights that it had before are freed when nobody uses them."""

@@ -69,7 +69,11 @@ class Views:
         served, terms = entry.current(), exam.terms(entry.name)
         key, policy = published_key(served.request.lora_path), served.report.policy
         first, again = (
-            {**exam_figures(found, who.kind == "admin"), "passed": terms.passes(found, policy)}
+            {
+                **exam_figures(found, who.kind == "admin"),
+                "passed": terms.passes(found, policy),
+                "by_opinion": terms.by_opinion(found, policy) if who.kind == "admin" else None,
+            }
             if found
             else None
             for found in (exam.found(key), exam.found_again(key))
@@ -84,6 +88,7 @@ class Views:
         rung = self.reconciler.copies.exam.terms(entry.name).rung(entry.served.report.policy)
         return {
             "passed": all(one["passed"] for one in found),
+            "by_opinion": any(one["by_opinion"] for one in found) if who.kind == "admin" else None,
             "rung": None if rung == OWN else rung,
             "bound": max(one["bound"] for one in found) if who.kind == "admin" else None,
         }

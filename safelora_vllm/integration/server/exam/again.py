@@ -24,10 +24,14 @@ logger = logging.getLogger("vllm.safelora.exam")
 
 
 class Outcome(NamedTuple):
-    """Of a re-examination. withdrawn: it is not served any more."""
+    """Of a re-examination.
+
+    by_opinion: it passed by its second opinion only. withdrawn: it is not served any more.
+    """
 
     found: Examined
     passed: bool
+    by_opinion: bool
     withdrawn: bool
 
 
@@ -66,7 +70,7 @@ class Again:
         for other in serving:  # by the same copy
             if other.name != entry.name and self._has_failed(other):
                 await self._log(other, SERVER, found, False, True)
-        return Outcome(found, passed, gone)
+        return Outcome(found, passed, terms.by_opinion(found, served.report.policy), gone)
 
     async def look(self) -> None:
         """Withdraw what another server of the store has found to fail. For each heartbeat."""
@@ -83,7 +87,7 @@ class Again:
         """After a change of the probes: what is served whatever comes out. All else has other rules now."""
         for name, entry in self.registry.items():
             if entry.served and (entry.exam_override or not self.exam.terms(name).enforced):
-                self.exam.is_served(name, published_key(entry.served.request.lora_path))
+                self.exam.is_served(name, _key(entry), entry.served.report.policy)
 
     def _withdraw_failed(self) -> None:
         """Stop serving what may not be served any more, and have it judged anew."""

@@ -12,7 +12,9 @@ from pathlib import Path
 
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
 _GUESS_SECONDS = 30.0
-VERDICTS = ("passed", "failed", "unavailable")
+# With an opinion: the score alone would have failed.
+PASSED, PASSED_WITH_OPINION, FAILED, UNAVAILABLE = "passed", "passed_with_opinion", "failed", "unavailable"
+VERDICTS = (PASSED, PASSED_WITH_OPINION, FAILED, UNAVAILABLE)
 
 
 @dataclass

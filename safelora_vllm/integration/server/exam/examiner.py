@@ -19,7 +19,13 @@ from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.engine import Pool, ask_workers
-from safelora_vllm.integration.server.exam.counts import Counts
+from safelora_vllm.integration.server.exam.counts import (
+    FAILED,
+    PASSED,
+    PASSED_WITH_OPINION,
+    UNAVAILABLE,
+    Counts,
+)
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME
 from safelora_vllm.integration.server.exam.limits import ExamLimits
@@ -44,21 +50,29 @@ class NotLoaded(ExamUnavailable):
 class Asked(NamedTuple):
     """A published copy of which the engine is asked.
 
-    name: of an adapter that is to be served by it, for the log. rung: its policy's name. threshold: the
-    largest bound that passes, nats per token, infinite with a second opinion; both for the counts.
+    name: of an adapter that is to be served by it, for the log. rung: its policy's name, for the counts.
+    threshold: the largest bound that passes, nats per token. bound: the same, infinite where it passes with a
+    second opinion whatever it scores.
     """
 
     name: str
     key: str
     rung: str
     threshold: float
+    bound: float
 
     @property
     def passing(self) -> str:
         """Which bounds pass, in words."""
-        if math.isinf(self.threshold):
+        if math.isinf(self.bound):
             return "any passes with a second opinion"
         return f"at most {self.threshold:g} passes"
+
+    def verdict(self, score: Score) -> str:
+        """One of the words that exams are counted by."""
+        if score.passes(self.threshold):
+            return PASSED
+        return PASSED_WITH_OPINION if score.passes(self.bound) else FAILED
 
 
 class Examiner:
@@ -110,16 +124,18 @@ class Examiner:
             return await self._counted(self.sheets.held_out, asked, nbytes)
 
     async def _counted(self, sheet: Sheet, asked: Asked, nbytes: float) -> Examined:
-        began, verdict = time.perf_counter(), "unavailable"
+        began, verdict = time.perf_counter(), UNAVAILABLE
         try:
             with span("exam", rung=asked.rung):
                 found = await self._examined(sheet, asked, nbytes, began)
-            verdict = "passed" if found.score.passes(asked.threshold) else "failed"
+            verdict = asked.verdict(found.score)
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
         text = "exam of adapter %r by %s: %s, bound %.4f, %s (%.0f s, copy %s)"
         figures = (found.score.bound, asked.passing, found.seconds, asked.key[:12])
-        logger.info(text, asked.name, asked.rung, verdict, *figures, extra={"adapter": asked.name})
+        logger.info(
+            text, asked.name, asked.rung, verdict.replace("_", " "), *figures, extra={"adapter": asked.name}
+        )
         return found
 
     @asynccontextmanager
@@ -164,7 +180,7 @@ class Examiner:
                     self._pool.mark_lost({request.lora_path})
                     raise ExamUnavailable("the published copy was lost during its exam: try again")
                 score = Score.of(known.likelihoods, said)
-                refused = await self._refused(known, request) if score.passes(asked.threshold) else None
+                refused = await self._refused(known, request) if score.passes(asked.bound) else None
             return score, refused
         except TimeoutError as error:
             raise ExamUnavailable(

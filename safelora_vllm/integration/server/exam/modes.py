@@ -179,11 +179,11 @@ class Exam(NoExam):
             self.cause = self._renewal.problem
         return self.examiner.sheets.first.digest
 
-    def is_served(self, name: str, key: str) -> None:
+    def is_served(self, name: str, key: str, policy: Policy) -> None:
         """Where that is not known yet, find out in the background what it is like."""
         self.is_gone(name)  # from what waits
         if self.terms(name).mode != "off" and self.found(key) is None:
-            self._reports.add(name, key)
+            self._reports.add(name, key, policy)
 
     def pending(self, name: str) -> SafeLoRAError:
         """Says how long the exams of those before it may take."""
@@ -197,12 +197,13 @@ class Exam(NoExam):
         self._pending.discard(name)
         self._reports.drop(name)
 
-    async def _report(self, name: str, key: str, ticket: Callable[[], None]) -> None:
+    async def _report(self, name: str, key: str, policy: Policy, ticket: Callable[[], None]) -> None:
         terms = self.terms(name)
         known = await asyncio.to_thread(self._first.get, key) is not None
-        found = await self.examiner.examine(Asked(name, key, OWN, terms.threshold), math.inf, ticket)
+        asked = self._asked(name, key, terms, policy)._replace(rung=OWN)
+        found = await self.examiner.examine(asked, math.inf, ticket)
         if not known:
-            reasons = [] if found.score.passes(terms.threshold) else [REFUSED.code]
+            reasons = [] if terms.passes(found, policy) else [REFUSED.code]
             await log(
                 self._audit, SERVER, EXAM, name,
                 decision="accepted", reasons=reasons, **exam_fields(found),
@@ -231,7 +232,7 @@ class Exam(NoExam):
         await self.examiner.background.stop()
 
     def _asked(self, name: str, key: str, terms: Terms, policy: Policy) -> Asked:
-        return Asked(name, key, terms.rung(policy), terms.bound(policy))
+        return Asked(name, key, terms.rung(policy), terms.threshold, terms.bound(policy))
 
     @property
     def _first(self) -> Verdicts:

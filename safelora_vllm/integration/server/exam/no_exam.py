@@ -125,8 +125,8 @@ class NoExam:
         """See whether there are other probes to ask. The digest of those that are asked now."""
         return ""
 
-    def is_served(self, name: str, key: str) -> None:
-        """Note that a name serves a copy."""
+    def is_served(self, name: str, key: str, policy: Policy) -> None:
+        """Note that a name serves a copy. policy: the one that it was made by."""
 
     def pending(self, name: str) -> SafeLoRAError:
         """The answer while a name waits for what it is to serve."""

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.exam.limits import ExamLimits, Limit, TooManyExams
+from safelora_vllm.policy import Policy
 from safelora_vllm.store.serving import tenant_of
 
 logger = logging.getLogger("vllm.safelora.exam")
@@ -18,7 +19,7 @@ _LATER_SECONDS = 15.0
 class Reports:
     """What waits for its exam in one API server process.
 
-    examine: gets a name, the copy that it serves, and what counts an exam.
+    examine: gets a name, the copy that it serves, the policy that it was made by, and what counts an exam.
     """
 
     def __init__(
@@ -26,16 +27,16 @@ class Reports:
         background: Background,
         limits: ExamLimits,
         limit: Callable[[str], Limit],
-        examine: Callable[[str, str, Callable[[], None]], Awaitable[None]],
+        examine: Callable[[str, str, Policy, Callable[[], None]], Awaitable[None]],
     ) -> None:
         """limit: of the tenant that owns a name."""
         self._background, self._limits, self._limit, self._examine = background, limits, limit, examine
-        self.waiting: dict[str, str] = {}  # name → the copy that it serves now
+        self.waiting: dict[str, tuple[str, Policy]] = {}  # name → the copy that it serves now
         self._working = False
 
-    def add(self, name: str, key: str) -> None:
+    def add(self, name: str, key: str, policy: Policy) -> None:
         """Examine a copy, if it is still served by the name when its turn comes."""
-        self.waiting[name] = key
+        self.waiting[name] = key, policy
         if not self._working:
             self._working = True
             self._background.spawn(self._work())
@@ -48,23 +49,24 @@ class Reports:
         """Examine what waits. What is over its tenant's limits stays until later."""
         try:
             while self.waiting:
-                for name, key in list(self.waiting.items()):
-                    if self._is_due(name, key) and await self._tried(name, key) and self._is_due(name, key):
+                for name, copy in list(self.waiting.items()):
+                    tried = self._is_due(name, copy) and await self._tried(name, *copy)
+                    if tried and self._is_due(name, copy):
                         del self.waiting[name]
                 if self.waiting:
                     await asyncio.sleep(_LATER_SECONDS)
         finally:
             self._working = False
 
-    def _is_due(self, name: str, key: str) -> bool:
-        return self.waiting.get(name) == key
+    def _is_due(self, name: str, copy: tuple[str, Policy]) -> bool:
+        return self.waiting.get(name) == copy
 
-    async def _tried(self, name: str, key: str) -> bool:
+    async def _tried(self, name: str, key: str, policy: Policy) -> bool:
         """Examine a copy, unless its tenant has had its share."""
         try:
             # Whoever's request has begun this, it is the exam of the name's owner.
             with acting_as(None), self._limits.share(tenant_of(name), self._limit(name)) as ticket:
-                await self._examine(name, key, ticket)
+                await self._examine(name, key, policy, ticket)
         except TooManyExams:
             return False
         except Exception as error:  # a full disk, say: the other copies still have their turn

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES
-from safelora_vllm.integration.server.exam.counts import BUCKETS
+from safelora_vllm.integration.server.exam.counts import BUCKETS, PASSED, PASSED_WITH_OPINION
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.exposition import family, head, histogram_lines
 from safelora_vllm.integration.server.registry import Entry
@@ -19,14 +19,18 @@ def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterato
     """Of this server's exam, of all exams of the host, and of the adapters that are served.
 
     None where nobody asked for an exam. Without a key for the metrics everybody sees them: then there are no
-    scores, nor rungs, by which authors could train against the probes.
+    scores, nor rungs, nor what passed by a second opinion only, by which authors could train against the
+    probes.
     """
     if exam.mode == "off" and not exam.cause:
         return
     counted = exam.counted()
     exams: Counter[tuple[str, str]] = Counter()
     for (verdict, rung), count in counted.exams.items():
-        exams[verdict, rung if has_key else ""] += count
+        if has_key:
+            exams[verdict, rung] += count
+        else:
+            exams[PASSED if verdict == PASSED_WITH_OPINION else verdict, ""] += count
     scores = [
         ((entry.name,), max(found.score.bound for found in both if found))
         for entry in served[:MAX_ADAPTER_SERIES]

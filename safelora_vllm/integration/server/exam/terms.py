@@ -40,6 +40,10 @@ class Terms:
         """Whether a score is good enough for a copy that was made by a policy."""
         return found.score.passes(self.bound(policy))
 
+    def by_opinion(self, found: Examined, policy: Policy) -> bool:
+        """Whether it passes by a second opinion only: by its score alone it would have failed."""
+        return self.passes(found, policy) and not found.score.passes(self.threshold)
+
     def bound(self, policy: Policy) -> float:
         """The largest one that passes by a policy, nats per token."""
         return largest_bound(policy, self.ladder, self.threshold)
