@@ -284,7 +284,9 @@ def test_the_title_over_an_exam_says_what_passes(
     verdict = sit(rungs, lambda rung: near if rung.select == "all" else far, 0.02)
     assert verdict.policy is not None
     tables_exam.print_verdict("x", verdict)
-    assert " ".join(capsys.readouterr().out.split()).startswith(f"{title} ┏")
+    out = capsys.readouterr().out
+    assert " ".join(out.split()).startswith(f"{title} ┏")
+    assert ("│ by opinion │" in out) == ladder.endswith("+opinion") != ("│ passed " in out)
 
 
 def test_a_policy_of_the_audit_log_in_short() -> None:

@@ -333,7 +333,8 @@ def test_the_first_rung_that_passes_is_served_and_no_other_is_tried() -> None:
     assert found["digest"] == ""
     assert found["served"] == "input-removal:0.4" and found["threshold"] == 0.02
     assert found["rungs"][0] == {
-        "rung": "input-removal:0.1", "passed": False, "drop": 0.5, "bound": 0.5, "worst": 0.5, "probes": 10,
+        "rung": "input-removal:0.1", "passed": False, "by_opinion": False, "drop": 0.5, "bound": 0.5,
+        "worst": 0.5, "probes": 10,
     }  # fmt: skip
 
 

@@ -38,7 +38,8 @@ def print_verdict(adapter: str, verdict: Verdict) -> None:
         figures = (
             f"{value:.4f}" if score.is_finite else "none" for value in (score.drop, score.bound, score.worst)
         )
-        table.add_row(name_of(sat.policy), *figures, "passed" if sat.passed else "failed")
+        passed = "by opinion" if verdict.by_opinion(sat) else "passed"
+        table.add_row(name_of(sat.policy), *figures, passed if sat.passed else "failed")
     console.print(table)
     if verdict.policy:
         console.print(Text(f"serve it by {name_of(verdict.policy)}"))

@@ -57,10 +57,20 @@ class Verdict:
         """Why it is refused. It says nothing of single probes."""
         return None if self.policy is not None else refusal(len(self.rungs))
 
+    def by_opinion(self, sat: Sat) -> bool:
+        """Whether a rung passed by its second opinion only: by its score alone it would have failed."""
+        return sat.passed and not sat.score.passes(self.threshold)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: scores in nats per token."""
         rungs = [
-            {"rung": name_of(sat.policy), "passed": sat.passed, **asdict(sat.score)} for sat in self.rungs
+            {
+                "rung": name_of(sat.policy),
+                "passed": sat.passed,
+                "by_opinion": self.by_opinion(sat),
+                **asdict(sat.score),
+            }
+            for sat in self.rungs
         ]
         served = name_of(self.policy) if self.policy else None
         return {"served": served, "digest": self.digest, "threshold": self.threshold, "rungs": rungs}
