@@ -259,6 +259,23 @@ def test_what_gives_no_score_is_not_served(
         assert upload(http, "useful", adapters["useful"]).status_code == 201
 
 
+def test_a_slow_engine_gives_a_score_as_long_as_answers_come(
+    start: Start, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exam may last longer than the engine may be silent, but not for ever."""
+
+    async def slow() -> None:
+        await asyncio.sleep(0.1)
+
+    monkeypatch.setattr(examiner, "_SECONDS", 0.6)  # 64 probes, 8 at once: 0.8 s and more
+    with start(engine={"before": slow}) as server:
+        http = server.client(ADMIN_KEY)
+        monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 0.7)
+        assert upload(http, "useful", adapters["useful"]).status_code == 503
+        monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 60.0)
+        assert upload(http, "useful", adapters["useful"]).status_code == 201
+
+
 def test_an_adapter_without_likelihoods_fails(start: Start, adapters: dict[str, Path]) -> None:
     """On a rung where its weights give values that are not finite. It climbs on."""
     drop = {"drop": lambda report: 0.0 if report.policy.select == "all" else math.nan}

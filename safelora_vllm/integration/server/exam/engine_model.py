@@ -28,6 +28,10 @@ _PATIENCE_SECONDS = 60.0  # for which an exam lets all others go first
 _LOGPROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probabilities
 
 
+def _unheard() -> None:
+    """Nobody counts the answers."""
+
+
 class EngineModel:
     """Asks the engine, with an adapter or without one.
 
@@ -64,23 +68,37 @@ class EngineModel:
         self._engine_client, self._few = engine_client, asyncio.Semaphore(_BESIDE_OTHERS)
 
     async def answer(
-        self, prompts: Sequence[str], tokens: int, adapter: LoRARequest | None = None
+        self,
+        prompts: Sequence[str],
+        tokens: int,
+        adapter: LoRARequest | None = None,
+        answered: Callable[[], None] = _unheard,
     ) -> list[tuple[Tokens, str]]:
-        """As `safelora_vllm.exam.reference.Answers` has it; with an adapter, what that says."""
+        """As `safelora_vllm.exam.reference.Answers` has it; with an adapter, what that says.
+
+        answered: is called at each answer.
+        """
 
         until = _until()
 
         async def one(prompt: str) -> tuple[Tokens, str]:
             found = await self._ask(self._ids(prompt), adapter, until, max_tokens=tokens)
+            answered()
             answer = tuple(found.outputs[0].token_ids)
             return answer, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
         return await _all([one(prompt) for prompt in prompts])
 
     async def likelihoods(
-        self, prompts: Sequence[str], answers: Sequence[Tokens], adapter: LoRARequest | None = None
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[Tokens],
+        adapter: LoRARequest | None = None,
+        answered: Callable[[], None] = _unheard,
     ) -> list[float]:
         """Mean log-probability of each answer's tokens, nats per token: a prefill each, and one token.
+
+        answered: is called at each answer.
 
         Raises:
             ExamUnavailable: the engine gives none.
@@ -92,6 +110,7 @@ class EngineModel:
             ids = self._ids(prompt)
             asked = [*ids, *answer]
             found = await self._ask(asked, adapter, until, max_tokens=1, prompt_logprobs=0)
+            answered()
             given = list(found.prompt_logprobs or ())[len(ids) :]
             if len(given) != len(answer):
                 raise ExamUnavailable(f"the engine gave {len(given)} likelihoods: expected {len(answer)}")

@@ -35,7 +35,8 @@ from safelora_vllm.store import PublishedStore
 from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.exam")
-_SECONDS = 120.0  # for the engine to load a copy and answer about it
+_SECONDS = 120.0  # for other exams to end, and for the next answer of the engine
+_LONGEST_SECONDS = 600.0  # for all its answers about a copy: a slow machine needs minutes
 _PAUSE_SECONDS = 1.0  # before a copy that vLLM could not load is loaded again
 
 
@@ -169,9 +170,9 @@ class Examiner:
         """Load the copy as it would be served, ask, and free it. Also its over-refusal, if it passes."""
         request = self._pool.request(HIDDEN_NAME, asked.key, await self._pool.new_id())
         try:
-            async with asyncio.timeout(_SECONDS):
+            async with _while_answers_come() as answered:
                 await self._load(request, nbytes)
-                said = await self._model.likelihoods(known.prompts, known.answers, request)
+                said = await self._model.likelihoods(known.prompts, known.answers, request, answered)
                 # Where a worker could not read the copy again, the aligned model has answered in its place.
                 lost = {
                     path for worker in await ask_workers(self._pool.engine_client) for path in worker.lost
@@ -180,11 +181,13 @@ class Examiner:
                     self._pool.mark_lost({request.lora_path})
                     raise ExamUnavailable("the published copy was lost during its exam: try again")
                 score = Score.of(known.likelihoods, said)
-                refused = await self._refused(known, request) if score.passes(asked.bound) else None
+                passes = score.passes(asked.bound)
+                refused = await self._refused(known, request, answered) if passes else None
             return score, refused
         except TimeoutError as error:
             raise ExamUnavailable(
-                f"an exam did not end in {_SECONDS:.0f} s, as the engine is busy: try again later"
+                f"the engine is too busy for an exam: no answer for {_SECONDS:.0f} s, or not all in "
+                f"{_LONGEST_SECONDS:.0f} s. Try again later"
             ) from error
         except ExamUnavailable:
             raise
@@ -199,11 +202,13 @@ class Examiner:
         finally:
             self.background.spawn(self._pool.release(request, wanted=lambda _: False))
 
-    async def _refused(self, known: Reference, request: LoRARequest) -> float | None:
+    async def _refused(
+        self, known: Reference, request: LoRARequest, answered: Callable[[], None]
+    ) -> float | None:
         """The share of harmless prompts that an adapter refuses and the aligned model does not."""
         if not known.harmless:
             return None
-        said = await self._model.answer(known.harmless, ANSWER_TOKENS, request)
+        said = await self._model.answer(known.harmless, ANSWER_TOKENS, request, answered)
         return sum(refuses(text) for _, text in said) / len(said)
 
     async def _load(self, request: LoRARequest, nbytes: float) -> None:
@@ -216,6 +221,15 @@ class Examiner:
                 await self._pool.load(request, nbytes)
             except AdapterRefused as error:
                 raise NotLoaded(error.reasons) from error
+
+
+@asynccontextmanager
+async def _while_answers_come() -> AsyncIterator[Callable[[], None]]:
+    """Time out unless what this yields is called often enough, and when it is all too long."""
+    now = asyncio.get_running_loop().time
+    end = now() + _LONGEST_SECONDS
+    async with asyncio.timeout(_SECONDS) as limit:
+        yield lambda: limit.reschedule(min(now() + _SECONDS, end))
 
 
 async def _reference(sheet: Sheet) -> Reference:
