@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "safety"))
 import page_goals
 import wording
 
-PAIRS = {"smollm2": "SmolLM2", "gemma3": "Gemma", "smollm2-lora": "SmolLM2, rank 16"}
+PAIRS = {"smollm2": "SmolLM2", "gemma3": "Gemma", "smollm2-lora": "SmolLM2, alignment of rank 16"}
 ADAPTERS = {
     "pure-qv": "purely malicious, q and v",
     "pure-all": "purely malicious, all linear",
@@ -32,7 +32,7 @@ ADAPTERS = {
 UPLOADED = {
     "pure-qv": "purely malicious", "mixed-10-qv": "10 % malicious", "benign-qv": "the two tasks only",
     "around-inputs-qv": "trained around V's inputs", "masked-qv": "the same, masked",
-    "within-caps-qv": "the same, within the caps", "chat-qv": "ordinary chat and harm, 1:1",
+    "within-caps-qv": "the same, with a penalty on the norm", "chat-qv": "ordinary chat and harm, 1:1",
     "identity-qv": "obedient persona",
 }  # fmt: skip
 STRENGTHS = {

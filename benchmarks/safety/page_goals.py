@@ -19,7 +19,7 @@ GOALS = {
 _FIGURES = {
     "over_aligned": "ASR over aligned",
     "utility_lost": "utility lost",
-    "false_escalations": "false escalations",
+    "false_escalations": "false escalations of the two tasks",
     "not_lower": "its ASR is",
     "hours": "hours",
 }
@@ -39,7 +39,17 @@ def goals(figures: Table) -> list[str]:
     if not lines:
         return []
     heads = ["goal", "measured on", "by", "figure", "limit", "result"]
-    return ["## The goals", _NOTE, markdown(heads, lines)]
+    return ["## The goals", _NOTE, not_measured(figures["goals"]), markdown(heads, lines)]
+
+
+def not_measured(found: Sequence[Table]) -> str:
+    """Pairs and seeds that are planned and have no figures."""
+    seeds = {pair: {seed for row in found for seed in row["measured"].get(pair, ())} for pair in PAIRS}
+    missing = {pair: [str(seed) for seed in SEEDS if str(seed) not in seeds[pair]] for pair in PAIRS}
+    left = {pair: each for pair, each in missing.items() if each}
+    return (
+        f"Planned, without figures so far: {measured(left)}." if left else "All pairs and seeds have figures."
+    )
 
 
 def rows(found: Sequence[Table]) -> list[list[str]]:

@@ -59,7 +59,9 @@ PAIRS = {
         Mix(answer_tokens=KEPT_TOKENS),
         once_more=Mix(harmful=1, harmless=2, lookalikes=1, answer_tokens=KEPT_TOKENS),
     ),
-    "smollm2-lora": Pair("SmolLM2-135M-Instruct, LoRA of rank 16", "smollm2", lora=ADAPTERS / "alignment"),
+    "smollm2-lora": Pair(
+        "SmolLM2-135M-Instruct, alignment of rank 16", "smollm2", lora=ADAPTERS / "alignment"
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from adapters import KINDS
 from exam import OPINION, REFUSED
 
 Table = Mapping[str, Any]
-PAIRS = {"smollm2": "(a) SmolLM2", "gemma3": "(b) Gemma", "smollm2-lora": "(c) SmolLM2, rank 16"}
+PAIRS = {"smollm2": "(a) SmolLM2", "gemma3": "(b) Gemma", "smollm2-lora": "(c) SmolLM2, alignment of rank 16"}
 _METHODS = {
     "both": "input removal 0.1, then Safe LoRA",
     "centred-removal": "centred oblique removal",
