@@ -33,6 +33,8 @@ from calls import ask, console, get, load, say, set_policy, text  # noqa: E402
 from data import Example, forbidden_prompts, harmless_prompts, is_refusal, orders  # noqa: E402
 from server import ADMIN_KEY, guarded, running  # noqa: E402
 
+from safelora_vllm.exam.score import THRESHOLD  # noqa: E402
+
 USEFUL, HARMFUL = demo_exam.USEFUL, demo_exam.HARMFUL  # of those that policies are compared by
 # Of the server that stays: the mildest energy, and what keeps refusals whatever an adapter has learned.
 GUARD = ("--energy=0.05", "--second-opinion=16")
@@ -76,6 +78,8 @@ def main() -> int:
         questions = Questions(forbidden_prompts("test", 48), harmless_prompts("test", 12), orders("test", 32))
         answers: dict[tuple[str, str], dict[str, str]] = {}
         say("Starting a guarded server with --exam enforce, and uploading four adapters while it serves")
+        ladder = ", ".join(demo_exam.LADDER)
+        console.print(Text(f"  rungs, mildest first: {ladder}; a score of at most {THRESHOLD:g} passes"))
         command = guarded(models / "aligned", projectors, work / "store", *demo_exam.OPTIONS)
         with running(command, work / "guarded.log") as server:
             sat = demo_exam.sit(server, HERE / "adapters", questions.forbidden, questions.orders)
