@@ -159,9 +159,13 @@ def exam_steps() -> str:
 
 
 def hostile() -> str:
-    """Hostile adapters against vLLM as it is and guarded."""
+    """Hostile adapters against vLLM as it is, guarded, and guarded with an exam."""
     rows, total = [], ["**all**"]
-    counted = [[of["title"], *_outcomes(of)] for of in load("hostile")["rows"].values()]
+    examined = load("hostile_exam")["rows"]
+    counted = [
+        [of["title"], *_outcomes(of), examined[name]["guarded"].get("projected", 0), _hurt(examined[name])]
+        for name, of in load("hostile")["rows"].items()
+    ]
     for title, *counts in counted:
         cells = [str(count) for count in counts]
         if "archives" in title:  # vLLM takes none
@@ -169,6 +173,7 @@ def hostile() -> str:
         rows.append([title, *cells])
     total += [f"**{sum(line[column] for line in counted)}**" for column in range(1, len(counted[0]))]
     guarded = ["guarded: refused", "guarded: projected", "guarded: hurt others"]
+    guarded += ["with an exam: projected", "with an exam: hurt others"]
     plain = ["vLLM served", "vLLM refused", "vLLM failed later", "vLLM hurt others"]
     return markdown(["attack", "cases", *plain, *guarded], [*rows, total])
 
@@ -180,8 +185,13 @@ def _outcomes(row: dict[str, Any]) -> list[int]:
         *(plain.get(outcome, 0) for outcome in ("served", "refused", "failed")),
         sum(plain.get(outcome, 0) for outcome in _HURT),
         *(guarded.get(outcome, 0) for outcome in ("refused", "projected")),
-        sum(guarded.get(outcome, 0) for outcome in _HURT),
+        _hurt(row),
     ]
+
+
+def _hurt(row: dict[str, Any]) -> int:
+    """How many cases hurt others on the guarded server."""
+    return sum(row["guarded"].get(outcome, 0) for outcome in _HURT)
 
 
 def crash() -> str:
