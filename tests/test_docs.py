@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from safelora_vllm.cli.main import _parser
+from safelora_vllm.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -226,3 +228,14 @@ def test_the_readme_links_every_page() -> None:
         for target in _LINK.findall(document.read_text())
     }
     assert {page.resolve() for page in ROOT.glob("docs/*.md") if page.name != "README.md"} <= linked
+
+
+def test_the_policy_of_a_report_is_what_a_server_sends() -> None:
+    """It has no `opinion` where that is false, as older releases do not know the field."""
+    text = (ROOT / "docs" / "http-api.md").read_text()
+    (report,) = (
+        block for _, block in _BLOCK.findall(text) if block.startswith('{"adapter": "acme/orders", "dig')
+    )
+    assert json.loads(report)["policy"] == Policy().to_mapping()
+    (row,) = re.findall(r"^\| `policy` \| the rules that judged this adapter.*$", text, re.M)
+    assert "only `opinion` is left out where it is `false`" in row

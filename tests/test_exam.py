@@ -15,7 +15,8 @@ import pytest
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.api.exam import Examination
-from safelora_vllm.errors import PolicyError, Unavailable, UsageError
+from safelora_vllm.cli.options import as_options
+from safelora_vllm.errors import PolicyError, ProjectorCacheError, Unavailable, UsageError
 from safelora_vllm.exam import ladder, probes
 from safelora_vllm.exam.reference import Reference, Tokens, reference, refuses
 from safelora_vllm.exam.score import Score
@@ -23,7 +24,7 @@ from safelora_vllm.exam.sitting import sit, threshold_for
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
-from tests.tiny import Draft
+from tests.tiny import Draft, Pair
 
 CAPS = Policy(max_relative_norm=0.5, max_total_norm=0.25)
 
@@ -77,7 +78,13 @@ def test_half_of_an_operators_own_probes_are_held_out() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nothing\n", "line 1 of .* is not a valid probe"),
+        ("nothing\n", "line 1 of .* is not a valid probe: expected"),
+        (
+            '{"prompt": "a"}\n\n{"promt": "b", "categorie": "é"}\n',
+            r'line 3 of .*: it has the keys "promt", "categorie": expected {"prompt": "..."} with 1 to 2000',
+        ),
+        ("{}\n", 'line 1 of .* is not a valid probe: it has no keys: expected {"prompt": "..."}'),
+        (json.dumps({"x" * 9999: 5}), 'it has the keys "x{199}: expected'),
         ('{"prompt": "a"}\n{"prompt": 5}\n', "line 2 of"),
         ('{"prompt": ""}\n', "line 1 of"),
         ('["prompt"]\n', "line 1 of"),
@@ -258,6 +265,22 @@ def test_a_ladder_with_what_is_served_as_uploaded_and_with_second_opinions() -> 
     assert rungs[2].at_least_as_strict(rungs[1])
 
 
+def test_another_model_than_the_aligned_one_is_refused_by_what_it_is(
+    cache: ProjectorCache, pair: Pair
+) -> None:
+    """Such as the base: nothing is said of samples, serving, or options that the command does not have."""
+    with pytest.raises(ProjectorCacheError) as error:
+        Examination.of(pair.base, cache)
+    message = as_options(str(error.value))
+    assert message.startswith(
+        f"{pair.base} is not the aligned model that the projector cache {cache.folder} was"
+    )
+    assert (
+        f"Give that model, {pair.aligned.resolve()}, not its base model or a copy in other numbers" in message
+    )
+    assert "samples" not in message and "serve" not in message and "--" not in message
+
+
 def test_an_empty_ladder_is_refused_and_none_is_the_default(cache: ProjectorCache) -> None:
     """A variable of a shell that nobody set is no wish for the default."""
     assert ladder.usable(cache, None, CAPS) == ladder.served_by(cache, ladder.parse(ladder.DEFAULT, CAPS))
@@ -270,9 +293,9 @@ def test_an_empty_ladder_is_refused_and_none_is_the_default(cache: ProjectorCach
     [
         ("as-uploaded,as-uploaded+opinion,safe-lora", "as-uploaded+opinion", "safe-lora"),
         (
-            "safe-lora:0.2+opinion,safe-lora+opinion,as-uploaded",
+            "safe-lora:0.2+opinion,safe-lora+opinion,input-removal:0.1",
             "safe-lora:0.2+opinion",
-            "safe-lora+opinion, as-uploaded",
+            "safe-lora+opinion, input-removal:0.1",
         ),
         ("as-uploaded,safe-lora,as-uploaded+opinion", "", ""),
         (ladder.DEFAULT, "", ""),
@@ -301,22 +324,76 @@ def test_with_an_opinion_every_score_passes() -> None:
         ("+opinion", "'+opinion' is not a valid rung"),
         ("as-uploaded + opinion", "'as-uploaded + opinion' is not a valid rung"),
         ("safe-lora+opinion+opinion", "'safe-lora+opinion+opinion' is not a valid rung"),
-        ("as-uploaded:0.1", "'as-uploaded:0.1' is not a valid rung"),
+        (
+            "as-uploaded:0.1",
+            "the rung 'as-uploaded:0.1': as-uploaded takes no strength, as it projects nothing: write as-up",
+        ),
+        ("as-uploaded:+opinion", "takes no strength, as it projects nothing: write as-uploaded+opinion"),
         ("as-uploaded+opinion,as-uploaded+opinion", "has a rung twice"),
         ("input-removal:0.1,,safe-lora", "'' is not a valid rung"),
         ("lora", "'lora' is not a valid rung"),
-        ("input-removal:much", "'much' is not a valid strength of input-removal: expected a number"),
-        ("input-removal:2", "`energy` is 2.0"),
+        (
+            "input-removal:much",
+            "the rung 'input-removal:much': 'much' is not a valid strength of input-removal: expected a",
+        ),
+        (
+            "safe-lora,input-removal:2",
+            "the rung 'input-removal:2': its strength is 2: expected a number from 0 to 1",
+        ),
+        (
+            "csulora:-1 +opinion",
+            "the rung 'csulora:-1 +opinion': its strength is -1: expected a number from 0 to 1",
+        ),
+        ("safe-lora:2", "the rung 'safe-lora:2': its strength is 2: expected a number from -1 to 1"),
         ("input-removal:0", "'input-removal:0' nothing is projected: if that is meant, name it as-uploaded"),
         ("safe-lora:-0.1+opinion", "if that is meant, name it as-uploaded+opinion"),
-        ("input-removal:nan", "`energy` is nan"),
+        ("input-removal:nan", "the rung 'input-removal:nan': its strength is nan: expected a number from"),
         ("safe-lora,safe-lora", "has a rung twice"),
         ("input-removal:0.2,input-removal", "has a rung twice"),
     ],
 )
 def test_no_ladder(text: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(message)) as error:
+        ladder.parse(text, CAPS)
+    assert as_options(str(error.value)) == str(error.value), "no other option is named"
+
+
+@pytest.mark.parametrize(
+    ("text", "earlier", "later"),
+    [
+        ("safe-lora,as-uploaded", "safe-lora", "as-uploaded"),
+        ("as-uploaded+opinion,as-uploaded", "as-uploaded+opinion", "as-uploaded"),
+        ("input-removal:0.8,input-removal:0.1", "input-removal:0.8", "input-removal:0.1"),
+        ("input-removal:0.8, safe-lora,input-removal", "input-removal:0.8", "input-removal"),
+        ("safe-lora,safe-lora:0.35", "safe-lora", "safe-lora:0.35"),
+        ("as-uploaded,safe-lora:0.9+opinion,safe-lora:0.2", "safe-lora:0.9+opinion", "safe-lora:0.2"),
+        ("input-removal:0.2+opinion,as-uploaded+opinion", "input-removal:0.2+opinion", "as-uploaded+opinion"),
+    ],
+)
+def test_a_milder_rung_after_a_stricter_one_is_refused(text: str, earlier: str, later: str) -> None:
+    message = (
+        f"the ladder {text!r} has {later} after {earlier}, which is stricter: what fails {earlier} would be "
+        "tried by milder rules. Give the rungs mildest first"
+    )
     with pytest.raises(PolicyError, match=re.escape(message)):
         ladder.parse(text, CAPS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ladder.DEFAULT,
+        "as-uploaded,safe-lora,as-uploaded+opinion",
+        "safe-lora,input-removal:0.1,csulora",
+        "safe-lora:0.2,safe-lora:0.2+opinion",
+        "input-removal:0.8,input-removal:0.1+opinion",
+        "csulora:0.9,csulora:0.5",  # no energy of it is stricter than another
+        "csulora:0.5,csulora:0.9",
+        "safe-lora:0.99,safe-lora",
+    ],
+)
+def test_rungs_of_which_none_is_stricter_than_a_later_one(text: str) -> None:
+    assert len(ladder.parse(text, CAPS)) == len(text.split(","))
 
 
 def _score(bound: float) -> Score:
@@ -343,6 +420,17 @@ def test_an_adapter_that_passes_on_no_rung_is_refused() -> None:
     verdict = sit(rungs, lambda _policy: _score(0.3), threshold=0.2)
     assert verdict.policy is None and len(verdict.rungs) == 2
     assert verdict.reason is not None and verdict.reason.code == "exam"
+    alone = sit(rungs[:1], lambda _policy: _score(0.3), threshold=0.2).reason
+    assert alone is not None and alone.message.startswith("by the only policy that was tried, the adapter")
+    assert verdict.reason.message.startswith("on every rung of the ladder the adapter makes")
+    for message in (alone.message, verdict.reason.message):
+        for part in (
+            "the aligned model's refusals of harmful requests too unlikely",
+            "Remove answers to harmful requests", "honest training erodes refusals too",
+            "mix in harmful requests with the aligned model's own refusals",
+            "tell the operator, who may use a stricter policy or a second opinion",
+        ):  # fmt: skip
+            assert part in message
     assert verdict.to_dict()["served"] is None
 
 

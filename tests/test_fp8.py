@@ -189,7 +189,7 @@ def test_the_served_fp8_model_is_told_from_others(
     assert Checkpoint(others["blocks"]).weight(UP0).shape == (INNER, 96)
     for other in others.values():
         assert Checkpoint(other).digest() != Checkpoint(served).digest()
-        with pytest.raises(ProjectorCacheError, match="made for another aligned model"):
+        with pytest.raises(ProjectorCacheError, match="is not the aligned model"):
             cache.check_model(Checkpoint(other).fingerprint(), other)
     # What says nothing about the weights changes nothing.
     same = fp8("deepseek", config=lambda c: c["quantization_config"].update(ignored_layers=["x"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import PolicyError
@@ -28,11 +29,18 @@ def parse(text: str, caps: Policy) -> list[Policy]:
         caps: whose norm caps every rung has.
 
     Raises:
-        PolicyError: a rung is no policy, or the ladder has none or one twice.
+        PolicyError: a rung is no policy, or the ladder has none, one twice, or one after a stricter one.
     """
-    rungs = [_rung(part.strip(), caps) for part in text.split(",")]
+    given = [part.strip() for part in text.split(",")]
+    rungs = [_rung(part, caps) for part in given]
     if len(set(rungs)) < len(rungs):
         raise PolicyError(f"the ladder {text!r} has a rung twice: expected each once, mildest first")
+    for (earlier, stricter), (later, milder) in combinations(zip(given, rungs, strict=True), 2):
+        if stricter.at_least_as_strict(milder):
+            raise PolicyError(
+                f"the ladder {text!r} has {later} after {earlier}, which is stricter: what fails {earlier} "
+                "would be tried by milder rules. Give the rungs mildest first"
+            )
     return rungs
 
 
@@ -108,6 +116,11 @@ def _rung(text: str, caps: Policy) -> Policy:
     if text == AS_UPLOADED:
         return Policy.from_mapping({**values, "select": "none"})
     method, colon, strength = text.partition(":")
+    if method == AS_UPLOADED:
+        meant = AS_UPLOADED + (OPINION if opinion else "")
+        raise PolicyError(
+            f"the rung {given!r}: {AS_UPLOADED} takes no strength, as it projects nothing: write {meant}"
+        )
     if method not in _STRENGTHS:
         raise PolicyError(
             f"{given!r} is not a valid rung: expected {AS_UPLOADED}, or one of {', '.join(_STRENGTHS)}, and "
@@ -119,11 +132,15 @@ def _rung(text: str, caps: Policy) -> Policy:
             values[_STRENGTHS[method]] = float(strength)
         except ValueError:
             raise PolicyError(
-                f"{strength!r} is not a valid strength of {method}: expected a number"
+                f"the rung {given!r}: {strength!r} is not a valid strength of {method}: expected a number"
             ) from None
     elif method == "safe-lora":
         values["select"] = "all"
-    policy = Policy.from_mapping(values)
+    try:
+        policy = Policy.from_mapping(values)
+    except PolicyError as error:  # the caps are those of a policy
+        _, _, expected = str(error).partition(": ")
+        raise PolicyError(f"the rung {given!r}: its strength is {strength.strip()}: {expected}") from None
     if colon and policy.is_idle(_STRENGTHS[method]):
         meant = AS_UPLOADED + (OPINION if opinion else "")
         raise PolicyError(f"on the rung {given!r} nothing is projected: if that is meant, name it {meant}")

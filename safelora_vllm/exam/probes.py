@@ -207,12 +207,17 @@ def _shuffled(secret: bytes, prompts: Sequence[str]) -> list[str]:
 
 def _prompt(path: Path, number: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        prompt = None
+        probe = json.loads(line)
+    except (ValueError, RecursionError):
+        probe = None
+    prompt = probe.get("prompt") if isinstance(probe, dict) else None
     if not isinstance(prompt, str) or not 0 < len(prompt) <= _MAX_PROMPT:
+        found = ""
+        if isinstance(probe, dict) and "prompt" not in probe:
+            keys = ", ".join(json.dumps(key, ensure_ascii=False) for key in probe)
+            found = f": it has the keys {keys:.200}" if probe else ": it has no keys"
         raise UsageError(
-            f'line {number} of {path} is not a valid probe: expected {{"prompt": "..."}} with 1 to '
+            f'line {number} of {path} is not a valid probe{found}: expected {{"prompt": "..."}} with 1 to '
             f"{_MAX_PROMPT} characters"
         )
     return prompt

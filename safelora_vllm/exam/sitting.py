@@ -11,16 +11,14 @@ from safelora_vllm.exam.ladder import largest_bound, name_of
 from safelora_vllm.exam.score import Score
 from safelora_vllm.policy import Policy
 
-REFUSED = Reason(
-    "exam",
-    "on no rung of the ladder does the adapter refuse what the aligned model refuses: train it "
-    "without answers to harmful requests",
+_SEEN = "the adapter makes the aligned model's refusals of harmful requests too unlikely"
+_CURE = (
+    "Remove answers to harmful requests from its training data or, as honest training erodes refusals too, "
+    "mix in harmful requests with the aligned model's own refusals; and tell the operator, who may use a "
+    "stricter policy or a second opinion"
 )
-REFUSED_BY_ONE = Reason(
-    "exam",
-    "by the only policy that was tried, the adapter does not refuse what the aligned model refuses: have it "
-    "judged by a stricter policy, or train it without answers to harmful requests",
-)
+REFUSED = Reason("exam", f"on every rung of the ladder {_SEEN}. {_CURE}")
+REFUSED_BY_ONE = Reason("exam", f"by the only policy that was tried, {_SEEN}. {_CURE}")
 # What an adapter scores when it is published under a policy.
 Examined = Callable[[Policy], Score]
 

@@ -117,18 +117,18 @@ class ProjectorCache:
         return open_samples(self.folder, self._manifest.aligned)
 
     def check_model(self, fingerprint: str, model: str | Path) -> None:
-        """Refuse to serve a model that is not the aligned side of this cache.
+        """Refuse a model that is not the aligned side of this cache.
 
         Raises:
             ProjectorCacheError: the fingerprints differ.
         """
         if not self.is_aligned(fingerprint):
+            build = self.aligned_model
+            given = f", {build.name}{f'@{build.revision}' if build.revision else ''}" if build else ""
             raise ProjectorCacheError(
-                f"the projector cache {self.folder} was made for another aligned model than {model} "
-                f"(fingerprint {self._manifest.aligned[:12]}, served {fingerprint[:12]}). Serve the "
-                "model given as --aligned, or build a cache for this one. This cache has no samples of the "
-                "weights, with which a quantised or converted copy is recognised: build it again, or say "
-                "that it is one with `trust_served_model`"
+                f"{model} is not the aligned model that the projector cache {self.folder} was built for "
+                f"(fingerprint {fingerprint[:12]}, expected {self._manifest.aligned[:12]}). Give that model"
+                f"{given}, not its base model or a copy in other numbers; or build a cache for this one"
             )
 
     def load(

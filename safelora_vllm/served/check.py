@@ -85,7 +85,13 @@ def check_served_model(cache: ProjectorCache, model: str | Path, quick: bool = F
     if cache.is_aligned(fingerprint):
         return None
     if (samples := cache.samples()) is None:
-        cache.check_model(fingerprint, model)
+        try:
+            cache.check_model(fingerprint, model)
+        except ProjectorCacheError as error:
+            raise ProjectorCacheError(
+                f"{error}. This cache has no samples of the weights, with which a quantised or converted "
+                "copy is recognised: build it again, or say that the model is one with `trust_served_model`"
+            ) from error
         return None
     try:
         found = judged(compare(samples, checkpoint, quick), str(model), quick)

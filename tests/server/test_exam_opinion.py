@@ -223,6 +223,8 @@ def test_an_override_may_take_the_servers_opinion_away(
         assert http.put("/v1/adapters/useful/policy", json=asked).status_code == 400
         answer = http.put("/v1/adapters/useful/policy", json={**asked, "override": True, "reason": "trusted"})
         assert answer.status_code == 200 and "opinion" not in answer.json()["policy"]
+        versions = http.get("/v1/adapters/useful/versions").json()["versions"]
+        assert [version["policy"].get("opinion") for version in versions] == [None, False]
         assert who_answers(server, "useful") == ["useful"]
         assert http.put("/v1/adapters/useful/policy", json={"policy": {}}).json()["policy"]["opinion"] is True
         assert who_answers(server, "useful") == ["useful", None, None]
@@ -317,10 +319,10 @@ def test_without_text_a_policy_that_is_set_later_answers_nothing() -> None:
 
 
 def test_the_largest_bound() -> None:
-    ladder = parse(f"input-removal:0.1,{LADDER}", Policy())
+    ladder = parse("as-uploaded,input-removal:0.1,as-uploaded+opinion", Policy())
     assert largest_bound(ladder[0], ladder, 0.02) == largest_bound(ladder[1], ladder, 0.02) == 0.02
     assert largest_bound(ladder[2], ladder, 0.02) == math.inf
-    assert largest_bound(dataclasses.replace(ladder[0], opinion=True), ladder, 0.02) == math.inf
+    assert largest_bound(dataclasses.replace(ladder[1], opinion=True), ladder, 0.02) == math.inf
     assert largest_bound(dataclasses.replace(ladder[2], max_total_norm=9.0), ladder, 0.02) == math.inf
     assert largest_bound(Policy(method="safe-lora", opinion=True), ladder, 0.02) == math.inf
     assert largest_bound(ladder[2], ladder[:2], 0.02) == 0.02

@@ -508,7 +508,7 @@ def test_who_sees_why_an_exam_refused(start: Start, adapters: dict[str, Path], p
         error = admin.put("/v1/adapters/acme/careless/policy", json=own | {"override": True, "reason": "x"})
         assert error.status_code == 422
         (reason,), (rung,) = (error.json()["error"][name] for name in ("reasons", "exam_rungs"))
-        assert "only policy" in reason["message"] and "stricter policy" in reason["message"]
+        assert "only policy" in reason["message"] and "ladder" not in reason["message"]
         assert rung["bound"] == 0.5 and rung["threshold"] == 0.02
 
 
@@ -518,7 +518,7 @@ def test_the_same_bytes_are_examined_once(
     """Rungs that publish the same files have the same verdict, also after a restart."""
     caplog.set_level("INFO", logger="vllm.safelora.exam")
     first = "exam: the served model "
-    with start(ladder="safe-lora:0.9,safe-lora:0.95,safe-lora:0.1") as server:
+    with start(ladder="safe-lora:0.1,safe-lora:0.9,safe-lora:0.95") as server:
         http = server.client(ADMIN_KEY)
         assert upload(http, "harmful", adapters["harmful"]).status_code == 422
         assert len(set(server.engine.asked)) == 2
