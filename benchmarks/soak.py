@@ -6,7 +6,8 @@ A guarded server with 2 device slots and 8 CPU slots serves the adapters. Users 
 replace, remove, upload again and try to upload broken ones, all at random. Every answer is compared with what
 the same content said when it was asked alone. Sampled meanwhile, over all of the server's processes:
 memory (PSS), open files, threads, the store's bytes and files, and the metric series. A line is fitted to the
-second half of the samples: what leaks, rises there. With --exam every upload sits an exam of eight probes.
+second half of the samples: what leaks, rises there. With --exam each content sits an exam of eight probes,
+once.
 """
 
 from __future__ import annotations

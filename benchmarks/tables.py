@@ -232,10 +232,9 @@ def two_servers() -> str:
 
 def soak() -> str:
     """What grows, and what was answered wrongly."""
-    found = load("soak")
-    asked = found["requests"]
+    runs = (load("soak"), load("soak_exam"))
     rows = [
-        [what, number(asked[name])]
+        [what, *(number(run["requests"][name]) for run in runs)]
         for name, what in (
             ("answers", "answers"),
             ("replaced", "adapters replaced"),
@@ -243,19 +242,24 @@ def soak() -> str:
             ("refused", "uploads refused"),
         )
     ]
-    return markdown(["in 20 minutes", "count"], [*rows, ["wrong answers", number(len(found["wrong"]))]])
+    rows.append(["wrong answers", *(number(len(run["wrong"])) for run in runs)])
+    heads = (f"{run['minutes']:g} minutes, {run['adapters']} adapters" for run in runs)
+    return markdown(["what", *(f"{h}{more}" for h, more in zip(heads, ("", ", exam"), strict=True))], rows)
 
 
 def growth() -> str:
     """Slopes over the second half of the soak test."""
-    fits = load("soak")["fits"]
     rows = []
     for name, title in _GROWS.items():
         digits = 1 if name in ("open_files", "threads", "store_mb") else 0
-        figures = (fits[name][part] for part in ("mean", "per_hour", "standard_error"))
-        mean, slope, error = (number(value, 0 if part == 0 else digits) for part, value in enumerate(figures))
-        rows.append([title, mean, slope, error])
-    return markdown(["what", "mean", "slope per hour", "its standard error"], rows)
+        line = [title]
+        for run in ("soak", "soak_exam"):
+            fit = load(run)["fits"][name]
+            figures = (fit[part] for part in ("mean", "per_hour", "standard_error"))
+            line += [number(value, 0 if part == 0 else digits) for part, value in enumerate(figures)]
+        rows.append(line)
+    heads = ["mean", "slope per hour", "its standard error"]
+    return markdown(["what", *heads, *(f"{head}, exam" for head in heads)], rows)
 
 
 def fuzz() -> str:
