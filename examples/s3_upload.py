@@ -47,7 +47,7 @@ def main() -> None:
     name, folder, source = sys.argv[1:]
     headers = {"Authorization": f"Bearer {os.environ['KEY']}"}
     with httpx.Client(
-        base_url=os.environ.get("URL", "http://localhost:8000"), headers=headers, timeout=600
+        base_url=os.environ.get("URL", "http://localhost:8000"), headers=headers, timeout=1800
     ) as http:
         report = load(http, name, source, put(Path(folder), source))
     print(f"{report['adapter']} is served: {report['digest']}, {len(report['modules'])} modules")

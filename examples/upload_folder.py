@@ -34,7 +34,7 @@ def main() -> int:
         parser.error("set SAFELORA_KEY to an admin's or a tenant's key")
     headers = {"Authorization": f"Bearer {key}"}
     problems = []
-    with httpx.Client(base_url=args.url, headers=headers, timeout=300) as http:
+    with httpx.Client(base_url=args.url, headers=headers, timeout=1800) as http:
         for folder in tqdm(adapters, unit="adapter"):
             answer = upload(http, args.prefix + folder.name, folder)
             if answer.is_error:

@@ -128,6 +128,11 @@ class Policy:
         return self.select == "none" or (self.select == "number" and self.number == 0)
 
     @property
+    def applied(self) -> str:
+        """The method, or ``none`` where no module of any adapter is projected."""
+        return "none" if self.selects_none else self.method
+
+    @property
     def chosen(self) -> list[str]:
         """The fields that differ from their defaults with this method."""
         default = Policy(method=self.method)
@@ -167,6 +172,8 @@ class Policy:
         base = dataclasses.asdict(self)
         if values.get("method", self.method) != self.method:
             base |= {"select": "", "energy": _METHODS_OWN}  # each method has its own defaults
+        elif self.select == "none" and not {"method", "energy"}.isdisjoint(values):
+            base["select"] = ""  # who says how to project wants it done
         return Policy.from_mapping({**base, **values})
 
     def check_effective(self, given: Iterable[str]) -> None:

@@ -36,7 +36,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "gate.refusals": {"_REMEMBERED": 256},
     "gate.server": {"_MAX_LINE": 16 * MIB},
     "gate.service": {
-        "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0, "_UNREFERENCED_SECONDS": 900.0,
+        "_HEADER_BYTES": 16 * MIB, "_COLLECT_SECONDS": 300.0, "_UNREFERENCED_SECONDS": 1800.0,
     },
     "gate.socket_folder": {
         "SOCKET": "gate.sock", "_LOCK": "owner.lock", "_POLL_SECONDS": 0.05, "_STARTING_SECONDS": 60.0,

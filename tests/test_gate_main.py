@@ -126,7 +126,7 @@ def test_a_process_from_its_start_to_the_end_of_its_worker(
         ended.set()
         process.join(60)
     assert done[:4] == [("log", logging.INFO), ("cores", (0, range(3))), ("threads", 1), ("nice", 7)]
-    assert done[-1] == ("code", 0) and ("collect", (Path(config.settings.store), 900.0)) in done
+    assert done[-1] == ("code", 0) and ("collect", (Path(config.settings.store), 1800.0)) in done
     assert not Path(config.socket).parent.exists(), "the worker may have been killed"
 
 

@@ -81,7 +81,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def print_summary(reports: Sequence[Report], console: Console | None = None) -> None:
     """Print a line for each report, and the norms that caps have to leave room for."""
     console = console or terminal()
-    table = Table(title=f"{reports[0].policy.method}, {reports[0].policy.mode}")
+    table = Table(title=f"{reports[0].policy.applied}, {reports[0].policy.mode}")
     table.add_column("adapter", overflow="fold")
     uncertain = sum(report.uncertain for report in reports)
     counted = ("modules", "projected", *(("uncertain",) if uncertain else ()))

@@ -83,7 +83,7 @@ class Frame:
     def _counts(self, adapters: list[dict[str, Any]]) -> Text:
         counts = {state: sum(a["state"] == state for a in adapters) for state in _STYLES}
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        unprojected = sum(a["mode"] not in (None, "enforce") for a in adapters)
+        unprojected = sum(_is_unprojected(a) for a in adapters)
         more = f"; {unprojected} UNPROJECTED, as in report-only mode" if unprojected else ""
         return _line(f"{len(adapters)} adapters: {told or 'none'}{more}")
 
@@ -134,10 +134,15 @@ def _exam(adapter: dict[str, Any], width: int) -> str:
     return printable(" ".join(words))
 
 
+def _is_unprojected(adapter: dict[str, Any]) -> bool:
+    """Whether it is served as it was uploaded."""
+    return adapter["mode"] not in (None, "enforce") or adapter.get("method") == "none"
+
+
 def _state(adapter: dict[str, Any]) -> Text:
     codes = ", ".join(dict.fromkeys(reason["code"] for reason in adapter["reasons"]))
     words = adapter["state"] + (f": {codes}" if codes else "")
-    if adapter["mode"] not in (None, "enforce"):
+    if _is_unprojected(adapter):
         words += " UNPROJECTED"
     if adapter["override"]:
         words += ", override"

@@ -73,7 +73,7 @@ def follows(rung: Policy, first: Policy, named: bool) -> bool:
     """Whether a rung may be tried after a policy that somebody chose. named: so may one of another method."""
     if rung.at_least_as_strict(first):
         return rung != first
-    return named and rung.method != first.method
+    return named and not rung.selects_none and rung.method != first.method
 
 
 def largest_bound(policy: Policy, ladder: Sequence[Policy], threshold: float) -> float:

@@ -243,11 +243,9 @@ def _answer(admission: Admission) -> Admission:
         codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
-        logger.info(
-            "adapter %r accepted: %s projected by %s%s%s",
-            report.adapter, share, report.policy.method,
-            ", published before" if admission.cached else "", idle,
-        )  # fmt: skip
+        how = "UNPROJECTED" if report.policy.selects_none else f"{share} projected by {report.policy.method}"
+        known = ", published before" if admission.cached else ""
+        logger.info("adapter %r accepted: %s%s%s", report.adapter, how, known, idle)
     else:
         logger.warning(
             "REPORT-ONLY MODE: adapter %r is served UNPROJECTED; enforcing would have projected %s%s%s",

@@ -58,7 +58,7 @@ from safelora_vllm.store.verdict_pruning import prune_verdicts
 
 logger = logging.getLogger("vllm.safelora.gate")
 _COLLECT_SECONDS = 300.0
-_UNREFERENCED_SECONDS = 900.0  # longer than from keeping an upload to naming it
+_UNREFERENCED_SECONDS = 1800.0  # longer than from keeping an upload to naming it, exams included
 _HEADER_BYTES = 16 * 1024**2
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from safelora_vllm.errors import AdapterRefused, GuardError
-from safelora_vllm.exam.ladder import parse
+from safelora_vllm.exam.ladder import follows, parse
 from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.server.exam import start as begin
 from safelora_vllm.integration.server.exam.counts import Counted, Counts
@@ -92,6 +92,12 @@ def test_no_rung_is_milder_than_a_chosen_policy(given: dict[str, Any], whose: st
             assert rung.at_least_as_strict(first) and rung != first
     if named and whose == "server" and first.method != "input-removal":
         assert any(rung.method == "input-removal" for rung in others)
+
+
+@pytest.mark.parametrize("method", ["input-removal", "safe-lora", "csulora"])
+def test_what_projects_nothing_follows_no_policy(method: str) -> None:
+    nothing, chosen = Policy(select="none"), Policy(method=method)
+    assert not follows(nothing, chosen, named=True) and follows(chosen, nothing, named=False)
 
 
 @pytest.mark.parametrize("given", [{"opinion": True}, {"energy": 0.2, "opinion": True}])
@@ -220,10 +226,10 @@ def test_counts_of_all_processes(tmp_path: Path) -> None:
     one.count("passed", "safe-lora", 0.3)
     (tmp_path / "exams-0.json").write_text((next(tmp_path.glob("exams-*.json"))).read_text())
     (tmp_path / "exams-1.json").write_text("damaged")
-    one.count("failed", "policy", 200.0)
+    one.count("failed", "policy", 400.0)
     found = one.all()
     assert found.exams == {("passed", "safe-lora"): 2, ("failed", "policy"): 1}
-    assert sum(found.buckets) == 3 and found.buckets[-1] == 1 and found.seconds == pytest.approx(200.6)
+    assert sum(found.buckets) == 3 and found.buckets[-1] == 1 and found.seconds == pytest.approx(400.6)
     assert Counted() == Counts(tmp_path / "nowhere").all()
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -471,10 +474,68 @@ def test_waiting_for_ones_turn_ends(
     start: Start, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with start() as server:
-        monkeypatch.setattr(examiner, "_SECONDS", 0.2)
+        monkeypatch.setattr(examiner, "_SECONDS", 0.1)
+        monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 0.1)
         server.portal.call(server.app.state.safelora.copies.exam.examiner._turn.acquire)
         answer = upload(server.client(ADMIN_KEY), "useful", adapters["useful"])
         assert answer.status_code == 503 and "other exams have not ended" in answer.text
+
+
+def test_a_slow_exam_of_one_tenant_locks_no_other_out(
+    start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for a turn waits longer than the longest exam."""
+    place.keys.touch(0o600)
+    place.keys.write_text(
+        f'[tenants.acme.keys]\nci = "{SECRET}"\n'
+        f'[tenants.bob.exam]\nper_day = 1\n[tenants.bob.keys]\nci = "{SECRET}2"\n'
+    )
+    slow = threading.Event()
+
+    async def before() -> None:
+        await asyncio.sleep(0.1 * slow.is_set())
+
+    with start(keys=str(place.keys), engine={"before": before}) as server:
+        acme, bob = server.client(SECRET), server.client(SECRET + "2")
+        monkeypatch.setattr(examiner, "_SECONDS", 0.3)  # an exam takes 0.8 s and more
+        monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 30.0)
+        slow.set()
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(upload, acme, "acme/a", adapters["useful"])
+            until_begun(server)
+            second = pool.submit(upload, bob, "bob/x", adapters["other"])
+            assert (first.result().status_code, second.result().status_code) == (201, 201)
+        assert upload(bob, "bob/y", adapters["careless"]).status_code == 429, "it had its one"
+
+
+def test_a_turn_that_did_not_come_costs_no_exam(
+    start: Start, adapters: dict[str, Path], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.keys.touch(0o600)
+    place.keys.write_text(f'[tenants.acme.exam]\nper_day = 1\n[tenants.acme.keys]\nci = "{SECRET}"\n')
+    with start(keys=str(place.keys)) as server:
+        turn = server.app.state.safelora.copies.exam.examiner._turn
+        monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 0.1)
+        monkeypatch.setattr(examiner, "_SECONDS", 0.1)
+        server.portal.call(turn.acquire)
+        for _ in range(2):
+            answer = upload(server.client(SECRET), "acme/a", adapters["useful"])
+            assert answer.status_code == 503 and "other exams have not ended" in answer.text
+        server.portal.call(_released, turn)
+        monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 60.0)
+        assert upload(server.client(SECRET), "acme/a", adapters["useful"]).status_code == 201
+
+
+async def _released(turn: asyncio.Lock) -> None:
+    turn.release()
+
+
+def until_begun(server: FakeServer) -> None:
+    """Until an exam holds the turn."""
+    end = time.monotonic() + 30
+    while not server.app.state.safelora.copies.exam.examiner._turn.locked():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_audit_has_the_score(start: Start, adapters: dict[str, Path], place: Place) -> None:

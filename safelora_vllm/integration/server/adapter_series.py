@@ -55,7 +55,7 @@ def _reported(entry: Entry, opinion: bool) -> tuple[str, ...]:
     report = entry.served.report
     name, policy, version = report.adapter, report.policy, entry.version.version if entry.version else 0
     has_it = "true" if opinion else "false"
-    info = (name, report.digest, policy.method, policy.mode, has_it, tenant_of(name), version)
+    info = (name, report.digest, policy.applied, policy.mode, has_it, tenant_of(name), version)
     samples: tuple[list[tuple[tuple[object, ...], float]], ...] = (
         [((name, decision), float(report.count(decision))) for decision in ("projected", "kept")],
         [((name,), float(report.uncertain))],

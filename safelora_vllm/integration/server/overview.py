@@ -60,7 +60,8 @@ class OverviewItem(BaseModel):
     bytes: int | None
     rank: int | None
     method: str | None = Field(
-        description="of the policy by which it was judged; null while it is not served"
+        description="of the policy by which it was judged, none where that projects nothing; null while it "
+        "is not served"
     )
     mode: str | None
     override: bool
@@ -144,7 +145,7 @@ def _item(entry: Entry, who: Principal, figures: bool) -> dict[str, Any]:
         "by": version.by if version else None,
         "bytes": version.bytes if version else None,
         "rank": version.rank if version else None,
-        "method": policy.method if policy else None,
+        "method": policy.applied if policy else None,
         "mode": policy.mode if policy else None,
         "override": version.override if version else False,
         "figures": served.figures if served and figures else None,

@@ -180,19 +180,30 @@ class Copies:
         exam_override: bool,
         upload: bool = False,
     ) -> Judged:
-        """The one place where a content is accepted: what the gate makes of it has passed the exam.
+        """The one place where a content is accepted: what the gate makes of it has passed the exam."""
+        tenant = self._tenant_rules(name)
+        rules = self._rules(name, own, override, exam_override)
+        rungs = self.exam.rungs(self.state.policy, tenant, rules, bool(own) or exam_override)
+        judgement, failed = await self.exam.decide(name, rungs, judge, tenant, upload, exam_override)
+        ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest), tenant)
+        return Judged(judgement, ruleset, rules.override, failed)
+
+    def _rules(self, name: str, own: Mapping[str, Any], override: bool, exam_override: bool) -> Rules:
+        """Those that a content is judged by, but for an exam's ladder.
 
         With an admin's override of the exam, the policy is the one that holds without an exam, with a second
-        opinion where the ladder has one.
+        opinion where the ladder has one. What would be served as it was uploaded, with nothing that looks at
+        harm, has one too, whatever server it was meant for; unless somebody said that it has none.
         """
         tenant = self._tenant_rules(name)
         rules = rules_of(self.state.policy, tenant, own, override)
         if exam_override:
             rules = self.exam.overridden(tenant, rules, own)
-        rungs = self.exam.rungs(self.state.policy, tenant, rules, bool(own) or exam_override)
-        judgement, failed = await self.exam.decide(name, rungs, judge, tenant, upload, exam_override)
-        ruleset = self.exam.ruleset(tenant.ruleset(judgement.ruleset_digest), tenant)
-        return Judged(judgement, ruleset, rules.override, failed)
+        policy, examined = self.state.policy.with_values(rules.policy), self.exam.terms(name).enforced
+        said = "opinion" in own or "opinion" in tenant.policy
+        if policy.enforcing and policy.selects_none and not said and (exam_override or not examined):
+            rules = Rules({**policy.to_mapping(), "opinion": True}, rules.override)
+        return rules
 
     async def ask(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """A call of ``gate`` that may take long, in threads of its own: asyncio's few are for the short ones.
@@ -228,7 +239,7 @@ class Copies:
         by_its_policy = ruleset_digest(self.state.frame, report.policy)
         if address(by_its_policy, version.digest) != version.key:
             return False
-        rules = rules_of(self.state.policy, self._tenant_rules(name), version.policy, version.override)
+        rules = self._rules(name, version.policy, version.override, version.exam_override)
         return report.policy.at_least_as_strict(self.state.policy.with_values(rules.policy))
 
     async def adopt(self, entry: Entry) -> Copy:

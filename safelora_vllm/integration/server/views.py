@@ -86,9 +86,11 @@ class Views:
             return None
         found = [info, info["again"]] if info["again"] else [info]
         rung = self.reconciler.copies.exam.terms(entry.name).rung(entry.served.report.policy)
+        passed = all(one["passed"] for one in found)
+        by_opinion = passed and any(one["by_opinion"] for one in found)
         return {
-            "passed": all(one["passed"] for one in found),
-            "by_opinion": any(one["by_opinion"] for one in found) if who.kind == "admin" else None,
+            "passed": passed,
+            "by_opinion": by_opinion if who.kind == "admin" else None,
             "rung": None if rung == OWN else rung,
             "bound": max(one["bound"] for one in found) if who.kind == "admin" else None,
         }

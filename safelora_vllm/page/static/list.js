@@ -18,7 +18,7 @@ const COLUMNS = [
   { id: "norm", label: "Total norm", kind: "number mid", value: (a) => a.figures?.total_norm, cell: (a) => figure(a.figures?.total_norm, 4), newest: true },
 ];
 
-const unprojected = (adapter) => Boolean(adapter.mode) && adapter.mode !== "enforce";
+const unprojected = (adapter) => (Boolean(adapter.mode) && adapter.mode !== "enforce") || adapter.method === "none";
 
 function projectedCell({ figures, ...adapter }) {
   if (!figures) return "–";

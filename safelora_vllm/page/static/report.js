@@ -21,6 +21,7 @@ export function policyText(policy) {
   const select = { threshold: `similarity at most ${policy.threshold}`, number: `the ${policy.number} least similar`, all: "all modules" };
   const energy = policy.method === "safe-lora" ? "" : `, energy ${policy.energy}`;
   const opinion = policy.opinion ? "; second opinion" : "";
+  if (policy.select === "none") return `nothing projected; ${policy.mode}${opinion}`;
   return `${policy.method}${energy}; ${select[policy.select] ?? policy.select}; ${policy.mode}${opinion}`;
 }
 

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
+BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 _GUESS_SECONDS = 30.0
 # With an opinion: the score alone would have failed.
 PASSED, PASSED_WITH_OPINION, FAILED, UNAVAILABLE = "passed", "passed_with_opinion", "failed", "unavailable"

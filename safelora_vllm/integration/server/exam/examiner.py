@@ -28,15 +28,15 @@ from safelora_vllm.integration.server.exam.counts import (
 )
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME
-from safelora_vllm.integration.server.exam.limits import ExamLimits
+from safelora_vllm.integration.server.exam.limits import ExamLimits, NoTurn
 from safelora_vllm.integration.server.exam.sheets import Sheet, Sheets
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.store import PublishedStore
 from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.exam")
-_SECONDS = 120.0  # for other exams to end, and for the next answer of the engine
-_LONGEST_SECONDS = 600.0  # for all its answers about a copy: a slow machine needs minutes
+_SECONDS = 120.0  # for the next answer of the engine
+_LONGEST_SECONDS = 300.0  # for all its answers about a copy: a slow machine needs minutes
 _PAUSE_SECONDS = 1.0  # before a copy that vLLM could not load is loaded again
 
 
@@ -146,13 +146,11 @@ class Examiner:
         turn = self._turns.setdefault((who and who.tenant) or "", asyncio.Lock())
         async with AsyncExitStack() as held:
             try:
-                async with asyncio.timeout(_SECONDS):
+                async with asyncio.timeout(wait := _LONGEST_SECONDS + _SECONDS):
                     await held.enter_async_context(turn)
                     await held.enter_async_context(self._turn)
             except TimeoutError as error:
-                raise ExamUnavailable(
-                    f"other exams have not ended in {_SECONDS:.0f} s: try again later"
-                ) from error
+                raise NoTurn(f"other exams have not ended in {wait:.0f} s: try again later") from error
             yield
 
     async def _examined(self, sheet: Sheet, asked: Asked, nbytes: float, began: float) -> Examined:

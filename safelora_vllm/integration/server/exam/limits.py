@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from safelora_vllm.errors import SafeLoRAError
+from safelora_vllm.errors import ExamUnavailable, SafeLoRAError
 
 A_MINUTE, A_DAY = 6, 100
 AT_ONCE = 2  # one that runs, and one that waits: each holds the place of an upload
@@ -32,6 +32,10 @@ class TooManyExams(SafeLoRAError):
     def __init__(self, message: str, seconds: int = 1) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+class NoTurn(ExamUnavailable):
+    """An exam did not begin, as others have not ended. It does not count."""
 
 
 class ExamLimits:
@@ -64,6 +68,10 @@ class ExamLimits:
 
         try:
             yield begin
+        except NoTurn:
+            if tenant and begun:
+                self._times[tenant].pop()
+            raise
         finally:
             if tenant and begun:
                 self._under_way[tenant] -= 1
