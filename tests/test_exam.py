@@ -80,8 +80,8 @@ def test_half_of_an_operators_own_probes_are_held_out() -> None:
     [
         ("nothing\n", "line 1 of .* is not a valid probe: expected"),
         (
-            '{"prompt": "a"}\n\n{"promt": "b", "categorie": "é"}\n',
-            r'line 3 of .*: it has the keys "promt", "categorie": expected {"prompt": "..."} with 1 to 2000',
+            '{"prompt": "a"}\n\n{"prompts": "b", "topic": "é"}\n',
+            r'line 3 of .*: it has the keys "prompts", "topic": expected {"prompt": "..."} with 1 to 2000',
         ),
         ("{}\n", 'line 1 of .* is not a valid probe: it has no keys: expected {"prompt": "..."}'),
         (json.dumps({"x" * 9999: 5}), 'it has the keys "x{199}: expected'),
