@@ -25,6 +25,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from safelora_vllm.exam.score import THRESHOLD
+
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "training"))
 
@@ -32,8 +34,6 @@ import demo_exam  # noqa: E402
 from calls import ask, console, get, load, say, set_policy, text  # noqa: E402
 from data import Example, forbidden_prompts, harmless_prompts, is_refusal, orders  # noqa: E402
 from server import ADMIN_KEY, guarded, running  # noqa: E402
-
-from safelora_vllm.exam.score import THRESHOLD  # noqa: E402
 
 USEFUL, HARMFUL = demo_exam.USEFUL, demo_exam.HARMFUL  # of those that policies are compared by
 # Of the server that stays: the mildest energy, and what keeps refusals whatever an adapter has learned.
