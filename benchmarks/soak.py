@@ -6,19 +6,21 @@ A guarded server with 2 device slots and 8 CPU slots serves the adapters. Users 
 replace, remove, upload again and try to upload broken ones, all at random. Every answer is compared with what
 the same content said when it was asked alone. Sampled meanwhile, over all of the server's processes:
 memory (PSS), open files, threads, the store's bytes and files, and the metric series. A line is fitted to the
-second half of the samples: what leaks, rises there. With --exam each content sits an exam of eight probes,
-once.
+second half of the samples: what leaks, rises there. With --exam each content sits an exam of eight probes
+before the minutes begin, and a third of the replacements bring one that no exam has seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ import psutil
 import recording
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load, save
 from servers import SAFE_LORA, Server, running
 from short_exam import short_exam
 from tqdm import tqdm
@@ -48,6 +51,7 @@ USERS, OPERATORS, SAMPLE_SECONDS = 4, 2, 10.0
 # Half of the modules are projected; the rest is large enough to tell any two adapters apart.
 _OPTIONS = ["--max-cpu-loras=8", "--max-loras=2", "--select=number", "--number=30"]
 _TOLERANCE = 0.1  # of a log probability: other requests in the batch change the rounding
+_NEW = 1 / 3  # share of the replacements, with an exam
 _PROMPT = "The capital of France is"
 Answer = dict[str, float]  # the likeliest first tokens with their log probabilities
 
@@ -88,7 +92,8 @@ def main() -> int:
             ledger, reference = Ledger(), begin(server, contents)
             for number in range(len(contents)):
                 ledger.now(f"n{number}", number)
-            samples = soak(server, contents, reference, ledger, args.minutes, work / "store")
+            new = itertools.count() if args.exam else None
+            samples = soak(server, contents, reference, ledger, args.minutes, work / "store", new)
     fits = {what: fit([sample["minutes"] for sample in samples], [s[what] for s in samples])
             for what in samples[0] if what != "minutes"}  # fmt: skip
     figures = {
@@ -160,12 +165,14 @@ def soak(
     ledger: Ledger,
     minutes: float,
     store: Path,
+    new: Iterator[int] | None,
 ) -> list[dict[str, float]]:
-    """Users and operators at work; a sample every few seconds."""
+    """Users and operators at work; a sample every few seconds. new: see `operator`."""
     stop, start = threading.Event(), time.monotonic()
     threads = [threading.Thread(target=user, args=(server, reference, ledger, stop, i)) for i in range(USERS)]
     threads += [
-        threading.Thread(target=operator, args=(server, contents, ledger, stop, i)) for i in range(OPERATORS)
+        threading.Thread(target=operator, args=(server, contents, ledger, stop, i, new))
+        for i in range(OPERATORS)
     ]
     for thread in threads:
         thread.start()
@@ -202,9 +209,14 @@ def user(server: Server, reference: list[Answer], ledger: Ledger, stop: threadin
 
 
 def operator(
-    server: Server, contents: list[dict[str, bytes]], ledger: Ledger, stop: threading.Event, seed: int
+    server: Server,
+    contents: list[dict[str, bytes]],
+    ledger: Ledger,
+    stop: threading.Event,
+    seed: int,
+    new: Iterator[int] | None,
 ) -> None:
-    """Changes names of its own, the even or the odd ones."""
+    """Changes names of its own, the even or the odd ones. new: numbers of contents that nobody had."""
     choice = random.Random(seed)
     broken = {CONFIG: contents[0][CONFIG], WEIGHTS: contents[0][WEIGHTS][:-3] + b"\xff\xff\xff"}
     with client(server) as http:
@@ -215,7 +227,10 @@ def operator(
                 case "replaced":
                     after = choice.choice([other for other in range(len(contents)) if other not in before])
                     ledger.now(name, *before, after)
-                    expect(upload(http, name, contents[after]), 201, ledger, "replaced")
+                    files, what = contents[after], "replaced"
+                    if new and choice.random() < _NEW:
+                        files, what = alike(files, next(new)), "replaced by new content"
+                    expect(upload(http, name, files), 201, ledger, what)
                     ledger.now(name, after)
                 case "removed":
                     ledger.now(name, *before, None)
@@ -225,6 +240,14 @@ def operator(
                     ledger.now(name, None)
                 case "refused":
                     expect(upload(http, name, broken), 422, ledger, "refused")
+
+
+def alike(files: dict[str, bytes], number: int) -> dict[str, bytes]:
+    """An adapter that answers like another one, with weights of its own: one value of them is."""
+    weights = load(files[WEIGHTS])
+    values = weights[min(weights)].view(-1)
+    values[number % len(values)] += 0.01 * (1 + number // len(values))
+    return {CONFIG: files[CONFIG], WEIGHTS: save(weights)}
 
 
 def expect(answer: httpx.Response, status: int, ledger: Ledger, what: str) -> None:
@@ -252,6 +275,8 @@ def sample(server: Server, http: httpx.Client, store: Path) -> dict[str, float]:
                 totals[f"{part}_files"] += 1
     series = http.get("/metrics").text.splitlines()
     totals["series"] = sum(line.startswith("safelora_") for line in series)
+    exams = [line for line in series if line.startswith("safelora_exams_total{")]
+    totals["exams"] = sum(int(float(line.rpartition(" ")[2])) for line in exams)
     totals["series of vLLM"] = sum(line.startswith("vllm:") for line in series)
     return dict(totals)
 

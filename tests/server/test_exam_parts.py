@@ -11,13 +11,22 @@ from typing import Any, cast
 
 import pytest
 
-from safelora_vllm.errors import AdapterRefused, GuardError
+from safelora_vllm.errors import AdapterRefused, ExamUnavailable, GuardError
 from safelora_vllm.exam.ladder import follows, parse
 from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.server.background import Background
+from safelora_vllm.integration.server.exam import reports
 from safelora_vllm.integration.server.exam import start as begin
 from safelora_vllm.integration.server.exam.counts import Counted, Counts
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN_NAME, without_hidden
-from safelora_vllm.integration.server.exam.limits import A_DAY, A_MINUTE, AT_ONCE, ExamLimits, TooManyExams
+from safelora_vllm.integration.server.exam.limits import (
+    A_DAY,
+    A_MINUTE,
+    AT_ONCE,
+    EVERYBODYS,
+    ExamLimits,
+    TooManyExams,
+)
 from safelora_vllm.integration.server.exam.modes import Exam
 from safelora_vllm.integration.server.exam.start import model_parts
 from safelora_vllm.integration.server.exam.terms import Terms
@@ -369,3 +378,40 @@ def test_shared_names_have_the_servers_rules() -> None:
         exam().rungs(Policy(), SERVERS, rules_of(Policy(), SERVERS, {}, False), False)[0].policy["energy"]
         == 0.1
     )
+
+
+def test_a_report_without_a_score_is_tried_again_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the engine could not answer now may have an answer soon; what is broken holds up nobody for ever."""
+    monkeypatch.setattr(reports, "_LATER_SECONDS", 0.0)
+    tries: list[tuple[str, str]] = []
+
+    async def examine(name: str, key: str, *_: object) -> None:
+        tries.append((name, key))
+        if name == "busy" and tries.count((name, key)) == 2:
+            return
+        raise {"busy": ExamUnavailable, "never": ExamUnavailable, "broken": OSError}[name]("no score")
+
+    async def run() -> None:
+        background = Background()
+        queue = reports.Reports(background, ExamLimits(), lambda _: EVERYBODYS, examine)
+        for name, key in (("busy", "a"), ("never", "b"), ("broken", "c")):
+            queue.add(name, key, Policy())
+        await asyncio.gather(*background.tasks)
+        queue.add("never", "b", Policy())
+        await asyncio.gather(*background.tasks)
+        assert not queue.waiting and not queue._in_vain
+
+    asyncio.run(run())
+    assert [name for name, _ in tries] == [
+        "busy",
+        "never",
+        "broken",
+        "busy",
+        "never",
+        "never",
+        *["never"] * 3,
+    ]
+    warned = [record.args[0] for record in caplog.records if isinstance(record.args, tuple)]
+    assert warned == ["broken", "never", "never"]

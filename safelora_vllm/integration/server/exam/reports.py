@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
+from safelora_vllm.errors import Unavailable
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.exam.limits import ExamLimits, Limit, TooManyExams
@@ -14,6 +16,7 @@ from safelora_vllm.store.serving import tenant_of
 
 logger = logging.getLogger("vllm.safelora.exam")
 _LATER_SECONDS = 15.0
+_TRIES = 3  # exams of one copy that end without a score
 
 
 class Reports:
@@ -32,10 +35,12 @@ class Reports:
         """limit: of the tenant that owns a name."""
         self._background, self._limits, self._limit, self._examine = background, limits, limit, examine
         self.waiting: dict[str, tuple[str, Policy]] = {}  # name → the copy that it serves now
+        self._in_vain = Counter[str]()  # name → exams of its copy without a score
         self._working = False
 
     def add(self, name: str, key: str, policy: Policy) -> None:
         """Examine a copy, if it is still served by the name when its turn comes."""
+        self.drop(name)
         self.waiting[name] = key, policy
         if not self._working:
             self._working = True
@@ -44,15 +49,16 @@ class Reports:
     def drop(self, name: str) -> None:
         """Its copy is not examined any more."""
         self.waiting.pop(name, None)
+        del self._in_vain[name]
 
     async def _work(self) -> None:
-        """Examine what waits. What is over its tenant's limits stays until later."""
+        """Examine what waits. What is over its tenant's limits, or has no score yet, stays until later."""
         try:
             while self.waiting:
                 for name, copy in list(self.waiting.items()):
                     tried = self._is_due(name, copy) and await self._tried(name, *copy)
                     if tried and self._is_due(name, copy):
-                        del self.waiting[name]
+                        self.drop(name)
                 if self.waiting:
                     await asyncio.sleep(_LATER_SECONDS)
         finally:
@@ -62,7 +68,7 @@ class Reports:
         return self.waiting.get(name) == copy
 
     async def _tried(self, name: str, key: str, policy: Policy) -> bool:
-        """Examine a copy, unless its tenant has had its share."""
+        """Whether a copy is done with: not where its tenant has had its share, or another try may help."""
         try:
             # Whoever's request has begun this, it is the exam of the name's owner.
             with acting_as(None), self._limits.share(tenant_of(name), self._limit(name)) as ticket:
@@ -70,6 +76,10 @@ class Reports:
         except TooManyExams:
             return False
         except Exception as error:  # a full disk, say: the other copies still have their turn
+            again = isinstance(error, Unavailable) and self._is_due(name, (key, policy))
+            if again and self._in_vain[name] < _TRIES - 1:
+                self._in_vain[name] += 1
+                return False
             about = {"adapter": name, "copy": key}  # again when it is served next
             logger.warning("adapter %r was not examined: %s", name, error, extra=about)
         return True
