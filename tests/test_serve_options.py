@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from safelora_vllm.cli.main import main
 from safelora_vllm.errors import GuardError, KeysError, PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.integration import launch
 from safelora_vllm.integration.launch import allowed_plugins, guarded_options, serve
@@ -262,3 +263,17 @@ def test_a_vllm_that_cannot_be_imported_is_said_to_be(
     with pytest.raises(UsageError, match=r"vLLM cannot be imported .* pip install '\.\[vllm\]'"):
         serve("MODEL", settings, [])
     assert vllm.steps == []
+
+
+def test_the_value_of_a_vllm_option_is_not_taken_for_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--host", "127.0.0.1"], ["--host", "127.0.0.1", "M"], ["--enforce-eager", "M"]):
+        assert main(["serve", "--projectors", "P", *words]) == 2
+        error = capsys.readouterr().err
+        assert f"{words[1]!r} follows vLLM's option {words[0]}" in error and "serve MODEL" in error
+    served: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(launch, "serve", lambda model, _, options: served.append((model, options)))
+    for words in (["M", "--host", "127.0.0.1"], ["--projectors", "P", "M", "--host", "127.0.0.1"]):
+        assert main(["serve", *words, "--projectors", "P"]) == 0
+    assert served == [("M", ["--host", "127.0.0.1"])] * 2

@@ -38,6 +38,17 @@ def test_the_metrics_key_is_its_own_kind_with_and_without_a_file(tmp_path: Path)
         KeyRing.open(None, SECRET, [], SECRET)
 
 
+@pytest.mark.parametrize(
+    ("admin", "metrics", "entry"), [("short", None, "admin"), (None, "x" * 15, "metrics")]
+)
+def test_a_key_of_the_environment_cannot_be_guessed(
+    admin: str | None, metrics: str | None, entry: str
+) -> None:
+    with pytest.raises(KeysError, match=f"the {entry} key is not a valid secret: .* 16 .*openssl rand"):
+        KeyRing.open(None, admin, [], metrics)
+    KeyRing.open(None, "x" * 16, ["short"], "y" * 16)  # --api-key is vLLM's own
+
+
 def test_limits_may_be_zero_and_a_tenant_may_have_no_keys(tmp_path: Path) -> None:
     limits = "max_adapters = 0\nmax_bytes = 0\nmax_rank = 0\n"
     text = f'[tenants.acme]\n{limits}[tenants.acme.keys]\nci = "{SECRET}"\n[tenants.later]\n{limits}'

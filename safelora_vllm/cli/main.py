@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.vllm_options = rest
+    args.vllm_options, args.words = rest, sys.argv[1:] if arguments is None else arguments
     try:
         return int(args.run(args))
     except AdapterRefused as error:

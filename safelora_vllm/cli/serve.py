@@ -219,6 +219,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked at once, then serve until the server ends."""
+    _check_model(args)
     chosen_policy(args)
     _check_installed()
     from safelora_vllm.integration.launch import serve
@@ -230,6 +231,16 @@ def run(args: argparse.Namespace) -> int:
         _log_json()
     serve(args.model, _settings(args), args.vllm_options)
     return DONE
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    """Raises UsageError where the model may be the value of a vLLM option: only vLLM knows which have one."""
+    before = args.words[args.words.index(args.model) - 1]
+    if before in args.vllm_options:
+        raise UsageError(
+            f"{args.model!r} follows vLLM's option {before} and may be its value: expected the model right "
+            "after the command, safelora-vllm serve MODEL --projectors DIR"
+        )
 
 
 def _log_json() -> None:

@@ -29,6 +29,8 @@ from safelora_vllm.settings import (
 )
 from safelora_vllm.store.housekeeping import check_store
 from safelora_vllm.store.mirror import check_mirror
+from safelora_vllm.store.names import NameStore
+from safelora_vllm.tenants.keyless import check_keyless
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.rules_check import tenant_check
 
@@ -56,14 +58,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
         check_served_model(cache, model, quick=True)
     _check_rules(cache, settings)
     granted(settings.route_access)
-    if settings.keys:
-        admin, metrics = os.environ.get(ADMIN_KEY), os.environ.get(METRICS_KEY)
-        check = tenant_check(settings.policy, settings.projectors, settings.exam_given)
-        ring = KeyRing.open(Path(settings.keys), admin, [], metrics, check)
-        if not ring.has_admin:
-            print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
-    elif not os.environ.get(ADMIN_KEY):  # one for all API server processes, which inherit it
-        os.environ[ADMIN_KEY] = new_admin_key()
+    _check_keys(settings)
     os.environ["VLLM_PLUGINS"] = allowed_plugins()
     runtime_updating.switch_off()
     try:
@@ -121,8 +116,9 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     """What the gate and the workers would refuse too, but minutes later and in the middle of a long log.
 
     Raises:
-        PolicyError: more than the cache has. GuardError: the store opens a way around, or mirrors another
-        bucket. StoreUnavailable: a bucket that is new to the store does not answer.
+        PolicyError: more than the cache has. GuardError: the store opens a way around, mirrors another
+        bucket, or has what tenants uploaded, and there is no keys file. StoreUnavailable: a bucket that is
+        new to the store does not answer.
     """
     policy = Policy.from_mapping(settings.policy)
     check_energy(policy, cache)
@@ -130,6 +126,23 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
         ladder.usable(cache, settings.ladder, policy)
     check_store(settings.store)
     check_mirror(settings.store, settings.store_mirror)
+    if not settings.keys:
+        check_keyless(NameStore(settings.store).all().values())
+
+
+def _check_keys(settings: ServerSettings) -> None:
+    """Read the keys that the server will have, and make an admin key where nobody gave one.
+
+    Raises:
+        KeysError: one is wrong.
+    """
+    admin, metrics = os.environ.get(ADMIN_KEY), os.environ.get(METRICS_KEY)
+    check = tenant_check(settings.policy, settings.projectors, settings.exam_given) if settings.keys else None
+    ring = KeyRing.open(Path(settings.keys) if settings.keys else None, admin, [], metrics, check)
+    if settings.keys and not ring.has_admin:
+        print(f"safelora: no admin key, neither in {settings.keys} nor in {ADMIN_KEY}", flush=True)
+    elif not settings.keys and not admin:  # one for all API server processes, which inherit it
+        os.environ[ADMIN_KEY] = new_admin_key()
 
 
 def _refuse_options(args: argparse.Namespace) -> None:

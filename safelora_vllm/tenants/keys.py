@@ -16,6 +16,7 @@ from safelora_vllm.tenants.keys_file import (
     RulesCheck,
     Tenant,
     check_replaced,
+    check_secret,
     read,
     sha256,
     stamp,
@@ -73,11 +74,14 @@ class KeyRing:
             check: raises KeysError for a tenant's rules that this server cannot judge by.
 
         Raises:
-            KeysError: the file cannot be read or used, two keys have one secret, or one is an example's.
+            KeysError: the file cannot be read or used, two keys have one secret, one is an
+                example's, or the admin's or the metrics' is too short.
         """
-        given = [("the admin key", admin_key), ("the metrics key", metrics_key)]
-        for entry, key in [*given, *(("a key of vLLM's --api-key", key) for key in inference_keys)]:
-            check_replaced(entry, key or "")
+        for entry, key in (("the admin key", admin_key), ("the metrics key", metrics_key)):
+            if key:
+                check_secret(entry, key)
+        for key in inference_keys:  # vLLM's own, which may be short
+            check_replaced("a key of vLLM's --api-key", key)
         inference = frozenset(sha256(key) for key in inference_keys if key)
         admin, metrics = (sha256(key) if key else None for key in (admin_key, metrics_key))
         return cls(keys_file, admin, inference, metrics, check)

@@ -84,6 +84,16 @@ def check_replaced(entry: str, secret: str) -> None:
         )
 
 
+def check_secret(entry: str, secret: str) -> None:
+    """Raise KeysError for a secret that can be guessed, or that no header can carry."""
+    if not _SECRET.fullmatch(secret):
+        raise KeysError(
+            f"{entry} is not a valid secret: expected at least 16 printable ASCII characters without a space "
+            "at either end. Make one with: openssl rand -base64 24"
+        )
+    check_replaced(entry, secret)
+
+
 def stamp(file: Path) -> tuple[int, ...]:
     """What differs when the file was written, replaced, or (ctime) its mode changed."""
     try:

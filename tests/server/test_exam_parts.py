@@ -383,7 +383,7 @@ def test_shared_names_have_the_servers_rules() -> None:
 def test_a_report_without_a_score_is_tried_again_a_few_times(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What the engine could not answer now may have an answer soon; what is broken holds up nobody for ever."""
+    """What the engine could not answer may have an answer soon; what is broken holds up nobody for ever."""
     monkeypatch.setattr(reports, "_LATER_SECONDS", 0.0)
     tries: list[tuple[str, str]] = []
 
