@@ -112,9 +112,11 @@ def test_an_exceeded_quota_is_told_in_full() -> None:
         Quota(20, 100, 32).check(21, 100, 64)
     assert str(told.value) == (
         "over the tenant's quota: max_adapters is 20, 21 would be needed; max_rank is 32, 64 would be "
-        "needed. Remove an adapter, upload a smaller one, or ask the operator to raise the limit in the keys "
-        "file"
+        "needed. Either remove an adapter and train with a smaller rank, or ask the operator to raise the "
+        "limit in the keys file"
     )
+    with pytest.raises(QuotaExceeded, match="Either remove an adapter or an old version, or ask"):
+        Quota(20, 100, 32).check(20, 101, 32)
 
 
 def test_what_becomes_of_an_edited_file_is_logged_in_full(

@@ -25,6 +25,10 @@ from safelora_vllm.safetensors_header import LONGEST_SIGN, Header, other_format,
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_LARGE_WEIGHTS = (
+    ", by --max-lora-rank or for any file: was an embedding or a head saved too (modules_to_save, "
+    "save_embedding_layers)?"
+)
 _UNSAFE_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -196,7 +200,8 @@ def _opened(path: Path, name: str, limit: int) -> Iterator[tuple[BinaryIO, int]]
         raise refuse("not_regular_file", f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > limit:
-            raise refuse("too_large", f"{name} is larger than the {limit:,} bytes that are allowed")
+            cause = _LARGE_WEIGHTS if name == WEIGHTS else ""
+            raise refuse("too_large", f"{name} is larger than the {limit:,} bytes that are allowed{cause}")
         try:
             yield file, status.st_size
         except OSError as error:

@@ -19,6 +19,11 @@ LIMITS = {
     "max_bytes": "bytes",
     "max_rank": "rank",
 }  # keys file → Quota
+_CURES = {
+    "max_adapters": "remove an adapter",
+    "max_bytes": "remove an adapter or an old version",
+    "max_rank": "train with a smaller rank",
+}
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,16 @@ class Quota:
             QuotaExceeded: at least one is above its limit; all of them are named.
         """
         figures = {"max_adapters": adapters, "max_bytes": total_bytes, "max_rank": rank}
-        over = [
-            f"{limit} is {allowed}, {figure} would be needed"
+        over = {
+            limit: f"{limit} is {allowed}, {figure} would be needed"
             for limit, figure in figures.items()
             if (allowed := getattr(self, LIMITS[limit])) is not None and figure > allowed
-        ]
+        }
         if over:
+            cures = " and ".join(dict.fromkeys(_CURES[limit] for limit in over))
             raise QuotaExceeded(
-                f"over the tenant's quota: {'; '.join(over)}. Remove an adapter, upload a smaller one, "
-                "or ask the operator to raise the limit in the keys file"
+                f"over the tenant's quota: {'; '.join(over.values())}. Either {cures}, or ask the operator "
+                "to raise the limit in the keys file"
             )
 
 
