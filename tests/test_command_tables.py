@@ -89,6 +89,15 @@ def test_a_summary() -> None:
     assert "largest" not in shown(tables.print_summary, [NONE]).splitlines()[-1]
 
 
+def test_a_rank_that_a_server_takes_only_when_told() -> None:
+    high = dataclasses.replace(REPORT, modules=[dataclasses.replace(MODULES[0], rank=17), MODULES[1]])
+    line = "largest rank 17: serve with --max-lora-rank 17 or more"
+    assert shown(tables.print_report, high).splitlines()[-1] == f"  {line}"
+    assert shown(tables.print_summary, [REPORT, high]).splitlines()[-1] == line
+    usual = dataclasses.replace(REPORT, modules=[dataclasses.replace(MODULES[0], rank=16)])
+    assert "--max-lora-rank" not in shown(tables.print_report, usual)
+
+
 @pytest.mark.parametrize(("piped", "columns", "width"), [(True, None, 160), (True, "90", 90)])
 def test_the_width_of_the_terminal(
     piped: bool, columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch

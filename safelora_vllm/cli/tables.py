@@ -18,6 +18,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 
 _MOST_ROWS, _MOST_REASONS = 50, 3
+_SERVED_RANK = 16  # vLLM's --max-lora-rank where nobody sets it
 
 CHANGES_NOTHING = (
     "the adapter changes nothing: each of its modules has an A or a B of zeros, as before any training"
@@ -72,6 +73,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
                 f"{max(report.values('relative_norm')):.4g} (allowed {policy.max_relative_norm:g})"
             )
         )
+    print_rank([report], console, "  ")
     if report.changes_nothing:
         console.print(Text("  " + CHANGES_NOTHING))
     for reason in report.reasons:
@@ -103,8 +105,16 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
         total = max(report.total_norm for report in measured)
         module = max(norm for report in measured for norm in report.values("relative_norm"))
         console.print(Text(f"largest: total norm {total:.4g}, of a module {module:.4g}"))
+    print_rank(reports, console)
     if uncertain:
         console.print(Text(uncertain_note(uncertain)))
+
+
+def print_rank(reports: Sequence[Report], console: Console, indent: str = "") -> None:
+    """Say which option a server needs, where a rank is above vLLM's default."""
+    rank = max((module.rank for report in reports for module in report.modules), default=0)
+    if rank > _SERVED_RANK:
+        console.print(Text(f"{indent}largest rank {rank}: serve with --max-lora-rank {rank} or more"))
 
 
 def uncertain_note(modules: int) -> str:
