@@ -34,13 +34,14 @@ def test_modules_are_for_admins_or_for_all(
             metrics.count_now()
             for name in ("acme/x", "shared"):
                 metrics.traffic.ended(name, "stop")
+                metrics.traffic.refused(name)
             seen = {
                 (who, name): http.get(f"/v1/adapters/{name}").json()["traffic"]
                 for who, http in (("tenant", tenant), ("user", user), ("admin", admin))
                 for name in ("acme/x", "shared")
                 if (who, name) != ("user", "acme/x")
             }
-    one = {"requests": 1, "generated_tokens": 0, "running": 0, "waiting": 0}
+    one = {"requests": 1, "generated_tokens": 0, "running": 0, "waiting": 0, "second_opinion_refusals": 1}
     mine = ("tenant", "acme/x"), ("admin", "acme/x"), ("admin", "shared")
     assert seen == {who: one if who in mine else None for who in seen}  # what is shared tells of others
     own = 14 if told == "full" else 0

@@ -145,6 +145,9 @@ class TrafficInfo(BaseModel):
     generated_tokens: int
     running: int
     waiting: int
+    second_opinion_refusals: int = Field(
+        description="requests since the server started in which the aligned model's refusal was served"
+    )
 
 
 class ExamFigures(BaseModel):

@@ -132,4 +132,5 @@ def _traffic_info(traffic: Traffic | None) -> dict[str, int] | None:
     return {
         "requests": traffic.hour_requests, "generated_tokens": traffic.hour_tokens,
         "running": traffic.running, "waiting": traffic.waiting,
+        "second_opinion_refusals": traffic.opinion_refused,
     }  # fmt: skip
