@@ -130,7 +130,7 @@ def begin(server: Server, contents: list[dict[str, bytes]]) -> list[Answer]:
 
 def client(server: Server) -> httpx.Client:
     headers = {"Authorization": f"Bearer {server.key}"}
-    return httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=headers, timeout=120)
+    return httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=headers, timeout=600)
 
 
 def upload(http: httpx.Client, name: str, files: dict[str, bytes]) -> httpx.Response:
