@@ -134,7 +134,8 @@ async def receive(
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise UsageError(
-            "the body is not multipart/form-data with a boundary; a JSON body needs Content-Type: application/json"
+            "the body is not multipart/form-data with a boundary; a JSON body needs the content type "
+            "application/json"
         )
     form = _Form(folder, max_bytes, check_name)
     total, waiting = 0, bytearray()
