@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, linear_regression
+from statistics import fmean, linear_regression, median
 from typing import Any
 
 import httpx
@@ -63,6 +63,7 @@ class Ledger:
     states: dict[str, list[tuple[float, set[int | None]]]] = field(default_factory=lambda: defaultdict(list))
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of each change
 
     def now(self, name: str, *contents: int | None) -> None:
         self.states[name].append((time.monotonic(), set(contents)))
@@ -98,7 +99,7 @@ def main() -> int:
             for what in samples[0] if what != "minutes"}  # fmt: skip
     figures = {
         "minutes": args.minutes, "adapters": args.adapters, "least_distance": distance_apart(reference),
-        "requests": dict(ledger.counts), "wrong": ledger.faults, "fits": fits, "samples": samples,
+        "requests": dict(ledger.counts), "seconds": dict(ledger.seconds), "wrong": ledger.faults, "fits": fits, "samples": samples,
     }  # fmt: skip
     show(figures)
     command = f"soak.py --minutes {args.minutes:g} --adapters {args.adapters}" + " --exam" * args.exam
@@ -230,7 +231,9 @@ def operator(
                     files, what = contents[after], "replaced"
                     if new and choice.random() < _NEW:
                         files, what = alike(files, next(new)), "replaced by new content"
+                    start = time.monotonic()
                     expect(upload(http, name, files), 201, ledger, what)
+                    ledger.seconds[what].append(time.monotonic() - start)
                     ledger.now(name, after)
                 case "removed":
                     ledger.now(name, *before, None)
@@ -305,6 +308,8 @@ def show(figures: dict[str, Any]) -> None:
         )
     Console().print(table)
     print(figures["requests"], f"least distance of two adapters: {figures['least_distance']:.3g}")
+    for what, seconds in figures["seconds"].items():
+        print(f"{what}: median {median(seconds):.1f} s, longest {max(seconds):.1f} s")
     print(f"{len(figures['wrong'])} wrong answers", *figures["wrong"][:5], sep="\n")
 
 
