@@ -99,7 +99,8 @@ def main() -> int:
             for what in samples[0] if what != "minutes"}  # fmt: skip
     figures = {
         "minutes": args.minutes, "adapters": args.adapters, "least_distance": distance_apart(reference),
-        "requests": dict(ledger.counts), "seconds": dict(ledger.seconds), "wrong": ledger.faults, "fits": fits, "samples": samples,
+        "requests": dict(ledger.counts), "seconds": dict(ledger.seconds),
+        "wrong": ledger.faults, "fits": fits, "samples": samples,
     }  # fmt: skip
     show(figures)
     command = f"soak.py --minutes {args.minutes:g} --adapters {args.adapters}" + " --exam" * args.exam
