@@ -139,7 +139,7 @@ METRICS = (
         queries=(
             (
                 "Is anything served unprojected?",
-                "safelora_adapter_info{mode=\"report-only\"}",
+                "safelora_adapter_info{mode=\"report-only\"} or safelora_adapter_info{method=\"none\"}",
             ),
             (
                 "Which adapters are served with a second opinion?",
