@@ -117,7 +117,7 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
 
     Raises:
         PolicyError: more than the cache has. GuardError: the store opens a way around, mirrors another
-        bucket, or has what tenants uploaded, and there is no keys file. StoreUnavailable: a bucket that is
+        bucket, or has adapters of tenants, and there is no keys file. StoreUnavailable: a bucket that is
         new to the store does not answer.
     """
     policy = Policy.from_mapping(settings.policy)
@@ -127,7 +127,7 @@ def _check_rules(cache: ProjectorCache, settings: ServerSettings) -> None:
     check_store(settings.store)
     check_mirror(settings.store, settings.store_mirror)
     if not settings.keys:
-        check_keyless(NameStore(settings.store).all().values())
+        check_keyless(settings.store, NameStore(settings.store).all().values())
 
 
 def _check_keys(settings: ServerSettings) -> None:

@@ -48,6 +48,17 @@ def test_a_tenants_adapter_does_not_become_everybodys(place: Place, adapter: Pat
     assert status_for_anybody(place, keys=str(place.keys)) == 404
 
 
+def test_an_adapter_that_an_admin_gave_a_tenant_does_not_either(place: Place, adapter: Path) -> None:
+    with place.server(keys=str(place.keys)) as server:
+        assert upload(server.client(ADMIN_KEY), "acme/a", adapter).status_code == 201
+    with pytest.raises(GuardError, match=r"'acme/a'.*--keys"):
+        status_for_anybody(place)
+    with place.server(keys=str(place.keys)) as server:
+        assert server.client(ADMIN_KEY).delete("/v1/adapters/acme/a").status_code == 200
+        assert upload(server.client(ADMIN_KEY), "shared", adapter).status_code == 201
+    assert status_for_anybody(place) == 404  # it starts: what is left is everybody's
+
+
 def test_a_name_with_a_slash_that_an_admin_gave_is_everybodys(place: Place, adapter: Path) -> None:
     """As with ``--lora-modules``: a slash alone makes no tenant."""
     with place.server() as server:

@@ -43,7 +43,7 @@ from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.mirror import attach, open_names
-from safelora_vllm.tenants.keyless import check_keyless
+from safelora_vllm.tenants.keyless import check_keyless, mark_kept_apart
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.rules_check import tenant_check
 
@@ -109,8 +109,8 @@ class SafeLoRAEndpoint:
 
         Raises:
             GuardError: a worker is not guarded, the middleware is not where it has to be, the server's
-            routes cannot be told apart, its admin socket could be another's, or the store has what tenants
-            uploaded and there is no keys file; the server does not start.
+            routes cannot be told apart, its admin socket could be another's, or the store has adapters of
+            tenants and there is no keys file; the server does not start.
         """
         seams.check_middleware(self._app, AccessMiddleware)
         check_routes(self._app.router.routes)
@@ -124,8 +124,7 @@ class SafeLoRAEndpoint:
         state.safelora_admin_socket = listening
         models = state.openai_serving_models
         await asyncio.to_thread(attach, settings.store, settings.store_mirror)
-        if not settings.keys:
-            await asyncio.to_thread(_check_names, settings.store)
+        await asyncio.to_thread(mark_kept_apart if settings.keys else _check_names, settings.store)
         state.safelora = reconciler = await Reconciler.start(
             engine_client,
             models,
@@ -186,10 +185,10 @@ class SafeLoRAEndpoint:
 
 
 def _check_names(store: str) -> None:
-    """Raises GuardError where everybody could use what a tenant has uploaded, here or into the bucket."""
+    """Raises GuardError where everybody could use a tenant's adapter, of this store or of its bucket."""
     names = open_names(store)
     names.look()
-    check_keyless(names.all().values())
+    check_keyless(store, names.all().values())
 
 
 def _give_opinions(
