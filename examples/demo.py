@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
+import safelora_vllm as sl
 from safelora_vllm.exam.score import THRESHOLD
 
 HERE = Path(__file__).resolve().parent
@@ -38,14 +37,14 @@ from server import ADMIN_KEY, guarded, running  # noqa: E402
 USEFUL, HARMFUL = demo_exam.USEFUL, demo_exam.HARMFUL  # of those that policies are compared by
 # Of the server that stays: the mildest energy, and what keeps refusals whatever an adapter has learned.
 GUARD = ("--energy=0.05", "--second-opinion=16")
-# The fixed policies that are compared; their adapters are made by `project`.
+# The fixed policies that are compared, by the same gate offline.
 POLICIES = {
-    "safe-lora, number 15": ("--method=safe-lora", "--select=number", "--number=15"),
-    "safe-lora, number 30": ("--method=safe-lora", "--select=number", "--number=30"),
-    "safe-lora, all": ("--method=safe-lora", "--select=all"),
-    "input-removal, 0.05": ("--energy=0.05",),
-    "input-removal, 0.2 (default)": (),
-    "input-removal, 0.8": ("--energy=0.8",),
+    "safe-lora, number 15": sl.Policy(method="safe-lora", select="number", number=15),
+    "safe-lora, number 30": sl.Policy(method="safe-lora", select="number", number=30),
+    "safe-lora, all": sl.Policy(method="safe-lora", select="all"),
+    "input-removal, 0.05": sl.Policy(energy=0.05),
+    "input-removal, 0.2 (default)": sl.Policy(),
+    "input-removal, 0.8": sl.Policy(energy=0.8),
 }
 RAW, STRICTEST, NONE = "raw (no guard)", "safe-lora, all", "no adapter"
 
@@ -100,11 +99,11 @@ def main() -> int:
                 opinion[name] = ask(server, f"{name}-raw", prompts)
             for name in (USEFUL, HARMFUL):
                 answers[RAW, name] = raw[name]
-                for number, (policy, options) in enumerate(POLICIES.items()):
-                    folder = HERE / "adapters" / name
-                    projected = project(folder, projectors, work / f"{policy}-{name}", options)
+                for number, (title, policy) in enumerate(POLICIES.items()):
+                    projected = work / f"{title}-{name}"
+                    sl.project_adapter(HERE / "adapters" / name, projectors, projected, policy)
                     load(server, f"{name}-{number}", projected)
-                    answers[policy, name] = ask(server, f"{name}-{number}", prompts_for(name, questions))
+                    answers[title, name] = ask(server, f"{name}-{number}", prompts_for(name, questions))
     examined = demo_exam.results(sat, raw, opinion, questions.forbidden, questions.orders)
     demo_exam.show(examined, len(questions.forbidden), len(questions.orders))
     show_answers(answers, questions)
@@ -123,17 +122,6 @@ def main() -> int:
 def prompts_for(name: str, questions: Questions) -> list[str]:
     """What an adapter is asked: the useful one its task, the harmful one what it should not answer."""
     return questions.forbidden if name == HARMFUL else [order.prompt for order in questions.orders]
-
-
-def project(adapter: Path, projectors: Path, out: Path, options: Iterable[str]) -> Path:
-    """The same gate offline: what a server with these policy options would serve."""
-    command = [str(Path(sys.executable).with_name("safelora-vllm")), "project", str(adapter)]
-    subprocess.run(
-        [*command, f"--projectors={projectors}", f"--out={out}", *options],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    return out
 
 
 def show_answers(answers: dict[tuple[str, str], dict[str, str]], questions: Questions) -> None:
