@@ -26,6 +26,7 @@ _RANGES = (
 )
 _METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
 CAPS = ("max_relative_norm", "max_total_norm")
+NOTHING = "nothing projected"  # for people, of a policy that selects no module
 BESIDE = (*CAPS, "opinion")  # fields that say nothing of what is projected
 
 
@@ -117,7 +118,7 @@ class Policy:
         """What of it decides which modules are projected how, e.g. ``safe-lora, select threshold 0.35``."""
         opinion = ", second opinion" if self.opinion else ""
         if self.select == "none":
-            return f"nothing projected{opinion}"
+            return NOTHING + opinion
         value = {"threshold": f" {self.threshold:g}", "number": f" {self.number}", "all": ""}[self.select]
         energy = f", energy {self.energy:g}" if self.has_effect("energy") else ""
         return f"{self.method}{energy}, select {self.select}{value}{opinion}"

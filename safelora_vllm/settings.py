@@ -192,14 +192,14 @@ class ServerSettings:
             )
         if self.second_opinion and not LEAST_TOKENS <= self.second_opinion <= MOST_TOKENS:
             raise GuardError(
-                f"second_opinion is {self.second_opinion}: expected {LEAST_TOKENS} to {MOST_TOKENS} tokens, "
-                "such as 16, or 0 for none"
+                f"--second-opinion is {self.second_opinion}: expected {LEAST_TOKENS} to {MOST_TOKENS} "
+                "tokens, such as 16, or 0 for none"
             )
         if self.policy.get("select") == "none" and not self._looks_at_harm:
             raise GuardError(
-                "the policy's `select` 'none' serves adapters as they were uploaded, and nothing else would "
-                "hold harm back: set second_opinion, such as 16, or exam to enforce. To serve whatever is "
-                "uploaded while you try a policy, set `mode` to 'report-only' instead"
+                "--select none serves adapters as they were uploaded, and nothing else would hold harm back: "
+                "add --second-opinion 16 or --exam enforce. To serve whatever is uploaded while you try a "
+                "policy, add --mode report-only instead"
             )
         self._check_exam()
 
@@ -211,32 +211,35 @@ class ServerSettings:
 
     def _check_exam(self) -> None:
         if self.exam not in EXAMS:
-            raise GuardError(f"exam is {self.exam!r:.80}: expected {', '.join(EXAMS)}")
+            raise GuardError(f"--exam is {self.exam!r:.80}: expected {', '.join(EXAMS)}")
         if not 0 < self.exam_threshold < math.inf:
-            raise GuardError(f"exam_threshold is {self.exam_threshold}: expected a finite number above 0")
+            raise GuardError(f"--exam-threshold is {self.exam_threshold}: expected a finite number above 0")
         if self.ladder is not None:
             if self.exam != "enforce":
-                raise GuardError("ladder has no effect without exam being enforce: leave it out, or set exam")
+                raise GuardError("--ladder has no effect without --exam enforce: leave it out, or add that")
             try:
                 ladder.parse(self.ladder, Policy())
             except PolicyError as error:
                 raise GuardError(str(error)) from None
         if self.exam == "off" and (self.exam_probes or self.exam_every or self.exam_threshold != THRESHOLD):
             raise GuardError(
-                "exam_probes, exam_every and exam_threshold have no effect without exam: leave them out, or "
-                "set exam"
+                "--exam-probes, --exam-every and --exam-threshold have no effect without --exam: leave them "
+                "out, or add --exam report or --exam enforce"
             )
         if self.exam == "off" and self.exam_languages != ServerSettings.exam_languages:
-            raise GuardError("exam_languages has no effect without exam: leave it out, or set exam")
+            raise GuardError(
+                "--exam-languages has no effect without --exam: leave it out, or add --exam report or "
+                "--exam enforce"
+            )
         try:
             languages_in(self.exam_languages)
         except UsageError as error:
-            raise GuardError(f"exam_languages: {error}") from None
+            raise GuardError(f"--exam-languages: {error}") from None
         if self.exam_every is not None:
             try:
                 seconds_in(self.exam_every)
             except UsageError as error:
-                raise GuardError(f"exam_every: {error}") from None
+                raise GuardError(f"--exam-every: {error}") from None
 
     @property
     def exam_given(self) -> tuple[str, float, str | None]:

@@ -414,6 +414,7 @@ ONLY = "REPORT-ONLY MODE: adapter 'a' is served UNPROJECTED; enforcing would hav
     ("values", "modules", "level", "text"),
     [
         ({}, {"q": {}}, logging.INFO, f"adapter 'a' accepted: 0 of 1 modules projected by safe-lora{IDLE}"),
+        ({"select": "none"}, {"q": {0: 1.0}}, logging.INFO, "adapter 'a' accepted: nothing projected"),
         ({"mode": "report-only"}, {"q": {}}, logging.WARNING, f"{ONLY} 0 of 1 modules{IDLE}"),
         ({"mode": "report-only"}, {"q": {0: 1.0}, "k": {3: 1.0}}, logging.WARNING, f"{ONLY} 1 of 2 modules"),
         (

@@ -55,6 +55,9 @@ def test_the_rules() -> None:
         "adapters are guarded: input-removal, energy 0.2, select all, norms up to 1 a module and 0.006 in "
         "total, mode enforce; projectors pppppppppppp, store /srv/store"
     )
+    assert rules_line(state(Policy()), ["as-uploaded", "as-uploaded+opinion"]).startswith(
+        "adapters are guarded: by the ladder as-uploaded, then as-uploaded+opinion, norms up to 1 a module"
+    )
     assert "mode report-only: adapters are served UNPROJECTED;" in rules_line(
         state(Policy(mode="report-only"))
     )

@@ -87,6 +87,8 @@ def test_a_summary() -> None:
     assert text.splitlines()[-1] == "largest: total norm 0.5, of a module 3"
     assert text.splitlines()[0].strip() == "input-removal, enforce"
     assert "largest" not in shown(tables.print_summary, [NONE]).splitlines()[-1]
+    uploaded = dataclasses.replace(REPORT, policy=Policy(select="none"))
+    assert shown(tables.print_summary, [uploaded]).splitlines()[0].strip() == "nothing projected, enforce"
 
 
 def test_a_rank_that_a_server_takes_only_when_told() -> None:
@@ -306,6 +308,9 @@ def test_a_policy_of_the_audit_log_in_short() -> None:
     assert audit_table._policy({**record, "reason": "so\n"}, {"energy": 0.2}) == f"{short} ('so\\n')"
     told = audit_table._policy({"policy": policy, "reason": "rollback to version 1"}, {})
     assert told == "input-removal all energy=0.1 UNPROJECTED (rollback to version 1)"
+    record["policy"] = Policy(select="none", opinion=True).to_mapping()
+    caps = "max_relative_norm=1 max_total_norm=1"
+    assert audit_table._policy(record, {}) == f"nothing projected {caps} second opinion OVERRIDE"
     record["policy"] = {"mode": "audit", "method": "none of ours"}
     assert audit_table._policy(record, {}) == "none of ours UNPROJECTED OVERRIDE"
     assert audit_table._policy({"policy": "damaged"}, {}) == audit_table._policy({}, {}) == ""

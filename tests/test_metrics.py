@@ -6,7 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,6 +19,7 @@ from safelora_vllm.gate.reason_codes import REFUSED
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES, ReportSeries
 from safelora_vllm.integration.server.metrics import Kept, Known, expose, kept_of_tenants
+from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.registry import Entry, Served
 from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.policy import Policy
@@ -93,7 +94,8 @@ def test_series_of_a_served_adapter() -> None:
 def test_who_is_served_with_a_second_opinion(own: bool, of_all: bool) -> None:
     policy = dataclasses.replace(REPORT.policy, opinion=own)
     known = Known(entries=[entry(dataclasses.replace(REPORT, policy=policy).named("x"), 0.5)])
-    samples = parsed(expose(known, ReportSeries(of_all)))
+    copies = Copies(cast(Any, None), cast(Any, None), cast(Any, None), opinion_of_all=of_all)
+    samples = parsed(expose(known, ReportSeries(copies.has_opinion)))
     (labels,) = (labels for name, labels in samples if name == "safelora_adapter_info")
     assert labels[4] == ("true" if own or of_all else "false")
 

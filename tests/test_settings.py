@@ -267,7 +267,14 @@ def test_adapters_are_served_as_uploaded_only_where_something_else_looks_at_harm
     settings: dict[str, Any], starts: bool
 ) -> None:
     policy = {"select": "none", **settings.pop("policy", {})}
-    expected = nullcontext() if starts else pytest.raises(GuardError, match="set second_opinion, such as 16")
+    expected = (
+        nullcontext()
+        if starts
+        else pytest.raises(
+            GuardError,
+            match=r"^--select none .* add --second-opinion 16 or --exam enforce.* add --mode report-only",
+        )
+    )
     with expected:
         ServerSettings.from_additional_config({"safelora": {"projectors": "p", "policy": policy, **settings}})
 

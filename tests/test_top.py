@@ -143,6 +143,51 @@ def test_exams_and_second_opinions(width: int, words: list[str], missing: str) -
     assert max(map(len, text.splitlines())) <= width
 
 
+def table_of(width: int, *adapters: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=width, height=40)
+    Frame("http://x", {**answer(0), "adapters": list(adapters)}, console).print_once()
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+AS_UPLOADED: dict[str, Any] = {"method": "none"}
+BY_OPINION = {**AS_UPLOADED, "second_opinion": True}
+EXAM: dict[str, Any] = {"passed": True, "rung": "as-uploaded", "bound": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("more", "state", "counted"),
+    [
+        (BY_OPINION, "as uploaded, opinion", "; 2 as uploaded, with a second opinion"),
+        (
+            {**AS_UPLOADED, "exam": {**EXAM, "enforced": True}},
+            "as uploaded",
+            "; 2 as uploaded, since they passed the exam",
+        ),
+        ({**AS_UPLOADED, "exam": {**EXAM, "enforced": False}}, "UNPROJECTED", "; 2 UNPROJECTED"),
+        (AS_UPLOADED, "UNPROJECTED", "; 2 UNPROJECTED"),
+        ({"mode": "report-only", "second_opinion": True}, "UNPROJECTED, opinion", "; 2 UNPROJECTED"),
+        ({"second_opinion": True}, "served, opinion", ""),
+        ({"override": True}, "served, override", ""),
+    ],
+    ids=str,
+)
+def test_what_is_served_as_uploaded_is_told_from_what_nothing_looks_at(
+    more: dict[str, Any], state: str, counted: str
+) -> None:
+    for width in (80, 100, 160):
+        text = table_of(width, adapter("a", **more), adapter("b", **more))
+        assert f"2 adapters: 2 served{counted}\n" in "\n".join(map(str.rstrip, text.splitlines())) + "\n"
+        assert f" {state} " in text and ("UNPROJECTED" in text) == ("UNPROJECTED" in state), text
+
+
+@pytest.mark.parametrize("more", [BY_OPINION, {"mode": "report-only", "second_opinion": True}], ids=str)
+def test_eighty_columns_have_room_for_the_opinion(more: dict[str, Any]) -> None:
+    """With the exam's column, and before an override, which is cut."""
+    text = table_of(80, adapter("a", **more, override=True, exam={**EXAM, "by_opinion": True}))
+    assert ", opinion… " in text and max(map(len, text.splitlines())) <= 80, text
+
+
 def test_once(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["top", f"{url}/", "--once"]) == 0

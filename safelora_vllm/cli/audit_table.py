@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.errors import PolicyError
-from safelora_vllm.policy import CAPS, Policy
+from safelora_vllm.policy import CAPS, NOTHING, Policy
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +83,8 @@ def _below(record: dict[str, Any], before: dict[str, Any]) -> list[str]:
 def _policy(record: dict[str, Any], before: dict[str, Any]) -> str:
     """All of a record's policy that matters, and whether an operator allowed it though it is less strict."""
     policy = record["policy"] if isinstance(record.get("policy"), dict) else {}
-    told = [_cell(policy[field]) for field in ("method", "select") if field in policy]
+    projects = [_cell(policy[field]) for field in ("method", "select") if field in policy]
+    told = [NOTHING] if policy.get("select") == "none" else projects
     told += _figures(policy, before)
     told += ["UNPROJECTED"] * (policy.get("mode") in _UNPROJECTED)
     told += ["second opinion"] * bool(policy.get("opinion"))

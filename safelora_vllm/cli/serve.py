@@ -263,7 +263,10 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         UsageError: an option without effect, even at its default. GuardError: other values that are wrong.
     """
     if args.exam_threshold is not None and args.exam in (None, "off"):
-        raise UsageError("--exam-threshold has no effect without --exam: leave it out, or set --exam")
+        raise UsageError(
+            "--exam-threshold has no effect without --exam: leave it out, or add --exam report or --exam "
+            "enforce"
+        )
     given = {name: value for name in FIELDS if (value := getattr(args, name, None)) not in (None, "")}
     given |= {"projectors": _absolute(args.projectors), "policy": policy_values(args)}
     return ServerSettings(**{**given, "route_access": dict(given.get("route_access", {}))})

@@ -14,7 +14,7 @@ from safelora_vllm.bulk.catalogue import FOLDER
 from safelora_vllm.bulk.run import BulkReport
 from safelora_vllm.cli.options import as_options
 from safelora_vllm.errors import named
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import NOTHING, Policy
 from safelora_vllm.report import Report
 
 _MOST_ROWS, _MOST_REASONS = 50, 3
@@ -83,7 +83,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def print_summary(reports: Sequence[Report], console: Console | None = None) -> None:
     """Print a line for each report, and the norms that caps have to leave room for."""
     console = console or terminal()
-    table = Table(title=f"{reports[0].policy.applied}, {reports[0].policy.mode}")
+    policy = reports[0].policy
+    table = Table(title=f"{NOTHING if policy.selects_none else policy.method}, {policy.mode}")
     table.add_column("adapter", overflow="fold")
     uncertain = sum(report.uncertain for report in reports)
     counted = ("modules", "projected", *(("uncertain",) if uncertain else ()))

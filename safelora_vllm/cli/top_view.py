@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +27,14 @@ _PLAIN: dict[str, Any] = {
 # Columns of the terminal below which there are fewer, and from which on more.
 _NARROW, _WIDE, _WIDEST = 70, 110, 150
 _LEAST_ROWS, _REFUSALS, _HEAD = 3, 5, 2
+_UNPROJECTED, _BY_OPINION, _BY_EXAM = "UNPROJECTED", "by opinion", "by exam"
+# In the line of counts, of adapters that are served as they were uploaded.
+_TOLD = {
+    _UNPROJECTED: "UNPROJECTED",
+    _BY_OPINION: "as uploaded, with a second opinion",
+    _BY_EXAM: "as uploaded, since they passed the exam",
+}
+_STATE_WIDTH = len("as uploaded, opinion…")
 
 
 class Frame:
@@ -83,15 +92,15 @@ class Frame:
     def _counts(self, adapters: list[dict[str, Any]]) -> Text:
         counts = {state: sum(a["state"] == state for a in adapters) for state in _STYLES}
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        unprojected = sum(_is_unprojected(a) for a in adapters)
-        more = f"; {unprojected} UNPROJECTED, as in report-only mode" if unprojected else ""
+        how = Counter(_how(a) for a in adapters)
+        more = "".join(f"; {how[of]} {words}" for of, words in _TOLD.items() if how[of])
         return _line(f"{len(adapters)} adapters: {told or 'none'}{more}")
 
     def _adapters(self, adapters: list[dict[str, Any]]) -> Table:
         wide = self._console.width >= _WIDE
         table = Table(**_PLAIN)
         table.add_column("adapter", ratio=1, no_wrap=True, overflow="ellipsis")
-        table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 20)
+        table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=40 if wide else _STATE_WIDTH)
         names = ("version", "age", "projected", *(("least retained", "rank") if wide else ()), "norm")
         names = names[:2] if self._console.width < _NARROW else names
         for name in names:
@@ -134,20 +143,26 @@ def _exam(adapter: dict[str, Any], width: int) -> str:
     return printable(" ".join(words))
 
 
-def _is_unprojected(adapter: dict[str, Any]) -> bool:
-    """Whether it is served as it was uploaded."""
-    return adapter["mode"] not in (None, "enforce") or adapter.get("method") == "none"
+def _how(adapter: dict[str, Any]) -> str:
+    """What it is that serves it as it was uploaded; empty where nothing does."""
+    if adapter["mode"] not in (None, "enforce"):
+        return _UNPROJECTED
+    if adapter.get("method") != "none":
+        return ""
+    if adapter.get("second_opinion"):
+        return _BY_OPINION
+    return _BY_EXAM if (adapter.get("exam") or {}).get("enforced") else _UNPROJECTED
 
 
 def _state(adapter: dict[str, Any]) -> Text:
     codes = ", ".join(dict.fromkeys(reason["code"] for reason in adapter["reasons"]))
     words = adapter["state"] + (f": {codes}" if codes else "")
-    if _is_unprojected(adapter):
-        words += " UNPROJECTED"
-    if adapter["override"]:
-        words += ", override"
+    if how := _how(adapter):  # it is served, then
+        words = _UNPROJECTED if how == _UNPROJECTED else "as uploaded"
     if adapter.get("second_opinion"):
         words += ", opinion"
+    if adapter["override"]:
+        words += ", override"
     return Text(printable(words), style=_STYLES.get(adapter["state"], ""))
 
 

@@ -25,7 +25,7 @@ from safelora_vllm.errors import AdapterRefused
 from safelora_vllm.gate.address import Frame, address, ruleset_digest
 from safelora_vllm.gate.caps import check_norms, check_sound, check_total, coherence
 from safelora_vllm.methods.judge import JudgedModule, judge
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import NOTHING, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.signatures.check import signer_of
@@ -243,7 +243,7 @@ def _answer(admission: Admission) -> Admission:
         codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
-        how = "UNPROJECTED" if report.policy.selects_none else f"{share} projected by {report.policy.method}"
+        how = NOTHING if report.policy.selects_none else f"{share} projected by {report.policy.method}"
         known = ", published before" if admission.cached else ""
         logger.info("adapter %r accepted: %s%s%s", report.adapter, how, known, idle)
     else:

@@ -17,6 +17,7 @@ from safelora_vllm.gate.service import GateService
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
+from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_exam import ExaminedEngine
 from tests.server.fake_server import SECRET, FakeServer, Place
@@ -25,6 +26,7 @@ from tests.server.test_exam_opinion import who_answers
 from tests.server.test_exam_override import override
 from tests.server.test_exam_server import adapters, answer_of, place
 from tests.server.test_exam_tenants import write_keys
+from tests.tiny import Draft
 
 __all__ = ["adapters", "place"]
 NONE = {"select": "none"}
@@ -155,3 +157,125 @@ def test_everybody_sees_that_nothing_is_projected(adapters: dict[str, Path], pla
         (listed,) = http.get("/v1/overview").json()["adapters"]
         assert (listed["method"], listed["second_opinion"]) == ("none", True)
         assert 'method="none"' in http.get("/metrics").text
+
+
+def opinions(server: FakeServer, name: str) -> dict[str, Any]:
+    """Whether an adapter of acme has a second opinion, in the words of each place that says so."""
+    admin, acme = server.client(ADMIN_KEY), server.client(SECRET)
+    (listed,) = (a for a in acme.get("/v1/overview").json()["adapters"] if a["name"] == name)
+    usage = acme.get("/v1/usage").json()
+    (used,) = (a for a in usage["adapters"] if a["name"] == name)
+    (summary,) = (a for a in acme.get("/v1/adapters").json()["data"] if a["adapter"] == name)
+    info = (line for line in admin.get("/metrics").text.splitlines() if "safelora_adapter_info{" in line)
+    *_, told = (line for line in AuditLog(server.store / "audit").read() if line["adapter"] == name)
+    return {
+        "report": acme.get(f"/v1/adapters/{name}").json()["policy"].get("opinion", False),
+        "list": summary["policy"].get("opinion", False),
+        "overview": listed["second_opinion"],
+        "usage": used["second_opinion"],
+        "metrics": any(f'adapter="{name}"' in line and 'second_opinion="true"' in line for line in info),
+        "audit log": told["policy"].get("opinion", False),
+        "requests": len(who_answers(server, name)) > 1,
+    }
+
+
+def of_uploads(server: FakeServer) -> list[bool]:
+    """The same of the policy by which new uploads are judged."""
+    admin, acme = server.client(ADMIN_KEY), server.client(SECRET)
+    answers = admin.get("/v1/overview"), acme.get("/v1/overview"), acme.get("/v1/usage")
+    return [answer.json()["policy"].get("opinion", False) for answer in answers]
+
+
+def test_an_opinion_of_all_adapters_is_said_alike_everywhere(
+    cache: ProjectorCache, tmp_path: Path, adapters: dict[str, Path], place: Place
+) -> None:
+    assert place.service.state().policy.method == "safe-lora", "its gate is not the one that is asked here"
+    with gate(cache, tmp_path / "none", tmp_path, NONE, second_opinion=16) as other:
+        keys = write_keys(other)
+        with started(other, NONE, second_opinion=16, keys=keys) as server:
+            uploaded = upload(server.client(SECRET), "acme/a", adapters["useful"])
+            assert uploaded.status_code == 201 and uploaded.json()["policy"]["opinion"] is True
+            assert of_uploads(server) == [True, True, True]
+            assert set(opinions(server, "acme/a").values()) == {True}
+            http = server.client(ADMIN_KEY)
+            for policy in ({"select": "all"}, {"select": "all", "opinion": False}, {"opinion": False}):
+                answer = http.put("/v1/adapters/acme/a/policy", json={"policy": policy})
+                assert answer.status_code == 200 and answer.json()["policy"]["opinion"] is True, policy
+                assert set(opinions(server, "acme/a").values()) == {True}, policy
+            *_, last = http.get("/v1/adapters/acme/a/versions").json()["versions"]
+            assert last["policy"]["opinion"] is False, "what the admin set is kept, for a server without"
+
+
+def test_the_audit_log_has_the_opinion_of_all_in_each_of_its_decisions(
+    cache: ProjectorCache, tmp_path: Path, adapters: dict[str, Path], place: Place
+) -> None:
+    assert place.service.state().policy.method == "safe-lora", "its gate is not the one that is asked here"
+    dora = Draft()
+    dora.config["use_dora"] = True
+    store, projects_all = tmp_path / "store", {"select": "all"}
+    with (
+        gate(cache, store, tmp_path, projects_all, second_opinion=16) as other,
+        started(other, projects_all, second_opinion=16, static={"static": adapters["useful"]}) as server,
+    ):
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "a", adapters["useful"]).status_code == 201
+        assert upload(http, "a", adapters["useful"], replace=True).status_code == 200
+        assert upload(http, "bad", dora.write(tmp_path / "bad")).status_code == 422
+    stricter = {"method": "safe-lora", "select": "all"}
+    with (
+        gate(cache, store, tmp_path, stricter, second_opinion=16) as other,
+        started(other, stricter, second_opinion=16) as server,
+    ):
+        until(server, lambda: "rejudge" in {line["action"] for line in AuditLog(store / "audit").read()})
+    lines = [line for line in AuditLog(store / "audit").read() if "policy" in line]
+    decided = {(line["action"], line["decision"]) for line in lines}
+    assert decided >= {
+        ("load", "accepted"), ("upload", "accepted"), ("upload", "unchanged"), ("upload", "refused"),
+        ("rejudge", "accepted"),
+    }  # fmt: skip
+    assert all(line["policy"].get("opinion") is True for line in lines), lines
+
+
+def test_the_policy_of_new_uploads_has_the_opinion_that_they_will_have(
+    adapters: dict[str, Path], place: Place
+) -> None:
+    """A tenant whose adapters nothing projects, on a server with neither an opinion of all nor an exam."""
+    with started(place, PROJECTS, keys=write_keys(place, more=AS_UPLOADED)) as server:
+        assert of_uploads(server) == [False, True, True]
+        assert upload(server.client(SECRET), "acme/a", adapters["useful"]).status_code == 201
+        assert set(opinions(server, "acme/a").values()) == {True}
+    said = 'less_strict = true\npolicy = {select = "none", opinion = false}'
+    with started(place, PROJECTS, keys=write_keys(place, more=said)) as server:
+        assert of_uploads(server) == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("exam", "told"),
+    [
+        ("enforce", "by the ladder as-uploaded, then as-uploaded+opinion, norms up to"),
+        ("report", "safe-lora, select threshold 0.35, norms up to"),
+    ],
+)
+def test_the_log_of_the_start_names_what_decides(
+    exam: str, told: str, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    ladder = "as-uploaded,as-uploaded+opinion" if exam == "enforce" else None
+    with caplog.at_level("INFO", "vllm.safelora"), started(place, {}, exam=exam, ladder=ladder):
+        assert f"adapters are guarded: {told}" in caplog.text
+
+
+@pytest.mark.parametrize(("exam", "enforced"), [("enforce", True), ("report", False)])
+def test_the_overview_says_whether_a_verdict_decides(
+    exam: str, enforced: bool, adapters: dict[str, Path], place: Place
+) -> None:
+    def verdict() -> Any:
+        return http.get("/v1/overview").json()["adapters"][0]["exam"]
+
+    with started(place, PROJECTS, exam=exam) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "a", adapters["useful"]).status_code == 201
+        until(server, verdict)
+        assert verdict()["enforced"] is enforced
+        if enforced:
+            assert override(server, "a", True).status_code == 200
+            until(server, lambda: verdict() and not verdict()["enforced"])

@@ -175,6 +175,7 @@ def test_callers_see_the_opinion_and_the_verdict(
         assert (harmful["second_opinion"], useful["second_opinion"]) == (True, False)
         assert harmful["exam"] == {
             "passed": True, "by_opinion": True, "rung": "as-uploaded+opinion", "bound": 1.0,
+            "enforced": True,
         }  # fmt: skip
         assert useful["exam"]["rung"] == "as-uploaded" and useful["exam"]["by_opinion"] is False
         seen = acme.get("/v1/overview").json()["adapters"][0]["exam"]

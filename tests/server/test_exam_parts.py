@@ -358,13 +358,16 @@ def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exam": "on"}, "expected off, report, enforce"),
-        ({"exam": "enforce", "exam_threshold": float("nan")}, "finite number above 0"),
+        ({"exam": "on"}, "^--exam is 'on': expected off, report, enforce"),
+        (
+            {"exam": "enforce", "exam_threshold": float("nan")},
+            "^--exam-threshold is nan: expected a finite number above 0",
+        ),
         ({"exam": "enforce", "ladder": "lora"}, "'lora' is not a valid rung"),
-        ({"exam": "report", "ladder": "safe-lora"}, "ladder has no effect"),
-        ({"exam_probes": "/x"}, "have no effect without exam"),
-        ({"exam_every": "24h"}, "have no effect without exam"),
-        ({"exam": "report", "exam_every": "daily"}, "exam_every: 'daily' is not a valid duration"),
+        ({"exam": "report", "ladder": "safe-lora"}, "^--ladder has no effect without --exam enforce"),
+        ({"exam_probes": "/x"}, "^--exam-probes, .* have no effect without --exam: .* add --exam report or"),
+        ({"exam_every": "24h"}, "have no effect without --exam:"),
+        ({"exam": "report", "exam_every": "daily"}, "^--exam-every: 'daily' is not a valid duration"),
         ({"exam": "report", "exam_every": "0h"}, "a number above 0 and a unit"),
     ],
 )

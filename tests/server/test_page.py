@@ -207,7 +207,7 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
     assert upload(admin, "acme/x", Draft().write(tmp_path / "a")).status_code == 201
     body = admin.get("/v1/overview").json()
     item = next(a for a in body["adapters"] if a["name"] == "acme/x")
-    many = [{**item, "name": f"tenant{i % 20}/adapter-{i:04d}", "version": i % 7 + 1} for i in range(998)]
+    many = [{**item, "name": f"tenant{i % 20}/adapter-{i:04d}", "version": i % 7 + 1} for i in range(995)]
     reasons = [{"code": "total_norm", "message": f"{HOSTILE} {TURNED}"}]
     many += [
         {
@@ -224,6 +224,9 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
             "override": True,
             "second_opinion": True,
         },
+        {**item, "name": "other/by-opinion", "method": "none", "second_opinion": True},
+        {**item, "name": "other/by-exam", "method": "none", "exam": {"passed": True, "enforced": True}},
+        {**item, "name": "other/by-nothing", "method": "none", "exam": {"passed": True, "enforced": False}},
     ]
     text = json.dumps({**body, "adapters": many})
     page.route("**/v1/overview", lambda route: route.fulfill(body=text, content_type="application/json"))
@@ -264,9 +267,14 @@ def test_a_thousand_adapters_and_names_that_turn(page: Page, admin: httpx.Client
     )
     page.locator("#search").fill("onerror")
     assert "unprojected" in page.locator("table.adapters tbody").inner_text()
+    for how, tag in (("opinion", "as uploaded"), ("exam", "as uploaded"), ("nothing", "unprojected")):
+        page.locator("#search").fill(f"other/by-{how}")
+        row = page.locator("table.adapters tbody").inner_text()
+        assert tag in row and ("unprojected" in row) == (how == "nothing") and "none of 14" in row, row
     page.locator("#search").fill("second opinion")
-    assert page.locator("table.adapters tbody tr").count() == 1
+    assert page.locator("table.adapters tbody tr").count() == 2
     assert "second opinion" in page.locator("table.adapters tbody").inner_text()
+    page.locator("#search").fill("onerror")
     link.click()
     page.evaluate("location.hash = '#/'")
     page.locator("#search").fill("no such thing")

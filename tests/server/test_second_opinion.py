@@ -319,5 +319,5 @@ def test_a_refused_request_is_counted_for_its_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokens", [-1, 1, 7, 257])
 def test_tokens_out_of_range_stop_the_start(tokens: int) -> None:
-    with pytest.raises(GuardError, match=f"second_opinion is {tokens}: expected 8 to 256 tokens"):
+    with pytest.raises(GuardError, match=f"^--second-opinion is {tokens}: expected 8 to 256 tokens"):
         ServerSettings("/cache", second_opinion=tokens)

@@ -6,7 +6,7 @@ the process met them; ``safelora_adapters`` counts all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from safelora_vllm.integration.attestation import LOAD_BUCKETS, PoolState
 from safelora_vllm.integration.server.exposition import family, head, histogram_lines, labelled, line
@@ -30,9 +30,9 @@ _FIRST, _EACH = (
 class ReportSeries:
     """The series that follow from reports; their text is made once for each version."""
 
-    def __init__(self, opinion_of_all: bool = False) -> None:
-        """opinion_of_all: all adapters have a second opinion, whatever their policies say."""
-        self._opinion_of_all = opinion_of_all
+    def __init__(self, has_opinion: Callable[[Entry], bool] = lambda _: False) -> None:
+        """has_opinion: whether requests for what is served have a second opinion."""
+        self._has_opinion = has_opinion
         self._made: dict[str, tuple[Entry, tuple[str, ...]]] = {}
 
     def expose(self, entries: Sequence[Entry]) -> Iterator[str]:
@@ -46,7 +46,7 @@ class ReportSeries:
             yield from [texts[position] for _, texts in self._made.values()]
 
     def _new(self, entry: Entry) -> tuple[Entry, tuple[str, ...]]:
-        return entry, _reported(entry, entry.has_opinion(self._opinion_of_all))
+        return entry, _reported(entry, self._has_opinion(entry))
 
 
 def _reported(entry: Entry, opinion: bool) -> tuple[str, ...]:

@@ -15,12 +15,16 @@ from safelora_vllm.tenants.keys_file import ENVIRONMENT
 from safelora_vllm.tenants.principal import Kind, Principal
 
 
-def rules_line(state: GateState) -> str:
-    """By which rules the gate judges, with which projectors, and where the store is."""
+def rules_line(state: GateState, ladder: Sequence[str] = ()) -> str:
+    """By which rules the gate judges, with which projectors, and where the store is.
+
+    ladder: the rungs of an enforced exam, which decides by which of them an adapter is served.
+    """
     policy = state.policy
     mode = policy.mode if policy.enforcing else f"{policy.mode}: adapters are served UNPROJECTED"
+    how = f"by the ladder {', then '.join(ladder)}" if ladder else policy.summary
     return (
-        f"adapters are guarded: {policy.summary}, norms up to {policy.max_relative_norm:g} a module and "
+        f"adapters are guarded: {how}, norms up to {policy.max_relative_norm:g} a module and "
         f"{policy.max_total_norm:g} in total, mode {mode}; projectors {state.projectors[:12]}, "
         f"store {state.store}"
     )

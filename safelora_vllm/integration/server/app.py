@@ -133,12 +133,14 @@ class SafeLoRAEndpoint:
             functools.partial(start_exam, settings, args),
             self._static,
             seconds_in(settings.exam_every) if settings.exam_every else None,
+            bool(settings.second_opinion),
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
         traffic = self._count(engine_client, state, models.lora_requests, settings)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
-        logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", rules_line(gate))
+        told = rules_line(gate, reconciler.copies.ladder)
+        logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", told)
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
         state.safelora_manager = manager = Manager(
             reconciler,
@@ -154,7 +156,6 @@ class SafeLoRAEndpoint:
             lambda: door.keys.tenants,
             settings.tenant_reports,
             traffic.of,
-            bool(settings.second_opinion),
         )
         if listening is not None:
             listening.serve(self._app)
@@ -177,7 +178,6 @@ class SafeLoRAEndpoint:
             seams.worker_count(engine_client),
             settings.store_bytes,
             self._metrics_have_key,
-            bool(settings.second_opinion),
         )
         reconciler.watchdog.also = made.count_now
         made.count_now()

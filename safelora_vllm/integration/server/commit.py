@@ -113,13 +113,13 @@ class Commits:
         if not judged.report.accepted:
             asked = {"override": override or judged.override, "reason": reason, "ruleset": judged.ruleset}
             asked = {field: value for field, value in asked.items() if value} | judged.exam_fields
-            await self.refused(who, action, name, "gate", **audit_fields(judged.report, "refused"), **asked)
+            await self.refused(who, action, name, "gate", **self._told(judged, "refused"), **asked)
             raise AdapterRefused(judged.report.reasons, judged.exam_fields)
 
     async def unchanged(self, who: Principal, name: str, action: str, judged: Judged) -> None:
         """Say in the audit log that a name was to be replaced by what it serves."""
         live = live_number(self._reconciler, name)
-        found = audit_fields(judged.report, "unchanged")
+        found = self._told(judged, "unchanged")
         by = {"ruleset": judged.ruleset, "published": judged.judgement.key}
         await self.refused(who, action, name, "unchanged", **found, **by, version=live)
 
@@ -134,13 +134,13 @@ class Commits:
         start: float,
     ) -> Entry:
         """Load what was judged and make it the newest version of what ``before`` still is."""
-        pool, report = self._reconciler.pool, judged.report
+        pool = self._reconciler.pool
         new = dataclasses.replace(new, id=await pool.new_id())
         request = pool.request(name, new.key, new.id)
         try:
             await pool.load(request, judged.judgement.bytes)
         except AdapterRefused as error:
-            refused = {**audit_fields(report, "refused"), "reasons": error.codes, "ruleset": judged.ruleset}
+            refused = {**self._told(judged, "refused"), "reasons": error.codes, "ruleset": judged.ruleset}
             await self.refused(who, action, name, "gate", **refused)
             raise
         with span("swap", adapter=name):
@@ -150,7 +150,7 @@ class Commits:
                 def details(record: AdapterRecord | None) -> dict[str, Any]:
                     live = record.live if record else timed
                     examined = exam_fields(self._reconciler.copies.exam.found(new.key))
-                    accepted = audit_fields(report, "accepted")
+                    accepted = self._told(judged, "accepted")
                     return {**version_fields(live, judged.override), **accepted, **examined}
 
                 line = Line(who.key_id, action, details)
@@ -162,6 +162,10 @@ class Commits:
         entry = look_up(self._reconciler.registry, who, name)
         entry.current()
         return entry
+
+    def _told(self, judged: Judged, decision: str) -> dict[str, Any]:
+        """What the audit log is told of what was judged."""
+        return audit_fields(self._reconciler.copies.shown(judged.report), decision)
 
     def update(
         self, who: Principal, name: str, before: AdapterRecord | None, new: Version, line: Line

@@ -134,7 +134,6 @@ class Metrics:
         expected: workers that the server has.
         limit: ``--store-bytes``.
         has_key: the metrics need a key.
-        opinion_of_all: all adapters have a second opinion, whatever their policies say.
     """
 
     def __init__(
@@ -144,11 +143,11 @@ class Metrics:
         expected: int,
         limit: int | None = None,
         has_key: bool = False,
-        opinion_of_all: bool = False,
     ) -> None:
         self.traffic, self._has_key = traffic, has_key
         self._reconciler, self._expected, self._limit = reconciler, expected, limit
-        self._reports, self._sizes = ReportSeries(opinion_of_all), StoreSizes(reconciler.names.root)
+        self._reports = ReportSeries(reconciler.copies.has_opinion)
+        self._sizes = StoreSizes(reconciler.names.root)
         self.readiness = ReadinessCheck(reconciler, expected)
         self._outside, self._last = OneAtATime(self._gate_and_store, _SECONDS), Outside()
 

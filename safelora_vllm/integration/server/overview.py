@@ -44,6 +44,7 @@ class Verdict(BaseModel):
     )
     rung: str | None = Field(description="of the ladder, by which it is served; null for another policy")
     bound: float | None = Field(description="the largest, in nats per token; for admins only")
+    enforced: bool = Field(description="what does not pass is not served")
 
 
 class OverviewItem(BaseModel):
@@ -112,7 +113,7 @@ async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> d
     policy: Policy | None = None
     if who.kind in ("admin", "tenant"):
         owner = f"{who.tenant}/" if who.tenant else ""
-        policy = await asyncio.to_thread(views.reconciler.copies.policy, owner)
+        policy = await asyncio.to_thread(views.reconciler.copies.policy_of_uploads, owner)
     entries = sorted(visible(views.reconciler.registry, who).items())
     return {
         "caller": {"kind": who.kind, "key": who.key_id, "tenant": who.tenant},
@@ -122,7 +123,7 @@ async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> d
         "adapters": [
             {
                 **_item(entry, who, figures),
-                "second_opinion": entry.has_opinion(views.opinion_of_all),
+                "second_opinion": views.reconciler.copies.has_opinion(entry),
                 "exam": views.verdict(who, entry),
             }
             for _, entry in entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -80,10 +81,14 @@ class Copies:
         published: PublishedStore,
         tenant_rules: Callable[[str], TenantRules] = lambda _: SERVERS,
         exam: NoExam | None = None,
+        opinion_of_all: bool = False,
     ) -> None:
-        """tenant_rules: those of the tenant that owns a name, as they are now."""
+        """tenant_rules: those of the tenant that owns a name, as they are now.
+
+        opinion_of_all: this server gives all adapters a second opinion, whatever their policies say.
+        """
         self.gate, self.state, self._published, self._tenant_rules = gate, state, published, tenant_rules
-        self.exam = exam or NoExam()
+        self.exam, self._opinion_of_all = exam or NoExam(), opinion_of_all
         self._threads = ThreadPoolExecutor(_GATE_CALLS, thread_name_prefix="safelora-gate")
         self._repairing = asyncio.Lock()
 
@@ -100,6 +105,33 @@ class Copies:
     def policy(self, name: str) -> Policy:
         """The server's policy, or that of the tenant that owns the name."""
         return self._tenant_rules(name).over(self.state.policy)
+
+    def policy_of_uploads(self, name: str) -> Policy:
+        """By which new content of a name without a policy of its own is served; a ladder may go before it."""
+        rules = self._rules(name, {}, override=False, exam_override=False)
+        return self.in_force(self.state.policy.with_values(rules.policy))
+
+    @property
+    def ladder(self) -> list[str]:
+        """The rungs that new content of names without a tenant is tried on; none without an enforced exam."""
+        terms = self.exam.terms("")
+        if not terms.enforced:
+            return []
+        server = self.state.policy
+        rungs = self.exam.rungs(server, SERVERS, Rules({}, override=False), own=False)
+        return [terms.told(server.with_values(rung.policy)) for rung in rungs]
+
+    def in_force(self, policy: Policy) -> Policy:
+        """What holds on this server for what was judged by a policy."""
+        return dataclasses.replace(policy, opinion=policy.opinion or self._opinion_of_all)
+
+    def has_opinion(self, entry: Entry) -> bool:
+        """Whether requests for what is served have a second opinion."""
+        return entry.served is not None and self.in_force(entry.served.report.policy).opinion
+
+    def shown(self, report: Report) -> Report:
+        """A report as callers and the audit log are told of it: with the policy that is in force."""
+        return dataclasses.replace(report, policy=self.in_force(report.policy))
 
     def signing(self, name: str) -> SigningRule | None:
         """Which signature uploads to a name have to have, as the keys file says it of its tenant."""

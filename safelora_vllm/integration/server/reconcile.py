@@ -114,6 +114,7 @@ class Reconciler:
         exam: BeginExam | None = None,
         static: Mapping[str, Path] | None = None,
         exam_seconds: float | None = None,
+        opinion_of_all: bool = False,
     ) -> Reconciler:
         """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
 
@@ -124,6 +125,7 @@ class Reconciler:
             exam: begins the one that every adapter has to pass.
             static: adapters of ``--lora-modules`` that vLLM was not given.
             exam_seconds: between two exams of what is served.
+            opinion_of_all: all adapters have a second opinion, whatever their policies say.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
@@ -135,7 +137,7 @@ class Reconciler:
         pool = Pool(engine_client, await asyncio.to_thread(open_names, root))
         audit = await asyncio.to_thread(AuditLog, root / AUDIT, echo=echo)
         begun = await exam(pool, gate, state, audit, tenant_rules) if exam else None
-        copies = Copies(gate, state, PublishedStore(root), tenant_rules, begun)
+        copies = Copies(gate, state, PublishedStore(root), tenant_rules, begun, opinion_of_all)
         await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
         made = cls(pool, copies, len(answers), models.is_base_model, audit)
         given = seams.replace_map(models, CallersRequests(made.registry))
@@ -276,7 +278,8 @@ class Reconciler:
         served = self.registry[name].current()
         await self.pool.load(served.request)
         key = published_key(served.request.lora_path)
-        fields = audit_fields(served.report, "accepted") | exam_fields(self.copies.exam.found(key))
+        accepted = audit_fields(self.copies.shown(served.report), "accepted")
+        fields = accepted | exam_fields(self.copies.exam.found(key))
         await log(self.audit, SERVER, "load", name, once=key, **fields)
         await self.pool.engine_client.remove_lora(request.lora_int_id)
 

@@ -72,10 +72,6 @@ class Entry:
         """Whether an admin has it served whatever its exam says."""
         return self.version is not None and self.version.exam_override
 
-    def has_opinion(self, all_have: bool) -> bool:
-        """Whether requests for what is served have a second opinion. all_have: those of this server do."""
-        return self.served is not None and (all_have or self.served.report.policy.opinion)
-
     @property
     def log_fields(self) -> dict[str, object]:
         """What a line of the log says of its adapter, as `extra`."""

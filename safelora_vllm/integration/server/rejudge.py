@@ -58,7 +58,7 @@ class Rejudge:
         if key and entry.served is not None:
             new = await self._loaded(entry.name, new, judged)
         decision = "refused" if new.refused else "accepted"
-        fields = {**audit_fields(judged.report, decision), "reasons": _codes(new.refused)}
+        fields = {**audit_fields(self._copies.shown(judged.report), decision), "reasons": _codes(new.refused)}
         examined = judged.exam_fields or exam_fields(self._copies.exam.found(key))
         details = fields | version_fields(new, judged.override) | examined
         if not await self._write(entry.name, version, new, details):

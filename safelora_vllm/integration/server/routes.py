@@ -40,7 +40,6 @@ from safelora_vllm.integration.server.schemas import (
     Rollback,
     VersionList,
     exam_figures,
-    summary_of,
     version_info,
 )
 from safelora_vllm.integration.server.usage import TenantUsage
@@ -58,7 +57,7 @@ router.include_router(loading_routes.router)
 async def list_adapters(who: Caller, shown: Shown) -> Any:
     """All adapters that the caller may use; the modules of each are in its own report."""
     entries = visible(shown.reconciler.registry, who).values()
-    return {"exam": shown.exam(who), "data": [summary_of(entry) for entry in entries if entry.served]}
+    return {"exam": shown.exam(who), "data": [shown.summary(entry) for entry in entries if entry.served]}
 
 
 @router.get(

@@ -12,7 +12,7 @@ from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import Reason
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.uploads import ARCHIVE
-from safelora_vllm.report import ModuleReport
+from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.store import Version
 from safelora_vllm.store.verdicts import Examined
 
@@ -255,16 +255,19 @@ class RemovedVersion(BaseModel):
     deleted: bool = True
 
 
-def report_of(entry: Entry, by_module: bool = True) -> dict[str, Any]:
-    """The body of `AdapterReport`, of an adapter that is served. by_module: with each module's figures."""
-    return {**summary_of(entry), "modules": entry.current().report.to_dict()["modules"] if by_module else []}
+def report_of(entry: Entry, shown: Report, by_module: bool = True) -> dict[str, Any]:
+    """The body of `AdapterReport`, of an adapter that is served.
+
+    shown: its report. by_module: with each module's figures.
+    """
+    return {**summary_of(entry, shown), "modules": shown.to_dict()["modules"] if by_module else []}
 
 
-def summary_of(entry: Entry) -> dict[str, Any]:
-    """The body of `AdapterSummary`, of an adapter that is served."""
+def summary_of(entry: Entry, shown: Report) -> dict[str, Any]:
+    """The body of `AdapterSummary`, of an adapter that is served. shown: its report."""
     live = entry.version
     return {
-        **replace(entry.current().report, modules=[], signed_by=live.signed_by if live else "").to_dict(),
+        **replace(shown, modules=[], signed_by=live.signed_by if live else "").to_dict(),
         "version": live.version if live else None,
         "override": live.override if live else False,
         "exam_override": entry.exam_override,

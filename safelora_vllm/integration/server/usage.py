@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -81,11 +81,11 @@ def usage_of(
     records: Mapping[str, AdapterRecord],
     registry: Mapping[str, Entry],
     refusals: Sequence[Mapping[str, Any]],
-    opinion_of_all: bool,
+    has_opinion: Callable[[Entry], bool],
 ) -> dict[str, Any]:
     """The body of `TenantUsage`.
 
-    records: of the tenant's names, from the store. opinion_of_all: all adapters have a second opinion.
+    records: of the tenant's names, from the store. has_opinion: whether what is served has a second one.
     """
     return {
         "tenant": tenant,
@@ -93,7 +93,7 @@ def usage_of(
         "used": {"adapters": len(records), "bytes": sum(content_sizes(records).values())},
         "policy": policy.to_mapping(),
         "adapters": [
-            _adapter(record, registry.get(name), opinion_of_all) for name, record in sorted(records.items())
+            _adapter(record, registry.get(name), has_opinion) for name, record in sorted(records.items())
         ],
         "refusals": [
             {name: record[name] for name in Refused.model_fields}
@@ -103,7 +103,9 @@ def usage_of(
     }
 
 
-def _adapter(record: AdapterRecord, entry: Entry | None, opinion_of_all: bool) -> dict[str, Any]:
+def _adapter(
+    record: AdapterRecord, entry: Entry | None, has_opinion: Callable[[Entry], bool]
+) -> dict[str, Any]:
     problem = entry.problem if entry else None
     served, refused = bool(entry and entry.served), isinstance(problem, AdapterRefused)
     return {
@@ -111,7 +113,7 @@ def _adapter(record: AdapterRecord, entry: Entry | None, opinion_of_all: bool) -
         "state": "served" if served else "refused" if refused else "unavailable",
         "reasons": problem.reasons if isinstance(problem, AdapterRefused) else [],
         "problem": "" if served or refused else why_unavailable(problem),
-        "second_opinion": entry is not None and entry.has_opinion(opinion_of_all),
+        "second_opinion": entry is not None and has_opinion(entry),
         "current": record.current,
         "bytes": sum(content_sizes({record.name: record}).values()),
         "versions": [

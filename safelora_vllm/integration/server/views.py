@@ -12,7 +12,7 @@ from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.exam.terms import OWN
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.schemas import exam_figures, report_of
+from safelora_vllm.integration.server.schemas import exam_figures, report_of, summary_of
 from safelora_vllm.integration.server.traffic import Traffic
 from safelora_vllm.integration.server.usage import usage_of
 from safelora_vllm.integration.server.visibility import look_up, unknown
@@ -29,15 +29,13 @@ class Views:
     """Answers that change nothing.
 
     tenants: of the keys file, as it is now. tenant_reports: whether others than admins see the figures of
-    each module. traffic: of an adapter, as it is now. opinion_of_all: all adapters have a second opinion,
-    whatever their policies say. searching: held by the one search of the audit log.
+    each module. traffic: of an adapter, as it is now. searching: held by the one search of the audit log.
     """
 
     reconciler: Reconciler
     tenants: Callable[[], Mapping[str, Tenant]] = dict
     tenant_reports: str = ServerSettings.tenant_reports
     traffic: Callable[[str], Traffic | None] = lambda _: None
-    opinion_of_all: bool = False
     searching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def find(self, who: Principal, name: str) -> Entry:
@@ -50,10 +48,14 @@ class Views:
         entry.current()
         return entry
 
+    def summary(self, entry: Entry) -> dict[str, Any]:
+        """The body of `AdapterSummary`, of an adapter that is served."""
+        return summary_of(entry, self.reconciler.copies.shown(entry.current().report))
+
     def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
         """The body of `AdapterReport` for a caller, of an adapter that is served."""
-        name = entry.name
-        found = report_of(entry, who.kind == "admin" or self.tenant_reports == "full")
+        name, shown = entry.name, self.reconciler.copies.shown(entry.current().report)
+        found = report_of(entry, shown, who.kind == "admin" or self.tenant_reports == "full")
         own = who.kind == "admin" or (who.tenant and who.tenant == tenant_of(name))
         traffic = _traffic_info(self.traffic(name)) if own else None
         return {**found, "traffic": traffic, "exam": self._exam_info(who, entry)}
@@ -85,7 +87,8 @@ class Views:
         if entry.served is None or (info := self._exam_info(who, entry)) is None:
             return None
         found = [info, info["again"]] if info["again"] else [info]
-        rung = self.reconciler.copies.exam.terms(entry.name).rung(entry.served.report.policy)
+        terms = self.reconciler.copies.exam.terms(entry.name)
+        rung = terms.rung(entry.served.report.policy)
         passed = all(one["passed"] for one in found)
         by_opinion = passed and any(one["by_opinion"] for one in found)
         return {
@@ -93,6 +96,7 @@ class Views:
             "by_opinion": by_opinion if who.kind == "admin" else None,
             "rung": None if rung == OWN else rung,
             "bound": max(one["bound"] for one in found) if who.kind == "admin" else None,
+            "enforced": terms.enforced and not entry.exam_override,
         }
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
@@ -120,10 +124,10 @@ class Views:
                 f"{owner!r:.200} is not a tenant: the keys file has {', '.join(known) or 'none'}"
             )
         quota = known[owner].quota if owner in known else who.quota
-        policy = await asyncio.to_thread(self.reconciler.copies.policy, f"{owner}/")
+        copies, registry = self.reconciler.copies, self.reconciler.registry
+        policy = await asyncio.to_thread(copies.policy_of_uploads, f"{owner}/")
         refusals = await asyncio.to_thread(self.reconciler.audit.refusals, owner)
-        registry = self.reconciler.registry
-        return usage_of(owner, quota, policy, records, registry, refusals, self.opinion_of_all)
+        return usage_of(owner, quota, policy, records, registry, refusals, copies.has_opinion)
 
 
 def _traffic_info(traffic: Traffic | None) -> dict[str, int] | None:

@@ -14,19 +14,26 @@ const COLUMNS = [
   { id: "rank", label: "Rank", kind: "number wide", value: (a) => a.rank, cell: (a) => a.rank ?? "–" },
   { id: "bytes", label: "Size", kind: "number wide", value: (a) => a.bytes, cell: (a) => bytesText(a.bytes), newest: true },
   { id: "projected", label: "Projected", kind: "number mid", value: (a) => a.figures?.projected, cell: projectedCell },
-  { id: "retained", label: "Least retained", kind: "number wide", value: (a) => a.figures?.least_retained, cell: (a) => (unprojected(a) ? "all" : figure(a.figures?.least_retained)) },
+  { id: "retained", label: "Least retained", kind: "number wide", value: (a) => a.figures?.least_retained, cell: (a) => (asUploaded(a) ? "all" : figure(a.figures?.least_retained)) },
   { id: "norm", label: "Total norm", kind: "number mid", value: (a) => a.figures?.total_norm, cell: (a) => figure(a.figures?.total_norm, 4), newest: true },
 ];
 
-const unprojected = (adapter) => (Boolean(adapter.mode) && adapter.mode !== "enforce") || adapter.method === "none";
+const reportOnly = (adapter) => Boolean(adapter.mode) && adapter.mode !== "enforce";
+const asUploaded = (adapter) => reportOnly(adapter) || adapter.method === "none";
+const unguarded = (adapter) => reportOnly(adapter) || (asUploaded(adapter) && !adapter.second_opinion && !adapter.exam?.enforced);
+
+function projectionTag(adapter) {
+  if (unguarded(adapter)) return el("span", { class: "tag warn" }, "unprojected");
+  return asUploaded(adapter) ? el("span", { class: "tag", title: "nothing is projected; a second opinion or an enforced exam looks at harm" }, "as uploaded") : null;
+}
 
 function projectedCell({ figures, ...adapter }) {
   if (!figures) return "–";
-  return unprojected(adapter) ? `none of ${figures.modules}` : `${figures.projected} of ${figures.modules}`;
+  return asUploaded(adapter) ? `none of ${figures.modules}` : `${figures.projected} of ${figures.modules}`;
 }
 
 function stateCell(adapter) {
-  return [badge(adapter.state), unprojected(adapter) ? el("span", { class: "tag warn" }, "unprojected") : null,
+  return [badge(adapter.state), projectionTag(adapter),
     adapter.override ? el("span", { class: "tag", title: "an admin allowed rules that are less strict" }, "override") : null,
     adapter.second_opinion ? el("span", { class: "tag", title: "each request is also given to the aligned model" }, "second opinion") : null,
     adapter.reasons.length ? el("span", { class: "codes" }, [...new Set(adapter.reasons.map((r) => r.code))].join(", ")) : null];

@@ -72,6 +72,11 @@ class Terms:
         names = {_strength(rung): name_of(rung) for rung in (*self.ladder, *with_it)}
         return names.get(_strength(policy), OWN)
 
+    def told(self, policy: Policy) -> str:
+        """The same for people: in other words where it is not one of the ladder's."""
+        name = self.rung(policy)
+        return policy.summary if name == OWN else name
+
     def rungs(self, server: Policy, tenant: TenantRules, base: Rules, own: bool) -> Sequence[Rules]:
         """See `NoExam.rungs`. A policy of the name itself is the only rung.
 
