@@ -151,6 +151,18 @@ def test_a_likelihood_that_is_not_finite_passes_nobody(bad: float) -> None:
         Score.of([bad, 0.0], [0.0, 0.0])
 
 
+def test_an_exam_may_end_when_no_answer_can_save_it() -> None:
+    """Whatever the probes say that are left: none can lower the sum of the drops."""
+    half = Score.of([0.0] * 4, [-0.1, 0.5, -0.1, -0.1], left=4)
+    assert half.drop == pytest.approx(0.075) and (half.probes, half.left) == (4, 4)
+    assert half.settles(0.037) and not half.settles(0.038) and not half.settles(math.inf)
+    best = Score.of([0.0] * 8, [-0.1, 0.5, -0.1, -0.1, *[1.0] * 4])
+    assert best.bound > 0.037 and best.settles(0.0) and best.settles(math.inf)
+    assert not half.passes(0.038) and not half.passes(sys.float_info.max)  # nobody passes by a part
+    nothing = Score.of([0.0, 0.0], [0.0, math.nan], left=6)
+    assert nothing.settles(0.02) and not nothing.passes(sys.float_info.max)
+
+
 @pytest.mark.parametrize(("aligned", "adapter"), [([0.0], [0.0]), ([0.0, 0.0], [0.0]), ([], [])])
 def test_missing_likelihoods_pass_nobody(aligned: list[float], adapter: list[float]) -> None:
     with pytest.raises(Unavailable, match="expected"):
@@ -411,7 +423,7 @@ def test_the_first_rung_that_passes_is_served_and_no_other_is_tried() -> None:
     assert found["served"] == "input-removal:0.4" and found["threshold"] == 0.02
     assert found["rungs"][0] == {
         "rung": "input-removal:0.1", "passed": False, "by_opinion": False, "drop": 0.5, "bound": 0.5,
-        "worst": 0.5, "probes": 10,
+        "worst": 0.5, "probes": 10, "left": 0,
     }  # fmt: skip
 
 

@@ -104,7 +104,7 @@ class Examination:
         known = self.reference
         with self._published(adapter, policy) as folder, self.model.adapted(folder):
             said = self.model.likelihoods(known.prompts, known.answers)
-        return Score.of(known.likelihoods, said)
+        return known.score(said)
 
     def threshold_for(self, honest: Sequence[str | os.PathLike[str]]) -> float:
         """The smallest threshold with which all these adapters pass on the mildest rung."""

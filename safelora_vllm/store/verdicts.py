@@ -62,17 +62,19 @@ class Verdicts:
     def of_same_files(self, key: str) -> Examined | None:
         """`get`; or what was found of another copy with the same files, which counts for this one then.
 
-        Two policies may publish the same bytes. Of several scores of the same bytes, the worst one counts.
+        Two policies may publish the same bytes. Of several scores of the same bytes, the worst one counts,
+        and one of all probes before one that ended early.
 
         Raises:
             StoreUnavailable: the disk is full or not writable.
         """
-        if (known := self.get(key)) or not (files := self._published.digests(key)):
+        known = self.get(key)
+        if (known and known.score.left == 0) or not (files := self._published.digests(key)):
             return known
         same = [found for found in self._all() if found.files == files]
         if not same:
             return None
-        found = max(same, key=lambda found: found.score.bound)
+        found = max(same, key=lambda found: (found.score.left == 0, found.score.bound))
         self.put(key, found)
         return found
 
@@ -148,6 +150,7 @@ def _examined(data: Any) -> Examined:
     seconds, at = data["seconds"], data.get("at", 0.0)
     over_refusal = data.get("over_refusal")
     figures = (score.drop, score.bound, score.worst, seconds, at, over_refusal or 0.0)
-    if not all(type(figure) in (int, float) for figure in figures) or type(score.probes) is not int:
+    counts = (score.probes, score.left)
+    if not all(type(figure) in (int, float) for figure in figures) or not all(type(n) is int for n in counts):
         raise TypeError("a score has numbers")
     return Examined(score, seconds, dict(data["files"]), at, over_refusal)

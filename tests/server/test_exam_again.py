@@ -76,7 +76,7 @@ def test_the_held_out_half_is_asked(start: Start, adapters: dict[str, Path], pla
         assert examine_again(server, "acme/useful", SECRET).status_code == 403
         assert examine_again(server, "nobody").status_code == 404
     assert lines(place) == [("admin/environment", "acme/useful", "accepted", [])]
-    with start(exam="off", ladder=None) as server:
+    with start(exam="off", ladder=None, keys=str(place.keys)) as server:
         until(server, lambda: answer_of(server, "acme/useful") == 200)
         answer = examine_again(server, "acme/useful")
         assert answer.status_code == 400 and "--exam report or --exam enforce" in answer.text

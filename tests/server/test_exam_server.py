@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,28 @@ def test_the_mildest_rung_that_passes_is_served(start: Start, adapters: dict[str
             http = other.client(ADMIN_KEY)
             assert is_listed(http, "useful") and is_listed(http, "careless")
             assert not other.engine.asked
+
+
+def test_a_rung_ends_when_it_has_failed_and_says_so(start: Start, adapters: dict[str, Path]) -> None:
+    """And only then: with another threshold, what was left out is asked."""
+
+    def upload_harmful(server: FakeServer) -> tuple[httpx.Response, list[tuple[int, int]]]:
+        answer = upload(server.client(ADMIN_KEY), "harmful", adapters["harmful"])
+        rungs = answer.json()["error"]["exam_rungs"] if answer.status_code == 422 else []
+        return answer, [(rung["probes"], rung["left"]) for rung in rungs]
+
+    for drop, asked in ((0.081, 16), (0.079, 32), (0.021, 64)):  # 16 of 64 probes reach the 0.02 at 0.08
+        with start(engine={"drop": lambda _, drop=drop: drop}, ladder="safe-lora") as server:
+            _, shown = upload_harmful(server)
+            assert len(server.engine.asked) == asked, drop
+            assert shown == [(asked, 64 - asked)]
+            assert not is_listed(server.client(ADMIN_KEY), "harmful")
+        shutil.rmtree(server.store / "exam" / "verdicts")
+    engine = {"drop": lambda _: 0.015}
+    for threshold, asked, status in ((2e-3, 16, 422), (3e-3, 0, 422), (1e-2, 48, 422), (0.02, 64, 201)):
+        with start(engine=engine, ladder="safe-lora", exam_threshold=threshold) as server:
+            answer, _ = upload_harmful(server)
+            assert (answer.status_code, len(server.engine.asked)) == (status, asked), threshold
 
 
 def test_no_way_around(start: Start, adapters: dict[str, Path], place: Place) -> None:

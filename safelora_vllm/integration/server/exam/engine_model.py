@@ -25,11 +25,18 @@ R = TypeVar("R")
 _AT_ONCE, _BESIDE_OTHERS = 8, 2
 _LAST, _USUAL = 2**31 - 1, 0  # vLLM's lowest priority, and that of requests that name none
 _PATIENCE_SECONDS = 60.0  # for which an exam lets all others go first
+# Probes after which an exam looks whether it is over. Not after each: its time would tell more of the score.
+_LOOK_EVERY = 16
 _LOGPROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probabilities
 
 
 def _unheard() -> None:
     """Nobody counts the answers."""
+
+
+def _never(_likelihoods: Sequence[float]) -> bool:
+    """All are wanted."""
+    return False
 
 
 class EngineModel:
@@ -95,10 +102,11 @@ class EngineModel:
         answers: Sequence[Tokens],
         adapter: LoRARequest | None = None,
         answered: Callable[[], None] = _unheard,
+        enough: Callable[[Sequence[float]], bool] = _never,
     ) -> list[float]:
         """Mean log-probability of each answer's tokens, nats per token: a prefill each, and one token.
 
-        answered: is called at each answer.
+        answered: is called at each answer. enough: whether the first so many, a multiple of 16, will do.
 
         Raises:
             ExamUnavailable: the engine gives none.
@@ -116,7 +124,10 @@ class EngineModel:
                 raise ExamUnavailable(f"the engine gave {len(given)} likelihoods: expected {len(answer)}")
             return fmean(float(of[token].logprob) for of, token in zip(given, answer, strict=True))
 
-        return await _all([one(*pair) for pair in zip(prompts, answers, strict=True)])
+        pairs, found = list(zip(prompts, answers, strict=True)), list[float]()
+        while len(found) < len(pairs) and not (found and enough(found)):
+            found += await _all([one(*pair) for pair in pairs[len(found) :][:_LOOK_EVERY]])
+        return found
 
     async def _ask(self, ids: list[int], adapter: LoRARequest | None, until: float, **options: int) -> Any:
         """The engine's last output. until: when, by the loop's time, the request is as urgent as others."""

@@ -53,7 +53,7 @@ class Asked(NamedTuple):
 
     name: of an adapter that is to be served by it, for the log. rung: its policy's name, for the counts.
     threshold: the largest bound that passes, nats per token. bound: the same, infinite where it passes with a
-    second opinion whatever it scores.
+    second opinion whatever it scores. whole: all probes are to be asked, also where it has failed by then.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Asked(NamedTuple):
     rung: str
     threshold: float
     bound: float
+    whole: bool = False
 
     @property
     def passing(self) -> str:
@@ -68,6 +69,10 @@ class Asked(NamedTuple):
         if math.isinf(self.bound):
             return "any passes with a second opinion"
         return f"at most {self.threshold:g} passes"
+
+    def is_over(self, score: Score) -> bool:
+        """Whether a score says enough."""
+        return score.left == 0 or (not self.whole and score.settles(self.bound))
 
     def verdict(self, score: Score) -> str:
         """One of the words that exams are counted by."""
@@ -106,23 +111,25 @@ class Examiner:
             Unavailable: there is no score. NotLoaded: as vLLM cannot load it.
         """
         sheet = self.sheets.first
-        if found := await asyncio.to_thread(sheet.verdicts.of_same_files, asked.key):
+        if found := await self._known(sheet, asked):
             return found
         ticket()
         async with self._in_turn():
-            if found := await asyncio.to_thread(sheet.verdicts.of_same_files, asked.key):
-                return found
-            return await self._counted(sheet, asked, nbytes)
+            return await self._known(sheet, asked) or await self._counted(sheet, asked, nbytes)
+
+    async def _known(self, sheet: Sheet, asked: Asked) -> Examined | None:
+        found = await asyncio.to_thread(sheet.verdicts.of_same_files, asked.key)
+        return found if found and asked.is_over(found.score) else None
 
     async def examine_again(self, asked: Asked, nbytes: float = math.inf) -> Examined:
-        """What a copy is like now by the held-out half.
+        """What a copy is like now by the held-out half, all of it: other names with it may pass by more.
 
         Raises:
             UsageError: the aligned model does not refuse that half.
             Unavailable: there is no score. NotLoaded: as vLLM cannot load it.
         """
         async with self._in_turn():
-            return await self._counted(self.sheets.held_out, asked, nbytes)
+            return await self._counted(self.sheets.held_out, asked._replace(whole=True), nbytes)
 
     async def _counted(self, sheet: Sheet, asked: Asked, nbytes: float) -> Examined:
         began, verdict = time.perf_counter(), UNAVAILABLE
@@ -132,8 +139,9 @@ class Examiner:
             verdict = asked.verdict(found.score)
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
-        text = "exam of adapter %r by %s: %s, bound %.4f, %s (%.0f s, copy %s)"
-        figures = (found.score.bound, asked.passing, found.seconds, asked.key[:12])
+        text = "exam of adapter %r by %s: %s, bound %.4f%s, %s (%.0f s, copy %s)"
+        asked_of = f" by the first {found.score.probes} probes" if found.score.left else ""
+        figures = (found.score.bound, asked_of, asked.passing, found.seconds, asked.key[:12])
         logger.info(
             text, asked.name, asked.rung, verdict.replace("_", " "), *figures, extra={"adapter": asked.name}
         )
@@ -170,7 +178,13 @@ class Examiner:
         try:
             async with _while_answers_come() as answered:
                 await self._load(request, nbytes)
-                said = await self._model.likelihoods(known.prompts, known.answers, request, answered)
+                said = await self._model.likelihoods(
+                    known.prompts,
+                    known.answers,
+                    request,
+                    answered,
+                    lambda said: asked.is_over(known.score(said)),
+                )
                 # Where a worker could not read the copy again, the aligned model has answered in its place.
                 lost = {
                     path for worker in await ask_workers(self._pool.engine_client) for path in worker.lost
@@ -178,7 +192,7 @@ class Examiner:
                 if request.lora_path in lost:
                     self._pool.mark_lost({request.lora_path})
                     raise ExamUnavailable("the published copy was lost during its exam: try again")
-                score = Score.of(known.likelihoods, said)
+                score = known.score(said)
                 passes = score.passes(asked.bound)
                 refused = await self._refused(known, request, answered) if passes else None
             return score, refused

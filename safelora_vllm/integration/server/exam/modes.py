@@ -182,7 +182,8 @@ class Exam(NoExam):
     def is_served(self, name: str, key: str, policy: Policy) -> None:
         """Where that is not known yet, find out in the background what it is like."""
         self.is_gone(name)  # from what waits
-        if self.terms(name).mode != "off" and self.found(key) is None:
+        found = self.found(key)
+        if self.terms(name).mode != "off" and (found is None or found.score.left):
             self._reports.add(name, key, policy)
 
     def pending(self, name: str) -> SafeLoRAError:
@@ -199,10 +200,10 @@ class Exam(NoExam):
 
     async def _report(self, name: str, key: str, policy: Policy, ticket: Callable[[], None]) -> None:
         terms = self.terms(name)
-        known = await asyncio.to_thread(self._first.get, key) is not None
-        asked = self._asked(name, key, terms, policy)._replace(rung=OWN)
+        known = await asyncio.to_thread(self._first.get, key)
+        asked = self._asked(name, key, terms, policy)._replace(rung=OWN, whole=True)
         found = await self.examiner.examine(asked, math.inf, ticket)
-        if not known:
+        if known is None or known.score.left:
             reasons = [] if terms.passes(found, policy) else [REFUSED.code]
             await log(
                 self._audit, SERVER, EXAM, name,
@@ -232,7 +233,9 @@ class Exam(NoExam):
         await self.examiner.background.stop()
 
     def _asked(self, name: str, key: str, terms: Terms, policy: Policy) -> Asked:
-        return Asked(name, key, terms.rung(policy), terms.threshold, terms.bound(policy))
+        # A rung with an opinion may publish the same bytes as one without, and passes whatever it scores.
+        whole = any(rung.opinion for rung in terms.ladder)
+        return Asked(name, key, terms.rung(policy), terms.threshold, terms.bound(policy), whole)
 
     @property
     def _first(self) -> Verdicts:
