@@ -10,7 +10,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 
 from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.server.access_check import RouteAccess, granted
-from safelora_vllm.integration.server.announcement import access_line, rules_line
+from safelora_vllm.integration.server.announcement import access_line, caps_warning, rules_line
 from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ADMIN_KEY_MADE, new_admin_key
 from safelora_vllm.tenants.keys import KeyRing
@@ -61,6 +61,16 @@ def test_the_rules() -> None:
     assert "mode report-only: adapters are served UNPROJECTED;" in rules_line(
         state(Policy(mode="report-only"))
     )
+
+
+def test_caps_that_bound_nothing_or_everything() -> None:
+    none, capped = Policy(select="none"), Policy(select="none", max_total_norm=0.006)
+    for policy, ladder in ((none, ()), (Policy(), ["as-uploaded", "safe-lora"])):
+        assert "set --max-relative-norm and --max-total-norm" in caps_warning(policy, ladder)
+    for policy, ladder in ((Policy(), ()), (capped, ()), (capped, ["as-uploaded"]), (Policy(), ["safe-lora"])):
+        assert not caps_warning(policy, ladder)
+    for cap in ("max_relative_norm", "max_total_norm"):
+        assert "a cap of 0" in caps_warning(Policy(**{cap: 0.0}))
 
 
 def test_keys_and_what_is_open(keys_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from safelora_vllm.integration.server.access_check import RouteAccess, check_rou
 from safelora_vllm.integration.server.access_rules import Access
 from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.admin_socket import AdminSocket
-from safelora_vllm.integration.server.announcement import access_line, rules_line
+from safelora_vllm.integration.server.announcement import access_line, caps_warning, rules_line
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.exam.start import start_exam
 from safelora_vllm.integration.server.http_errors import error_response
@@ -141,6 +141,8 @@ class SafeLoRAEndpoint:
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         told = rules_line(gate, reconciler.copies.ladder)
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", told)
+        if warning := caps_warning(gate.policy, reconciler.copies.ladder):
+            logger.warning("%s", warning)
         logger.info("%s", access_line(door.keys.principals, door.access, self._app.router.routes))
         state.safelora_manager = manager = Manager(
             reconciler,
