@@ -67,7 +67,12 @@ def test_caps_that_bound_nothing_or_everything() -> None:
     none, capped = Policy(select="none"), Policy(select="none", max_total_norm=0.006)
     for policy, ladder in ((none, ()), (Policy(), ["as-uploaded", "safe-lora"])):
         assert "set --max-relative-norm and --max-total-norm" in caps_warning(policy, ladder)
-    for policy, ladder in ((Policy(), ()), (capped, ()), (capped, ["as-uploaded"]), (Policy(), ["safe-lora"])):
+    for policy, ladder in (
+        (Policy(), ()),
+        (capped, ()),
+        (capped, ["as-uploaded"]),
+        (Policy(), ["safe-lora"]),
+    ):
         assert not caps_warning(policy, ladder)
     for cap in ("max_relative_norm", "max_total_norm"):
         assert "a cap of 0" in caps_warning(Policy(**{cap: 0.0}))

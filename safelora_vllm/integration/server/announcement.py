@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from starlette.routing import BaseRoute, WebSocketRoute
 
-from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.exam.ladder import AS_UPLOADED
+from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.server.access_check import RouteAccess, name_of
 from safelora_vllm.integration.server.access_rules import Access
 from safelora_vllm.policy import CAPS, Policy
@@ -35,7 +35,9 @@ def rules_line(state: GateState, ladder: Sequence[str] = ()) -> str:
 def caps_warning(policy: Policy, ladder: Sequence[str] = ()) -> str:
     """What an operator may not want of the caps on norms; empty where there is nothing to say."""
     if not min(policy.max_relative_norm, policy.max_total_norm):
-        return "a cap of 0 (--max-relative-norm, --max-total-norm) refuses every adapter that changes anything"
+        return (
+            "a cap of 0 (--max-relative-norm, --max-total-norm) refuses every adapter that changes anything"
+        )
     as_uploaded = policy.selects_none or any(rung.startswith(AS_UPLOADED) for rung in ladder)
     if as_uploaded and all(getattr(policy, cap) >= getattr(Policy(), cap) for cap in CAPS):
         return (
