@@ -41,8 +41,8 @@ def caps_warning(policy: Policy, ladder: Sequence[str] = ()) -> str:
     as_uploaded = policy.selects_none or any(rung.startswith(AS_UPLOADED) for rung in ladder)
     if as_uploaded and all(getattr(policy, cap) >= getattr(Policy(), cap) for cap in CAPS):
         return (
-            "adapters are served as uploaded, and the caps on norms are at their defaults, which bound little: "
-            "set --max-relative-norm and --max-total-norm (docs/policies.md, Caps on norms)"
+            "adapters are served as uploaded, and the caps on norms are at their defaults, which bound "
+            "little: set --max-relative-norm and --max-total-norm (docs/policies.md, Caps on norms)"
         )
     return ""
 
