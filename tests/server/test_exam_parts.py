@@ -339,6 +339,36 @@ def test_few_probes_go_at_once_beside_others(
     assert said == [-1.0] * 20 and max(seen) == most
 
 
+@pytest.mark.parametrize(("others", "most"), [(False, 8), (True, 2)])
+def test_answers_go_on_while_further_prompts_are_read(others: bool, most: int) -> None:
+    """Only a prompt makes the steps long that others wait for."""
+    engine_model = pytest.importorskip("safelora_vllm.integration.server.exam.engine_model")
+    hidden = SimpleNamespace(lora_name=engine_model.HIDDEN + "1")
+    states = {"x": SimpleNamespace(lora_request=None)} if others else {}
+    reading, seen = set[str](), list[tuple[int, int]]()
+
+    async def generate(_: Any, __: Any, request: str, **___: Any) -> Any:
+        states[request] = SimpleNamespace(lora_request=hidden)
+        reading.add(request)
+        for token in range(len(ANSWER)):
+            await asyncio.sleep(0.01)
+            seen.append((len(reading), len(states) - others))
+            reading.discard(request)
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ANSWER[: token + 1])])
+        await asyncio.sleep(0.2)
+        del states[request]
+
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(),
+        generate=generate,
+        output_processor=SimpleNamespace(request_states=states),
+    )
+    model = engine_model.EngineModel(engine, FakeTokenizer(), "x")
+    said = asyncio.run(model.answer(["p"] * 20, 4, cast(Any, hidden)))
+    assert [tokens for tokens, _ in said] == [tuple(ANSWER)] * 20
+    assert (max(read for read, _ in seen), max(running for _, running in seen)) == (most, 16)
+
+
 def test_a_worker_takes_no_folder_while_exams_are_enforced() -> None:
     """Neither of --lora-modules that vLLM would load itself, nor of the offline LLM."""
     guard_module = pytest.importorskip("safelora_vllm.integration.worker.guard")

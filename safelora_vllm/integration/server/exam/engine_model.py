@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 R = TypeVar("R")
-# Requests of exams in the engine, and while it answers others, who wait for its steps. With one alone, steps
-# are hardly shorter on a CPU, and an exam is much longer: benchmarks/exam_steps.py.
-_AT_ONCE, _BESIDE_OTHERS = 8, 2
+# Requests of exams in the engine. A prompt makes a step much longer, a further token of an answer hardly: so
+# fewer have their prompts read at once, and only two while the engine answers others, who wait for its steps.
+# With one alone, steps are hardly shorter on a CPU, and an exam is much longer: benchmarks/exam_steps.py.
+_AT_ONCE, _READ_AT_ONCE, _READ_BESIDE_OTHERS = 16, 8, 2
 _LAST, _USUAL = 2**31 - 1, 0  # vLLM's lowest priority, and that of requests that name none
 _PATIENCE_SECONDS = 60.0  # for which an exam lets all others go first
 # Probes after which an exam looks whether it is over. Not after each: its time would tell more of the score.
@@ -72,7 +73,8 @@ class EngineModel:
         # vLLM's ids need not be random, and API servers share an engine.
         self._ids_begin = f"safelora-exam-{secrets.token_hex(8)}"
         self._numbers, self._free = itertools.count(), asyncio.Semaphore(_AT_ONCE)
-        self._engine_client, self._few = engine_client, asyncio.Semaphore(_BESIDE_OTHERS)
+        self._engine_client = engine_client
+        self._read, self._few = asyncio.Semaphore(_READ_AT_ONCE), asyncio.Semaphore(_READ_BESIDE_OTHERS)
 
     async def answer(
         self,
@@ -137,12 +139,15 @@ class EngineModel:
         prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": self._salt}
 
         async def ask(**priority: int) -> Any:
-            request, last = f"{self._ids_begin}-{next(self._numbers)}", None
-            async for output in self._generate(prompt, params, request, lora_request=adapter, **priority):
+            request = f"{self._ids_begin}-{next(self._numbers)}"
+            outputs = self._generate(prompt, params, request, lora_request=adapter, **priority)
+            async with self._read, self._beside_others(adapter, until):
+                last = await anext(outputs, None)
+            async for output in outputs:
                 last = output
             return last
 
-        async with self._free, self._beside_others(adapter, until):
+        async with self._free:
             if not self._has_priorities:
                 last = await ask()
             else:
@@ -157,7 +162,7 @@ class EngineModel:
 
     @asynccontextmanager
     async def _beside_others(self, adapter: LoRARequest | None, until: float) -> AsyncIterator[None]:
-        """Few requests at a time, if they are about an adapter and others are answered."""
+        """Few prompts at a time, if they are about an adapter and others are answered."""
         if adapter is None or asyncio.get_running_loop().time() > until or not self._others():
             yield
         else:
