@@ -274,6 +274,9 @@ def test_the_value_of_a_vllm_option_is_not_taken_for_the_model(
         assert f"{words[1]!r} follows vLLM's option {words[0]}" in error and "serve MODEL" in error
     served: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(launch, "serve", lambda model, _, options: served.append((model, options)))
+    assert main(["serve", "--projectors", "P", "--port=1", "M"]) == 0 and served.pop() == ("M", ["--port=1"])
+    assert main(["serve", "serve", "--projectors", "P", "--enforce-eager"]) == 0
+    assert served.pop() == ("serve", ["--enforce-eager"])
     for words in (["M", "--host", "127.0.0.1"], ["--projectors", "P", "M", "--host", "127.0.0.1"]):
         assert main(["serve", *words, "--projectors", "P"]) == 0
     assert served == [("M", ["--host", "127.0.0.1"])] * 2

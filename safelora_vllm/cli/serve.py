@@ -235,8 +235,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_model(args: argparse.Namespace) -> None:
     """Raises UsageError where the model may be the value of a vLLM option: only vLLM knows which have one."""
-    before = args.words[args.words.index(args.model) - 1]
-    if before in args.vllm_options:
+    before = args.words[args.words.index(args.model, 1) - 1]  # after the command itself
+    if before in args.vllm_options and "=" not in before:
         raise UsageError(
             f"{args.model!r} follows vLLM's option {before} and may be its value: expected the model right "
             "after the command, safelora-vllm serve MODEL --projectors DIR"

@@ -9,7 +9,6 @@ audit/                     who changed what, and when
 exam/                      what exams found of published copies, and what they ask
 serving.json               what the servers say of how they serve it
 mirror                     address of the bucket that decides, if there is one
-tenants                    there if a server with a keys file has served the store
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ INCOMING, RAW, PUBLISHED, NAMES, IDS, AUDIT = "incoming", "raw", "published", "n
 EXAM = "exam"
 SERVING = "serving.json"
 MIRROR = "mirror"
-TENANTS = "tenants"
 FOLDERS = (INCOMING, NAMES, PUBLISHED, RAW)  # of which all that is served is made
 
 

@@ -25,7 +25,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "by": (str,), "policy": (dict,), "override": (bool,), "base_policy": (dict,),
     "reason": (str,), "key": (str,), "ruleset_digest": (str,), "id": (int,),
     "load_seconds": (int, float), "refused": (tuple,), "judged": (int, float),
-    "signed_by": (str,), "exam_override": (bool,),
+    "signed_by": (str,), "exam_override": (bool,), "apart": (bool,),
 }  # fmt: skip
 # Not written with these values, so that older releases read the rest.
 _LATER = {
@@ -33,6 +33,7 @@ _LATER = {
     "judged": 0.0,
     "signed_by": "",
     "exam_override": False,
+    "apart": False,
 }
 _ON_DISK = {"ruleset_digest": "rules", "base_policy": "underlying"}  # fields with another name there
 _FIELDS = {name: field for field, name in _ON_DISK.items()}
@@ -49,7 +50,7 @@ class Version:
     ruleset_digest: of the server's rules under which that was published. id: the first of the numbers by
     which vLLM knows this version's weights. load_seconds: from the request to the change of the name.
     signed_by: id of the key whose signature of the upload was verified.
-    exam_override: an admin has it served whatever its exam says.
+    exam_override: an admin has it served whatever its exam says. apart: by a server that keeps tenants apart.
     """
 
     version: int
@@ -70,6 +71,7 @@ class Version:
     judged: float = 0.0
     signed_by: str = ""
     exam_override: bool = False
+    apart: bool = False
 
     @property
     def unjudged(self) -> Version:

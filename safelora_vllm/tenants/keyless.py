@@ -1,4 +1,4 @@
-"""Whether a server without a keys file may serve what a store has: it shows every adapter to everybody."""
+"""What a server without a keys file may not serve: it shows every adapter to everybody."""
 
 from __future__ import annotations
 
@@ -6,42 +6,35 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.files import make_folder, replace_file, writing
-from safelora_vllm.store.layout import TENANTS
 from safelora_vllm.store.name_record import AdapterRecord
 from safelora_vllm.store.serving import tenant_of
 
+_ADMIN = "admin"  # no tenant's name: the keys of admins have ids ADMIN/ID
+NO_KEYS_FILE = "it is a tenant's, and without a keys file everybody could use it"
 
-def mark_kept_apart(root: str | Path) -> None:
-    """Note in a store that a server with a keys file serves it: its names TENANT/NAME are a tenant's.
 
-    Raises:
-        StoreUnavailable: the disk is full or not writable.
+def is_a_tenants(record: AdapterRecord) -> bool:
+    """Whether a name TENANT/NAME belongs to a tenant: they, or a server that knows tenants, made a version.
+
+    A slash alone makes no tenant: without a keys file an admin may use one as they like.
     """
-    if not (marker := Path(root) / TENANTS).exists():
-        with writing(Path(root)):
-            make_folder(Path(root))
-            replace_file(marker, b"")
+    tenant = tenant_of(record.name)
+    return bool(tenant) and any(
+        version.apart or (tenant != _ADMIN and version.by.startswith(f"{tenant}/"))
+        for version in record.versions
+    )
 
 
 def check_keyless(root: str | Path, records: Iterable[AdapterRecord]) -> None:
-    """Check a store and its names for a server without a keys file.
+    """Check a store's names for a server without a keys file.
 
     Raises:
-        GuardError: it has a tenant's adapter: one that they uploaded, or any TENANT/NAME where a server with
-            a keys file has served the store.
+        GuardError: one is a tenant's.
     """
-    apart = (Path(root) / TENANTS).exists()
-    owned = sorted(r.name for r in records if tenant_of(r.name) and (apart or _is_a_tenants(r)))
-    if owned:
+    if owned := sorted(record.name for record in records if is_a_tenants(record)):
         more = f" and {len(owned) - 1} more" if len(owned) > 1 else ""
         raise GuardError(
             f"the adapter store has adapters of tenants ({owned[0]!r}{more}), and without a keys file "
             "everybody could use them. Give --keys FILE (one without tenants keeps them for admins), another "
-            "--adapter-store, or remove them: safelora-vllm store rm NAME"
+            f"--adapter-store, or remove them: safelora-vllm store rm NAME --adapter-store {root}"
         )
-
-
-def _is_a_tenants(record: AdapterRecord) -> bool:
-    """Whether a key of the tenant made a version. Their ids are TENANT/ID."""
-    return any(version.by.startswith(f"{tenant_of(record.name)}/") for version in record.versions)

@@ -24,7 +24,7 @@ ENVIRONMENT = "admin/environment"
 _SECRET = re.compile(r"[!-~][ -~]{14,}[!-~]")  # what an HTTP header carries unchanged
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _PLACEHOLDER = "replace-this"  # of the secrets in docs and examples
-_PLACEHOLDERS = re.compile(r"replace[-_ ]?this", re.I)
+_PLACEHOLDERS = re.compile(r"replace[-_ ]?this|(choose-a|another)-long-secret$|inference-secret$", re.I)
 RulesCheck = Callable[[str, TenantRules], None]  # an entry of the file and its rules; raises KeysError
 
 
@@ -79,8 +79,8 @@ def check_replaced(entry: str, secret: str) -> None:
     """Raise KeysError for the secret of an example, which everybody knows."""
     if _PLACEHOLDERS.match(secret):
         raise KeysError(
-            f"{entry} is an example's secret, which begins with {_PLACEHOLDER}: expected one of your own. "
-            "Make it with: openssl rand -base64 24"
+            f"{entry} is an example's secret, such as one that begins with {_PLACEHOLDER}: expected one of "
+            "your own. Make it with: openssl rand -base64 24"
         )
 
 

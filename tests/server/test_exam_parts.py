@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,6 +231,25 @@ def test_a_verdict_of_another_process_is_seen(tmp_path: Path) -> None:
     assert one.known(a) == again, "which is known all the same"
 
 
+def test_a_part_never_replaces_the_whole(tmp_path: Path) -> None:
+    """Two servers may examine a copy, one for a tenant with a smaller threshold."""
+    a, b = "a" * 64, "b" * 64
+    files = {key: {"x": "1"} for key in (a, b)}
+    published = cast(Any, SimpleNamespace(digests=files.get))
+    one, two = (Verdicts(tmp_path, "e" * 64, published) for _ in range(2))
+    part = Examined(Score(0.3, 0.4, 0.5, 16, 48), 1.0, {"x": "1"}, 7.0)
+    whole = Examined(Score(0.1, 0.2, 0.3, 64), 2.0, {"x": "1"}, 8.0)
+    one.put(a, part)
+    assert one.get(a) == two.get(a) == two.of_same_files(b) == part
+    two.put(b, whole)
+    assert one.of_same_files(a) == whole, "which holds for every threshold"
+    one.put(a, part)
+    assert one.get(a) == one.known(a) == two.get(a) == whole
+    files[a] = {"x": "2"}
+    one.put(a, changed := Examined(Score(0.3, 0.4, 0.5, 16, 48), 1.0, {"x": "2"}, 9.0))
+    assert Verdicts(tmp_path, "e" * 64, published).get(a) == changed
+
+
 def test_counts_of_all_processes(tmp_path: Path) -> None:
     one = Counts(tmp_path)
     one.count("passed", "safe-lora", 0.3)
@@ -420,31 +440,27 @@ def test_a_report_without_a_score_is_tried_again_a_few_times(
     monkeypatch.setattr(reports, "_LATER_SECONDS", 0.0)
     tries: list[tuple[str, str]] = []
 
-    async def examine(name: str, key: str, *_: object) -> None:
+    async def examine(name: str, key: str, _: object, ticket: Callable[[], None]) -> None:
         tries.append((name, key))
-        if name == "busy" and tries.count((name, key)) == 2:
+        ticket()
+        if name == "t/busy" and tries.count((name, key)) == 2:
             return
-        raise {"busy": ExamUnavailable, "never": ExamUnavailable, "broken": OSError}[name]("no score")
+        raise {"t/broken": OSError}.get(name, ExamUnavailable)("no score")
 
     async def run() -> None:
         background = Background()
-        queue = reports.Reports(background, ExamLimits(), lambda _: EVERYBODYS, examine)
-        for name, key in (("busy", "a"), ("never", "b"), ("broken", "c")):
+        limits = ExamLimits()
+        queue = reports.Reports(background, limits, lambda _: EVERYBODYS, examine)
+        for name, key in (("t/busy", "a"), ("t/never", "b"), ("t/broken", "c")):
             queue.add(name, key, Policy())
         await asyncio.gather(*background.tasks)
-        queue.add("never", "b", Policy())
+        assert len(limits._times["t"]) == 3, "one for each copy, however often it is tried"
+        queue.add("t/never", "b", Policy())
         await asyncio.gather(*background.tasks)
         assert not queue.waiting and not queue._in_vain
 
     asyncio.run(run())
-    assert [name for name, _ in tries] == [
-        "busy",
-        "never",
-        "broken",
-        "busy",
-        "never",
-        "never",
-        *["never"] * 3,
-    ]
+    busy, never, broken = "t/busy", "t/never", "t/broken"
+    assert [name for name, _ in tries] == [busy, never, broken, busy, *[never] * 5]
     warned = [record.args[0] for record in caplog.records if isinstance(record.args, tuple)]
-    assert warned == ["broken", "never", "never"]
+    assert warned == [busy, never, broken, *[never] * 5]

@@ -106,7 +106,7 @@ def start(
             for number, (name, folder) in enumerate(static.items(), start=1)
         }
         models = SimpleNamespace(lora_requests=given, is_base_model=MODEL.__eq__)
-        made = await Reconciler.start(engine, models)
+        made = await Reconciler.start(engine, models, apart=True)
         try:
             await test(made, engine)
         finally:

@@ -43,7 +43,7 @@ from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import CallersRequests
 from safelora_vllm.settings import ADMIN_KEY, METRICS_KEY, SECTION, ServerSettings, new_admin_key
 from safelora_vllm.store.mirror import attach, open_names
-from safelora_vllm.tenants.keyless import check_keyless, mark_kept_apart
+from safelora_vllm.tenants.keyless import check_keyless
 from safelora_vllm.tenants.keys import KeyRing
 from safelora_vllm.tenants.rules_check import tenant_check
 
@@ -124,7 +124,8 @@ class SafeLoRAEndpoint:
         state.safelora_admin_socket = listening
         models = state.openai_serving_models
         await asyncio.to_thread(attach, settings.store, settings.store_mirror)
-        await asyncio.to_thread(mark_kept_apart if settings.keys else _check_names, settings.store)
+        if not settings.keys:
+            await asyncio.to_thread(_check_names, settings.store)
         state.safelora = reconciler = await Reconciler.start(
             engine_client,
             models,
@@ -134,6 +135,7 @@ class SafeLoRAEndpoint:
             self._static,
             seconds_in(settings.exam_every) if settings.exam_every else None,
             bool(settings.second_opinion),
+            bool(settings.keys),
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)

@@ -20,6 +20,7 @@ from safelora_vllm.errors import (
     Forbidden,
     QuotaExceeded,
     SafeLoRAError,
+    UsageError,
 )
 from safelora_vllm.integration.server.decisions import exam_fields, log, version_fields
 from safelora_vllm.integration.server.published_copies import Judged
@@ -32,6 +33,7 @@ from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import EXAM, AuditLog, audit_fields
 from safelora_vllm.store.recorded import Line, RecordedNames
+from safelora_vllm.tenants.keyless import NO_KEYS_FILE
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import check_quota
 
@@ -55,6 +57,8 @@ class Commits:
         """
         if not who.may_use(name):  # before the lock: waiting for it would tell that there is such a name
             raise unknown(name)
+        if self._reconciler.store.passed_over.get(name) == NO_KEYS_FILE:
+            raise UsageError(f"adapter {name!r} cannot be changed by this server: {NO_KEYS_FILE}")
         lock = self._locks.setdefault(name, asyncio.Lock())
         async with lock:
             try:
@@ -182,7 +186,8 @@ class Commits:
                 if before is None:
                     raise taken(name)
                 raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
-            after = (record or AdapterRecord(name)).with_version(new)
+            made = dataclasses.replace(new, apart=self._reconciler.store.apart)
+            after = (record or AdapterRecord(name)).with_version(made)
             check_quota(self._reconciler.names, who, after)
             return after
 

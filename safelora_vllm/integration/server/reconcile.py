@@ -115,6 +115,7 @@ class Reconciler:
         static: Mapping[str, Path] | None = None,
         exam_seconds: float | None = None,
         opinion_of_all: bool = False,
+        apart: bool = False,
     ) -> Reconciler:
         """Ask every worker whether it is guarded, then serve ``--lora-modules`` and the store's names.
 
@@ -126,6 +127,7 @@ class Reconciler:
             static: adapters of ``--lora-modules`` that vLLM was not given.
             exam_seconds: between two exams of what is served.
             opinion_of_all: all adapters have a second opinion, whatever their policies say.
+            apart: whether tenants are kept apart, by a keys file.
 
         Raises:
             GuardError: a worker is not guarded, or the workers do not agree on their rules.
@@ -140,6 +142,7 @@ class Reconciler:
         copies = Copies(gate, state, PublishedStore(root), tenant_rules, begun, opinion_of_all)
         await asyncio.to_thread(_complete, RecordedNames(pool.names, audit))
         made = cls(pool, copies, len(answers), models.is_base_model, audit)
+        made.store.apart = apart
         given = seams.replace_map(models, CallersRequests(made.registry))
         for number, (name, folder) in enumerate((static or {}).items(), start=1):
             given[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Set
+from collections.abc import Mapping
 from pathlib import Path
 
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
@@ -13,7 +13,6 @@ from safelora_vllm.integration.server.registry import Registry
 from safelora_vllm.store.serving import Serving, save, tenant_of
 
 logger = logging.getLogger("vllm.safelora.reconcile")
-TAKEN = "the server itself has that name"
 
 
 class ServingState:
@@ -24,14 +23,14 @@ class ServingState:
         self._told: Serving | None = None
         self._complaint = ""
 
-    async def tell(self, passed_over: Set[str]) -> None:
-        """Write what is the case, if it was not written last. passed_over: names of the server."""
+    async def tell(self, passed_over: Mapping[str, str]) -> None:
+        """Write what is the case, if it was not written last. passed_over: names, and why they are."""
         entries = [entry for entry in self._registry.values() if entry.version is not None]
         unavailable = {
             entry.name: str(entry.problem)
             for entry in entries
             if entry.problem is not None and not isinstance(entry.problem, AdapterRefused)
-        } | dict.fromkeys(passed_over, TAKEN)
+        } | dict(passed_over)
         names = {owner: entry.name for entry in entries for owner in [tenant_of(entry.name)] if owner}
         try:
             await asyncio.to_thread(self._tell, names, unavailable)

@@ -16,12 +16,14 @@ from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Registry
 from safelora_vllm.integration.server.store_watch import StoreWatch
 from safelora_vllm.store import AdapterRecord, NameStore, Version
+from safelora_vllm.tenants.keyless import NO_KEYS_FILE, is_a_tenants
 
 logger = logging.getLogger("vllm.safelora.reconcile")
 _SETTLED_NS = 50_000_000
 # A request waits this long for a change that was seen. Where the store hangs, the next ones do not wait.
 _PATIENCE_SECONDS = 1.0
 _LOOK_SECONDS = 2.0
+TAKEN = "the server itself has that name"
 
 
 class StoreSync:
@@ -29,7 +31,9 @@ class StoreSync:
 
     Attributes:
         watch: tells of changes by this machine, if there is one.
-        passed_over: the store's names that are not served, as the server itself has them.
+        apart: whether tenants are kept apart, by a keys file.
+        passed_over: the store's names that are not served, and why: the server itself has them, or they are
+            tenants' and it does not keep these apart.
     """
 
     def __init__(
@@ -45,7 +49,8 @@ class StoreSync:
         self._names, self._copies, self._registry = names, copies, registry
         self._is_base_model, self._drop, self._change = is_base_model, drop, change
         self.watch: StoreWatch | None = None
-        self.passed_over: set[str] = set()
+        self.apart = False
+        self.passed_over: dict[str, str] = {}
         self._stamp = -1
         self._syncing: asyncio.Task[None] | None = None
         self._sync_again = self._behind = self._store_hangs = False
@@ -92,21 +97,26 @@ class StoreSync:
     def read_changes(self) -> tuple[list[tuple[AdapterRecord, Copy | None]], dict[str, AdapterRecord]]:
         """Records that are not in the registry as they are, each with its copy if it is published; all."""
         records = self._names.all()
-        taken = {name for name, entry in list(self._registry.items()) if entry.folder}
-        for name in [name for name in records if name in taken or self._is_base_model(name)]:
-            live = records.pop(name).live  # the server's own command line goes first
+        passed_over = {name: why for name, record in records.items() if (why := self._why_not(record))}
+        for name, why in passed_over.items():
+            live = records.pop(name).live
             if name not in self.passed_over:
-                self.passed_over.add(name)
                 about = {"adapter": name, "version": live.version}
-                logger.error(
-                    "the store's adapter %r is not served: the server itself has that name", name, extra=about
-                )
+                logger.error("the store's adapter %r is not served: %s", name, why, extra=about)
+        self.passed_over = passed_over
         known = {name: entry.version for name, entry in list(self._registry.items())}
         return [
             (record, self._copies.find(name, record.live))
             for name, record in records.items()
             if self._is_news(name, known.get(name), record.live)
         ], records
+
+    def _why_not(self, record: AdapterRecord) -> str:
+        """Why a name of the store is not served here, whatever it has; empty where nothing is in its way."""
+        entry = self._registry.get(record.name)
+        if (entry and entry.folder) or self._is_base_model(record.name):
+            return TAKEN  # the server's own command line goes first
+        return NO_KEYS_FILE if not self.apart and is_a_tenants(record) else ""
 
     def _start_sync(self) -> asyncio.Task[None]:
         """The task that ends when a look at the store that begins now, or later, has been acted on."""

@@ -19,6 +19,10 @@ _LATER_SECONDS = 15.0
 _TRIES = 3  # exams of one copy that end without a score
 
 
+def _nothing() -> None:
+    """Counts no exam."""
+
+
 class Reports:
     """What waits for its exam in one API server process.
 
@@ -72,14 +76,17 @@ class Reports:
         try:
             # Whoever's request has begun this, it is the exam of the name's owner.
             with acting_as(None), self._limits.share(tenant_of(name), self._limit(name)) as ticket:
-                await self._examine(name, key, policy, ticket)
+                again = bool(self._in_vain[name])  # the first try has counted
+                await self._examine(name, key, policy, _nothing if again else ticket)
         except TooManyExams:
             return False
         except Exception as error:  # a full disk, say: the other copies still have their turn
-            again = isinstance(error, Unavailable) and self._is_due(name, (key, policy))
-            if again and self._in_vain[name] < _TRIES - 1:
+            passing = isinstance(error, Unavailable) and self._is_due(name, (key, policy))
+            again = passing and self._in_vain[name] < _TRIES - 1
+            about = {"adapter": name, "copy": key}  # else again when it is served next
+            more = ". It is tried again" if again else ""
+            logger.warning("adapter %r was not examined: %s%s", name, error, more, extra=about)
+            if again:
                 self._in_vain[name] += 1
                 return False
-            about = {"adapter": name, "copy": key}  # again when it is served next
-            logger.warning("adapter %r was not examined: %s", name, error, extra=about)
         return True
