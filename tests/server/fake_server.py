@@ -94,7 +94,7 @@ class Place:
         keys = self.keys if self.keys.exists() else None
         given = self.gate.settings
         ring = KeyRing.open(keys, None, [], None, tenant_check(given.policy, given.projectors))
-        reconciler = await Reconciler.start(engine, models, ring.rules, apart=keys is not None)
+        reconciler = await Reconciler.start(engine, models, ring.rules, apart=True)
         try:
             yield Manager(reconciler, reconciler.audit, models.is_base_model), engine
         finally:
