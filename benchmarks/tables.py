@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -234,15 +235,19 @@ def soak() -> str:
     """What grows, and what was answered wrongly."""
     runs = (load("soak"), load("soak_exam"))
     rows = [
-        [what, *(number(run["requests"][name]) for run in runs)]
+        [what, *(number(run["requests"].get(name, 0)) for run in runs)]
         for name, what in (
             ("answers", "answers"),
-            ("replaced", "adapters replaced"),
+            ("replaced", "adapters replaced by content that was there before"),
+            ("replaced by new content", "adapters replaced by new content, after its exam"),
             ("removed", "adapters removed"),
             ("refused", "uploads refused"),
         )
     ]
     rows.append(["wrong answers", *(number(len(run["wrong"])) for run in runs)])
+    seconds = runs[1]["seconds"]
+    new, known = (median(seconds[what]) for what in ("replaced by new content", "replaced"))
+    rows.append(["a replacement by new content / by known, median", "", number(new / known, 0)])
     heads = (f"{run['minutes']:g} minutes, {run['adapters']} adapters" for run in runs)
     return markdown(["what", *(f"{h}{more}" for h, more in zip(heads, ("", ", exam"), strict=True))], rows)
 
