@@ -27,7 +27,7 @@ ADMIN = Principal("admin", "ops")
 @pytest.fixture
 def managed(tmp_path: Path) -> Manager:
     """Management of a store, without gate and engine."""
-    reconciler: Any = SimpleNamespace(names=NameStore(tmp_path))
+    reconciler: Any = SimpleNamespace(names=NameStore(tmp_path), store=SimpleNamespace(apart=True))
     return Manager(reconciler, AuditLog(tmp_path / "audit"), lambda _: False)
 
 

@@ -131,11 +131,14 @@ def test_the_digest_of_all_rules() -> None:
     assert SERVERS.ruleset("r") == "r", "records of names without such rules are as they were"
 
 
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "tenants.md").read_text()
+
+
 def test_the_keys_files_of_the_documentation_work_on_a_default_server(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "tenants.md").read_text()
     blocks = [
-        block for block in re.findall(r"```(?:toml|bash)\n(.*?)```", text, re.S) if "[tenants." in block
-    ]
+        block for block in re.findall(r"```(?:toml|bash)\n(.*?)```", DOCUMENTED, re.S)
+        if "[tenants.strangers" in block
+    ]  # fmt: skip
     assert len(blocks) == 2
     for block in blocks:
         found = re.search(r"<<'END'\n(.*?)END\n", block, re.S)
@@ -151,6 +154,18 @@ def test_the_keys_files_of_the_documentation_work_on_a_default_server(tmp_path: 
         strangers, friends = (ring.rules(f"{name}/x") for name in ("strangers", "friends"))
         assert not strangers.less_strict and strangers.over(Policy()).at_least_as_strict(Policy())
         assert friends.less_strict and not friends.over(Policy()).at_least_as_strict(Policy())
+
+
+def test_the_keys_file_for_strangers_alone_leaves_its_server_as_it_is(tmp_path: Path) -> None:
+    (text,) = re.findall(r"cat > keys.toml <<END\n(.*?)END\n", DOCUMENTED, re.S)
+    file = tmp_path / "keys.toml"
+    file.touch(0o600)
+    for number in range(text.count("$(new)")):
+        text = text.replace("$(new)", f"a-secret-of-its-own-{number}", 1)
+    file.write_text(text)
+    server = Policy(select="none", max_total_norm=0.0064)
+    ring = KeyRing.open(file, None, [], None, lambda entry, rules: rules.check(entry, server, lambda _: None))
+    assert ring.has_admin and set(ring.tenants) == {"acme"} and ring.rules("acme/x").over(server) == server
 
 
 @pytest.mark.parametrize(
