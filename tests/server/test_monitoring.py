@@ -30,6 +30,7 @@ pytestmark = needs_prometheus
 EMPTY = {
     'absent(up{job="safelora"})': "a server is scraped",
     'mode="report-only"': "adapters are projected",
+    'method="none"': "adapters are projected",
     "_exam": "nobody asked for an exam",
     'second_opinion="true"': "no policy asks for one",
     "vllm:num_requests_waiting": "the engine is fake, and vLLM counts none",

@@ -19,6 +19,7 @@ pytestmark = needs_prometheus
 EMPTY = {
     'absent(up{job="safelora"})': "a server is scraped",
     'mode="report-only"': "adapters are projected",
+    'method="none"': "adapters are projected",
     "_exam": "nobody asked for an exam",
     'second_opinion="true"': "no policy asks for one",
     "safelora_store_limit_bytes": "the server has no --store-bytes",
