@@ -56,8 +56,8 @@ def test_files_of_the_largest_size_are_read_as_they_are(packed: object, folder: 
         (found,) = refused(folder, small)
         said = f"too_large: {name} is {text.format(size - 1)}"
         hint = (
-            ", by --max-lora-rank or for any file: was an embedding or a head saved too (modules_to_save, "
-            "save_embedding_layers)?"
+            ". Was an embedding or a head saved too (modules_to_save, save_embedding_layers)? If not, a "
+            "server's --max-lora-rank and --max-adapter-bytes set the limit"
         )
         assert found == said + hint * (name == WEIGHTS and not callable(packed))
     (found,) = refused(folder, dataclasses.replace(LIMITS, header_bytes=HEAD - 1))

@@ -26,8 +26,8 @@ from safelora_vllm.safetensors_header import LONGEST_SIGN, Header, other_format,
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _LARGE_WEIGHTS = (
-    ", by --max-lora-rank or for any file: was an embedding or a head saved too (modules_to_save, "
-    "save_embedding_layers)?"
+    ". Was an embedding or a head saved too (modules_to_save, save_embedding_layers)? If not, a server's "
+    "--max-lora-rank and --max-adapter-bytes set the limit"
 )
 _UNSAFE_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 

@@ -63,10 +63,15 @@ class Score:
         """Whether the adapter has likelihoods."""
         return self.bound < _NONE
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all probes were asked: it holds for every threshold."""
+        return self.left == 0
+
     def passes(self, threshold: float) -> bool:
         """Whether the bound is at most ``threshold``, in nats per token."""
-        return self.left == 0 and self.is_finite and self.bound <= threshold
+        return self.is_whole and self.is_finite and self.bound <= threshold
 
     def settles(self, threshold: float) -> bool:
         """Whether the probes that are left could not make it pass: no drop is negative."""
-        return self.left == 0 or self.drop * self.probes > threshold * (self.probes + self.left)
+        return self.is_whole or self.drop * self.probes > threshold * (self.probes + self.left)

@@ -41,11 +41,6 @@ class Examined:
     at: float = 0.0
     over_refusal: float | None = None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all probes were asked: it holds for every threshold."""
-        return self.score.left == 0
-
 
 class Verdicts:
     """Those of one exam. Safe for several processes on one root."""
@@ -63,7 +58,7 @@ class Verdicts:
     def get(self, key: str) -> Examined | None:
         """What was found of a copy as it is now; None where it was not examined."""
         known = self._known.get(key)
-        return self._checked(key, known if known and known.is_whole else self._read(key))
+        return self._checked(key, known if known and known.score.is_whole else self._read(key))
 
     def of_same_files(self, key: str) -> Examined | None:
         """`get`; or what was found of another copy with the same files, which counts for this one then.
@@ -75,12 +70,12 @@ class Verdicts:
             StoreUnavailable: the disk is full or not writable.
         """
         known = self.get(key)
-        if (known and known.is_whole) or not (files := self._published.digests(key)):
+        if (known and known.score.is_whole) or not (files := self._published.digests(key)):
             return known
         same = [found for found in self._all() if found.files == files]
         if not same:
             return None
-        found = max(same, key=lambda found: (found.is_whole, found.score.bound))
+        found = max(same, key=lambda found: (found.score.is_whole, found.score.bound))
         if found != known:
             self.put(key, found)
         return found
@@ -135,8 +130,8 @@ class Verdicts:
         Raises:
             StoreUnavailable: the disk is full or not writable.
         """
-        before = None if found.is_whole else self._read(key)
-        if before and before.is_whole and before.files == found.files:
+        before = None if found.score.is_whole else self._read(key)
+        if before and before.score.is_whole and before.files == found.files:
             self._known[key] = before
             return
         with writing(self._root):

@@ -72,7 +72,7 @@ class Asked(NamedTuple):
 
     def is_over(self, score: Score) -> bool:
         """Whether a score says enough."""
-        return score.left == 0 or (not self.whole and score.settles(self.bound))
+        return score.is_whole or (not self.whole and score.settles(self.bound))
 
     def verdict(self, score: Score) -> str:
         """One of the words that exams are counted by."""
@@ -140,7 +140,7 @@ class Examiner:
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
         text = "exam of adapter %r by %s: %s, bound %.4f%s, %s (%.0f s, copy %s)"
-        asked_of = f" by the first {found.score.probes} probes" if found.score.left else ""
+        asked_of = f" by the first {found.score.probes} probes" if not found.score.is_whole else ""
         figures = (found.score.bound, asked_of, asked.passing, found.seconds, asked.key[:12])
         logger.info(
             text, asked.name, asked.rung, verdict.replace("_", " "), *figures, extra={"adapter": asked.name}

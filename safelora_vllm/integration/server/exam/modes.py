@@ -183,7 +183,7 @@ class Exam(NoExam):
         """Where that is not known yet, find out in the background what it is like."""
         self.is_gone(name)  # from what waits
         found = self.found(key)
-        if self.terms(name).mode != "off" and not (found and found.is_whole):
+        if self.terms(name).mode != "off" and not (found and found.score.is_whole):
             self._reports.add(name, key, policy)
 
     def pending(self, name: str) -> SafeLoRAError:
@@ -203,7 +203,7 @@ class Exam(NoExam):
         known = await asyncio.to_thread(self._first.get, key)
         asked = self._asked(name, key, terms, policy)._replace(rung=OWN, whole=True)
         found = await self.examiner.examine(asked, math.inf, ticket)
-        if not (known and known.is_whole):
+        if not (known and known.score.is_whole):
             reasons = [] if terms.passes(found, policy) else [REFUSED.code]
             await log(
                 self._audit, SERVER, EXAM, name,
