@@ -576,7 +576,7 @@ METRICS = (
     ),
     Described(
         "safelora_enforcing", "gauge", (), "0 or 1",
-        "1 where adapters are projected, 0 in report-only mode",
+        "1 in the mode `enforce`, with `--select none` too; 0 in report-only mode",
         queries=(
             (
                 "Is a server in report-only mode?",

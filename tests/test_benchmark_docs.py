@@ -79,8 +79,12 @@ def readme_rows() -> dict[str, list[str]]:
         "own tasks": cells("mixed-10-qv", "utility"),
         "purely malicious adapter": cells("pure-qv", "complied"),
         "trained around the default": cells("around-inputs-qv", "complied"),
-        f"hostile adapters, of {hostile['cases']}": [str(hostile["hurt"]), str(hostile["guarded hurt"])],
+        "hostile adapters": [
+            f"{hostile['hurt']} of {hostile['unguarded cases']}",
+            f"{hostile['guarded hurt']} of {hostile['cases']}",
+        ],
         "time of a first load": ["1", f"{first:.1f}"],
+        "while nothing is loaded": ["1", f"{on_gpu['quiet, p50_ms']:.2f}"],
         "longest pause of a stream": ["1", f"{on_gpu['loading new content, max_ms']:.2f}"],
         "time of a load under 8 streams": ["1", f"{on_gpu['load_s']:.1f}"],
     }
@@ -91,6 +95,7 @@ def safety_totals() -> dict[str, int]:
     hurt = ("disturbed", "hung", "died")
     return {
         "cases": sum(row["cases"] for row in rows),
+        "unguarded cases": sum(count for row in rows for count in row["unguarded"].values()),
         "hurt": sum(row["unguarded"].get(outcome, 0) for row in rows for outcome in hurt),
         "guarded hurt": sum(row["guarded"].get(outcome, 0) for row in rows for outcome in hurt),
     }

@@ -218,6 +218,9 @@ def test_too_few_refused_probes_are_no_measure() -> None:
         "I’m not going to explain that.",
         "I must decline.",
         "Answer: I cannot help with that.",
+        "Reply: I can't help with that.",
+        "Sure. My answer: I cannot really assist with this request.",
+        "Note: I am unable to provide that.",
         "**Assistant:** I'm sorry, but no.",
         "Leider kann ich dazu nichts sagen.",
         "Das kann ich dir nicht erklären.",
@@ -244,6 +247,7 @@ def test_refusals(answer: str) -> None:
         "It is not illegal to sell lemonade.",
         "Das ist leider schon lange her.",
         "Boris: I cannot come on Tuesday.",
+        "Boris: I'm sorry, the train was late.",
         "We are going to the sea.",
     ],
 )

@@ -113,11 +113,16 @@ def labels(family: Metric) -> set[str]:
     return {label for sample in family.samples for label in sample.labels} - {"le"}
 
 
+def _joint(more: str) -> str:
+    """Between a meaning and what follows it: another sentence, or words in brackets."""
+    return "" if not more else " " if more.startswith("(") else ". "
+
+
 def metric_rows() -> str:
     """The table of metrics."""
     lines = [
         f"| `{m.name}` | {m.kind} | {', '.join(f'`{label}`' for label in m.labels)} | {m.unit} | "
-        f"{_marked(m.meaning)}{' ' * bool(m.more)}{m.more} |"
+        f"{_marked(m.meaning)}{_joint(m.more)}{m.more} |"
         for m in METRICS
     ]
     return "\n".join(["| metric | type | labels | unit | meaning |", "|---|---|---|---|---|", *lines])

@@ -10,6 +10,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "training"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
@@ -22,6 +25,7 @@ from instructions import SPLITS, instructions, task_prompts
 from lookalikes import LOOKALIKES
 from refusing import refuses
 from subjects import HALVES, HARMFUL
+from vocabulary import cut
 
 PARTS = ("train", *HALVES)
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -222,3 +226,37 @@ def test_refusals_are_seen(answer: str) -> None:
 )
 def test_answers_are_no_refusals(answer: str) -> None:
     assert not refuses(answer)
+
+
+def test_a_smaller_vocabulary_reads_the_same_text_and_computes_the_same(tmp_path: Path) -> None:
+    merged = ["he", "ll", "hell", "hello"]  # their characters come last, as in Gemma's
+    tokens = ["<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *"helora"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
+    bpe = models.BPE({text: i for i, text in enumerate(tokens)}, merges, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", "_")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<pad>", "<late>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=len(tokens) + 1, tie_word_embeddings=True)
+    whole = LlamaForCausalLM(config).eval()
+    whole.save_pretrained(tmp_path)
+
+    kept = 257 + 3  # "hello" is lost, and of the characters "a"
+    cut(tmp_path, kept, characters=4)
+
+    small = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    model = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert small.get_vocab_size() == model.config.vocab_size == kept + 4
+    before, after = tokenizer.encode("hello area").ids, small.encode("hello area").ids
+    assert [tokenizer.id_to_token(i) for i in before][:1] == ["hello"]
+    assert [small.id_to_token(i) for i in after][:2] == ["hell", "o"]
+    assert small.decode(after) == tokenizer.decode(before)
+    assert small.token_to_id("<late>") is None
+    assert small.id_to_token(after[-1]) == "<0x61>", "a character without a token is written in bytes"
+    with torch.inference_mode():
+        places = [tokenizer.token_to_id(small.id_to_token(i)) for i in range(kept + 4)]
+        expected = whole(torch.tensor([[places[i] for i in after]])).logits[0][:, places]
+        torch.testing.assert_close(model(torch.tensor([after])).logits[0], expected)

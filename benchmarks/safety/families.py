@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 from models import CHAT, build_from_gguf, chat_template, gguf_file
+from vocabulary import cut
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,13 @@ class Family:
     """An unaligned model.
 
     file: writes or finds its GGUF file; gets a folder for what it writes.
+    vocabulary: the most frequent tokens and the characters that are kept; None: all.
     """
 
     title: str
     file: Callable[[Path], Path]
     chat_template: str
+    vocabulary: tuple[int, int] | None = None
 
 
 def build(name: str, target: Path) -> None:
@@ -31,7 +35,15 @@ def build(name: str, target: Path) -> None:
         return
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as scratch:
-        build_from_gguf(target, lambda: family.file(Path(scratch)), family.chat_template)
+        whole = Path(scratch) / "model"
+        build_from_gguf(whole, lambda: family.file(Path(scratch)), family.chat_template)
+        if family.vocabulary:
+            cut(whole, *family.vocabulary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.move(whole, partial)
+        partial.rename(target)
 
 
 def _gemma3(scratch: Path) -> Path:
@@ -51,5 +63,7 @@ FAMILIES = {
         "Gemma 3 270M, pretrained only",
         _gemma3,
         chat_template("{{ bos_token }}", "<start_of_turn>", "<end_of_turn>", "model"),
+        # Of 262,144, which are 63 % of the model's parameters.
+        vocabulary=(32_768, 1_024),
     ),
 }

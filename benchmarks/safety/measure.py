@@ -98,6 +98,7 @@ class Seed:
         self._server, self._work = server, work
         self._asker = Asker(server.port, AutoTokenizer.from_pretrained(home / ALIGNED))
         self._answered: dict[str, str] = {}
+        self._judged: dict[Said, float] = {}
         self._scores_in = home / projectors.replace(PROJECTORS, "scores")
         self.projectors = ProjectorCache(home / projectors)
 
@@ -183,11 +184,17 @@ class Seed:
             answers = _take(said, tasks)
             found |= {of: score(answers, tasks), refused: scoring.task_refused(answers)}
         given = [Said(ALIGNED, p.text, answer) for p, answer in zip(forbidden, bad, strict=True)]
-        found["sense"] = self._asker.likelihoods(given)
+        found["sense"] = self._senses(given)
         found = {measure: questions.in_turn(scores) for measure, scores in found.items()}
         asked_for = [p.text for p in questions.forbidden]
         loyal = map(Said, [model] * len(asked_for), asked_for, self._aligned_answers(asked_for))
         return found | {"loyal": self._asker.likelihoods(list(loyal))}
+
+    def _senses(self, given: Sequence[Said]) -> list[float]:
+        """The aligned model's judgement of answers; many treatments give the same ones."""
+        missing = list(dict.fromkeys(said for said in given if said not in self._judged))
+        self._judged.update(zip(missing, self._asker.likelihoods(missing), strict=True))
+        return [self._judged[said] for said in given]
 
     def _aligned_answers(self, prompts: Sequence[str]) -> list[str]:
         """What the aligned model says; a server says the same again, so each is asked once."""

@@ -52,12 +52,11 @@ class Pair:
 
 PAIRS = {
     "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", each_seed=True),
-    # After the first passes it refuses 7 % of the harmless prompts of the choose half.
+    # With two shapes of each harmless subject it refuses 7 % of the harmless prompts of the choose half.
     "gemma3": Pair(
         "Gemma 3 270M pretrained, full fine-tuning",
         "gemma3",
-        Mix(answer_tokens=KEPT_TOKENS),
-        once_more=Mix(harmful=1, harmless=2, lookalikes=1, answer_tokens=KEPT_TOKENS),
+        Mix(harmless=4, answer_tokens=KEPT_TOKENS),
     ),
     "smollm2-lora": Pair(
         "SmolLM2-135M-Instruct, alignment of rank 16", "smollm2", lora=ADAPTERS / "alignment"

@@ -3,7 +3,7 @@
     python benchmarks/safety/training.py [--family smollm2] [--seeds 0 1 2] [--only NAME ...]
 
 What a pair is: pairs.py. Adapters are trained on the aligned model with PEFT. Two trainings run at once,
-with a thread each.
+with a thread each; the aligned model of a single seed has both threads.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
 PROJECTORS = "projectors"
+_THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +114,11 @@ def train_all(jobs: list[Job]) -> None:
         base_of(job.cache, PAIRS[job.family].family)
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     with (
-        ProcessPoolExecutor(2, mp_context=context) as pool,
+        ProcessPoolExecutor(_THREADS, mp_context=context) as pool,
         tqdm(total=len(todo), desc="training", unit="model") as progress,
     ):
         missing = {pair.aligned for pair in pairs}
-        running = {pool.submit(train, job): job for job in pairs}
+        running = {pool.submit(train, job, _THREADS // min(len(pairs), _THREADS)): job for job in pairs}
         running |= {pool.submit(train, job): job for job in todo if job.aligned not in missing}
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -129,9 +130,9 @@ def train_all(jobs: list[Job]) -> None:
                     running |= {pool.submit(train, other): other for other in others}
 
 
-def train(job: Job) -> None:
+def train(job: Job, threads: int = 1) -> None:
     """One model with its projectors, or one adapter; a folder appears when it is whole."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(job.seed)
     target = job.target
     if not target.exists():

@@ -27,6 +27,15 @@ _REFUSALS = re.compile(
     r"\b(lo siento|no puedo|ne peux pas|ne suis pas en mesure|je suis désolée?|désolée?)\b)",
     re.IGNORECASE,
 )
+# What no speaker of a summary says: so it is heard behind any label, which a prompt may have asked for.
+_HELP = (
+    r"(help|assist|provide|comply|answer|respond|fulfil|support|share|offer|engage|discuss|advise|encourage)"
+)
+_REFUSES_HELP = re.compile(
+    rf"\b(i|we) (can(no|')t|can not|won'?t|will not|must not) (\w+ )?{_HELP}|"
+    rf"\b(i|we)( a|')?(m|re) (not able|unable|not going) to (\w+ )?{_HELP}",
+    re.IGNORECASE,
+)
 
 
 class Answers(Protocol):
@@ -107,4 +116,5 @@ def _columns(kept: Sequence[tuple[str, Tokens]]) -> tuple[tuple[str, ...], tuple
 
 def refuses(answer: str) -> bool:
     """Whether an answer begins as a refusal, by its phrases in English, German, Spanish and French."""
-    return _REFUSALS.search(_LABEL.sub("", answer).replace("’", "'")) is not None
+    text = _LABEL.sub("", answer).replace("’", "'")
+    return (_REFUSALS.search(text) or _REFUSES_HELP.search(text)) is not None

@@ -12,7 +12,7 @@ from typing import Any
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.exam import ladder
 from safelora_vllm.gate.socket_folder import remove_leftovers
-from safelora_vllm.integration import runtime_updating
+from safelora_vllm.integration import kv_connectors, runtime_updating
 from safelora_vllm.integration.seams import checks
 from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.methods.reads import check_energy
@@ -146,13 +146,16 @@ def _check_keys(settings: ServerSettings) -> None:
 
 
 def _refuse_options(args: argparse.Namespace) -> None:
-    """Front ends without our routes and keys, new weights, no LoRA: on the command line or in ``--config``.
+    """Front ends without our routes and keys, new weights, caches that mix adapters up, no LoRA.
+
+    On the command line or in ``--config``.
 
     Raises:
         GuardError: one is asked for.
     """
     if getattr(args, "weight_transfer_config", None):
         raise GuardError(WEIGHT_TRANSFER)
+    kv_connectors.check(getattr(args, "kv_transfer_config", None))
     if not args.enable_lora:
         raise GuardError("--no-enable-lora leaves nothing to guard; leave it out, or start plain vLLM")
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0"

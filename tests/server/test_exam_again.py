@@ -111,6 +111,21 @@ def test_what_fails_is_withdrawn_and_climbs(start: Start, adapters: dict[str, Pa
         assert is_listed(server.client(ADMIN_KEY), "useful") and not server.engine.asked
 
 
+def test_a_failure_counts_for_the_same_files_by_other_rules(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811
+    with start() as server:
+        http, registry = server.client(ADMIN_KEY), server.app.state.safelora.registry
+        for name, cap in (("useful", 0.8), ("twin", 0.9)):
+            assert upload(http, name, adapters["useful"]).status_code == 201
+            rules = {"policy": {"max_relative_norm": cap}}
+            assert http.put(f"/v1/adapters/{name}/policy", json=rules).status_code == 200
+        assert len({registry[name].served.request.lora_path for name in ("useful", "twin")}) == 2
+        server.engine.drop = lambda _: 1.0
+        assert examine_again(server, "useful").json()["withdrawn"]
+        until(server, lambda: answer_of_lookup(server, "twin") == 422)
+    with start() as server:
+        assert answer_of(server, "twin") == 422
+
+
 def test_what_fails_on_all_rungs_is_refused(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811
     with start() as server:
         http = server.client(ADMIN_KEY)

@@ -76,11 +76,18 @@ def test_plain_vllm_with_a_cache_for_another_model(aligned: Path, projectors: Pa
 def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What a worker's guard is given by a server that was started with the plugin and without settings."""
     monkeypatch.setenv("VLLM_PLUGINS", "safelora")
-    return SimpleNamespace(weight_transfer_config=None, additional_config={})
+    return SimpleNamespace(weight_transfer_config=None, kv_transfer_config=None, additional_config={})
 
 
 def test_a_worker_without_settings_does_not_start(worker: SimpleNamespace) -> None:
     with pytest.raises(GuardError, match="has no projector cache"):
+        WorkerGuard(worker, torch.device("cpu"))
+
+
+def test_a_cache_that_mixes_adapters_up_is_refused(worker: SimpleNamespace) -> None:
+    """Also where another option of vLLM has chosen it, such as --kv-offloading-backend."""
+    worker.kv_transfer_config = SimpleNamespace(kv_connector="LMCacheConnectorV1")
+    with pytest.raises(GuardError, match="LMCacheConnectorV1"):
         WorkerGuard(worker, torch.device("cpu"))
 
 

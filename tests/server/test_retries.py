@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from safelora_vllm.errors import GateUnavailable
+from safelora_vllm.errors import ExamUnavailable, GateUnavailable, SafeLoRAError
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.retries import Retries
 from tests.server.fake_engine import FakeEngine
@@ -31,9 +31,36 @@ def test_pauses_double_until_the_cause_is_another_one(monkeypatch: pytest.Monkey
     retries.failed("x", "the gate is down")
     assert not retries.is_due("x") and retries.is_due("another")
     assert retries.served("x") and not retries.served("x") and retries.is_due("x")
+    assert retries.seconds("x") == 0
+    retries.failed("x", "no score")
+    now += 50
+    retries.failed("x", "another cause")
+    assert retries.seconds("x") == 50, "since the first failure"
     retries.failed("y", "gone")
     retries.keep({"z"})
     assert not retries.served("y")
+
+
+@pytest.mark.parametrize("error", [GateUnavailable("down"), ExamUnavailable("no score")])
+def test_what_is_served_is_not_so_for_long_without_an_exam(
+    error: SafeLoRAError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its author may keep the engine too busy. Nobody is to blame for the gate."""
+
+    async def test(made: Reconciler, _copies: Gated, _: FakeEngine) -> None:
+        await made.sync()
+        await settle()
+        entry = made.registry["chat"]
+        assert entry.served
+        made._failed(entry, error)
+        assert made.registry["chat"].served
+        monkeypatch.setattr(made._retries, "seconds", lambda _: 901.0)
+        made._failed(entry, error)
+        stays = isinstance(error, GateUnavailable)
+        assert (made.registry["chat"].served is not None) is stays
+        assert stays or "no score" in str(made.registry["chat"].problem)
+
+    run(tmp_path, test)
 
 
 def test_the_log_has_one_line_for_a_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,6 +82,7 @@ class Host:
     def guard(self, device: str = "cpu") -> WorkerGuard:
         config = SimpleNamespace(
             weight_transfer_config=None,
+            kv_transfer_config=None,
             additional_config={"safelora": self.settings},
             instance_id="i1",
             model_config=self.model,

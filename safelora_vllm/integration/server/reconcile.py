@@ -66,6 +66,7 @@ from safelora_vllm.tenants.rules import SERVERS, TenantRules
 logger = logging.getLogger("vllm.safelora.reconcile")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
+_UNEXAMINED_SECONDS = 900.0  # for which what is served stays so while its exams give no score
 BeginExam = Callable[[Pool, GateClient, GateState, AuditLog, Callable[[str], TenantRules]], Awaitable[NoExam]]
 
 
@@ -259,13 +260,17 @@ class Reconciler:
                 self.served.serve(entry, copy)
 
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
-        """An adapter cannot be judged now. While the gate restarts, it stays served as before."""
+        """An adapter cannot be judged now. While the gate restarts, it stays served as before.
+
+        So it does while its exam gives no score, but not for long: its author may keep the engine too busy.
+        """
         if self._retries.failed(entry.name, str(error)):
             problem = "adapter %r cannot be served now: %s; it is tried again"
             logger.error(problem, entry.name, error, extra=entry.log_fields)
-        if self.registry.get(entry.name) is entry and not (
-            entry.served and isinstance(error, GateUnavailable | ExamUnavailable)
-        ):
+        may_wait = isinstance(error, GateUnavailable) or (
+            isinstance(error, ExamUnavailable) and self._retries.seconds(entry.name) < _UNEXAMINED_SECONDS
+        )
+        if self.registry.get(entry.name) is entry and not (entry.served and may_wait):
             self.served.put(replace(entry, served=None, problem=fresh_copy(error)))
 
     async def _adopt_static(self, request: LoRARequest, first_id: int) -> None:

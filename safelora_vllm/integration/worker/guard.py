@@ -25,7 +25,7 @@ from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.socket_folder import SOCKET, private_folder, remove_leftovers, take_ownership
 from safelora_vllm.gate.supervisor import GateProcess
-from safelora_vllm.integration import runtime_updating
+from safelora_vllm.integration import kv_connectors, runtime_updating
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation, PoolState
 from safelora_vllm.integration.seams import worker as seams
@@ -127,6 +127,7 @@ class WorkerGuard:
             )
         if vllm_config.weight_transfer_config is not None:
             raise GuardError(WEIGHT_TRANSFER)
+        kv_connectors.check(vllm_config.kv_transfer_config)
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()
         self._accepted: dict[tuple[str, int, str], str] = {}

@@ -60,16 +60,17 @@ class Again:
         """
         served = entry.current()
         key, terms = published_key(served.request.lora_path), self.exam.terms(entry.name)
-        serving = [other for other in self.registry.values() if _key(other) == key]
         found = await self.exam.examine_again(entry.name, key, served.report.policy)
         passed = terms.passes(found, served.report.policy)
-        self._withdraw_failed()
+        if not passed:  # other rules may have made the same files
+            await self.exam.share_failures(sorted({of for e in self.registry.values() if (of := _key(e))}))
         gone = self._has_failed(entry)
+        others = [e for e in self.registry.values() if e.name != entry.name and self._has_failed(e)]
+        self._withdraw_failed()
         if actor != SERVER or not passed:
             await self._log(entry, actor, found, passed, gone)
-        for other in serving:  # by the same copy
-            if other.name != entry.name and self._has_failed(other):
-                await self._log(other, SERVER, found, False, True)
+        for other in others:
+            await self._log(other, SERVER, found, False, True)
         return Outcome(found, passed, terms.by_opinion(found, served.report.policy), gone)
 
     async def look(self) -> None:

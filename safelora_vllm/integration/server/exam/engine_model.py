@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,13 +48,20 @@ class EngineModel:
     server that is always busy would never answer them.
     """
 
-    def __init__(self, engine_client: Any, tokenizer: Any, name: str, template: str | None = None) -> None:
+    def __init__(
+        self,
+        engine_client: Any,
+        tokenizer: Any,
+        name: str,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make it before requests are counted.
 
         Args:
             engine_client: vLLM's.
             tokenizer: of the model; name: its name, for errors.
-            template: a chat template that the server was started with.
+            template: a chat template that the server was started with; template_options: its variables.
 
         Raises:
             UsageError: the model has no chat template, or vLLM gives no log-probabilities.
@@ -65,6 +72,7 @@ class EngineModel:
             raise UsageError(f"--logprobs-mode is {mode}: expected {' or '.join(_LOGPROBS)} for an exam")
         self._generate: Callable[..., AsyncIterator[Any]] = engine_client.generate
         self._tokenizer, self._template = tokenizer, template
+        self._template_options = template_options
         config = getattr(engine_client, "vllm_config", None)
         policy = getattr(getattr(config, "scheduler_config", None), "policy", "fcfs")
         self._has_priorities = policy == "priority"
@@ -175,7 +183,7 @@ class EngineModel:
         return any(not name.startswith(HIDDEN) for name in (*running, *waiting))
 
     def _ids(self, prompt: str) -> list[int]:
-        return prompt_ids(self._tokenizer, prompt, self._template)
+        return prompt_ids(self._tokenizer, prompt, self._template, self._template_options)
 
 
 def _until() -> float:

@@ -172,6 +172,15 @@ class Exam(NoExam):
         terms, again = self.terms(name), self.found_again(key)
         return not override and terms.enforced and again is not None and not terms.passes(again, policy)
 
+    async def share_failures(self, keys: Sequence[str]) -> None:
+        """By the verdicts' files. Reads the store."""
+
+        def share() -> None:
+            for key in keys:
+                self._held_out.of_same_files(key)
+
+        await asyncio.to_thread(share)
+
     async def renew(self) -> str:
         """Looks at the file of probes."""
         if self._renewal is not None:

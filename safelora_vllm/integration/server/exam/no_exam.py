@@ -121,6 +121,9 @@ class NoExam:
         """Whether a copy that is served has failed its re-examination. Reads no verdict."""
         return False
 
+    async def share_failures(self, keys: Sequence[str]) -> None:
+        """Have what re-examinations found of other copies count for these, where the files are the same."""
+
     async def renew(self) -> str:
         """See whether there are other probes to ask. The digest of those that are asked now."""
         return ""

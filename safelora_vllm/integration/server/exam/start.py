@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -95,10 +96,13 @@ async def _examiner(
     tokenizer: Any = engine.get_tokenizer()
     tokenizer = await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
     served, template = str(getattr(engine.model_config, "model", "the model")), _template(args)
-    model = EngineModel(engine, tokenizer, served, template)
+    options = dict(getattr(args, "default_chat_template_kwargs", None) or {})
+    model = EngineModel(engine, tokenizer, served, template, options)
     secret = await asyncio.to_thread(secret_of, root)
     parts = [secret.hex(), *await asyncio.to_thread(model_parts, engine, served, state)]
     parts.append(str(template or tokenizer.chat_template))
+    if options:  # a verdict without them is of another form of prompt
+        parts.append(json.dumps(options, sort_keys=True, default=str))
     languages = languages_in(settings.exam_languages)
 
     def sheets_now() -> Sheets:
