@@ -42,7 +42,7 @@ def check(config: Any) -> None:
 
 
 def _names(config: Any) -> Iterator[str]:
-    """Of a connector, or of those that are in one; with the module that it is loaded from, if that is given."""
+    """Of a connector, or of those that are in one; with the module that one is loaded from, if given."""
     name, module, more = (
         _field(config, field)
         for field in ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config")
