@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import exam
 import goals
 import page_goals
 import pages
+import parts
 import recorded
 import replays
 import report
@@ -120,22 +122,55 @@ def test_pairs_are_measured_one_by_one() -> None:
         rows = list(goals.examined(found["exam"]))
         return {**found, "risk": {pair_name: {}}, "minutes": {f"asking, {pair_name} 0": 1.0}, "goals": rows}
 
-    first = recorded.together({}, figures_of("smollm2", pair(mixed_10_qv=3)))
+    def together(before: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+        return recorded.together(before, figures, {name: ["0"] for name in figures["pairs"]})
+
+    first = together({}, figures_of("smollm2", pair(mixed_10_qv=3)))
     epsilons = recorded.epsilons(first)
     assert epsilons == {"mean": 0.2, "worst tenth": 0.2}
     assert replays.exams({"gemma3": pair(mixed_10_qv=1)}) == {}, "nothing was decided"
     second = figures_of("gemma3", pair(mixed_10_qv=1), {"mean": 0.01, "worst tenth": 0.02})
     assert recorded.epsilons(second) == {"mean": 0.01, "worst tenth": 0.02}
-    both = recorded.together(first, second)
+    both = together(first, second)
     assert list(both["pairs"]) == list(both["exam"]["measures"]["mean"]["pairs"]) == ["smollm2", "gemma3"]
     assert sum(both["minutes"].values()) == 2.0
     assert [goals.pair_of(row) for row in both["goals"] if row["by"] == "exam by the mean"] == [
         "smollm2",
         "gemma3",
     ]
-    again = recorded.together(both, figures_of("smollm2", pair(pure_qv=3)))
+    again = together(both, figures_of("smollm2", pair(pure_qv=3)))
     assert list(again["exam"]["measures"]["mean"]["pairs"]["smollm2"]) == ["pure-qv"], "replaced whole"
     assert len(again["goals"]) == len(both["goals"])
+
+
+def test_the_time_of_other_seeds_stays() -> None:
+    before = {"minutes": {"adapters, gemma3 0": 1.0, "adapters, gemma3 1 2": 2.0, "checks, gemma3": 3.0}}
+    figures = {name: {} for name in (*recorded.BY_PAIR, "exam", "where", "risk")}
+    now = {**figures, "minutes": {"adapters, gemma3 1 2": 4.0}, "goals": []}
+    found = recorded.together(before, now, {"gemma3": ["1", "2"]})["minutes"]
+    assert found == {"adapters, gemma3 0": 1.0, "adapters, gemma3 1 2": 4.0}
+
+
+def test_seeds_are_added_from_another_cache(tmp_path: Path) -> None:
+    def asked(cache: str, seed: str, complied: float) -> Path:
+        home = tmp_path / cache / "gemma3" / seed
+        for adapter, treatment in (("none", "none"), ("pure-qv", "raw-0")):
+            file = home / "scores" / adapter / f"{treatment}.json"
+            file.parent.mkdir(parents=True)
+            file.write_text(json.dumps({"of": "", "scores": {"complied": [complied, math.nan]}}))
+        (home / "aligned").mkdir()
+        (home / "check-choose.json").write_text(json.dumps({"figures": {"asr": complied}}))
+        return tmp_path / cache
+
+    assert parts.save(asked("one", "0", 0.1234567), "gemma3", tmp_path) == ["0"]
+    assert parts.save(asked("two", "1", 0.5), "gemma3", tmp_path) == ["1"]
+    found = parts.read(tmp_path, "gemma3")
+    by_seed = parts.kept(found)["pure-qv"]["raw-0"]
+    assert [scores["complied"][0] for scores in by_seed.values()] == [0.123457, 0.5]
+    assert math.isnan(by_seed["1"]["complied"][1])
+    assert parts.checks("gemma3", found) == {"all": {"choose": {"asr": 0.5}}}
+    assert parts.checks("smollm2", found)["0"] == {"choose": {"asr": 0.123457}}
+    assert parts.risks(found) == {} and not parts.read(tmp_path, "smollm2")
 
 
 def figure(mean: float) -> dict[str, float]:

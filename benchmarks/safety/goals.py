@@ -136,7 +136,7 @@ def time(minutes: Mapping[str, float]) -> Iterator[Row]:
 
 
 def part(what: str) -> tuple[str, str]:
-    """Pair and seed of what took time, such as "asking, smollm2 0"; no seed where it is of all."""
+    """Pair and seeds of what took time, such as "asking, smollm2 0" or "adapters, smollm2 0 1"."""
     pair, _, seed = what.partition(", ")[2].partition(" ")
     return pair, seed
 

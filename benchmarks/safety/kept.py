@@ -1,4 +1,4 @@
-"""The scores that were kept, by adapter, treatment and seed, and the two halves of their prompts."""
+"""Scores by adapter, treatment and seed, as a run keeps them, and the two halves of their prompts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ Kept = dict[str, dict[str, dict[str, Scores]]]  # adapter, treatment, seed
 _SINGLE = ("norm", "total_norm", "projected")  # one figure a treatment, not one a prompt
 
 
-def read(cache: Path, pair: str) -> Kept:
-    """All kept scores of a pair, of every seed that has them."""
-    found: Kept = {}
-    for home in seeds(cache, pair):
-        for file in sorted((home / "scores").glob("*/*.json")):
-            scores = json.loads(file.read_text())["scores"]
-            found.setdefault(file.parent.name, {}).setdefault(file.stem, {})[home.name] = scores
+def scores_of(home: Path) -> dict[str, dict[str, Scores]]:
+    """All that a seed's folder has, by adapter and treatment."""
+    found: dict[str, dict[str, Scores]] = {}
+    for file in sorted((home / "scores").glob("*/*.json")):
+        found.setdefault(file.parent.name, {})[file.stem] = json.loads(file.read_text())["scores"]
     return found
 
 

@@ -1,9 +1,9 @@
-"""Pairs are measured one by one: what was recorded of those that a run's cache does not have stays."""
+"""Pairs are measured one by one: what was recorded of those that there are no scores of stays."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,17 @@ def epsilons(recorded: Table) -> dict[str, float]:
     return {name: of["epsilon"] for name, of in recorded.get("exam", {}).get("measures", {}).items()}
 
 
-def together(recorded: Table, figures: Table) -> dict[str, Any]:
-    """All pairs' figures. Those of a pair that was measured now replace all that was recorded of it."""
+def together(recorded: Table, figures: Table, new: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """All pairs' figures. Those of a pair that there are scores of replace all that was recorded of it.
+
+    new: the seeds that this run's cache has, by pair: it has their time as well.
+    """
     found = {name: _pairs(recorded.get(name, {}), figures[name]) for name in BY_PAIR}
     measured = set(figures["pairs"])
     minutes = {
         what: took
         for what, took in recorded.get("minutes", {}).items()
-        if goals.part(what)[0] not in measured
+        if not _is_replaced(*goals.part(what), new)
     }
     rows = [row for row in recorded.get("goals", []) if row["goal"] != "time"]
     found |= {
@@ -46,6 +49,11 @@ def together(recorded: Table, figures: Table) -> dict[str, Any]:
     found["goals"] += goals.time(found["minutes"])
     found["goals"].sort(key=lambda row: (goals.ORDER.index(row["goal"]), _place(goals.pair_of(row))))
     return found
+
+
+def _is_replaced(pair: str, seeds: str, new: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a run whose cache has these seeds has the time of this part, too."""
+    return bool(new.get(pair)) and {*seeds.split()} <= {*new[pair]}
 
 
 def _place(pair: str) -> int:

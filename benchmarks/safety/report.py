@@ -1,4 +1,4 @@
-"""RESULTS.md, its JSON and its pictures, from the kept scores.
+"""RESULTS.md, its JSON and its pictures, from the scores of each pair and seed.
 
 python benchmarks/safety/report.py     writes RESULTS.md anew from results.json and about.md
 """
@@ -19,28 +19,28 @@ import dominance
 import exam
 import goals
 import pages
+import parts
 import recorded
 import recording
 import replays
-import risk
 import scoring
 import why
-from kept import Kept, decided_on, half, read, seeds
-from pairs import BASE, PAIRS
+from kept import Kept, decided_on, half, seeds
+from pairs import PAIRS
+from parts import Part
 from plan import HARMFUL_AND_USEFUL, Size
-from subjects import HALVES
 from summaries import subjects_of, summary
-from training import ALIGNED
 
 HERE = Path(__file__).resolve().parent
 
 
 def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
-    """Write everything to ``out`` and return the path of RESULTS.md."""
+    """Write everything to ``out`` and return the path of RESULTS.md. pairs: that the cache may have."""
     out.mkdir(parents=True, exist_ok=True)
-    kept = {pair: found for pair in pairs if (found := read(cache, pair))}
+    new = {pair: parts.save(cache, pair, out) for pair in pairs}
+    measured = {pair: found for pair in PAIRS if (found := parts.read(out, pair))}
     before = recorded.read(out)
-    figures = recorded.together(before, _measured(cache, kept, size, before))
+    figures = recorded.together(before, _measured(cache, measured, size, before), new)
     for pair, table in figures["pairs"].items():
         for adapter in pages.drawn(table):
             title = f"{PAIRS[pair].title}: {pages.title(adapter)}"
@@ -53,8 +53,11 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     return path
 
 
-def _measured(cache: Path, kept: Mapping[str, Kept], size: Size, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of the pairs that the cache has. before: those recorded, for what they decided."""
+def _measured(
+    cache: Path, measured: Mapping[str, Mapping[str, Part]], size: Size, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The figures of the pairs that there are scores of. before: those recorded, for what they decided."""
+    kept = {pair: parts.kept(of) for pair, of in measured.items()}
     first = [pair for pair in kept if pair == next(iter(PAIRS))]  # which is also the pair of the decisions
     minutes_file = cache / "minutes.json"
     figures: dict[str, Any] = {
@@ -62,12 +65,12 @@ def _measured(cache: Path, kept: Mapping[str, Kept], size: Size, before: Mapping
         "choose": {
             pair: summary(half(decided_on(kept[pair]), "choose"), subjects_of(size, 0)) for pair in first
         },
-        "checks": {pair: _checks(cache, pair) for pair in kept},
+        "checks": {pair: parts.checks(pair, of) for pair, of in measured.items()},
         "exam": replays.exams(kept, recorded.epsilons(before)),
         "opinion": {pair: replays.opinions(found, size) for pair, found in kept.items()},
         "curves": {pair: _compared(found, size) for pair, found in kept.items()},
         "agreement": {pair: found for pair, of in kept.items() if (found := _agreement(of))},
-        "risk": {pair: found for pair, of in kept.items() if (found := _risks(cache, pair, of))},
+        "risk": {pair: found for pair, of in measured.items() if (found := parts.risks(of))},
         "where": why.measure([home for pair in first for home in _with(cache, pair, why.ADAPTERS)]),
         "minutes": json.loads(minutes_file.read_text()) if minutes_file.exists() else {},
     }
@@ -103,30 +106,6 @@ def _agreement(of: Kept) -> dict[str, float]:
         "points": float(len(asr)),
         "asr_and_departures": statistics.fmean(same),
         "asr_and_loyalty_drop": scoring.rank_correlation(asr, drops),
-    }
-
-
-def _risks(cache: Path, pair: str, of: Kept) -> dict[str, list[float]]:
-    """The sign-flip score of every adapter as uploaded, by seed."""
-    base = cache / PAIRS[pair].family / BASE
-    scores: dict[str, list[float]] = {}
-    for home in seeds(cache, pair) if base.exists() else ():
-        for adapter in sorted({*of} - {"none"}):
-            if (home / adapter).exists():
-                z = risk.score(home / adapter, base, home / ALIGNED)
-                scores.setdefault(adapter, []).append(z)
-    return scores
-
-
-def _checks(cache: Path, pair: str) -> dict[str, Any]:
-    """By seed; once where all seeds have the same aligned model."""
-    return {
-        home.name if PAIRS[pair].each_seed else "all": {
-            name: json.loads(file.read_text())["figures"]
-            for name in HALVES
-            if (file := (home / ALIGNED).resolve().with_name(f"check-{name}.json")).exists()
-        }
-        for home in seeds(cache, pair)
     }
 
 

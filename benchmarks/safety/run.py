@@ -115,13 +115,14 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
             for name in (ALIGNED, *part.adapters)
         ]
         aligned = [job for job in jobs if job.name == ALIGNED]
-        with _timed(cache, f"aligned models, {pair}"):
+        of = f"{pair} {' '.join(str(job.seed) for job in aligned)}"
+        with _timed(cache, f"aligned models, {of}"):
             train_all(aligned)
         if size is FULL:
-            with _timed(cache, f"checks, {pair}"):
+            with _timed(cache, f"checks, {of}"):
                 for job in aligned:
                     check.checked(job.home, f"{pair}, seed {job.seed},", HALVES)
-        with _timed(cache, f"adapters, {pair}"):
+        with _timed(cache, f"adapters, {of}"):
             train_all(jobs)
     for part in parts:
         home = folder(cache, part.pair, part.seed)

@@ -1,0 +1,98 @@
+"""What was measured of each pair and seed: ``scores/PAIR-SEED.json.xz``, a file of the repository each.
+
+The figures are made from these. So a seed can be added on another machine, and figures be made anew without
+the hours that they took.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import risk
+from kept import Kept, Scores, scores_of, seeds
+from pairs import BASE, PAIRS
+from subjects import HALVES
+from training import ALIGNED
+
+_FOLDER, _SUFFIX = "scores", ".json.xz"
+_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of one pair and seed.
+
+    scores: by adapter and treatment. risk: the sign-flip score of each adapter as uploaded. checks: the
+    aligned model's figures by half.
+    """
+
+    scores: dict[str, dict[str, Scores]]
+    risk: dict[str, float]
+    checks: dict[str, Any]
+
+
+def save(cache: Path, pair: str, out: Path) -> list[str]:
+    """Write the files of all seeds of a pair that the cache has. Returns these seeds."""
+    folder = out / _FOLDER
+    for home in (homes := seeds(cache, pair)):
+        folder.mkdir(parents=True, exist_ok=True)
+        data = json.dumps(_rounded(asdict(_measured(cache, pair, home))), sort_keys=True)
+        (folder / f"{pair}-{home.name}{_SUFFIX}").write_bytes(lzma.compress(data.encode()))
+    return [home.name for home in homes]
+
+
+def read(out: Path, pair: str) -> dict[str, Part]:
+    """All seeds of a pair that there are files of, in their order."""
+    files = {
+        file.name.removesuffix(_SUFFIX).rpartition("-")[2]: file
+        for file in (out / _FOLDER).glob(f"{pair}-[0-9]{_SUFFIX}")
+    }
+    return {seed: Part(**json.loads(lzma.decompress(files[seed].read_bytes()))) for seed in sorted(files)}
+
+
+def kept(parts: Mapping[str, Part]) -> Kept:
+    """The scores of all seeds of a pair."""
+    found: Kept = {}
+    for seed, part in parts.items():
+        for adapter, treatments in part.scores.items():
+            for treatment, scores in treatments.items():
+                found.setdefault(adapter, {}).setdefault(treatment, {})[seed] = scores
+    return found
+
+
+def risks(parts: Mapping[str, Part]) -> dict[str, list[float]]:
+    """The sign-flip scores of a pair's adapters, by seed."""
+    found: dict[str, list[float]] = {}
+    for part in parts.values():
+        for adapter, score in part.risk.items():
+            found.setdefault(adapter, []).append(score)
+    return found
+
+
+def checks(pair: str, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """By seed; once where all seeds have the same aligned model."""
+    return {seed if PAIRS[pair].each_seed else "all": part.checks for seed, part in parts.items()}
+
+
+def _measured(cache: Path, pair: str, home: Path) -> Part:
+    base, scores = cache / PAIRS[pair].family / BASE, scores_of(home)
+    adapters = [home / name for name in sorted({*scores} - {"none"}) if (home / name).exists()]
+    files = {name: (home / ALIGNED).resolve().with_name(f"check-{name}.json") for name in HALVES}
+    return Part(
+        scores,
+        {each.name: risk.score(each, base, home / ALIGNED) for each in adapters if base.exists()},
+        {name: json.loads(file.read_text())["figures"] for name, file in files.items() if file.exists()},
+    )
+
+
+def _rounded(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _rounded(of) for name, of in data.items()}
+    if isinstance(data, list):
+        return [_rounded(of) for of in data]
+    return round(data, _DECIMALS) if isinstance(data, float) else data
