@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from tests.server.fake_engine import FakeEngine
 
 ANSWER = [7, 8, 9]  # tokens of every answer of the aligned model to a probe
 HELP = [4, 5]  # to what is harmless
+_USUAL = ("add_generation_prompt", "tokenize")
 
 
 class FakeTokenizer:
@@ -24,8 +25,10 @@ class FakeTokenizer:
 
     chat_template: str | None = "a template"
     says = "I'm sorry, but I cannot help with that."
+    options: Mapping[str, object] = {}
 
-    def apply_chat_template(self, chat: list[dict[str, str]], **_: object) -> str:
+    def apply_chat_template(self, chat: list[dict[str, str]], **options: object) -> str:
+        self.options = {name: of for name, of in options.items() if name not in _USUAL}
         return chat[0]["content"]
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:

@@ -106,12 +106,20 @@ class Place:
         static: Mapping[str, Path] | None = None,
         api_key: str = "",
         engine: FakeEngine | None = None,
+        template_options: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Iterator[FakeServer]:
-        """Another API server on this store, with vLLM's routes and ours."""
+        """Another API server on this store, with vLLM's routes and ours.
+
+        template_options: vLLM's --default-chat-template-kwargs.
+        """
         engine = engine or self.engine()
         given = replace(self.gate.settings, **settings)
-        app = all_routes(engine, given, static, api_key=[api_key] if api_key else None)
+        options = {
+            "default_chat_template_kwargs": template_options,
+            "api_key": [api_key] if api_key else None,
+        }
+        app = all_routes(engine, given, static, **options)
         with TestClient(app) as client:
             assert client.portal is not None
             yield FakeServer(app, engine, self.store, client.portal)

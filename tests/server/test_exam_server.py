@@ -652,18 +652,24 @@ def test_what_waits_for_its_exam_says_so(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_another_chat_template_is_another_exam(start: Start, adapters: dict[str, Path], place: Place) -> None:
+@pytest.mark.parametrize("by_options", [False, True])
+def test_another_chat_template_is_another_exam(
+    by_options: bool, start: Start, adapters: dict[str, Path], place: Place
+) -> None:
     """The answers that were kept are of the former one. Nothing is served until it was asked again."""
     with start() as server:
         assert upload(server.client(ADMIN_KEY), "useful", adapters["useful"]).status_code == 201
         asked = len(server.engine.asked)
     other = FakeTokenizer()
-    other.chat_template = "another template"
-    with start(engine={"tokenizer": other}) as server:
+    options = {"enable_thinking": False} if by_options else None
+    if not by_options:
+        other.chat_template = "another template"
+    with start(engine={"tokenizer": other}, template_options=options) as server:
         for _ in range(200):
             if answer_of_lookup(server, "useful") == 200:
                 break
             server.portal.call(asyncio.sleep, 0.02)
         assert is_listed(server.client(ADMIN_KEY), "useful") and len(server.engine.asked) == asked
+    assert other.options == (options or {})
     assert len(list(place.store.glob("exam/reference-*.json"))) == 2
     assert len(list(place.store.glob("exam/verdicts/*"))) == 2
