@@ -31,7 +31,7 @@ VLLMS = {
     "--no-enable-lora", "--pipeline-parallel-size", "--kv-cache-memory-bytes",
     "--disable-log-stats", "--log-config-file", "--otlp-traces-endpoint",
     "--disable-fastapi-docs", "--disable-log-requests", "--chat-template", "--enable-prefix-caching",
-    "--lora-dtype", "--skip-tokenizer-init",
+    "--lora-dtype", "--skip-tokenizer-init", "--kv-transfer-config", "--default-chat-template-kwargs",
 }  # fmt: skip
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"`([^`\n]+)`")
