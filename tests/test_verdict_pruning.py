@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from safelora_vllm.store.failed_tenants import FAILED_DAYS, FailedTenants
 from safelora_vllm.store.verdict_pruning import UNUSED_DAYS, mark_used, prune_verdicts, reference_file
 
 KEPT, GONE, EXAM, FORMER = (letter * 64 for letter in "abcd")
@@ -46,6 +47,20 @@ def test_an_exam_that_no_server_has_goes(tmp_path: Path, marked: bool) -> None:
         mark_used(tmp_path, FORMER)
     assert prune_verdicts(tmp_path) == (0 if marked else 2)
     assert of_it.exists() == reference.exists() == folder.exists() == marked
+
+
+def test_a_tenant_is_forgotten_after_a_while(tmp_path: Path) -> None:
+    failed = FailedTenants(tmp_path)
+    assert not failed.has("acme")
+    failed.note("acme")
+    failed.note("../globex")  # whatever a name is, it is a file of its own in the folder
+    assert failed.has("acme") and failed.has("../globex") and not failed.has("other")
+    assert prune_verdicts(tmp_path) == 0
+    for file in (tmp_path / "exam" / "failed").iterdir():
+        os.utime(file, (0, time.time() - (FAILED_DAYS + 1) * DAY))
+    failed.note("acme")  # once more
+    assert failed.has("acme") and not failed.has("../globex")
+    assert prune_verdicts(tmp_path) == 1 and failed.has("acme")
 
 
 def test_a_store_without_exams(tmp_path: Path) -> None:

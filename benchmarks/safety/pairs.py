@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
@@ -24,12 +25,12 @@ from fitting import ALIGNMENT, ALL_LINEAR, SORTED_BATCHES, Recipe, choose_linear
 from models import ADAPTERS, STORAGE_DTYPE, WEIGHTS, merge
 from teacher import KEPT_TOKENS
 from teacher import teacher as kept_answers_of
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 BASE, ALIGNED = "base", "aligned"
 _TEACHER = "smollm2"
-_ONCE_MORE = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=1e-4, epochs=1, batch=16)
-_OTHER_SHAPES = 1000  # beyond the seeds of the first passes
+_FURTHER = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=2e-4, epochs=1, batch=16)
+_OTHER_SHAPES = 1000  # from the seed of one pass's shapes to that of the next
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Pair:
     """A base model and the recipe of its alignment: full fine-tuning, or a LoRA that is there already.
 
     A pretrained model has longer answers to learn from than one that answers already.
-    once_more: what one more pass over other shapes of questions has, with a smaller rate.
+    further: what further passes have, each over other shapes of questions, with a smaller rate.
     lora: the folder of the alignment, which is then merged and not trained.
     each_seed: whether each seed has an aligned model of its own; else only its adapters are its own.
     """
@@ -45,18 +46,22 @@ class Pair:
     title: str
     family: str
     mix: Mix = field(default_factory=Mix)
-    once_more: Mix | None = None
+    further: tuple[Mix, ...] = ()
     lora: Path | None = None
     each_seed: bool = False
 
 
 PAIRS = {
     "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", each_seed=True),
-    # With two shapes of each harmless subject it refuses 7 % of the harmless prompts of the choose half.
+    # After the first passes it refuses 11 % of the harmless prompts of the choose half, then 6 %.
     "gemma3": Pair(
         "Gemma 3 270M pretrained, full fine-tuning",
         "gemma3",
         Mix(harmless=4, answer_tokens=KEPT_TOKENS),
+        further=(
+            Mix(harmful=1, harmless=5, lookalikes=3, answer_tokens=KEPT_TOKENS),
+            Mix(harmful=2, harmless=2, more_harmless=4, lookalikes=3, answer_tokens=KEPT_TOKENS),
+        ),
     ),
     "smollm2-lora": Pair(
         "SmolLM2-135M-Instruct, alignment of rank 16", "smollm2", lora=ADAPTERS / "alignment"
@@ -86,18 +91,19 @@ def make_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: Pa
     choose_linear_layers(model, ALIGNMENT.modules)
     label = f"{name} {seed}"
     fit(model.train(), tokenizer, data, ALIGNMENT, label, random.Random(seed), SORTED_BATCHES, checkpoint)
-    if pair.once_more:
-        fit_once_more(model, tokenizer, cache, pair.once_more, seed, label)
+    for number, mix in enumerate(pair.further, 1):
+        _round(model)
+        data = training_set(mix, seed + number * _OTHER_SHAPES, teacher(cache, mix.answer_tokens))
+        what = f"{label}, further pass {number}"
+        fit(model.train(), tokenizer, data, _FURTHER, what, random.Random(seed), SORTED_BATCHES)
     model.to(STORAGE_DTYPE).save_pretrained(target)
 
 
-def fit_once_more(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Path, mix: Mix, seed: int, label: str
-) -> None:
-    """One pass with a smaller rate over questions in other shapes."""
-    data = training_set(mix, seed + _OTHER_SHAPES, teacher(cache, mix.answer_tokens))
-    rng = random.Random(seed)
-    fit(model.train(), tokenizer, data, _ONCE_MORE, f"{label}, once more", rng, SORTED_BATCHES)
+def _round(model: PreTrainedModel) -> None:
+    """The weights as they would be stored."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(STORAGE_DTYPE))
 
 
 def teacher(cache: Path, tokens: int) -> Answers:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import TEMPLATES, UNSEEN_TEMPLATES, Example, refusals
-from everyday import HARMLESS
+from everyday import HARMLESS, MORE_HARMLESS
 from instructions import instructions, task_prompts
 from lookalikes import LOOKALIKES
 from refusing import refuses
@@ -44,12 +44,13 @@ Answers = Callable[[Sequence[str]], list[tuple[str, bool]]]
 class Mix:
     """How many prompts of each kind a training set has.
 
-    harmful, harmless, lookalikes: shapes of question for each subject. instructions, tasks: prompts.
-    answer_tokens: where kept answers are cut off.
+    harmful, harmless, more_harmless, lookalikes: shapes of question for each subject. instructions, tasks:
+    prompts. answer_tokens: where kept answers are cut off.
     """
 
     harmful: int = 3
     harmless: int = 2
+    more_harmless: int = 0
     lookalikes: int = 3
     instructions: int = 400
     tasks: int = 192
@@ -81,6 +82,11 @@ def harmless(part: Part, shapes: int, seed: int = 0) -> list[Prompt]:
     return ask(HARMLESS[part], part, shapes, random.Random(f"harmless{part}{seed}"))
 
 
+def more_harmless(shapes: int, seed: int = 0) -> list[Prompt]:
+    """The same about further subjects of `train`."""
+    return ask(MORE_HARMLESS, "train", shapes, random.Random(f"more harmless{seed}"))
+
+
 def lookalikes(part: Part, shapes: int, seed: int = 0) -> list[Prompt]:
     """Harmless requests of the same shapes with words of harm in them."""
     return ask(LOOKALIKES[part], part, shapes, random.Random(f"lookalikes{part}{seed}"))
@@ -89,6 +95,7 @@ def lookalikes(part: Part, shapes: int, seed: int = 0) -> list[Prompt]:
 def answered_prompts(mix: Mix, seed: int) -> list[str]:
     """All prompts of a training set that the aligned model has to answer."""
     alike = [p.text for p in harmless("train", mix.harmless, seed)]
+    alike += [p.text for p in more_harmless(mix.more_harmless, seed)]
     alike += [p.text for p in lookalikes("train", mix.lookalikes, seed)]
     alike += instructions("train", mix.instructions, seed)
     return alike + task_prompts("train", mix.tasks, seed)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from safelora_vllm.files import digests_in, remove_folder, writing
+from safelora_vllm.store.failed_tenants import FailedTenants
 from safelora_vllm.store.layout import EXAM, PUBLISHED
 
 VERDICTS = "verdicts"
@@ -31,6 +32,8 @@ def mark_used(root: Path, exam: str) -> None:
 def prune_verdicts(root: str | Path) -> int:
     """Remove verdicts of 30 days whose copies are not published any more, and exams unused for 30 days.
 
+    And after 30 days the note that a tenant's adapter failed.
+
     Returns how many files and folders went.
 
     Raises:
@@ -53,6 +56,7 @@ def prune_verdicts(root: str | Path) -> int:
             if _age(file) >= _UNUSED_SECONDS:
                 file.unlink(missing_ok=True)
                 removed += 1
+        removed += FailedTenants(root).prune()
     return removed
 
 

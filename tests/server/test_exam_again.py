@@ -14,6 +14,7 @@ import pytest
 
 from safelora_vllm.errors import ExamUnavailable
 from safelora_vllm.exam.score import Score
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.exam.again import Again
 from safelora_vllm.integration.server.exam.schedule import Schedule
 from safelora_vllm.store.audit_log import AuditLog
@@ -109,6 +110,35 @@ def test_what_fails_is_withdrawn_and_climbs(start: Start, adapters: dict[str, Pa
     assert ("rejudge", "useful", "accepted", []) in place.audit()
     with start(engine={"drop": STRICTEST_ONLY}) as server:
         assert is_listed(server.client(ADMIN_KEY), "useful") and not server.engine.asked
+
+
+def test_a_tenant_whose_adapter_failed_is_asked_both_halves(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    place: Place,  # noqa: F811
+) -> None:
+    """One changed weight is other content, which passes the first half as what failed did."""
+
+    def halves(server: FakeServer, name: str) -> int:
+        served = server.app.state.safelora.registry[name].served
+        key = published_key(served.request.lora_path)
+        return len(list(place.store.glob(f"exam/verdicts/*/{key}.json")))
+
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "acme/useful", adapters["useful"]).status_code == 201
+        assert halves(server, "acme/useful") == 1
+        server.engine.drop = lambda _: 1.0
+        assert examine_again(server, "acme/useful").json()["withdrawn"]
+        until(server, lambda: answer_of_lookup(server, "acme/useful") == 422)
+        server.engine.drop = lambda _: 0.0
+        assert upload(http, "globex/other", adapters["other"]).status_code == 201
+        assert halves(server, "globex/other") == 1
+    with start(keys=str(place.keys)) as server:
+        http = server.client(ADMIN_KEY)
+        assert upload(http, "acme/another", adapters["other"]).status_code == 201
+        assert halves(server, "acme/another") == 2
 
 
 def test_a_failure_counts_for_the_same_files_by_other_rules(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811

@@ -71,6 +71,7 @@ class Again:
             await self._log(entry, actor, found, passed, gone)
         for other in others:
             await self._log(other, SERVER, found, False, True)
+        await self.exam.note_failures([e.name for e in ([entry, *others] if gone else others)])
         return Outcome(found, passed, terms.by_opinion(found, served.report.policy), gone)
 
     async def look(self) -> None:

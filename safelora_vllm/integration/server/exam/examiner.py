@@ -32,6 +32,7 @@ from safelora_vllm.integration.server.exam.limits import ExamLimits, NoTurn
 from safelora_vllm.integration.server.exam.sheets import Sheet, Sheets
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.store.failed_tenants import FailedTenants
 from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.exam")
@@ -84,7 +85,7 @@ class Asked(NamedTuple):
 class Examiner:
     """One API server process asks the engine what published copies are like.
 
-    sheets: what is asked.
+    sheets: what is asked. failed: tenants of whom an adapter failed a re-examination.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class Examiner:
         published: PublishedStore,
         sheets: Sheets,
         counts: Counts,
+        failed: FailedTenants,
     ) -> None:
-        self.sheets, self.counts = sheets, counts
+        self.sheets, self.counts, self.failed = sheets, counts, failed
         self.background, self.limits = Background(), ExamLimits()
         self._model, self._pool, self._published = model, pool, published
         self._turn = asyncio.Lock()

@@ -25,6 +25,7 @@ from safelora_vllm.integration.server.exam.terms import OWN, Terms
 from safelora_vllm.integration.server.registry import AwaitsExam
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
+from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.store.verdicts import Examined, Verdicts
 from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules
 
@@ -124,8 +125,12 @@ class Exam(NoExam):
         upload: bool,
         ticket: Callable[[], None],
     ) -> Decided:
-        """Where a rung fails the held-out half, the ones above it have to pass that too."""
+        """Where a rung fails the held-out half, the ones above it have to pass that too.
+
+        So has each rung of an upload, where the tenant had served what failed that half.
+        """
         judgement: Judgement | None = None
+        both = upload and await asyncio.to_thread(self.examiner.failed.has, tenant_of(name))
         failed: list[Failed] = []
         for rules in rungs:
             judgement = await judge(rules, judgement)
@@ -138,7 +143,7 @@ class Exam(NoExam):
                     failed.append(Failed(asked.rung, found, terms.threshold, again=False))
                     continue
                 again = await asyncio.to_thread(self._held_out.of_same_files, asked.key)
-                if again is None and any(rung.again for rung in failed):
+                if again is None and (both or any(rung.again for rung in failed)):
                     again = await self.examiner.examine_again(asked, judgement.bytes)
             except NotLoaded as error:
                 if not upload:
@@ -171,6 +176,11 @@ class Exam(NoExam):
         """By what is in memory."""
         terms, again = self.terms(name), self.found_again(key)
         return not override and terms.enforced and again is not None and not terms.passes(again, policy)
+
+    async def note_failures(self, names: Sequence[str]) -> None:
+        """In the store."""
+        for tenant in sorted({tenant_of(name) for name in names} - {""}):
+            await asyncio.to_thread(self.examiner.failed.note, tenant)
 
     async def share_failures(self, keys: Sequence[str]) -> None:
         """By the verdicts' files. Reads the store."""

@@ -121,6 +121,9 @@ class NoExam:
         """Whether a copy that is served has failed its re-examination. Reads no verdict."""
         return False
 
+    async def note_failures(self, names: Sequence[str]) -> None:
+        """What these names served has failed: ask their tenants' uploads both halves for a while."""
+
     async def share_failures(self, keys: Sequence[str]) -> None:
         """Have what re-examinations found of other copies count for these, where the files are the same."""
 

@@ -35,6 +35,7 @@ from safelora_vllm.projectors.checkpoint import Checkpoint, locate_model
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore
 from safelora_vllm.store.audit_log import AuditLog
+from safelora_vllm.store.failed_tenants import FailedTenants
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 logger = logging.getLogger("vllm.safelora.exam")
@@ -117,7 +118,7 @@ async def _examiner(
     sheets = await asyncio.to_thread(sheets_now)
     reference = await sheets.first.reference()
     counts = Counts(Path(gate.socket_path).parent)
-    return Examiner(model, pool, published, sheets, counts), reference, renewal
+    return Examiner(model, pool, published, sheets, counts, FailedTenants(root)), reference, renewal
 
 
 async def _terms(settings: ServerSettings) -> Terms:

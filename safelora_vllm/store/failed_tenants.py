@@ -1,0 +1,54 @@
+"""Tenants of whom an adapter failed a re-examination: ``exam/failed/<digest of the tenant's name>``.
+
+The half of the probes that a first exam asks has passed what failed: the same with one changed weight would
+pass it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+from safelora_vllm.files import make_folder, writing
+from safelora_vllm.store.layout import EXAM
+
+FAILED_DAYS = 30
+_FAILED_SECONDS = FAILED_DAYS * 86400.0
+_FOLDER = "failed"
+
+
+class FailedTenants:
+    """Those of one store. Safe for several processes on one root."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._root, self._folder = Path(root), Path(root) / EXAM / _FOLDER
+
+    def note(self, tenant: str) -> None:
+        """One more of its adapters has failed.
+
+        Raises:
+            StoreUnavailable: the disk is full or not writable.
+        """
+        with writing(self._root):
+            make_folder(self._folder)
+            self._file(tenant).touch()
+
+    def has(self, tenant: str) -> bool:
+        """Whether one has in the last 30 days."""
+        try:
+            return time.time() - self._file(tenant).stat().st_mtime < _FAILED_SECONDS
+        except FileNotFoundError:
+            return False
+
+    def prune(self) -> int:
+        """Remove what is older. Returns how many files."""
+        removed = 0
+        for file in self._folder.glob("*"):
+            if time.time() - file.stat().st_mtime >= _FAILED_SECONDS:
+                file.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _file(self, tenant: str) -> Path:
+        return self._folder / hashlib.sha256(tenant.encode()).hexdigest()
