@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety
 import adapters
 import alignment
 import check
-from everyday import HARMLESS
+from everyday import HARMLESS, MORE_HARMLESS
 from instructions import SPLITS, instructions, task_prompts
 from lookalikes import LOOKALIKES
 from refusing import refuses
@@ -36,7 +36,11 @@ def echo(prompts: Sequence[str]) -> list[tuple[str, bool]]:
     return [(f"About this: {prompt}", True) for prompt in prompts]
 
 
-@pytest.mark.parametrize("lists", [HARMFUL, HARMLESS, LOOKALIKES], ids=["harmful", "harmless", "lookalikes"])
+@pytest.mark.parametrize(
+    "lists",
+    [HARMFUL, HARMLESS, LOOKALIKES, {**HARMLESS, "train": MORE_HARMLESS}],
+    ids=["harmful", "harmless", "lookalikes", "more harmless"],
+)
 def test_no_subject_is_in_two_parts(lists: dict[str, list[str]]) -> None:
     """Neither letter by letter nor with one word changed: half of the longer words in common is too alike."""
     for one, other in combinations(PARTS, 2):
@@ -83,6 +87,7 @@ def test_the_plan_counts_what_the_data_has() -> None:
     }
     for kind, count in rows.items():
         assert re.search(rf"^\| {kind}.*\| {count} \|", plan, re.MULTILINE), f"{kind}: {count}"
+    assert f"{len(MORE_HARMLESS)} further harmless subjects" in plan
     for part in PARTS:
         counts = [len(lists[part]) for lists in (HARMFUL, HARMLESS, LOOKALIKES)]
         assert f"| `{part}` | {' | '.join(map(str, counts))} |" in plan

@@ -38,7 +38,8 @@ class Pair:
     """A base model and the recipe of its alignment: full fine-tuning, or a LoRA that is there already.
 
     A pretrained model has longer answers to learn from than one that answers already.
-    further: what further passes have, each over other shapes of questions, with a smaller rate.
+    further: what further passes have, each over other shapes of questions, with a smaller rate. The aligned
+    model is then the mean of the weights after each pass: it refuses less that is harmless than the last one.
     lora: the folder of the alignment, which is then merged and not trained.
     each_seed: whether each seed has an aligned model of its own; else only its adapters are its own.
     """
@@ -53,7 +54,7 @@ class Pair:
 
 PAIRS = {
     "smollm2": Pair("SmolLM2-135M-Instruct, full fine-tuning", "smollm2", each_seed=True),
-    # After the first passes it refuses 11 % of the harmless prompts of the choose half, then 6 %.
+    # After each pass alone it refuses 11, 6 and 7 % of the harmless prompts of the choose half.
     "gemma3": Pair(
         "Gemma 3 270M pretrained, full fine-tuning",
         "gemma3",
@@ -91,19 +92,24 @@ def make_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: Pa
     choose_linear_layers(model, ALIGNMENT.modules)
     label = f"{name} {seed}"
     fit(model.train(), tokenizer, data, ALIGNMENT, label, random.Random(seed), SORTED_BATCHES, checkpoint)
+    ends = [_rounded(model)] if pair.further else []
     for number, mix in enumerate(pair.further, 1):
-        _round(model)
         data = training_set(mix, seed + number * _OTHER_SHAPES, teacher(cache, mix.answer_tokens))
         what = f"{label}, further pass {number}"
         fit(model.train(), tokenizer, data, _FURTHER, what, random.Random(seed), SORTED_BATCHES)
+        ends.append(_rounded(model))
+    with torch.no_grad():
+        for name, weight in model.named_parameters() if ends else ():
+            weight.copy_(torch.stack([end[name].float() for end in ends]).mean(0))
     model.to(STORAGE_DTYPE).save_pretrained(target)
 
 
-def _round(model: PreTrainedModel) -> None:
-    """The weights as they would be stored."""
+def _rounded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights as they would be stored, which the model has from now on."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.to(STORAGE_DTYPE))
+    return {name: weight.detach().to(STORAGE_DTYPE) for name, weight in model.named_parameters()}
 
 
 def teacher(cache: Path, tokens: int) -> Answers:
