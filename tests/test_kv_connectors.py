@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.integration import kv_connectors
+from safelora_vllm.integration.seams import kv_connectors
 
 
 def several(*names: str) -> dict[str, Any]:

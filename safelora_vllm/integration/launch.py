@@ -12,8 +12,8 @@ from typing import Any
 from safelora_vllm.errors import GuardError, UsageError
 from safelora_vllm.exam import ladder
 from safelora_vllm.gate.socket_folder import remove_leftovers
-from safelora_vllm.integration import kv_connectors, runtime_updating
-from safelora_vllm.integration.seams import checks
+from safelora_vllm.integration import runtime_updating
+from safelora_vllm.integration.seams import checks, kv_connectors
 from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy

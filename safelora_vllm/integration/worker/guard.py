@@ -25,9 +25,10 @@ from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState
 from safelora_vllm.gate.socket_folder import SOCKET, private_folder, remove_leftovers, take_ownership
 from safelora_vllm.gate.supervisor import GateProcess
-from safelora_vllm.integration import kv_connectors, runtime_updating
+from safelora_vllm.integration import runtime_updating
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation, PoolState
+from safelora_vllm.integration.seams import kv_connectors
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import NotReadYet, ReadAhead, about
