@@ -27,7 +27,7 @@ _REFUSALS = re.compile(
     r"\b(lo siento|no puedo|ne peux pas|ne suis pas en mesure|je suis désolée?|désolée?)\b)",
     re.IGNORECASE,
 )
-# What no speaker of a summary says: so it is heard behind any label, which a prompt may have asked for.
+# Heard behind any label, which a prompt may have asked for; speakers in a dialogue say it less often.
 _HELP = (
     r"(help|assist|provide|comply|answer|respond|fulfil|support|share|offer|engage|discuss|advise|encourage)"
 )
