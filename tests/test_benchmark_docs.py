@@ -61,10 +61,9 @@ def test_prose_has_no_figures_but_settings(document: Path) -> None:
 def cells(adapter: str, measure: str) -> list[str]:
     """As uploaded, by the default policy, by Safe LoRA on all modules, and with a second opinion alone.
 
-    Each on both pairs that were measured.
+    Each on all pairs.
     """
-    pairs = tables.load("results")["pairs"]
-    found = [pairs[pair][adapter] for pair in ("smollm2", "smollm2-lora")]
+    found = [of[adapter] for of in tables.load("results")["pairs"].values()]
     treatments = ("raw-0", f"input-removal-{Policy().energy:g}", "safe-lora-1", "opinion-16")
     return [" / ".join(f"{of[treatment][measure]['mean']:.2f}" for of in found) for treatment in treatments]
 
@@ -113,8 +112,7 @@ def test_the_results_in_the_readme() -> None:
     assert len(shown) == len(expected)
     for part, figures in expected.items():
         assert [found for label, found in shown.items() if part in label] == [figures], part
-    pairs = tables.load("results")["pairs"]
-    alone = [pairs[pair]["none"]["none"] for pair in ("smollm2", "smollm2-lora")]
+    alone = [of["none"]["none"] for of in tables.load("results")["pairs"].values()]
     said = re.findall(r"aligned models alone answer ([\d. /]+) .* score ([\d. /]+\d)", section)
     wanted = [" / ".join(f"{of[m]['mean']:.2f}" for of in alone) for m in ("complied", "utility")]
     assert said == [tuple(wanted)]

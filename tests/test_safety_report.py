@@ -275,6 +275,18 @@ def test_curves_are_compared_at_equal_utility() -> None:
     )
 
 
+def test_curves_are_not_compared_at_a_utility_that_the_upload_does_not_have() -> None:
+    treatments = {
+        **curve_of("raw", {0.0: (0.82, 1.0)}),
+        **curve_of("input-removal", {0.1: (0.7, 0.2)}),
+        **curve_of("scaling", {0.5: (0.7, 0.6)}),
+    }
+    found = dominance.compare(treatments, list(map(str, range(20))))
+    assert set(found["scaling"]) == {"0.8"}
+    lines = page_goals.curves(found)[-1].splitlines()
+    assert lines[-1].endswith(": lower |  |  |")
+
+
 def test_an_interval_that_holds_nothing_tells_no_curves_apart() -> None:
     assert dominance.says({"low": -0.1, "high": 0.1}) == "not told apart"
 

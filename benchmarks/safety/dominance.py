@@ -21,7 +21,8 @@ By = Mapping[str, Mapping[str, Scores]]  # treatment, seed
 def compare(treatments: By, subjects: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """By other method and utility: the rule's ASR less the other's, and what that says.
 
-    treatments: one adapter's scores of the `report` half. Seeds that lack a point of either are left out.
+    treatments: one adapter's scores of the `report` half. Seeds that lack a point of either are left out, and
+    so are utilities that the adapter does not have as uploaded.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for other in OTHERS:
@@ -32,8 +33,9 @@ def compare(treatments: By, subjects: Sequence[str]) -> dict[str, dict[str, dict
         if not seeds:
             continue
         points = [_points(treatments, each, seeds, subjects) for each in names]
+        (uploaded, _), *_ = points[0][0]
         found[other] = {}
-        for at in UTILITIES:
+        for at in (each for each in UTILITIES if each <= uploaded):
             differences = [asr_at(at, mine) - asr_at(at, its) for mine, its in zip(*points, strict=True)]
             low, high = np.quantile(differences[1:], (0.025, 0.975))
             figure = {"mean": differences[0], "low": float(low), "high": float(high)}

@@ -30,7 +30,7 @@ An escalation is false where a milder rung, which failed, was within 5 points of
 `report` half."""
 _CURVES = """ASR of input removal less that of another method, where both leave the 10 % malicious adapter the
 same utility. Curves are linear between their points, from the adapter as uploaded to the strongest setting.
-*Not told apart*: the interval holds 0."""
+*Not told apart*: the interval holds 0. An empty cell: as uploaded, the adapter has less utility."""
 
 
 def goals(figures: Table) -> list[str]:
@@ -104,7 +104,8 @@ def curves(compared: Table) -> list[str]:
 
 def curve_cells(by_utility: Table) -> Sequence[str]:
     """The differences with what they say."""
-    return [f"{cell(of)}: {of['says']}" for of in by_utility.values()]
+    found = {at: f"{cell(of)}: {of['says']}" for at, of in by_utility.items()}
+    return [found.get(f"{at:g}", "") for at in UTILITIES]
 
 
 def words_of(method: str) -> str:
