@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safelora_vllm.errors import GuardError, PolicyError
+from safelora_vllm.errors import GuardError, PolicyError, UsageError
 from safelora_vllm.integration.launch import (
+    _check_address,
     _check_rules,
     _refuse_options,
     _takes_most_memory,
@@ -42,6 +44,24 @@ def test_options_that_leave_a_way_around(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(GuardError, match="VLLM_USE_RUST_FRONTEND"):
         _refuse_options(options())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "", None])
+def test_a_port_that_is_in_use(host: str | None) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} of .* in use.*: stop .* another --port"):
+            _check_address(argparse.Namespace(host=host, port=port, uds=None))
+        _check_address(argparse.Namespace(host=host, port=port, uds="/run/vllm.sock"))
+        _check_address(argparse.Namespace(host=host, port=port, headless=True))
+    _check_address(argparse.Namespace(host=host, port=port))
+
+
+def test_an_address_that_is_not_this_machine() -> None:
+    with pytest.raises(UsageError, match="port 8000 of 192.0.2.1 .* --host"):
+        _check_address(argparse.Namespace(host="192.0.2.1", port=8000))
 
 
 def test_a_cpu_server_takes_a_few_gib_unless_its_user_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     """Check what can be checked at once, then hand over to vLLM's serve command.
 
     Raises:
-        UsageError: vLLM is not installed, its options are not what it takes, or access to a route that cannot
-        be given.
+        UsageError: vLLM is not installed, its options are not what it takes, its port is in use, or access to
+        a route that cannot be given.
         ProjectorCacheError: no cache, or one for another model. KeysError: a wrong keys file.
         PolicyError: more than the cache has.
         GuardError: a vLLM that is not guarded, or a store of another bucket. StoreUnavailable: the bucket.
@@ -78,6 +79,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     command.subparser_init(parser.add_subparsers(required=True))
     args = parser.parse_args(["serve", model, *guarded_options(settings, vllm_options)])
     _refuse_options(args)
+    _check_address(args)
     _bound_cpu_memory(args)
     command.validate(args)
     try:
@@ -163,6 +165,23 @@ def _refuse_options(args: argparse.Namespace) -> None:
         raise GuardError(
             f"{named} starts a front end that loads no plugins, so that nobody is told apart; leave it out"
         )
+
+
+def _check_address(args: argparse.Namespace) -> None:
+    """Raises UsageError where vLLM could not listen, which it says by a traceback."""
+    if getattr(args, "uds", None) or getattr(args, "headless", False):
+        return
+    host = args.host or ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+        try:
+            trial.bind((host, args.port))
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on port {args.port} of {host or 'all addresses'} ({error.strerror}): stop what "
+                "listens there, or give another --port or --host"
+            ) from error
 
 
 def _bound_cpu_memory(args: argparse.Namespace) -> None:
