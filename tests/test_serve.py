@@ -60,7 +60,7 @@ def test_a_port_that_is_in_use(host: str | None) -> None:
 
 
 def test_an_address_that_is_not_this_machine() -> None:
-    with pytest.raises(UsageError, match="port 8000 of 192.0.2.1 .* --host"):
+    with pytest.raises(UsageError, match=r"port 8000 of 192\.0\.2\.1 .* --host"):
         _check_address(argparse.Namespace(host="192.0.2.1", port=8000))
 
 

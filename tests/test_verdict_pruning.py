@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.store.failed_tenants import FAILED_DAYS, FailedTenants
 from safelora_vllm.store.verdict_pruning import UNUSED_DAYS, mark_used, prune_verdicts, reference_file
 
@@ -61,6 +62,21 @@ def test_a_tenant_is_forgotten_after_a_while(tmp_path: Path) -> None:
     failed.note("acme")  # once more
     assert failed.has("acme") and not failed.has("../globex")
     assert prune_verdicts(tmp_path) == 1 and failed.has("acme")
+
+
+def test_marks_that_go_or_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = FailedTenants(tmp_path)
+    failed.note("acme")
+    folder = tmp_path / "exam" / "failed"
+    monkeypatch.setattr(Path, "glob", lambda *_: [folder / "gone", *folder.iterdir()])
+    assert failed.prune() == 0, "another process was first"
+    monkeypatch.setattr(Path, "stat", _forbidden)
+    with pytest.raises(StoreUnavailable, match="cannot be read"):
+        failed.has("acme")
+
+
+def _forbidden(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 def test_a_store_without_exams(tmp_path: Path) -> None:

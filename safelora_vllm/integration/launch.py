@@ -179,8 +179,8 @@ def _check_address(args: argparse.Namespace) -> None:
             trial.bind((host, args.port))
         except OSError as error:
             raise UsageError(
-                f"cannot listen on port {args.port} of {host or 'all addresses'} ({error.strerror}): stop what "
-                "listens there, or give another --port or --host"
+                f"cannot listen on port {args.port} of {host or 'all addresses'} ({error.strerror}): stop "
+                "what listens there, or give another --port or --host"
             ) from error
 
 

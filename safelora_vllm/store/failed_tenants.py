@@ -6,10 +6,12 @@ pass it again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from pathlib import Path
 
+from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.files import make_folder, writing
 from safelora_vllm.store.layout import EXAM
 
@@ -35,20 +37,33 @@ class FailedTenants:
             self._file(tenant).touch()
 
     def has(self, tenant: str) -> bool:
-        """Whether one has in the last 30 days."""
+        """Whether one has in the last 30 days.
+
+        Raises:
+            StoreUnavailable: nobody can see.
+        """
         try:
-            return time.time() - self._file(tenant).stat().st_mtime < _FAILED_SECONDS
+            return _age(self._file(tenant)) < _FAILED_SECONDS
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise StoreUnavailable(
+                f"whether an adapter of the tenant failed its exam cannot be read ({error.strerror})"
+            ) from error
 
     def prune(self) -> int:
         """Remove what is older. Returns how many files."""
         removed = 0
         for file in self._folder.glob("*"):
-            if time.time() - file.stat().st_mtime >= _FAILED_SECONDS:
-                file.unlink(missing_ok=True)
-                removed += 1
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                if _age(file) >= _FAILED_SECONDS:
+                    file.unlink()
+                    removed += 1
         return removed
 
     def _file(self, tenant: str) -> Path:
         return self._folder / hashlib.sha256(tenant.encode()).hexdigest()
+
+
+def _age(file: Path) -> float:
+    return time.time() - file.stat().st_mtime

@@ -75,19 +75,40 @@ class Verdicts:
         same = [found for found in self._all() if found.files == files]
         if not same:
             return None
-        found = max(same, key=lambda found: (found.score.is_whole, found.score.bound))
+        found = max(same, key=_weight)
         if found != known:
             self.put(key, found)
         return found
 
+    def share(self, keys: Collection[str]) -> None:
+        """`of_same_files` of many copies, in one look.
+
+        Raises:
+            StoreUnavailable: the disk is full or not writable.
+        """
+        worst: dict[frozenset[tuple[str, str]], Examined] = {}
+        for found in sorted(self._all(), key=_weight):
+            worst[frozenset(found.files.items())] = found
+        for key in keys:
+            known = self.get(key)
+            if (known and known.score.is_whole) or not (files := self._published.digests(key)):
+                continue
+            same = worst.get(frozenset(files.items()))
+            if same is not None and same != known:
+                self.put(key, same)
+
     def _all(self) -> list[Examined]:
         """Every verdict of the exam. Reads the files that have changed since the last call."""
         seen: dict[str, tuple[int, Examined | None]] = {}
-        with contextlib.suppress(OSError), os.scandir(self._folder) as files:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as files:
             for file in files:
-                key, stamp = file.name.removesuffix(".json"), file.stat().st_mtime_ns
-                before = self._seen.get(key)
-                seen[key] = before if before and before[0] == stamp else (stamp, self._read(key))
+                key = file.name.removesuffix(".json")
+                if not is_digest(key):  # one that is being written
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    stamp = file.stat().st_mtime_ns
+                    before = self._seen.get(key)
+                    seen[key] = before if before and before[0] == stamp else (stamp, self._read(key))
         self._seen = seen
         return [found for _, found in seen.values() if found]
 
@@ -149,6 +170,11 @@ class Verdicts:
             return _examined(json.loads(self._file(key).read_bytes()))
         except (OSError, ValueError, KeyError, TypeError):
             return None  # it is examined again
+
+
+def _weight(found: Examined) -> tuple[bool, float]:
+    """By which of several scores of the same files one counts: that of all probes, then the worst."""
+    return found.score.is_whole, found.score.bound
 
 
 def _examined(data: Any) -> Examined:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from safelora_vllm.errors import ExamUnavailable
+from safelora_vllm.errors import ExamUnavailable, StoreUnavailable
 from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.exam.again import Again
@@ -139,6 +139,77 @@ def test_a_tenant_whose_adapter_failed_is_asked_both_halves(
         http = server.client(ADMIN_KEY)
         assert upload(http, "acme/another", adapters["other"]).status_code == 201
         assert halves(server, "acme/another") == 2
+
+
+def test_nothing_of_a_marked_tenant_is_served_by_the_first_half_alone(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    place: Place,  # noqa: F811
+) -> None:
+    """Neither an older version, nor what it has under other names, nor what is judged by other rules."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        http, engine = server.client(ADMIN_KEY), server.engine
+        assert upload(http, "acme/x", adapters["other"]).status_code == 201
+        assert upload(http, "acme/x", adapters["useful"], replace=True).status_code == 201
+        assert upload(http, "acme/y", adapters["third"]).status_code == 201
+        assert upload(http, "globex/z", adapters["fourth"]).status_code == 201
+        engine.drop = lambda _: 1.0
+        first = len(engine.asked)
+        assert examine_again(server, "acme/x").json()["withdrawn"]
+        for name in ("acme/x", "acme/y"):
+            until(server, lambda name=name: answer_of_lookup(server, name) == 422)  # type: ignore[misc]
+        assert answer_of_lookup(server, "globex/z") == 200 and len(engine.asked) > first + 64
+        back = server.client(SECRET).post("/v1/adapters/acme/x/rollback", json={"version": 1})
+        assert back.status_code == 422, back.text
+    with start(keys=str(place.keys), engine={"drop": lambda _: 1.0}, ladder="input-removal:0.1") as server:
+        for name in ("acme/x", "acme/y"):
+            until(server, lambda name=name: answer_of_lookup(server, name) == 422)  # type: ignore[misc]
+
+
+def test_a_mark_that_cannot_be_written_is_made_up_for(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    place: Place,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the judgement that follows, which finds the verdict in the store."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        assert upload(server.client(ADMIN_KEY), "acme/x", adapters["useful"]).status_code == 201
+        server.engine.drop = lambda _: 1.0
+        failed = server.app.state.safelora.copies.exam.examiner.failed
+        note, full = failed.note, StoreUnavailable("the disk is full")
+        tries: list[str] = []
+
+        def once(tenant: str) -> None:
+            tries.append(tenant)
+            if len(tries) == 1:
+                raise full
+            note(tenant)
+
+        monkeypatch.setattr(failed, "note", once)
+        assert examine_again(server, "acme/x").json()["withdrawn"]
+        until(server, lambda: answer_of_lookup(server, "acme/x") == 422)
+        assert set(tries) == {"acme"} and len(tries) > 1 and failed.has("acme")
+    assert lines(place) == [("admin/environment", "acme/x", "refused", ["exam"])]
+
+
+def test_both_halves_of_an_upload_are_one_exam_of_its_tenant(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    place: Place,  # noqa: F811
+) -> None:
+    """Also where the first half is known: else its author could hold exams without a score for nothing."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        acme, limits = server.client(SECRET), server.app.state.safelora.copies.exam.examiner.limits
+        assert upload(server.client(ADMIN_KEY), "known", adapters["useful"]).status_code == 201
+        server.app.state.safelora.copies.exam.examiner.failed.note("acme")
+        assert upload(acme, "acme/known", adapters["useful"]).status_code == 201
+        assert len(limits._times["acme"]) == 1
+        assert upload(acme, "acme/new", adapters["other"]).status_code == 201
+        assert len(limits._times["acme"]) == 2
 
 
 def test_a_failure_counts_for_the_same_files_by_other_rules(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811

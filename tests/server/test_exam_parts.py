@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +27,7 @@ from safelora_vllm.integration.server.exam.limits import (
     AT_ONCE,
     EVERYBODYS,
     ExamLimits,
+    NoTurn,
     TooManyExams,
 )
 from safelora_vllm.integration.server.exam.modes import Exam
@@ -182,6 +184,17 @@ def test_few_exams_of_a_tenant_are_under_way() -> None:
         ticket()
 
 
+def test_what_has_no_turn_does_not_count_but_a_second_part_does() -> None:
+    """The first part, which was held, has told its author something."""
+    limits = ExamLimits()
+    for parts, counted in ((1, 0), (2, 1)):
+        with pytest.raises(NoTurn), limits.share("acme") as ticket:
+            for _ in range(parts):
+                ticket()
+            raise NoTurn("others have not ended")
+        assert len(limits._times["acme"]) == counted
+
+
 def test_a_verdict_is_of_the_very_bytes(tmp_path: Path) -> None:
     files: dict[str, dict[str, str]] = {"a" * 64: {"x": "1"}}
     published = cast(Any, SimpleNamespace(digests=files.get))
@@ -214,6 +227,28 @@ def test_the_worse_verdict_about_the_same_bytes_counts(tmp_path: Path) -> None:
     assert one.of_same_files(a) == found[0.01], "its own"
     assert one.of_same_files(c) == one.get(c) == two.get(c) == found[0.2]
     assert one.of_same_files(other) is None and one.of_same_files("f" * 64) is None
+
+
+def test_verdicts_of_the_same_files_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while another process writes and removes some."""
+    keys = [letter * 64 for letter in "abcd"]
+    files = {key: {"x": "1"} for key in keys[:3]} | {keys[3]: {"x": "2"}}
+    published = cast(Any, SimpleNamespace(digests=files.get))
+    verdicts = Verdicts(tmp_path, "e" * 64, published)
+    mild, bad = (Examined(Score(drop, drop, drop, 8), 1.0, {"x": "1"}) for drop in (0.1, 0.9))
+    verdicts.put(keys[0], mild)
+    verdicts.put(keys[1], bad)
+    (tmp_path / "exam" / "verdicts" / ("e" * 64) / ".new").touch()
+    scandir = os.scandir
+
+    def with_one_that_goes(folder: Path) -> Any:
+        gone = SimpleNamespace(name=f"{'0' * 64}.json", stat=lambda: Path("/nowhere").stat())
+        with scandir(folder) as found:
+            return nullcontext([gone, *found])
+
+    monkeypatch.setattr(os, "scandir", with_one_that_goes)
+    verdicts.share(keys)
+    assert [verdicts.get(key) for key in keys] == [mild, bad, bad, None]
 
 
 def test_a_verdict_of_another_process_is_seen(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def place(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def adapters(tmp_path: Path) -> dict[str, Path]:
     """useful passes on every rung, careless on the last one, harmful on none."""
-    names = ("useful", "careless", "harmful", "other")
+    names = ("useful", "careless", "harmful", "other", "third", "fourth")
     return {name: Draft(tensors=lora(seed=seed)).write(tmp_path / name) for seed, name in enumerate(names)}
 
 

@@ -45,7 +45,7 @@ class Gated:
         self.go.set()
         self.asked: list[str] = []
         self.answer: Exception | None = None
-
+        self.rules = "r"
         self.state = SimpleNamespace(ruleset_digest="r")
         self.exam = NoExam()
 
@@ -53,14 +53,14 @@ class Gated:
         return None
 
     def ruleset(self, _: str) -> str:
-        return "r"
+        return self.rules
 
     async def ensure(self, _: str, name: str, *__: object) -> Judged:
         self.asked.append(name)
         await self.go.wait()
         if self.answer is not None:
             raise self.answer
-        return Judged(Judgement(REPORT, "1", 1, "r"), "r", False)
+        return Judged(Judgement(REPORT, "1", 1, self.rules), self.rules, False)
 
     async def ensure_version(self, name: str, _: Version) -> Judged:
         return await self.ensure("", name)

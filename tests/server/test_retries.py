@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from safelora_vllm.errors import ExamUnavailable, GateUnavailable, SafeLoRAError
+from safelora_vllm.integration.server.overdue import Overdue
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.retries import Retries
 from tests.server.fake_engine import FakeEngine
@@ -31,36 +33,61 @@ def test_pauses_double_until_the_cause_is_another_one(monkeypatch: pytest.Monkey
     retries.failed("x", "the gate is down")
     assert not retries.is_due("x") and retries.is_due("another")
     assert retries.served("x") and not retries.served("x") and retries.is_due("x")
-    assert retries.seconds("x") == 0
-    retries.failed("x", "no score")
-    now += 50
-    retries.failed("x", "another cause")
-    assert retries.seconds("x") == 50, "since the first failure"
     retries.failed("y", "gone")
     retries.keep({"z"})
     assert not retries.served("y")
 
 
 @pytest.mark.parametrize("error", [GateUnavailable("down"), ExamUnavailable("no score")])
-def test_what_is_served_is_not_so_for_long_without_an_exam(
-    error: SafeLoRAError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_served_by_former_rules_is_not_so_for_long(
+    error: SafeLoRAError, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its author may keep the engine too busy. Nobody is to blame for the gate."""
+    """Its author may keep the engine, or the gate, too busy."""
 
-    async def test(made: Reconciler, _copies: Gated, _: FakeEngine) -> None:
+    async def test(made: Reconciler, copies: Gated, _: FakeEngine) -> None:
+        now = time.monotonic()
+        made._overdue = Overdue(lambda: now)
         await made.sync()
         await settle()
-        entry = made.registry["chat"]
-        assert entry.served
-        made._failed(entry, error)
         assert made.registry["chat"].served
-        monkeypatch.setattr(made._retries, "seconds", lambda _: 901.0)
-        made._failed(entry, error)
-        stays = isinstance(error, GateUnavailable)
-        assert (made.registry["chat"].served is not None) is stays
-        assert stays or "no score" in str(made.registry["chat"].problem)
+        copies.rules, copies.answer = "others", error
+        for _number in range(2):
+            made._prepare_again()
+            await settle()
+            assert made.registry["chat"].served
+            now += 899
+        now -= 899
+        assert f"cannot be judged now, and is served as before: {error}" in caplog.text
+        now += 1
+        made._prepare_again()
+        assert made.registry["chat"].served is None and made.watchdog.withdrawn == 1
+        assert "'chat' is withdrawn: it could not be judged by the rules of today for 15 min" in caplog.text
+        copies.answer, copies.rules = None, "r"
+        await made.prepare("chat")
+        assert made.registry["chat"].served
 
     run(tmp_path, test)
+
+
+def test_what_is_overdue() -> None:
+    now = 100.0
+    overdue = Overdue(lambda: now)
+    overdue.failed("old")
+    assert not overdue.look([], scored=-math.inf)
+    now = 5000.0
+    assert not overdue.look(["one", "two", "old"], scored=-math.inf), "a failure of other rules is forgotten"
+    overdue.failed("one")
+    now = 5899.0
+    overdue.judged("another")
+    assert not overdue.look(["one", "two", "old"], scored=-math.inf)
+    now = 5900.0
+    assert overdue.look(["one", "two", "old"], scored=-math.inf) == ["one"], "the others wait their turn"
+    overdue.judged("one")
+    now = 6799.5
+    assert not overdue.look(["two"], scored=-math.inf)
+    now = 6800.0
+    assert not overdue.look(["two"], scored=5901.0), "an exam gives scores"
+    assert overdue.look(["two", "new"], scored=-math.inf) == ["two"], "nothing was judged for as long"
 
 
 def test_the_log_has_one_line_for_a_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,6 +45,7 @@ from safelora_vllm.integration.server.engine import IDS_EACH, Pool, ask_workers
 from safelora_vllm.integration.server.exam.again import Again
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.exam.schedule import Schedule
+from safelora_vllm.integration.server.overdue import Overdue
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Entry, Registry, being_prepared
 from safelora_vllm.integration.server.rejudge import Rejudge
@@ -66,7 +67,6 @@ from safelora_vllm.tenants.rules import SERVERS, TenantRules
 logger = logging.getLogger("vllm.safelora.reconcile")
 _STATIC_IDS = 2**19  # below the store's
 _HEARTBEAT_SECONDS = 2.0
-_UNEXAMINED_SECONDS = 900.0  # for which what is served stays so while its exams give no score
 BeginExam = Callable[[Pool, GateClient, GateState, AuditLog, Callable[[str], TenantRules]], Awaitable[NoExam]]
 
 
@@ -103,7 +103,7 @@ class Reconciler:
         self._rejudge = Rejudge(copies, pool, audit)
         self._state = ServingState(self.registry, copies, pool.names.root)
         self._preparing = asyncio.Lock()
-        self._retries = Retries()
+        self._retries, self._overdue = Retries(), Overdue()
 
     @classmethod
     async def start(
@@ -252,6 +252,7 @@ class Reconciler:
             except SafeLoRAError as error:
                 self._failed(entry, error)
                 return
+            self._overdue.judged(name)
             if self._retries.served(name):
                 logger.info("adapter %r could be judged again", name, extra=entry.log_fields)
             if copy is None:  # the record has changed: by this decision, or by somebody else
@@ -260,17 +261,20 @@ class Reconciler:
                 self.served.serve(entry, copy)
 
     def _failed(self, entry: Entry, error: SafeLoRAError) -> None:
-        """An adapter cannot be judged now. While the gate restarts, it stays served as before.
+        """An adapter cannot be judged now.
 
-        So it does while its exam gives no score, but not for long: its author may keep the engine too busy.
+        While the gate restarts, or its exam gives no score, it stays served as before: until it is overdue.
         """
+        stays = entry.served is not None and isinstance(error, (GateUnavailable, ExamUnavailable))
         if self._retries.failed(entry.name, str(error)):
-            problem = "adapter %r cannot be served now: %s; it is tried again"
-            logger.error(problem, entry.name, error, extra=entry.log_fields)
-        may_wait = isinstance(error, GateUnavailable) or (
-            isinstance(error, ExamUnavailable) and self._retries.seconds(entry.name) < _UNEXAMINED_SECONDS
-        )
-        if self.registry.get(entry.name) is entry and not (entry.served and may_wait):
+            what = "judged now, and is served as before" if stays else "served now"
+            problem = "adapter %r cannot be %s: %s; it is tried again"
+            logger.error(problem, entry.name, what, error, extra=entry.log_fields)
+        if isinstance(error, AdapterRefused):
+            self._overdue.judged(entry.name)
+        else:
+            self._overdue.failed(entry.name)
+        if self.registry.get(entry.name) is entry and not stays:
             self.served.put(replace(entry, served=None, problem=fresh_copy(error)))
 
     async def _adopt_static(self, request: LoRARequest, first_id: int) -> None:
@@ -305,15 +309,25 @@ class Reconciler:
                 logger.warning("heartbeat: %s: %s", type(error).__name__, error)
 
     def _prepare_again(self) -> None:
-        """Try again what could not be served, and judge anew what was judged by former rules."""
+        """Try again what could not be served, and judge anew what was judged by former rules.
+
+        What is overdue is not served until it was.
+        """
+        self._retries.keep(self.registry)
+        rulesets: dict[str, str] = {}  # of each tenant: adapters may be many
+        is_open: dict[str, Entry] = {}  # a refusal stays one
+        for name, entry in self.registry.items():
+            if (owner := tenant_of(name)) not in rulesets:
+                rulesets[owner] = self.copies.ruleset(name)
+            if _is_open(entry, rulesets[owner]):
+                is_open[name] = entry
+        served = [name for name, entry in is_open.items() if entry.served]
+        for name in self._overdue.look(served, self.copies.exam.scored):
+            why = "it could not be judged by the rules of today for 15 minutes"
+            self.watchdog.withdraw(is_open[name], why, self.copies.exam.pending(name))
         if not self._preparing.locked():
-            self._retries.keep(self.registry)
-            rulesets: dict[str, str] = {}  # of each tenant: adapters may be many
-            for name, entry in self.registry.items():  # a refusal stays one
-                if (owner := tenant_of(name)) not in rulesets:
-                    rulesets[owner] = self.copies.ruleset(name)
-                if self._retries.is_due(name) and _is_open(entry, rulesets[owner]):
-                    self.background.spawn(self._prepare(name, when_due=True))
+            for name in filter(self._retries.is_due, is_open):
+                self.background.spawn(self._prepare(name, when_due=True))
 
 
 def _complete(recorded: RecordedNames) -> None:

@@ -11,15 +11,11 @@ _FIRST_SECONDS, _LONGEST_SECONDS = 2.0, 30.0
 
 @dataclass(frozen=True)
 class _Failure:
-    """The last one of a name. pause: seconds until the next try, which is at ``due``.
-
-    since: when the first one was, of those in a row. Both by the monotonic clock.
-    """
+    """The last one of a name. pause: seconds until the next try, which is at ``due`` (monotonic clock)."""
 
     message: str
     pause: float
     due: float
-    since: float
 
 
 class Retries:
@@ -41,14 +37,8 @@ class Retries:
         before = self._failures.get(name)
         known = before is not None and before.message == message
         pause = min(max(2 * before.pause, _FIRST_SECONDS), _LONGEST_SECONDS) if before and known else 0.0
-        now = time.monotonic()
-        self._failures[name] = _Failure(message, pause, now + pause, before.since if before else now)
+        self._failures[name] = _Failure(message, pause, time.monotonic() + pause)
         return not known
-
-    def seconds(self, name: str) -> float:
-        """For how long a name has failed."""
-        failure = self._failures.get(name)
-        return time.monotonic() - failure.since if failure else 0.0
 
     def served(self, name: str) -> bool:
         """Forget a name that is served. Whether it had failed before."""

@@ -31,8 +31,8 @@ class Watchdog:
         pools: what each worker has loaded, as it said last.
         also: what else is brought up to date at each look.
         repair: is told each adapter whose published copy changed.
-        withdrawn: how often an adapter was withdrawn: a copy was not whole, an exam was failed, or a
-            worker not guarded.
+        withdrawn: how often an adapter was withdrawn: a copy was not whole, an exam was failed or too long
+            without a score, or a worker not guarded.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Examining again what is served, with the half of the probes that no first exam asks.
 
 What fails is withdrawn on all servers of the store, and judged anew: a stricter rung that passes both halves
-brings it back, or it is refused.
+brings it back, or it is refused. What else its tenant has here is judged anew too, and has to pass both.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.registry import Entry, Registry
 from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
+from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.exam")
@@ -61,26 +62,25 @@ class Again:
         served = entry.current()
         key, terms = published_key(served.request.lora_path), self.exam.terms(entry.name)
         found = await self.exam.examine_again(entry.name, key, served.report.policy)
-        passed = terms.passes(found, served.report.policy)
-        if not passed:  # other rules may have made the same files
-            await self.exam.share_failures(sorted({of for e in self.registry.values() if (of := _key(e))}))
-        gone = self._has_failed(entry)
-        others = [e for e in self.registry.values() if e.name != entry.name and self._has_failed(e)]
-        self._withdraw_failed()
+        passed, gone = terms.passes(found, served.report.policy), self._has_failed(entry)
+        failed = await self._withdraw_failed()
         if actor != SERVER or not passed:
             await self._log(entry, actor, found, passed, gone)
-        for other in others:
-            await self._log(other, SERVER, found, False, True)
-        await self.exam.note_failures([e.name for e in ([entry, *others] if gone else others)])
+        # Other rules may have made the same files, and what passes by one tenant's may fail by another's.
+        await self.exam.share_failures(sorted(self._keys()))
+        failed += await self._withdraw_failed()
+        for other in failed:
+            if other.name != entry.name:
+                await self._log(other, SERVER, self.exam.found_again(_key(other)) or found, False, True)
+        self._judge_others_of({tenant_of(each.name) for each in failed} - {""})
         return Outcome(found, passed, terms.by_opinion(found, served.report.policy), gone)
 
     async def look(self) -> None:
         """Withdraw what another server of the store has found to fail. For each heartbeat."""
         if self.exam.mode == "off":
             return
-        keys = {key for entry in self.registry.values() if (key := _key(entry))}
-        if await asyncio.to_thread(self.exam.look, sorted(keys)):
-            self._withdraw_failed()
+        if await asyncio.to_thread(self.exam.look, sorted(self._keys())):
+            await self._withdraw_failed()
         before, self._asked = self._asked, await self.exam.renew()
         if before and before != self._asked:
             self._report_anew()
@@ -91,11 +91,28 @@ class Again:
             if entry.served and (entry.exam_override or not self.exam.terms(name).enforced):
                 self.exam.is_served(name, _key(entry), entry.served.report.policy)
 
-    def _withdraw_failed(self) -> None:
-        """Stop serving what may not be served any more, and have it judged anew."""
-        for entry in [entry for entry in self.registry.values() if self._has_failed(entry)]:
+    async def _withdraw_failed(self) -> list[Entry]:
+        """Stop serving what may not be served any more, and have it judged anew. What that was."""
+        failed = [entry for entry in self.registry.values() if self._has_failed(entry)]
+        for entry in failed:
             self._withdraw(entry, "it failed its re-examination", self.exam.pending(entry.name))
+        try:
+            await self.exam.note_failures([entry.name for entry in failed])
+        except SafeLoRAError as error:  # so does the judgement that follows, until the store can be written
+            logger.error("an adapter failed its re-examination, and its tenant is not marked: %s", error)
+        for entry in failed:
             self._judge_anew(entry.name)
+        return failed
+
+    def _judge_others_of(self, tenants: set[str]) -> None:
+        """What these tenants have here besides may be the same with one changed weight."""
+        for name, entry in self.registry.items():
+            if tenant_of(name) in tenants and entry.served and not self.exam.found_again(_key(entry)):
+                self._judge_anew(name)
+
+    def _keys(self) -> set[str]:
+        """Of all copies that are served."""
+        return {key for entry in self.registry.values() if (key := _key(entry))}
 
     def _has_failed(self, entry: Entry) -> bool:
         """Whether what an entry serves has failed its re-examination."""

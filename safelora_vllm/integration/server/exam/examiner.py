@@ -85,7 +85,8 @@ class Asked(NamedTuple):
 class Examiner:
     """One API server process asks the engine what published copies are like.
 
-    sheets: what is asked. failed: tenants of whom an adapter failed a re-examination.
+    sheets: what is asked. failed: tenants of whom an adapter failed a re-examination. scored: when an exam
+    last gave a score, seconds of the monotonic clock.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Examiner:
         self.sheets, self.counts, self.failed = sheets, counts, failed
         self.background, self.limits = Background(), ExamLimits()
         self._model, self._pool, self._published = model, pool, published
+        self.scored = -math.inf
         self._turn = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each tenant
 
@@ -138,7 +140,7 @@ class Examiner:
         try:
             with span("exam", rung=asked.rung):
                 found = await self._examined(sheet, asked, nbytes, began)
-            verdict = asked.verdict(found.score)
+            verdict, self.scored = asked.verdict(found.score), time.monotonic()
         finally:
             self.counts.count(verdict, asked.rung, time.perf_counter() - began)
         text = "exam of adapter %r by %s: %s, bound %.4f%s, %s (%.0f s, copy %s)"

@@ -50,9 +50,10 @@ class ExamLimits:
         """What counts an exam, which ends with the block: once, however often it is called.
 
         Those of admins, and of the server itself, have no tenant and no bound. It raises TooManyExams, and
-        counts nothing, over a limit.
+        counts nothing, over a limit. It is called before each part: where the first one has no turn, it does
+        not count.
         """
-        begun = False
+        begun = 0
 
         def begin() -> None:
             nonlocal begun
@@ -64,12 +65,12 @@ class ExamLimits:
                     )
                 self._take(tenant, limit)
                 self._under_way[tenant] += 1
-                begun = True
+            begun += 1
 
         try:
             yield begin
         except NoTurn:
-            if tenant and begun:
+            if tenant and begun == 1:
                 self._times[tenant].pop()
             raise
         finally:

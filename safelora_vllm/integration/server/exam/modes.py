@@ -127,10 +127,9 @@ class Exam(NoExam):
     ) -> Decided:
         """Where a rung fails the held-out half, the ones above it have to pass that too.
 
-        So has each rung of an upload, where the tenant had served what failed that half.
+        So has each rung where something of the tenant has failed that half lately.
         """
         judgement: Judgement | None = None
-        both = upload and await asyncio.to_thread(self.examiner.failed.has, tenant_of(name))
         failed: list[Failed] = []
         for rules in rungs:
             judgement = await judge(rules, judgement)
@@ -143,7 +142,8 @@ class Exam(NoExam):
                     failed.append(Failed(asked.rung, found, terms.threshold, again=False))
                     continue
                 again = await asyncio.to_thread(self._held_out.of_same_files, asked.key)
-                if again is None and (both or any(rung.again for rung in failed)):
+                if again is None and (any(rung.again for rung in failed) or await self._is_marked(name)):
+                    ticket()
                     again = await self.examiner.examine_again(asked, judgement.bytes)
             except NotLoaded as error:
                 if not upload:
@@ -152,6 +152,7 @@ class Exam(NoExam):
             if again is None or terms.passes(again, policy):
                 return Decided(judgement)
             failed.append(Failed(asked.rung, again, terms.threshold, again=True))
+            await self.note_failures([name])
         assert judgement is not None
         return Decided(_refused(judgement, [refusal(len(rungs))]), tuple(failed))
 
@@ -182,14 +183,13 @@ class Exam(NoExam):
         for tenant in sorted({tenant_of(name) for name in names} - {""}):
             await asyncio.to_thread(self.examiner.failed.note, tenant)
 
+    async def _is_marked(self, name: str) -> bool:
+        """Whether something of the tenant has failed the held-out half lately. It may fail during an exam."""
+        return await asyncio.to_thread(self.examiner.failed.has, tenant_of(name))
+
     async def share_failures(self, keys: Sequence[str]) -> None:
         """By the verdicts' files. Reads the store."""
-
-        def share() -> None:
-            for key in keys:
-                self._held_out.of_same_files(key)
-
-        await asyncio.to_thread(share)
+        await asyncio.to_thread(self._held_out.share, keys)
 
     async def renew(self) -> str:
         """Looks at the file of probes."""
@@ -242,6 +242,11 @@ class Exam(NoExam):
         for sheet in (self.examiner.sheets.first, self.examiner.sheets.held_out):
             sheet.mark_used()
         return self._held_out.read_changed(keys)
+
+    @property
+    def scored(self) -> float:
+        """Of this API server process."""
+        return self.examiner.scored
 
     def counted(self) -> Counted:
         """Reads their files."""

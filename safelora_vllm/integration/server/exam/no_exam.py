@@ -122,7 +122,7 @@ class NoExam:
         return False
 
     async def note_failures(self, names: Sequence[str]) -> None:
-        """What these names served has failed: ask their tenants' uploads both halves for a while."""
+        """What these names served has failed: ask their tenants' adapters both halves for a while."""
 
     async def share_failures(self, keys: Sequence[str]) -> None:
         """Have what re-examinations found of other copies count for these, where the files are the same."""
@@ -156,6 +156,11 @@ class NoExam:
     def terms(self, name: str) -> Terms:  # noqa: ARG002
         """What holds for the adapters of a name."""
         return Terms("off", math.inf)
+
+    @property
+    def scored(self) -> float:
+        """When an exam last gave a score, seconds of the monotonic clock."""
+        return -math.inf
 
     def counted(self) -> Counted:
         """The exams of all API servers of this host."""
