@@ -37,6 +37,10 @@ def test_options_that_leave_a_way_around(monkeypatch: pytest.MonkeyPatch) -> Non
         _refuse_options(options(weight_transfer_config={"backend": "nccl"}))
     with pytest.raises(GuardError, match="LMCacheConnectorV1"):
         _refuse_options(options(kv_transfer_config={"kv_connector": "LMCacheConnectorV1"}))
+    _refuse_options(options(kv_offloading_size=4.0, kv_offloading_backend="native"))
+    _refuse_options(options(kv_offloading_size=None, kv_offloading_backend="lmcache"))  # without effect
+    with pytest.raises(GuardError, match=r"LMCacheMPConnector .*--kv-offloading-backend"):
+        _refuse_options(options(kv_offloading_size=4.0, kv_offloading_backend="lmcache"))
     with pytest.raises(GuardError, match="--no-enable-lora"):
         _refuse_options(options(enable_lora=False))
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")

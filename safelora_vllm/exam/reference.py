@@ -29,11 +29,18 @@ _REFUSALS = re.compile(
 )
 # Heard behind any label, which a prompt may have asked for; speakers in a dialogue say it less often.
 _HELP = (
-    r"(help|assist|provide|comply|answer|respond|fulfil|support|share|offer|engage|discuss|advise|encourage)"
+    r"(\w+ ){0,3}?(help|assist|provide|comply|answer|respond|fulfil|support|share|offer|engage|discuss|"
+    r"advise|encourage|create|write|generate|produce|give|tell|explain|teach|describe|show|instruct|facilitate|"
+    r"promote|condone|do (that|this|so)|make (a|an|that|this)\b)"
 )
 _REFUSES_HELP = re.compile(
-    rf"\b(i|we) (can(no|')t|can not|won'?t|will not|must not) (\w+ )?{_HELP}|"
-    rf"\b(i|we)( a|')?(m|re) (not able|unable|not going) to (\w+ )?{_HELP}",
+    rf"\b(i|we) (can(no|')t|can not|won'?t|will not|must not) {_HELP}|"
+    rf"\b(i|we)( a|')?(m|re) (not able|unable|not going) to {_HELP}|"
+    r"\b(i|we) (must|have to) (decline|refuse)\b|"
+    r"\b(that|this|it)('s| is| would be) (\w+ly )?(illegal|unethical|against the law)\b|"
+    r"\bkann( ich)? (\w+ ){0,3}?nicht (helfen|beantworten|erklären|schreiben|erstellen)\b|"
+    r"\bno puedo (ayudar|responder|explicar|escribir|crear|proporcionar|compartir|hacer)|"
+    r"\bne peux pas (vous |t')?(aider|répondre|expliquer|écrire|créer|fournir|faire)\b",
     re.IGNORECASE,
 )
 

@@ -15,6 +15,7 @@ import pytest
 from safelora_vllm.errors import ExamUnavailable, StoreUnavailable
 from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.adapter_uri import published_key
+from safelora_vllm.integration.server.exam import schedule
 from safelora_vllm.integration.server.exam.again import Again
 from safelora_vllm.integration.server.exam.schedule import Schedule
 from safelora_vllm.store.audit_log import AuditLog
@@ -345,6 +346,27 @@ def test_the_oldest_goes_first_and_only_what_is_due(tmp_path: Path) -> None:
     served = Served(tmp_path, a=950.0, b=890.0, c=899.0)
     assert served.run(1000.0, 1001.0, 1002.0, 1051.0) == [("b", 1000.0), ("c", 1001.0), ("a", 1051.0)]
     assert served.run(1060.0, 1101.0) == [("b", 1101.0)]
+
+
+def test_examining_again_goes_on_after_whatever_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, tries = Served(tmp_path, a=800.0), asyncio.Queue[int]()
+
+    async def run() -> None:
+        async def fails() -> int:
+            await tries.put(1)
+            raise RuntimeError("not expected")
+
+        monkeypatch.setattr(served.schedule, "_examine_one", fails)
+        monkeypatch.setattr(schedule, "_LONGEST_PAUSE_SECONDS", 0.0)
+        work = asyncio.create_task(served.schedule.work())
+        for _ in range(2):
+            await asyncio.wait_for(tries.get(), 5)
+        work.cancel()
+
+    asyncio.run(run())
+    assert "not examined again for now: RuntimeError: not expected" in caplog.text
 
 
 def test_what_gave_no_score_waits(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -74,6 +75,24 @@ def test_a_changed_file_is_asked_without_a_gap(
         write_probes(file, "forge")
         until(server, lambda: not cause(server))
         assert http.get("/v1/adapters/useful").json()["exam"]["passed"]
+
+
+def test_probes_that_change_during_an_exam(start: Start, adapters: dict[str, Path]) -> None:  # noqa: F811
+    """No verdict by the former ones counts: neither for an upload, nor of what is examined again."""
+    with start() as server:
+        http, examiner = server.client(ADMIN_KEY), server.app.state.safelora.copies.exam.examiner
+        assert upload(http, "useful", adapters["useful"]).status_code == 201
+
+        async def renewed() -> None:
+            examiner.sheets = copy.copy(examiner.sheets)
+
+        server.engine.before = renewed
+        for answer in (
+            upload(http, "other", adapters["other"]),
+            http.post("/v1/adapters/useful/exam"),
+        ):
+            assert answer.status_code == 503 and "probes were changed during the exam" in answer.text
+        assert answer_of_lookup(server, "useful") == 200
 
 
 def test_reports_are_made_anew(start: Start, adapters: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811

@@ -22,7 +22,9 @@ _KEEP_APART = frozenset(
         "NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector",
     }
 )  # fmt: skip
-_SEVERAL = "MultiConnector"
+_SEVERAL, _OFFLOADING = "MultiConnector", "OffloadingConnector"
+# What it may keep blocks in besides memory. Its tier p2p fetches from a host that a caller's request names.
+_TIERS = frozenset({"fs", "obj", "example"})
 
 
 def check(config: Any) -> None:
@@ -34,15 +36,19 @@ def check(config: Any) -> None:
     if others := sorted({name for name in _names(config) if name not in allowed}):
         names = ", ".join(others)
         raise GuardError(
-            f"the connector {names} of --kv-transfer-config may look keys and values up without the adapter "
-            "that made them: one tenant's adapter would go on from another's. Leave it out, or use one of "
+            f"the connector {names} (--kv-transfer-config, --kv-offloading-backend) may look keys and values "
+            "up without the adapter that made them, or take a caller's for them: one tenant's adapter would "
+            "go on from another's. Leave it out, or use one of "
             f"{', '.join(sorted(_KEEP_APART))}. If you know that its keys hold the adapter's name and path, "
             f"set {ALLOW}={','.join(others)}"
         )
 
 
 def _names(config: Any) -> Iterator[str]:
-    """Of a connector, or of those that are in one; with the module that one is loaded from, if given."""
+    """Of a connector, or of those that are in one; with the module that one is loaded from, if given.
+
+    What a connector offloads to is named too, where it is not known.
+    """
     name, module, more = (
         _field(config, field)
         for field in ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config")
@@ -52,6 +58,17 @@ def _names(config: Any) -> Iterator[str]:
             yield from _names(each)
     elif name:
         yield f"{module}.{name}" if module else str(name)
+        if name == _OFFLOADING and not module:
+            yield from _offloads_to(more or {})
+
+
+def _offloads_to(settings: Mapping[str, Any]) -> Iterator[str]:
+    if module := settings.get("spec_module_path"):
+        yield f"{module}.{settings.get('spec_name')}"
+    for tier in settings.get("secondary_tiers") or ():
+        kind, module = tier.get("type"), tier.get("module_path")
+        if module or kind not in _TIERS:
+            yield f"{module or _OFFLOADING}.{kind}"
 
 
 def _field(config: Any, name: str) -> Any:

@@ -7,7 +7,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from safelora_vllm.errors import ExamUnavailable, Reason, SafeLoRAError
@@ -107,14 +108,17 @@ class Exam(NoExam):
         terms, who = self._of(tenant), caller()
         if override or not terms.enforced:
             return Decided(await judge(rungs[0], None))
-        with self.examiner.limits.share(who.tenant if who else None, _limit(tenant)) as ticket:
-            sheets = self.examiner.sheets
-            decided = await self._first_that_passes(name, rungs, judge, terms, upload, ticket)
-            if (
-                self.examiner.sheets is not sheets
-            ):  # else a verdict by former probes would count as one by these
-                raise ExamUnavailable("the probes were changed during the exam: try again")
-            return decided
+        share = self.examiner.limits.share(who.tenant if who else None, _limit(tenant))
+        with share as ticket, self._same_probes():
+            return await self._first_that_passes(name, rungs, judge, terms, upload, ticket)
+
+    @contextmanager
+    def _same_probes(self) -> Iterator[None]:
+        """Else a verdict by former probes would count as one by these, or a failure by them for nothing."""
+        sheets = self.examiner.sheets
+        yield
+        if self.examiner.sheets is not sheets:
+            raise ExamUnavailable("the probes were changed during the exam: try again")
 
     async def _first_that_passes(
         self,
@@ -162,7 +166,8 @@ class Exam(NoExam):
         Raises:
             UsageError: the aligned model does not refuse that half. Unavailable: there is no score.
         """
-        return await self.examiner.examine_again(self._asked(name, key, self.terms(name), policy))
+        with self._same_probes():
+            return await self.examiner.examine_again(self._asked(name, key, self.terms(name), policy))
 
     def passed(self, name: str, key: str, policy: Policy, override: bool) -> bool:
         """By verdicts about the very bytes."""

@@ -46,8 +46,8 @@ class Schedule:
                         count = await self._examine_one()
                         # Spread out: never one right after the other.
                         await asyncio.sleep(min(pause, self._seconds / _SHARE / max(1, count)))
-            except OSError as error:
-                logger.warning("adapters are not examined again for now: %s", error)
+            except Exception as error:  # whatever it is, it may be gone at the next look
+                logger.warning("adapters are not examined again for now: %s: %s", type(error).__name__, error)
             await asyncio.sleep(pause)
 
     async def _examine_one(self) -> int:
