@@ -7,6 +7,10 @@ import argparse
 from safelora_vllm.cli import DONE
 
 MODEL = "its folder, hub id, or s3://, gs://, az:// or https:// address"
+_ADVICE = (
+    "Was the base model only pretrained? Then the default policy may bring back few refusals: docs/policies.md "
+    "says what to set instead"
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,5 +73,6 @@ def run(args: argparse.Namespace) -> int:
         exact=args.exact,
         **given,
     )
+    print(_ADVICE)
     print(f"projector cache written to {cache.folder}")
     return DONE
