@@ -8,8 +8,8 @@ from safelora_vllm.cli import DONE
 
 MODEL = "its folder, hub id, or s3://, gs://, az:// or https:// address"
 _ADVICE = (
-    "Was the base model only pretrained? Then the default policy may bring back few refusals: docs/policies.md "
-    "says what to set instead"
+    "Was the base model only pretrained? Then the default policy may bring back few refusals: "
+    "docs/policies.md says what to set instead"
 )
 
 
