@@ -46,7 +46,6 @@ from safelora_vllm.integration.server.usage import TenantUsage
 from safelora_vllm.integration.server.visibility import visible
 
 _CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
-_PLAIN = {**_CHANGES, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
