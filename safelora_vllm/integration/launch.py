@@ -158,6 +158,8 @@ def _refuse_options(args: argparse.Namespace) -> None:
     if getattr(args, "weight_transfer_config", None):
         raise GuardError(WEIGHT_TRANSFER)
     kv_connectors.check(getattr(args, "kv_transfer_config", None))
+    if getattr(args, "kv_offloading_size", None) and args.kv_offloading_backend == "lmcache":
+        kv_connectors.check({"kv_connector": "LMCacheMPConnector"})  # as vLLM understands it
     if not args.enable_lora:
         raise GuardError("--no-enable-lora leaves nothing to guard; leave it out, or start plain vLLM")
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0"
@@ -179,8 +181,8 @@ def _check_address(args: argparse.Namespace) -> None:
             trial.bind((host, args.port))
         except OSError as error:
             raise UsageError(
-                f"cannot listen on port {args.port} of {host or 'all addresses'} ({error.strerror}): stop what "
-                "listens there, or give another --port or --host"
+                f"cannot listen on port {args.port} of {host or 'all addresses'} ({error.strerror}): stop "
+                "what listens there, or give another --port or --host"
             ) from error
 
 

@@ -31,6 +31,8 @@ SERVER = "server"  # the actor of decisions that no caller asked for
 OPERATOR = "operator"  # of ``safelora-vllm store`` on the machine
 REJUDGE, DELETE_VERSION, EXAM = "rejudge", "delete-version", "exam"
 ACTIONS = ("upload", "load", "rollback", "policy", "delete", "unload", DELETE_VERSION, REJUDGE, EXAM)
+# unchanged: a replacement by what is served. unknown: the change was interrupted, with a bucket.
+DECISIONS = ("accepted", "refused", "removed", "unchanged", "unknown")
 SEARCHED = 8 * 1024 * 1024  # bytes of the log's end in which `AuditLog.newest` looks
 _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
@@ -249,7 +251,7 @@ def _last_lines(path: Path, most: int) -> tuple[list[bytes], int, bool]:
 
 
 def audit_fields(report: Report, decision: str) -> dict[str, Any]:
-    """What a record says of a report. decision: accepted or refused."""
+    """What a record says of a report. decision: one of `DECISIONS`."""
     return {
         "decision": decision,
         "digest": report.digest,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, Reason
 from safelora_vllm.integration.server.overview import _item
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.route_parts import Recorded
+from safelora_vllm.store.audit_log import DECISIONS
 from safelora_vllm.tenants.principal import Principal
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_server import FakeServer
@@ -95,6 +98,9 @@ def test_who_sees_which_decisions(fake: FakeServer, drafts: dict[str, Path], tmp
     assert told(acme, adapter="globex/x") == told(acme, adapter="shared") == told(acme, adapter="none") == []
     assert [name for name, _, _ in told(admin)][:2] == ["acme/x", "shared"]
     assert told(admin, limit=1) == own[:1] and told(acme, decision="refused") == own[1:2]
+    assert get_args(Recorded) == DECISIONS
+    for decision in DECISIONS:
+        assert all(said == decision for _, _, said in told(admin, decision=decision))
     record = acme.get("/v1/audit?decision=refused").json()["records"][0]
     assert (record["actor"], record["reasons"], record["version"]) == ("acme/ci", ["dora"], None)
     for wrong in ({"limit": 0}, {"limit": 201}, {"decision": "maybe"}):

@@ -12,6 +12,7 @@ from safelora_vllm.integration.server.registry import Entry, why_unavailable
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.policy import Policy
+from safelora_vllm.store.audit_log import DECISIONS
 from safelora_vllm.tenants.principal import Kind, Principal
 
 State = Literal["served", "refused", "unavailable"]
@@ -92,7 +93,7 @@ class AuditRecord(BaseModel):
     actor: str = Field(description="id of the key, or server or operator")
     action: str
     adapter: str
-    decision: str = Field(description="accepted, refused or removed")
+    decision: str = Field(description=f"one of {', '.join(DECISIONS)}")
     reasons: list[str] = Field(description="reason codes of a refusal, or quota")
     version: int | None
     override: bool

@@ -60,7 +60,7 @@ def answers(request: Request) -> Views:
 Caller = Annotated[Principal, Depends(identified)]
 Managed = Annotated[Manager, Depends(manager)]
 Shown = Annotated[Views, Depends(answers)]
-Decision = Literal["accepted", "refused", "removed", "unchanged"]
+Recorded = Literal["accepted", "refused", "removed", "unchanged", "unknown"]  # DECISIONS of the audit log
 
 
 class BoundedRoute(APIRoute):

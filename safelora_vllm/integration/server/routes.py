@@ -25,8 +25,8 @@ from safelora_vllm.integration.server.readiness import Readiness
 from safelora_vllm.integration.server.route_parts import (
     BoundedRoute,
     Caller,
-    Decision,
     Managed,
+    Recorded,
     Shown,
 )
 from safelora_vllm.integration.server.schemas import (
@@ -145,7 +145,7 @@ async def get_audit(
     who: Caller,
     shown: Shown,
     adapter: str | None = None,
-    decision: Decision | None = None,
+    decision: Recorded | None = None,
     limit: Annotated[int, Query(ge=1, le=MOST_RECORDS)] = 50,
 ) -> Any:
     """The newest decisions about adapters that the caller may change."""

@@ -83,7 +83,7 @@ class Views:
         return {**first, "again": again} if first else None
 
     def verdict(self, who: Principal, entry: Entry) -> dict[str, Any] | None:
-        """The body of `Verdict`, of an adapter that may not be served."""
+        """The body of `Verdict`; None where nothing is served, or it was not examined."""
         if entry.served is None or (info := self._exam_info(who, entry)) is None:
             return None
         found = [info, info["again"]] if info["again"] else [info]

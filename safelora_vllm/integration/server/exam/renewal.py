@@ -59,7 +59,7 @@ class Renewal:
 
 
 def stamp_of(file: Path) -> Stamp:
-    """What differs when a file was written or replaced; nothing where it cannot be seen."""
+    """What differs when a file was written, replaced or removed."""
     try:
         return states([file])
     except OSError:
