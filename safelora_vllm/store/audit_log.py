@@ -25,6 +25,7 @@ from safelora_vllm import __version__
 from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.files import replace_file
 from safelora_vllm.report import Report
+from safelora_vllm.store.name_record import tenant_of
 
 logger = logging.getLogger("vllm.safelora.audit")
 SERVER = "server"  # the actor of decisions that no caller asked for
@@ -79,8 +80,8 @@ class AuditLog:
                 now = datetime.now(UTC)  # under the lock, so that lines stand in the order of their times
                 record["time"] = now.isoformat(timespec="microseconds")
                 self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
-                if record.get("decision") == "refused" and "/" in adapter:
-                    self._remember(adapter.partition("/")[0], record)
+                if record.get("decision") == "refused" and (tenant := tenant_of(adapter)):
+                    self._remember(tenant, record)
                 if once:
                     replace_file(self.folder / _FOUND, json.dumps({**self._found(), adapter: once}).encode())
         except OSError as error:

@@ -59,8 +59,8 @@ from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore
 from safelora_vllm.store.audit_log import SERVER, AuditLog, audit_fields
 from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.store.mirror import open_names
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.store.recorded import RecordedNames
-from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 logger = logging.getLogger("vllm.safelora.reconcile")

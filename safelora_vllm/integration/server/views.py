@@ -18,7 +18,6 @@ from safelora_vllm.integration.server.usage import usage_of
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord
-from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.keys_file import Tenant
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import own_records
@@ -56,8 +55,7 @@ class Views:
         """The body of `AdapterReport` for a caller, of an adapter that is served."""
         name, shown = entry.name, self.reconciler.copies.shown(entry.current().report)
         found = report_of(entry, shown, who.kind == "admin" or self.tenant_reports == "full")
-        own = who.kind == "admin" or (who.tenant and who.tenant == tenant_of(name))
-        traffic = _traffic_info(self.traffic(name)) if own else None
+        traffic = _traffic_info(self.traffic(name)) if who.may_manage(name) else None
         return {**found, "traffic": traffic, "exam": self._exam_info(who, entry)}
 
     def exam(self, who: Principal) -> dict[str, str]:
