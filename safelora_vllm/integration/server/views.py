@@ -15,7 +15,7 @@ from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import exam_figures, report_of, summary_of
 from safelora_vllm.integration.server.traffic import Traffic
 from safelora_vllm.integration.server.usage import usage_of
-from safelora_vllm.integration.server.visibility import look_up, unknown
+from safelora_vllm.integration.server.visibility import check_visible, look_up, unknown
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord
 from safelora_vllm.tenants.keys_file import Tenant
@@ -99,8 +99,8 @@ class Views:
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
-        names = self.reconciler.names
-        record = await asyncio.to_thread(names.get, name) if who.may_use(name) else None
+        check_visible(who, name)
+        record = await asyncio.to_thread(self.reconciler.names.get, name)
         if record is None:
             raise unknown(name)
         return record
