@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from safelora_vllm.errors import AdapterRefused
 from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
@@ -54,7 +53,7 @@ def may_load(reconciler: Reconciler, before: AdapterRecord, judged: Judged) -> b
     entry = reconciler.registry.get(before.name)
     if entry is None or entry.served:
         return False
-    return isinstance(entry.problem, AdapterRefused) or judged.report.digest == before.live.digest
+    return entry.refusal is not None or judged.report.digest == before.live.digest
 
 
 def is_served(reconciler: Reconciler, name: str) -> bool:
