@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from safelora_vllm.errors import AdapterRefused, ExamUnavailable, GateUnavailable, SafeLoRAError, fresh_copy
 from safelora_vllm.files import FileState
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.report import Report
 from safelora_vllm.store import Version
 
@@ -35,6 +36,11 @@ class Served:
     request: LoRARequest
     report: Report
     copy: tuple[FileState, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of the published copy."""
+        return published_key(self.request.lora_path)
 
     @cached_property
     def figures(self) -> dict[str, float | int | None]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelora_vllm.errors import Forbidden, UsageError
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.exam.terms import OWN
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -71,7 +70,7 @@ class Views:
         """The body of `ExamInfo`. Scores would help whoever tries out the exam."""
         exam = self.reconciler.copies.exam
         served, terms = entry.current(), exam.terms(entry.name)
-        key, policy = published_key(served.request.lora_path), served.report.policy
+        key, policy = served.key, served.report.policy
         first, again = (
             {
                 **exam_figures(found, who.kind == "admin"),
