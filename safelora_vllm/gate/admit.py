@@ -21,7 +21,7 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused
+from safelora_vllm.errors import AdapterRefused, codes_of
 from safelora_vllm.gate.address import Frame, address, ruleset_digest
 from safelora_vllm.gate.caps import check_norms, check_sound, check_total, coherence
 from safelora_vllm.methods.judge import JudgedModule, judge
@@ -240,7 +240,7 @@ def _answer(admission: Admission) -> Admission:
         share += f" ({report.uncertain} of uncertain similarity)"
     idle = "; it changes nothing: each module has an A or a B of zeros" if report.changes_nothing else ""
     if not report.accepted:
-        codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
+        codes = ",".join(codes_of(report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
         how = NOTHING if report.policy.selects_none else f"{share} projected by {report.policy.method}"

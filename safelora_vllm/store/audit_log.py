@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from safelora_vllm import __version__
-from safelora_vllm.errors import StoreUnavailable, UsageError
+from safelora_vllm.errors import StoreUnavailable, UsageError, codes_of
 from safelora_vllm.files import replace_file
 from safelora_vllm.report import Report
 from safelora_vllm.store.name_record import tenant_of
@@ -258,7 +258,7 @@ def audit_fields(report: Report, decision: str) -> dict[str, Any]:
         "digest": report.digest,
         "projectors": report.projectors,
         "policy": report.to_dict()["policy"],
-        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+        "reasons": codes_of(report.reasons),
         "release": __version__,
         **({"signed_by": report.signed_by} if report.signed_by else {}),
     }
