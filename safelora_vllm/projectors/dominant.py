@@ -32,12 +32,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING
 from safelora_vllm.projectors.subspace import CONVERGED, dominant_columns, gram, largest_beyond
 
 _ROWS = 1024  # of V, in float64 at once
 _SQUARED = 1e-6  # of σ_1²: larger values are accurate as eigenvalues of a Gram matrix, and that is faster
 _SPARE = 4  # columns, where float32 has counted too few
-ROUNDING = 1e-9  # of a share of energy
 # V was rounded to float32, which moves C by 2⁻²³ σ_1 at most; and products with it, per column, by less than
 # 2⁻²² σ_i: 2⁻²⁴ for each of V's rows, of which partial sums are shorter than ‖V‖_F σ_i.
 _OF_V, _OF_PRODUCTS = 2.0**-23, 2.0**-22
@@ -80,7 +80,7 @@ def dominant(
         return None
     basis, far, sizes = _exact_on_one_side(v, norm, found[0][:, : found[1] + _SPARE])
     shares = (sizes**2).cumsum(0)
-    k = int((shares < energy - ROUNDING).sum()) + 1
+    k = int((shares < energy - ENERGY_ROUNDING).sum()) + 1
     if k > len(shares):
         return None
     basis, far, sizes, shares = basis[:, :k], far[:, :k], sizes[:k], shares[:k]

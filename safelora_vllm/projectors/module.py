@@ -12,7 +12,7 @@ from torch import Tensor
 from safelora_vllm.errors import CheckpointError
 from safelora_vllm.projectors.dominant import dominant
 from safelora_vllm.projectors.exact_products import exact_products
-from safelora_vllm.projectors.manifest import THIN
+from safelora_vllm.projectors.manifest import ENERGY_ROUNDING, THIN
 from safelora_vllm.projectors.weight_change import weight_change
 
 Built = tuple[dict[str, Any], dict[str, Tensor]]  # fields of `ModuleEntry` and what the shards hold
@@ -102,7 +102,7 @@ def _bases(delta: Tensor, small: Tensor, wide: bool, max_energy: float) -> dict[
     values, vectors = torch.linalg.eigh(small)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     shares = values.cumsum(0) / values.sum()
-    k = min(int((shares < max_energy - 1e-9).sum()) + 1, len(shares))
+    k = min(int((shares < max_energy - ENERGY_ROUNDING).sum()) + 1, len(shares))
     near = vectors[:, :k]
     far = torch.linalg.qr((delta.T if wide else delta) @ near).Q
     left, right = (near, far) if wide else (far, near)
