@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from safelora_vllm.errors import StoreUnavailable
+from safelora_vllm.errors import StoreUnavailable, UsageError
 
 STALE_SECONDS = 3600.0
 _TEMPORARY = ".new-"
@@ -105,6 +105,19 @@ def writing(root: Path) -> Iterator[None]:
             f"the adapter store {root} cannot be written ({error.strerror or error}); free space or fix "
             "its permissions, then try again"
         ) from error
+
+
+def not_written(error: OSError) -> StoreUnavailable:
+    """What a caller is told whose adapter cannot be received."""
+    return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try again later")
+
+
+def check_new(out: Path) -> None:
+    """Raises:
+    UsageError: ``out`` exists.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
 
 
 @contextlib.contextmanager

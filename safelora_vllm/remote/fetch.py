@@ -16,7 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, joined_digest
-from safelora_vllm.errors import AdapterRefused, StoreUnavailable, refuse
+from safelora_vllm.errors import AdapterRefused, refuse
+from safelora_vllm.files import not_written
 from safelora_vllm.remote import clouds, pinned
 from safelora_vllm.remote.address import Source
 from safelora_vllm.remote.reach import Reach
@@ -100,9 +101,7 @@ def fetch(
         _check_unchanged(config)
         _compare(source, digest, joined_digest(_sha256(config.file), _sha256(weights.file)))
     except OSError as error:
-        raise StoreUnavailable(
-            f"the adapter store cannot be written ({error.strerror}); try again later"
-        ) from error
+        raise not_written(error) from error
     return folder
 
 

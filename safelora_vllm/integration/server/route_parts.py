@@ -13,7 +13,7 @@ from starlette.types import Message
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
-from safelora_vllm.integration.server.http_errors import NotServing
+from safelora_vllm.integration.server.http_errors import without_lora
 from safelora_vllm.integration.server.uploads import TooLarge
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.tenants.principal import Principal
@@ -42,7 +42,7 @@ def manager(request: Request) -> Manager:
     """
     current: Manager | None = getattr(request.app.state, "safelora_manager", None)
     if current is None:
-        raise NotServing("this server was started without LoRA; start it with --enable-lora")
+        raise without_lora()
     return current
 
 

@@ -12,7 +12,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from safelora_vllm.integration.server import loading_routes
 from safelora_vllm.integration.server.exam.hidden_name import without_hidden
-from safelora_vllm.integration.server.http_errors import NotServing, documented
+from safelora_vllm.integration.server.http_errors import documented, without_lora
 from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.overview import (
     MOST_RECORDS,
@@ -178,6 +178,6 @@ async def ready(request: Request, strict: bool = False) -> JSONResponse:
     With strict also whether adapters can be changed: gate and store are in order."""
     current: Metrics | None = getattr(request.app.state, "safelora_metrics", None)
     if current is None:
-        raise NotServing("this server was started without LoRA; start it with --enable-lora")
+        raise without_lora()
     answer = (await current.readiness.findings()).answer(strict)
     return JSONResponse(answer.model_dump(), 200 if answer.ready else 503)
