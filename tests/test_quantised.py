@@ -28,7 +28,6 @@ from tests.tiny import LLAMA, UP0, Pair, aligned_weights, base_weights, module_s
 GROUP = 16
 FORMS = quantised.forms(GROUP)
 MODULES = list(module_shapes())
-ROUNDED = [name for name in FORMS if not name.startswith("bitsandbytes")]
 GUESSED = "is not a copy of the aligned model"
 Change = Callable[[dict[str, Tensor]], object]
 

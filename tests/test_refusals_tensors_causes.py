@@ -19,7 +19,7 @@ from safelora_vllm.store import PublishedStore
 from tests.refusing import judge
 from tests.tiny import Q0, Draft, key, module_shapes, safetensors_bytes
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 V0, V1 = (f"model.layers.{layer}.self_attn.v_proj" for layer in range(2))
 Said = Callable[[Draft], list[tuple[str, str]]]
 

@@ -277,7 +277,7 @@ def stated(change: Callable[[dict[str, Any]], object]) -> bytes:
 
 
 VALID = bundle(json.dumps(statement(FILES)).encode(), KEY)
-SIG, PAYLOAD = VALID["dsseEnvelope"]["signatures"][0], VALID["dsseEnvelope"]["payload"]
+SIG = VALID["dsseEnvelope"]["signatures"][0]
 OTHERS = base64.b64encode(json.dumps(statement({**FILES, "x": b""})).encode()).decode()
 
 

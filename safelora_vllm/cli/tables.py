@@ -130,9 +130,9 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def print_bulk(report: BulkReport, policy: Policy, console: Console | None = None) -> None:
+def print_bulk(report: BulkReport, policy: Policy) -> None:
     """Print the adapters of a folder that were not accepted, then how many there are of each answer."""
-    console = console or terminal()
+    console = terminal()
     others = [record for record in report.records if record.answer != "accepted"]
     if others:
         table = Table(title=f"{policy.summary}, {policy.mode}")

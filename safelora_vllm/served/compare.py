@@ -24,7 +24,7 @@ from safelora_vllm.served.scales import CELL
 from safelora_vllm.served.stored import Place, Stored
 
 RESCALED_FROM = 1.5  # times the expected ‖·‖² of rounding: rows that are so far off are tried with factors
-_WEIGHT, _BIAS, _HEAD, _EMBEDDING = ".weight", ".bias", "lm_head.weight", "model.embed_tokens.weight"
+_WEIGHT, _BIAS, _HEAD = ".weight", ".bias", "lm_head.weight"
 # Of activations and of the key-value cache: they are no weights.
 _OTHER = (
     ".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".kv_scale",

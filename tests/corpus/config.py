@@ -7,7 +7,6 @@ from typing import Any
 from tests.corpus.case import Hostile, Spoil, config, neutralised, spoiled
 
 _HUGE = 10**400
-_SOUND_R = 4
 
 
 def each(row: str, key: str, code: str, values: list[Any]) -> list[Hostile]:
