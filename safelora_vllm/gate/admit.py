@@ -133,20 +133,23 @@ def admit(
         ProjectorCacheError: the projector cache is damaged.
     """
     stages = Stages()
+
+    def refused(error: AdapterRefused, digest: str) -> Admission:
+        report = Report.refused(name, digest, settings.cache.id, settings.policy, error)
+        return _answer(Admission(report, None, None, False, stages))
+
     try:
         with stages.time("read"):
             raw = read_adapter(folder, settings.limits, beside=signing is not None)
     except AdapterRefused as error:
-        report = Report.refused(name, "", settings.cache.id, settings.policy, error)
-        return _answer(Admission(report, None, None, False, stages))
+        return refused(error, "")
     signer = ""
     if signing is not None:
         try:
             with stages.time("signature"):
                 signer = signer_of(raw, signing)
         except AdapterRefused as error:
-            report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
-            return _answer(Admission(report, None, None, False, stages))
+            return refused(error, raw.digest)
     key, nbytes = settings.key(raw.digest), sum(map(len, raw.files.values()))
     if allowance is not None:
         allowance.check_bytes(raw.digest, nbytes)
@@ -171,8 +174,7 @@ def admit(
             # The stored report has no name and no signer: the same content may be served under several.
             published = store.publish(key, files, report.named("").signed(""))
     except AdapterRefused as error:
-        report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
-        return _answer(Admission(report, None, None, False, stages))
+        return refused(error, raw.digest)
     _keep(raw, raw_store, stages)
     return _answer(Admission(report, key, published, False, stages, nbytes))
 
