@@ -26,7 +26,7 @@ import psutil
 import recording
 from hot_load import Times, load_all, storm
 from random_adapters import write_adapters
-from recording import quantile
+from recording import POINTS, quantile
 from rich.console import Console
 from rich.table import Table
 from servers import Server, running
@@ -42,7 +42,6 @@ _SUMS = re.compile(r"^safelora_exam_seconds_(sum|count) (\S+)$", re.MULTILINE)
 _QUIET_SECONDS = 8.0
 _BUSY_SECONDS = 0.5  # of a thread that computes
 _CLOCKS = {"gap": "gap", "processor": "gap by clock"}
-_POINTS = {"p50": 0.5, "p99": 0.99, "longest": 1.0}
 
 
 def main() -> None:
@@ -122,7 +121,7 @@ def summarise(found: dict[str, list[Times]]) -> dict[str, Any]:
     """Each turn's values by server, their medians, and ratios, each of the medians of the turns."""
     rows: dict[str, Any] = {}
     for clock, key in _CLOCKS.items():
-        for point, share in _POINTS.items():
+        for point, share in POINTS.items():
             of_turns = {
                 exam: {
                     when: [quantile(times[f"{key}, {part}"], share) for times in found[exam]]

@@ -22,7 +22,7 @@ from typing import Any
 
 import recording
 from random_adapters import write_adapters
-from recording import quantile
+from recording import POINTS, quantile
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -156,11 +156,11 @@ def summarise(
     found: dict[str, list[list[float]]], quiet: list[list[float]], alone: list[list[float]]
 ) -> dict[str, Any]:
     """Per number of probes at once: quantiles of the steps and the exam's seconds, medians of the rounds."""
-    calm = {name: median(quantile(one, share) for one in quiet) for name, share in _SHARES.items()}
+    calm = {name: median(quantile(one, share) for one in quiet) for name, share in POINTS.items()}
     rows = {}
     for count, rounds in found.items():
-        row = {name: median(quantile(one, share) for one in rounds) for name, share in _SHARES.items()}
-        ratios = {name: row[name] / calm[name] for name in _SHARES}
+        row = {name: median(quantile(one, share) for one in rounds) for name, share in POINTS.items()}
+        ratios = {name: row[name] / calm[name] for name in POINTS}
         slowed = median(sum(step > 1.1 * calm["p99"] for step in one) for one in rounds)
         rows[count] = {
             "seconds": row,
@@ -177,9 +177,6 @@ def summarise(
     }
 
 
-_SHARES = {"p50": 0.5, "p99": 0.99, "longest": 1.0}
-
-
 def show(figures: dict[str, Any]) -> None:
     """Print a table."""
     table = Table(caption="seconds of a processor; over quiet: over steps that answer the stream alone")
@@ -194,7 +191,7 @@ def show(figures: dict[str, Any]) -> None:
     ):
         table.add_column(heading, justify="right")
     for count, row in figures["at_once"].items():
-        ratios = (f"{row['over_quiet'][name]:.2f}" for name in _SHARES)
+        ratios = (f"{row['over_quiet'][name]:.2f}" for name in POINTS)
         table.add_row(
             count, f"{row['steps']:g}", f"{row['slowed_steps']:g}", *ratios, f"{row['exam_seconds']:.1f}"
         )

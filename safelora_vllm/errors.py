@@ -172,7 +172,12 @@ class AdapterRefused(SafeLoRAError):
     @property
     def codes(self) -> list[str]:
         """The reason codes without repeats, in the order in which they were found."""
-        return list(dict.fromkeys(reason.code for reason in self.reasons))
+        return codes_of(self.reasons)
+
+
+def codes_of(reasons: Iterable[Reason]) -> list[str]:
+    """Their codes without repeats, in the order of the reasons."""
+    return list(dict.fromkeys(reason.code for reason in reasons))
 
 
 def fresh_copy(error: SafeLoRAError) -> SafeLoRAError:

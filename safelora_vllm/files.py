@@ -17,18 +17,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from safelora_vllm.errors import StoreUnavailable
+from safelora_vllm.errors import StoreUnavailable, UsageError
 
 STALE_SECONDS = 3600.0
 _TEMPORARY = ".new-"
 _ATTEMPTS = 5
 _REMEMBERED = 10_000
+_SETTLED_NS = 50_000_000
 FileState = tuple[int, int, int, int]
 
 
 def file_state(status: os.stat_result) -> FileState:
     """mtime and ctime in ns, size and inode: as long as they stay, what the file held is taken to hold."""
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
+def settled(stamp: int) -> int:
+    """A folder's mtime in ns, or -1 while a second change may leave it as it is.
+
+    A time stamp is as coarse as the kernel's clock tick.
+    """
+    return stamp if time.time_ns() - stamp > _SETTLED_NS else -1
 
 
 class FoundSound:
@@ -96,6 +105,17 @@ def writing(root: Path) -> Iterator[None]:
             f"the adapter store {root} cannot be written ({error.strerror or error}); free space or fix "
             "its permissions, then try again"
         ) from error
+
+
+def not_written(error: OSError) -> StoreUnavailable:
+    """What a caller is told whose adapter cannot be received."""
+    return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try again later")
+
+
+def check_new(out: Path) -> None:
+    """Raise UsageError where ``out`` exists."""
+    if out.exists():
+        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
 
 
 @contextlib.contextmanager

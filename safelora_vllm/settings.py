@@ -1,7 +1,7 @@
 """Settings of a guarded server: ``--additional-config '{"safelora": {…}}'`` reaches every worker.
 
-Each setting and its default stand here only: the gate is started with this class, the command's help is made
-from it, and the tables of docs/configuration.md are made from the docstrings.
+Each setting and its default stand here only: the gate is started with this class, the defaults in the
+command's help are read from it, and the tables of docs/configuration.md are made from the docstrings.
 """
 
 from __future__ import annotations

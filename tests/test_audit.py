@@ -22,11 +22,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safelora_vllm import durations
 from safelora_vllm.cli.audit import add_parser
+from safelora_vllm.durations import parse_since
 from safelora_vllm.errors import StoreUnavailable, UsageError
 from safelora_vllm.policy import Policy
 from safelora_vllm.store import audit_log as audit
-from safelora_vllm.store.audit_log import AuditLog, parse_since
+from safelora_vllm.store.audit_log import AuditLog
 
 _PROCESSES, _RECORDS = 4, 200
 # Processes of their own, not forks of this one.
@@ -51,7 +53,8 @@ class Clock(datetime):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
-    monkeypatch.setattr(audit, "datetime", Clock)
+    for module in (audit, durations):
+        monkeypatch.setattr(module, "datetime", Clock)
     monkeypatch.setattr(Clock, "present", Clock.present)
     return Clock
 

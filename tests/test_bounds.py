@@ -74,8 +74,7 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "projectors.selection": {"_TRANSPOSED_FAMILIES": {"gpt2", "gpt_bigcode", "openai-gpt"}},
     "projectors.weight_change": {"_ELEMENTS": 2**22, "_PLAIN": 2.0**30},
     "projectors.dominant": {
-        "_ROWS": 1024, "_SQUARED": 1e-6, "_SPARE": 4, "ROUNDING": 1e-9, "_OF_V": 2.0**-23,
-        "_OF_PRODUCTS": 2.0**-22,
+        "_ROWS": 1024, "_SQUARED": 1e-6, "_SPARE": 4, "_OF_V": 2.0**-23, "_OF_PRODUCTS": 2.0**-22,
     },
     "projectors.subspace": {
         "_ROWS": 512, "_FIRST": 32, "_SPARE": 16, "_MORE": 1.3, "_LARGEST": 0.25, "_GROWTH": 1.5,

@@ -23,6 +23,7 @@ from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.manifest import WHOLE
 from safelora_vllm.settings import FIELDS, ServerSettings
+from safelora_vllm.store.layout import DEFAULT_ROOT
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "configuration.md"
@@ -34,12 +35,13 @@ COMMANDS = (
     "store rm", "store preview", "audit", "statement", "top",
 )  # fmt: skip
 POLICY = tuple(field.name for field in dataclasses.fields(Policy))
-STORE = "`~/.local/share/safelora-vllm`"  # see default_root, which reads XDG_DATA_HOME
 # Variables that vLLM and the hub's client read, and that the page explains all the same.
 OF_OTHERS = {"VLLM_CPU_KVCACHE_SPACE", "HF_HUB_OFFLINE"}
 # Variables that the server's processes set for each other.
 INTERNAL = {"SAFELORA_ADMIN_API_KEY_MADE"}
-_MARKED = re.compile(r"(?<![\w/~.-])(--[a-z][\w-]*|[A-Z]+_[A-Z_]+|[a-z]+_[a-z_]+|~?/[a-z.]+[\w./-]*)")
+_MARKED = re.compile(
+    r"(?<![\w/~.-])(--[a-z][\w-]*|\$?[A-Z]+_[A-Z_]+(?:/[\w-]+)?|[a-z]+_[a-z_]+|~?/[a-z.]+[\w./-]*)"
+)
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -169,7 +171,7 @@ def serve() -> str:
 
 def setting_default(field: dataclasses.Field[object]) -> str:
     if field.name == "store":
-        return STORE
+        return code(DEFAULT_ROOT)
     if field.default is dataclasses.MISSING:
         return "none" if field.default_factory is not dataclasses.MISSING else "required"
     if isinstance(field.default, bool):

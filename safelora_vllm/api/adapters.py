@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safelora_vllm.adapters.read import read_adapter
 from safelora_vllm.api.opened import gate_settings, with_base_model
 from safelora_vllm.errors import AdapterRefused, UsageError
+from safelora_vllm.files import check_new
 from safelora_vllm.gate.admit import GateSettings, admit, evaluate
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -110,8 +111,7 @@ def project_adapter(
         ['dora']
     """
     out = Path(out)
-    if out.exists():
-        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
+    check_new(out)
     settings = gate_settings(projectors, policy, device)
     return write_projected(adapter, with_base_model(settings, base_model), out)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from safelora_vllm.api.opened import opened_cache, usable_device, warn_of_truncation
-from safelora_vllm.errors import ProjectorCacheError, UsageError
+from safelora_vllm.errors import UsageError
+from safelora_vllm.files import check_new
 from safelora_vllm.methods.calibration import Calibration, calibrate, calibrator_of, search_of
 from safelora_vllm.methods.reads import naming_default
 from safelora_vllm.policy import Policy
-from safelora_vllm.projectors.build import BuildOptions, build, check_new
-from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.build import BuildOptions, build
+from safelora_vllm.projectors.cache import ProjectorCache, check_not_empty
 from safelora_vllm.projectors.checkpoint import ModelName
 from safelora_vllm.remote.model import models_on_disk
 
@@ -116,8 +117,7 @@ def calibrate_policy(
     if keep_random is not None:
         search_of(policy.method)
     cache = opened_cache(projectors)
-    if not cache.modules:
-        raise ProjectorCacheError(f"the projector cache {cache.folder} has no modules; build it again")
+    check_not_empty(cache)
     operators = [cache.projector(name) for name in cache.modules]
     if policy.has_effect("energy") or cache.thin:  # read what the figures need, once: some kilobytes a module
         for operator in tqdm(operators, desc="Energies", unit="module", delay=1.0):

@@ -11,8 +11,9 @@ from typing import Any
 
 from safelora_vllm.cli.audit_table import Judged, print_records
 from safelora_vllm.cli.options import STORE
+from safelora_vllm.durations import parse_since
 from safelora_vllm.errors import UsageError
-from safelora_vllm.store.audit_log import ACTIONS, AuditLog, parse_since
+from safelora_vllm.store.audit_log import ACTIONS, AuditLog
 from safelora_vllm.store.layout import AUDIT, default_root
 
 _FILTERS = ("adapter", "actor", "action")

@@ -14,7 +14,7 @@ from safelora_vllm.errors import UsageError
 from safelora_vllm.exam.ladder import DEFAULT
 from safelora_vllm.exam.probes import COUNT
 from safelora_vllm.exam.score import THRESHOLD
-from safelora_vllm.policy import Policy
+from safelora_vllm.policy import CAPS, Policy
 
 if TYPE_CHECKING:
     from safelora_vllm.api.exam import Examination
@@ -70,7 +70,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the same from a file, such as a server's STORE/exam/secret: asks what that server asks first, "
         "also of a file of probes",
     )
-    for cap in ("max_relative_norm", "max_total_norm"):
+    for cap in CAPS:
         value = getattr(default, cap)
         parser.add_argument(
             f"--{cap.replace('_', '-')}",

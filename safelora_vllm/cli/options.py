@@ -10,10 +10,11 @@ from typing import Any
 
 from safelora_vllm.methods import METHODS
 from safelora_vllm.policy import MODES, SELECTIONS, Policy
+from safelora_vllm.store.layout import DEFAULT_ROOT
 
 _DEFAULT = Policy()
 ADAPTER = "folder that PEFT saved, or a .tar, .tar.gz or .zip of one"
-STORE = "the server's --adapter-store; default: ~/.local/share/safelora-vllm"
+STORE = f"the server's --adapter-store; default: {DEFAULT_ROOT}"
 _FIELD = re.compile(r"`([a-z_]+)`")
 # Fields and arguments whose options have their names.
 _OPTIONS = {field.name for field in dataclasses.fields(Policy)} | {

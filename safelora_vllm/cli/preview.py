@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.cli import DONE
 from safelora_vllm.cli.options import add_gate_options, chosen_policy
-from safelora_vllm.errors import AdapterRefused, UsageError
+from safelora_vllm.errors import AdapterRefused, UsageError, codes_of
 
 if TYPE_CHECKING:
     from safelora_vllm.policy import Policy
@@ -36,7 +36,7 @@ class Verdict:
     def of(cls, report: Report) -> Verdict:
         return cls(
             accepted=report.accepted,
-            reasons=list(dict.fromkeys(reason.code for reason in report.reasons)),
+            reasons=codes_of(report.reasons),
             mode=report.policy.mode,
             projected=report.count("projected"),
             modules=len(report.modules),
@@ -122,7 +122,7 @@ def _changes(
         report = published.report(live.key) if live.key else None
         before = Verdict.of(report) if report else None
         if live.refused:
-            codes = list(dict.fromkeys(reason.code for reason in live.refused))
+            codes = codes_of(live.refused)
             before = Verdict(False, codes, "", 0, 0, None, 0.0)
         yield Change(record.name, live.version, before, _judge(raw.path(live.digest), record.name, settings))
 

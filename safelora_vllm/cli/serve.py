@@ -27,6 +27,7 @@ from safelora_vllm.settings import (
     WORKER,
     ServerSettings,
 )
+from safelora_vllm.store.layout import DEFAULT_ROOT
 
 _NEEDED = ("vllm", "fastapi")
 
@@ -45,8 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         dest="store",
         type=_absolute,
         metavar="DIR",
-        help="folder for uploads, published copies, names and the audit log; default: "
-        "~/.local/share/safelora-vllm",
+        help=f"folder for uploads, published copies, names and the audit log; default: {DEFAULT_ROOT}",
     )
     parser.add_argument(
         "--store-mirror",

@@ -13,7 +13,7 @@ from rich.text import Text
 from safelora_vllm.bulk.catalogue import FOLDER
 from safelora_vllm.bulk.run import BulkReport
 from safelora_vllm.cli.options import as_options
-from safelora_vllm.errors import named
+from safelora_vllm.errors import codes_of, named
 from safelora_vllm.policy import NOTHING, Policy
 from safelora_vllm.report import Report
 
@@ -97,7 +97,7 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
             counts = (len(report.modules), report.count("projected"), report.uncertain)[: len(counted)]
             norms = (report.total_norm, max(report.values("relative_norm")))
             figures = [*map(str, counts), *(f"{norm:.4g}" for norm in norms)]
-        codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
+        codes = ", ".join(codes_of(report.reasons))
         verdict = "accepted" if report.accepted else "refused"
         verdict += f": {codes}" if codes else ", changes nothing" if report.changes_nothing else ""
         table.add_row(Text(report.adapter), *figures, Text(verdict))
@@ -130,9 +130,9 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def print_bulk(report: BulkReport, policy: Policy, console: Console | None = None) -> None:
+def print_bulk(report: BulkReport, policy: Policy) -> None:
     """Print the adapters of a folder that were not accepted, then how many there are of each answer."""
-    console = console or terminal()
+    console = terminal()
     others = [record for record in report.records if record.answer != "accepted"]
     if others:
         table = Table(title=f"{policy.summary}, {policy.mode}")

@@ -21,7 +21,7 @@ import torch
 
 from safelora_vllm.adapters.canonical import Weights, canonical_files, vet
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
-from safelora_vllm.errors import AdapterRefused
+from safelora_vllm.errors import AdapterRefused, codes_of
 from safelora_vllm.gate.address import Frame, address, ruleset_digest
 from safelora_vllm.gate.caps import check_norms, check_sound, check_total, coherence
 from safelora_vllm.methods.judge import JudgedModule, judge
@@ -133,20 +133,23 @@ def admit(
         ProjectorCacheError: the projector cache is damaged.
     """
     stages = Stages()
+
+    def refused(error: AdapterRefused, digest: str) -> Admission:
+        report = Report.refused(name, digest, settings.cache.id, settings.policy, error)
+        return _answer(Admission(report, None, None, False, stages))
+
     try:
         with stages.time("read"):
             raw = read_adapter(folder, settings.limits, beside=signing is not None)
     except AdapterRefused as error:
-        report = Report.refused(name, "", settings.cache.id, settings.policy, error)
-        return _answer(Admission(report, None, None, False, stages))
+        return refused(error, "")
     signer = ""
     if signing is not None:
         try:
             with stages.time("signature"):
                 signer = signer_of(raw, signing)
         except AdapterRefused as error:
-            report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
-            return _answer(Admission(report, None, None, False, stages))
+            return refused(error, raw.digest)
     key, nbytes = settings.key(raw.digest), sum(map(len, raw.files.values()))
     if allowance is not None:
         allowance.check_bytes(raw.digest, nbytes)
@@ -171,8 +174,7 @@ def admit(
             # The stored report has no name and no signer: the same content may be served under several.
             published = store.publish(key, files, report.named("").signed(""))
     except AdapterRefused as error:
-        report = Report.refused(name, raw.digest, settings.cache.id, settings.policy, error)
-        return _answer(Admission(report, None, None, False, stages))
+        return refused(error, raw.digest)
     _keep(raw, raw_store, stages)
     return _answer(Admission(report, key, published, False, stages, nbytes))
 
@@ -240,7 +242,7 @@ def _answer(admission: Admission) -> Admission:
         share += f" ({report.uncertain} of uncertain similarity)"
     idle = "; it changes nothing: each module has an A or a B of zeros" if report.changes_nothing else ""
     if not report.accepted:
-        codes = ",".join(dict.fromkeys(reason.code for reason in report.reasons))
+        codes = ",".join(codes_of(report.reasons))
         logger.warning("adapter %r refused: %s (%s)", report.adapter, codes, report.reasons[0].message)
     elif report.policy.enforcing:
         how = NOTHING if report.policy.selects_none else f"{share} projected by {report.policy.method}"

@@ -9,6 +9,7 @@ from safelora_vllm.gate.reason_codes import FAILED, REFUSED
 from safelora_vllm.metric_table import BY_NAME
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
+from safelora_vllm.store.name_record import tenant_of
 
 MAX_TENANTS, OTHERS = 200, "(others)"  # the latter is no tenant's name
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -97,9 +98,8 @@ class GateMetrics:
         self._count("error", reason, name)
 
     def _count(self, result: str, reason: str, name: str) -> None:
-        owner, slash, _ = name.partition("/")
         self._loads.labels(result, reason).inc()
-        self._tenant_loads.labels(self._tenant(owner if slash else ""), result).inc()
+        self._tenant_loads.labels(self._tenant(tenant_of(name)), result).inc()
 
     def _tenant(self, tenant: str) -> str:
         """The label of a tenant, whose series are there from now on."""

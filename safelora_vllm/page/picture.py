@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelora_vllm.errors import UsageError
+from safelora_vllm.errors import UsageError, codes_of
 from safelora_vllm.page.export import _write
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def write_png(report: Report, file: Path) -> None:
             "--html, which needs nothing"
         ) from None
     if not report.modules:
-        codes = ", ".join(dict.fromkeys(reason.code for reason in report.reasons))
+        codes = ", ".join(codes_of(report.reasons))
         raise UsageError(
             f"there is nothing to draw: {report.adapter!r:.200} was refused before it was measured ({codes})"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safelora_vllm.errors import CheckpointError, UsageError
+from safelora_vllm.files import check_new
 from safelora_vllm.projectors.checkpoint import Checkpoint, ModelName
 from safelora_vllm.projectors.manifest import (
     EXACT_VERSION,
@@ -134,14 +135,6 @@ def build(
         models = json.dumps({side: asdict(name) for side, name in given.items()}, indent=1)
         partial.finish(out, {MANIFEST: _manifest(partial, pair, options), MODELS: models})
     return out
-
-
-def check_new(out: Path) -> None:
-    """Raises:
-    UsageError: ``out`` exists.
-    """
-    if out.exists():
-        raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
 
 
 def _key(pair: tuple[Checkpoint, Checkpoint], names: list[str], options: BuildOptions) -> str:

@@ -275,6 +275,14 @@ class ProjectorCache:
         return self._shards.sizes()
 
 
+def check_not_empty(cache: ProjectorCache) -> None:
+    """Raises:
+    ProjectorCacheError: it has no modules.
+    """
+    if not cache.modules:
+        raise ProjectorCacheError(f"the projector cache {cache.folder} has no modules; build it again")
+
+
 def basis_bytes(shape: tuple[int, int], inputs: int, outputs: int) -> int:
     """What copies of a module's bases take, R (d_in, k) in float32 and L (d_out, k) in float64."""
     d_out, d_in = shape

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safelora_vllm.errors import UsageError
-from safelora_vllm.files import sha256_of, sync_folder
+from safelora_vllm.files import check_new, sha256_of, sync_folder
 
 _LOCK, _JOURNAL = ".lock", ".journal"
 
@@ -118,8 +118,7 @@ def partial_cache(out: Path, key: str) -> Iterator[PartialCache]:
     with hidden_folder(out, "partial", key, of_older_releases="|[0-9]+(-.*)?") as folder:
         partial = PartialCache(folder)
         try:
-            if out.exists():  # meanwhile
-                raise UsageError(f"{out} exists: remove it, or give another folder as `out`")
+            check_new(out)  # it may have been made meanwhile
             partial.restore()
             yield partial
         except BaseException as error:

@@ -11,8 +11,7 @@ from dataclasses import astuple, dataclass
 import torch
 from tqdm import tqdm
 
-from safelora_vllm.errors import ProjectorCacheError
-from safelora_vllm.projectors.cache import ProjectorCache, columns_held
+from safelora_vllm.projectors.cache import ProjectorCache, check_not_empty, columns_held
 from safelora_vllm.projectors.manifest import OPERATORS
 from safelora_vllm.projectors.projector import Parts
 
@@ -81,8 +80,7 @@ def groups_of_cache(cache: ProjectorCache, parts: Parts) -> list[ModuleGroup]:
         PolicyError: the policy has more energy than the cache.
         ProjectorCacheError: the cache has no modules, or is damaged.
     """
-    if not cache.modules:
-        raise ProjectorCacheError(f"the projector cache {cache.folder} has no modules; build it again")
+    check_not_empty(cache)
     operators = {name: cache.projector(name) for name in cache.modules}
     for operator in tqdm(operators.values(), desc="Energies", unit="module", delay=1.0):
         _ = operator.energies

@@ -5,7 +5,6 @@ Nothing is judged here. What arrives is handed to the gate as a folder or an arc
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -16,7 +15,8 @@ from typing import BinaryIO, NamedTuple
 
 from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits, joined_digest
-from safelora_vllm.errors import AdapterRefused, StoreUnavailable, refuse
+from safelora_vllm.errors import AdapterRefused, refuse
+from safelora_vllm.files import not_written, sha256_of
 from safelora_vllm.remote import clouds, pinned
 from safelora_vllm.remote.address import Source
 from safelora_vllm.remote.reach import Reach
@@ -89,7 +89,7 @@ def fetch(
     try:
         if source.is_archive:
             _download(_Object(source, folder / ARCHIVE, max_bytes, reach, end))
-            _compare(source, digest, f"sha256:{_sha256(folder / ARCHIVE).hex()}")
+            _compare(source, digest, f"sha256:{sha256_of(folder / ARCHIVE).hex()}")
             return folder / ARCHIVE
         config = _Object(source.child(CONFIG), folder / CONFIG, Limits().config_bytes, reach, end)
         weights = _Object(source.child(WEIGHTS), folder / WEIGHTS, max_bytes, reach, end)
@@ -98,11 +98,9 @@ def fetch(
         if signature:
             _download_signature(source, folder, reach, end)
         _check_unchanged(config)
-        _compare(source, digest, joined_digest(_sha256(config.file), _sha256(weights.file)))
+        _compare(source, digest, joined_digest(sha256_of(config.file), sha256_of(weights.file)))
     except OSError as error:
-        raise StoreUnavailable(
-            f"the adapter store cannot be written ({error.strerror}); try again later"
-        ) from error
+        raise not_written(error) from error
     return folder
 
 
@@ -265,11 +263,6 @@ def _check_unchanged(wanted: _Object) -> None:
 
 def _strong(etag: str) -> str:
     return etag if re.fullmatch(r'"[!#-~]{1,200}"', etag) else ""
-
-
-def _sha256(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _check_digest(source: Source, digest: str | None) -> None:

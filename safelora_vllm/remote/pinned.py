@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
-from safelora_vllm.remote.reach import Reach
+from safelora_vllm.remote.reach import PORTS, Reach
 from safelora_vllm.remote.refusals import unavailable
 
 CONNECT_SECONDS = 10.0
@@ -23,7 +23,6 @@ ANSWER_SECONDS = 30.0  # from the connection to the end of the headers, with TLS
 PATIENCE_SECONDS = 60.0
 PATIENCE_BYTES = 64 * 1024  # that have to come in each such time, as for uploads
 _BLOCK = 64 * 1024
-_PORTS = {"http": 80, "https": 443}
 
 
 class Broken(Exception):
@@ -85,10 +84,10 @@ def get(url: str, headers: Mapping[str, str], reach: Reach, shown: str, end: flo
         SourceForbidden: source_address. SourceUnavailable: source_slow, source_unreachable. Broken.
     """
     parts = urlsplit(url)
-    scheme, host, port = parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme]
+    scheme, host, port = parts.scheme, parts.hostname or "", parts.port or PORTS[parts.scheme]
     addresses = reach.resolve(scheme, host, port, shown)
     connection = http.client.HTTPConnection(host, port)
-    connection.default_port = _PORTS[scheme]  # Host has no port then
+    connection.default_port = PORTS[scheme]  # Host has no port then
     response = None
     watch = _Watch(_connected(addresses, end), max(0.0, min(ANSWER_SECONDS, end - time.monotonic())))
     try:

@@ -17,7 +17,7 @@ from safelora_vllm.remote.refusals import forbidden, unavailable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?/?")
-_PORTS = {"http": 80, "https": 443}
+PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Besides those that `is_global` knows in every Python: they lead inside, or hide an address that does.
 _FORBIDDEN = tuple(
@@ -114,7 +114,7 @@ def is_public(text: str) -> bool:
 
 def _origin(text: str) -> tuple[str, str, int]:
     match = _ORIGIN.fullmatch(text)
-    port = int(match[3] or _PORTS[match[1]]) if match else 0
+    port = int(match[3] or PORTS[match[1]]) if match else 0
     if match is None or not 1 <= port <= 65535:
         raise UsageError(
             f"{text!r:.200} is not a valid endpoint: expected http://HOST:PORT or https://HOST:PORT"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 IN_TOTO = "application/vnd.in-toto+json"
+STATEMENT = "https://in-toto.io/Statement/v1"  # the type in such a payload
 
 
 def signed_bytes(kind: str, payload: bytes) -> bytes:
@@ -34,14 +35,14 @@ def sign(payload: bytes, key: EllipticCurvePrivateKey, kind: str = IN_TOTO) -> d
     }
 
 
-def is_signed(payload: bytes, signature: bytes, key: EllipticCurvePublicKey, kind: str = IN_TOTO) -> bool:
-    """Whether a signature is this key's, of this payload as this kind."""
+def is_signed(payload: bytes, signature: bytes, key: EllipticCurvePublicKey) -> bool:
+    """Whether a signature is this key's, of this payload as an in-toto statement."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
     from cryptography.hazmat.primitives.hashes import SHA256
 
     try:
-        key.verify(signature, signed_bytes(kind, payload), ECDSA(SHA256()))
+        key.verify(signature, signed_bytes(IN_TOTO, payload), ECDSA(SHA256()))
     except InvalidSignature:
         return False
     return True

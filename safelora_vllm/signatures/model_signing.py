@@ -17,12 +17,11 @@ from typing import Any
 from safelora_vllm.adapters.beside import SIGNATURE
 from safelora_vllm.errors import AdapterRefused, refuse
 from safelora_vllm.safetensors_header import plain_json
-from safelora_vllm.signatures.dsse import IN_TOTO, is_signed
+from safelora_vllm.signatures.dsse import IN_TOTO, STATEMENT, is_signed
 from safelora_vllm.signatures.keys import public_key
 from safelora_vllm.signatures.rule import expected
 
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 HOW = "Sign the folder with 'model_signing sign key FOLDER --private_key KEY --signature FOLDER/model.sig'"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -76,8 +75,8 @@ def _files(payload: bytes) -> dict[str, str]:
     """What a statement lists; it has been verified, but its writer is still a tenant."""
     statement = _object(_json(payload, "its statement"), "its statement")
     kinds = statement.get("_type"), statement.get("predicateType")
-    if kinds != (_STATEMENT, _PREDICATE):
-        raise _refused(f"its statement is of type {kinds!r:.200}: expected {_STATEMENT} and {_PREDICATE}")
+    if kinds != (STATEMENT, _PREDICATE):
+        raise _refused(f"its statement is of type {kinds!r:.200}: expected {STATEMENT} and {_PREDICATE}")
     predicate = _object(statement.get("predicate"), "predicate")
     how = _object(predicate.get("serialization"), "serialization")
     if (way := (how.get("method"), how.get("hash_type"))) != ("files", "sha256"):

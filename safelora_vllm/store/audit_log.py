@@ -22,9 +22,10 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from safelora_vllm import __version__
-from safelora_vllm.errors import StoreUnavailable, UsageError
+from safelora_vllm.errors import StoreUnavailable, codes_of
 from safelora_vllm.files import replace_file
 from safelora_vllm.report import Report
+from safelora_vllm.store.name_record import tenant_of
 
 logger = logging.getLogger("vllm.safelora.audit")
 SERVER = "server"  # the actor of decisions that no caller asked for
@@ -38,9 +39,7 @@ _ROTATED = re.compile(r"audit-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 _REFUSED, _REMEMBERED = "refused", 20  # a folder with each tenant's newest refusals
 _FOUND = "found.json"  # see `AuditLog.record`, once
-_AGO = re.compile(r"([0-9]+)([smhd])")
 _TOLD = ("time", "action", "adapter", "reasons")  # to a tenant
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 class AuditLog:
@@ -79,8 +78,8 @@ class AuditLog:
                 now = datetime.now(UTC)  # under the lock, so that lines stand in the order of their times
                 record["time"] = now.isoformat(timespec="microseconds")
                 self._append(json.dumps(record, allow_nan=False).encode() + b"\n", now)
-                if record.get("decision") == "refused" and "/" in adapter:
-                    self._remember(adapter.partition("/")[0], record)
+                if record.get("decision") == "refused" and (tenant := tenant_of(adapter)):
+                    self._remember(tenant, record)
                 if once:
                     replace_file(self.folder / _FOUND, json.dumps({**self._found(), adapter: once}).encode())
         except OSError as error:
@@ -257,25 +256,7 @@ def audit_fields(report: Report, decision: str) -> dict[str, Any]:
         "digest": report.digest,
         "projectors": report.projectors,
         "policy": report.to_dict()["policy"],
-        "reasons": list(dict.fromkeys(reason.code for reason in report.reasons)),
+        "reasons": codes_of(report.reasons),
         "release": __version__,
         **({"signed_by": report.signed_by} if report.signed_by else {}),
     }
-
-
-def parse_since(text: str) -> datetime:
-    """A time from "90s", "15m", "2h" or "7d" (ago), or an ISO date or time (UTC if it does not say).
-
-    Raises:
-        UsageError: it is neither.
-    """
-    try:
-        if ago := _AGO.fullmatch(text):
-            return datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
-        time = datetime.fromisoformat(text)
-        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise UsageError(
-            f"{text!r:.60} is not a valid time: expected 90s, 15m, 2h or 7d for so long ago, or a date or "
-            "time like 2026-01-31 or 2026-01-31T12:00:00Z"
-        ) from None

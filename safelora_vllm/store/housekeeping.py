@@ -30,6 +30,8 @@ from safelora_vllm.store.names import REMEDY, AdapterRecord, NameStore
 from safelora_vllm.store.published import REPORT, PublishedStore
 from safelora_vllm.store.raw import RawStore
 
+_MIN_AGE_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -55,7 +57,7 @@ class Problem:
 Check = Callable[[], Problem | None]
 
 
-def collect(root: str | Path, max_bytes: int, min_age_seconds: float = 3600.0) -> Collected:
+def collect(root: str | Path, max_bytes: int, min_age_seconds: float = _MIN_AGE_SECONDS) -> Collected:
     """Remove published copies, least recently used first, until all of them take ``max_bytes``.
 
     Raises:
@@ -76,7 +78,7 @@ def collect(root: str | Path, max_bytes: int, min_age_seconds: float = 3600.0) -
     return Collected(tuple(copy.folder.name for copy in removed), sum(c.nbytes for c in removed), left)
 
 
-def unreferenced_raw(root: str | Path, min_age_seconds: float = 3600.0) -> list[str]:
+def unreferenced_raw(root: str | Path, min_age_seconds: float = _MIN_AGE_SECONDS) -> list[str]:
     """Digests of raw content that no version of any name refers to, kept longer ago than that.
 
     Raises:
@@ -94,7 +96,7 @@ def unreferenced_raw(root: str | Path, min_age_seconds: float = 3600.0) -> list[
     return found
 
 
-def collect_unreferenced(root: str | Path, min_age_seconds: float = 3600.0) -> Collected:
+def collect_unreferenced(root: str | Path, min_age_seconds: float = _MIN_AGE_SECONDS) -> Collected:
     """Remove unreferenced raw content and, before it, the published copies that were made of it.
 
     Raw content of which a copy was used lately stays for now.

@@ -20,10 +20,11 @@ INCOMING, RAW, PUBLISHED, NAMES, IDS, AUDIT = "incoming", "raw", "published", "n
 EXAM = "exam"
 SERVING = "serving.json"
 MIRROR = "mirror"
+DEFAULT_ROOT = "$XDG_DATA_HOME/safelora-vllm, or ~/.local/share/safelora-vllm"  # for people
 FOLDERS = (INCOMING, NAMES, PUBLISHED, RAW)  # of which all that is served is made
 
 
 def default_root() -> Path:
-    """``$XDG_DATA_HOME/safelora-vllm``, by default ``~/.local/share/safelora-vllm``."""
+    """`DEFAULT_ROOT`: the second folder where the variable is not set or empty."""
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "safelora-vllm"

@@ -140,6 +140,12 @@ class AdapterRecord:
         return dataclasses.replace(self, versions=tuple(version.unjudged for version in self.versions))
 
 
+def tenant_of(name: str) -> str:
+    """Who owns a name; nobody for one without a slash."""
+    owner, slash, _ = name.partition("/")
+    return owner if slash else ""
+
+
 def file_of(name: str) -> str:
     """The name of a record's file.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from safelora_vllm.files import make_folder, replace_file, writing
 from safelora_vllm.store.layout import SERVING
-from safelora_vllm.store.names import AdapterRecord
+from safelora_vllm.store.name_record import AdapterRecord, tenant_of
 
 
 class State(NamedTuple):
@@ -47,12 +47,6 @@ class Serving:
         if live.refused:
             return State("refused", "; ".join(f"[{r.code}] {r.message}" for r in live.refused))
         return State("served")
-
-
-def tenant_of(name: str) -> str:
-    """Who owns a name; nobody for one without a slash."""
-    owner, slash, _ = name.partition("/")
-    return owner if slash else ""
 
 
 def unknown_state(record: AdapterRecord) -> State:

@@ -14,7 +14,7 @@ from safelora_vllm import __version__
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, joined_digest
 from safelora_vllm.errors import UsageError
 from safelora_vllm.files import is_digest
-from safelora_vllm.signatures.dsse import sign
+from safelora_vllm.signatures.dsse import STATEMENT, sign
 from safelora_vllm.signatures.keys import private_key
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.layout import AUDIT
@@ -22,7 +22,6 @@ from safelora_vllm.store.names import NameStore
 from safelora_vllm.store.published import PublishedStore
 
 PREDICATE = "https://safelora-vllm/decision/v1"
-_STATEMENT = "https://in-toto.io/Statement/v1"
 _DECISIONS = ("accepted", "refused", "unchanged")
 _TOLD = (
     "adapter",
@@ -121,5 +120,5 @@ def statement_of(record: dict[str, Any], published: PublishedStore) -> dict[str,
     predicate = {field: record.get(field) for field in (*_TOLD, *_RULES)}
     predicate |= {"published": key or None, "signed_by": record.get("signed_by"), "stated_by": __version__}
     return {
-        "_type": _STATEMENT, "subject": subjects, "predicateType": PREDICATE, "predicate": predicate,
+        "_type": STATEMENT, "subject": subjects, "predicateType": PREDICATE, "predicate": predicate,
     }  # fmt: skip

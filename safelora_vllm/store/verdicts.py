@@ -12,19 +12,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safelora_vllm.exam.score import Score
-from safelora_vllm.files import is_digest, make_folder, replace_file, writing
+from safelora_vllm.files import is_digest, make_folder, replace_file, settled, writing
 from safelora_vllm.store.layout import EXAM
 from safelora_vllm.store.published import PublishedStore
 from safelora_vllm.store.verdict_pruning import VERDICTS
-
-_SETTLED_NS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,7 @@ class Verdicts:
         changed = {key for key in {*keys, *self._known} if stamps.get(key) != self._stamps.get(key)}
         for key in changed:
             self._checked(key, self._read(key))
-        # A folder's time stamp is as coarse as the kernel's clock tick: a second change may not show.
-        self._stamp = stamp if time.time_ns() - stamp > _SETTLED_NS else -1
-        self._stamps = stamps
+        self._stamp, self._stamps = settled(stamp), stamps
         return not changed.isdisjoint(keys)
 
     def put(self, key: str, found: Examined) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safelora_vllm.errors import GuardError
-from safelora_vllm.store.name_record import AdapterRecord
-from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.name_record import AdapterRecord, tenant_of
 
 _ADMIN = "admin"  # no tenant's name: the keys of admins have ids ADMIN/ID
 NO_KEYS_FILE = "it is a tenant's, and without a keys file everybody could use it"

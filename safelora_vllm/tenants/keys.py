@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safelora_vllm.errors import KeysError
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.tenants.keys_file import (
     ENVIRONMENT,
     NO_KEYS,
@@ -103,8 +104,7 @@ class KeyRing:
 
     def rules(self, name: str) -> TenantRules:
         """By which rules the file wants adapters of this name judged: those of the tenant that owns it."""
-        owner, slash, _ = name.partition("/")
-        tenant = self._current().tenants.get(owner) if slash else None
+        tenant = self._current().tenants.get(tenant_of(name))
         return tenant.rules if tenant else SERVERS
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from safelora_vllm.errors import UsageError
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.tenants.quotas import Quota
 
 Kind = Literal["admin", "tenant", "inference", "metrics", "anonymous", "stranger"]
@@ -55,13 +56,14 @@ class Principal:
         """Whether they may see the adapter and generate with it. Shared names have no slash."""
         if self.kind in ("metrics", "stranger"):
             return False
-        owner, slash, _ = name.partition("/")
-        return self.kind == "admin" or self.sees_all or not slash or owner == self.tenant
+        return self.kind == "admin" or self.sees_all or "/" not in name or self._owns(name)
 
     def may_manage(self, name: str) -> bool:
         """Whether they may load, replace and unload the adapter."""
-        owner, slash, _ = name.partition("/")
-        return self.kind == "admin" or (bool(slash) and owner == self.tenant)
+        return self.kind == "admin" or self._owns(name)
+
+    def _owns(self, name: str) -> bool:
+        return bool(self.tenant) and tenant_of(name) == self.tenant
 
 
 UNAUTHENTICATED = Principal("stranger", "stranger")

@@ -314,11 +314,8 @@ class Served:
         self.now, self.at, self.broken = 1000.0, at, set[str]()
         self.asked: list[tuple[str, float]] = []
         registry = {
-            name: SimpleNamespace(
-                name=name, log_fields={}, served=SimpleNamespace(request=SimpleNamespace(lora_path=f"safelora://{name}"))
-            )
-            for name in at
-        }  # fmt: skip
+            name: SimpleNamespace(name=name, log_fields={}, served=SimpleNamespace(key=name)) for name in at
+        }
         exam = SimpleNamespace(
             found=lambda _: SimpleNamespace(at=1.0),
             found_again=lambda key: SimpleNamespace(at=self.at[key]),

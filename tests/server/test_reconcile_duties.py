@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import shutil
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any, cast
 import pytest
 from vllm.lora.request import LoRARequest
 
+from safelora_vllm import files
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.errors import AdapterRefused, GateUnavailable, GuardError, Reason, StoreUnavailable
 from safelora_vllm.gate.protocol import Judgement
@@ -418,7 +420,7 @@ def test_a_folder_that_just_changed_is_looked_at_again(
 ) -> None:
     """Its time stamp is as coarse as the kernel's clock tick."""
     now = 10**18
-    monkeypatch.setattr(store_sync, "time", SimpleNamespace(time_ns=lambda: now))
+    monkeypatch.setattr(files, "time", SimpleNamespace(time_ns=lambda: now, time=time.time))
 
     async def test(made: Reconciler, _: Gated, __: FakeEngine) -> None:
         looks: list[int] = []

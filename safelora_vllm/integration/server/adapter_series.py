@@ -13,7 +13,7 @@ from safelora_vllm.integration.server.exposition import family, head, histogram_
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.traffic import BASE, MAX_ROWS, OTHERS, Timings, Traffic
 from safelora_vllm.report import Report
-from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.name_record import tenant_of
 
 MAX_ADAPTER_SERIES = MAX_ROWS
 _REPORTED = (

@@ -29,7 +29,7 @@ from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.repeated import live_number
 from safelora_vllm.integration.server.tracing import span
-from safelora_vllm.integration.server.visibility import look_up, unknown
+from safelora_vllm.integration.server.visibility import check_visible, look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import EXAM, AuditLog, audit_fields
 from safelora_vllm.store.recorded import Line, RecordedNames
@@ -55,8 +55,7 @@ class Commits:
 
         What a quota stops goes to the audit log.
         """
-        if not who.may_use(name):  # before the lock: waiting for it would tell that there is such a name
-            raise unknown(name)
+        check_visible(who, name)  # before the lock: waiting for it would tell that there is such a name
         if self._reconciler.store.passed_over.get(name) == NO_KEYS_FILE:
             raise UsageError(f"adapter {name!r} cannot be changed by this server: {NO_KEYS_FILE}")
         lock = self._locks.setdefault(name, asyncio.Lock())
@@ -103,7 +102,8 @@ class Commits:
         Raises:
             UnknownAdapter, Forbidden.
         """
-        record = await self.record(name) if who.may_use(name) else None
+        check_visible(who, name)
+        record = await self.record(name)
         if record is None:
             raise unknown(name)
         if not who.may_manage(name):

@@ -41,6 +41,11 @@ class NotServing(SafeLoRAError):
     """This server was started without LoRA."""
 
 
+def without_lora() -> NotServing:
+    """The answer of routes that need LoRA."""
+    return NotServing("this server was started without LoRA; start it with --enable-lora")
+
+
 _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     Unauthorized: (401, "AuthenticationError"),
     Forbidden: (403, "PermissionDeniedError"),

@@ -20,6 +20,7 @@ from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.remote_sources import add_from_source, source_named
 from safelora_vllm.integration.server.repeated import LOAD, live_number
 from safelora_vllm.integration.server.route_parts import (
+    CHANGES,
     UPLOADS,
     BoundedRoute,
     Caller,
@@ -39,8 +40,7 @@ from safelora_vllm.integration.server.vllm_answers import already_loaded, not_fo
 from safelora_vllm.remote.address import is_remote
 from safelora_vllm.tenants.principal import Principal
 
-_CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
-_PLAIN = {**_CHANGES, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_PLAIN = {**CHANGES, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 router = APIRouter(route_class=BoundedRoute)
@@ -78,7 +78,7 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
     UPLOADS,
     status_code=201,
     response_model=AdapterReport,
-    responses={**_CHANGES, **documented(408, 413, 429, 502), 200: {"model": AdapterReport}},
+    responses={**CHANGES, **documented(408, 413, 429, 502), 200: {"model": AdapterReport}},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
 async def upload_adapter(

@@ -28,7 +28,7 @@ from safelora_vllm.integration.server.readiness import ReadinessCheck
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.traffic import Traffic, TrafficTable
 from safelora_vllm.store import AdapterRecord
-from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.store.sizes import StoreSizes
 from safelora_vllm.tenants.quotas import content_sizes
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field
 
-from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.integration.server.registry import Entry, why_unavailable
+from safelora_vllm.errors import Reason
+from safelora_vllm.integration.server.registry import Entry, State, why_unavailable
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.audit_log import DECISIONS
 from safelora_vllm.tenants.principal import Kind, Principal
 
-State = Literal["served", "refused", "unavailable"]
 MOST_RECORDS = 200
 
 
@@ -110,7 +109,7 @@ class AuditTrail(BaseModel):
 
 async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> dict[str, Any]:
     """The body of `Overview`."""
-    figures = who.kind == "admin" or views.tenant_reports == "full"
+    figures = views.shows_figures(who)
     policy: Policy | None = None
     if who.kind in ("admin", "tenant"):
         owner = f"{who.tenant}/" if who.tenant else ""
@@ -133,12 +132,11 @@ async def overview_of(views: Views, who: Principal, max_adapter_bytes: int) -> d
 
 
 def _item(entry: Entry, who: Principal, figures: bool) -> dict[str, Any]:
-    version, served = entry.version, entry.served
-    refusal = entry.problem if served is None and isinstance(entry.problem, AdapterRefused) else None
+    version, served, refusal = entry.version, entry.served, entry.refusal
     policy = served.report.policy if served else None
     return {
         "name": entry.name,
-        "state": "served" if served else "refused" if refusal else "unavailable",
+        "state": entry.state,
         "problem": "" if served else _problem(entry, who),
         "reasons": refusal.reasons if refusal else [],
         "changeable": entry.folder is None and who.may_manage(entry.name),
@@ -156,7 +154,7 @@ def _item(entry: Entry, who: Principal, figures: bool) -> dict[str, Any]:
 
 def _problem(entry: Entry, who: Principal) -> str:
     """Why it is not served. What is out of order on the server is told to admins only."""
-    if isinstance(entry.problem, AdapterRefused):
+    if entry.refusal:
         return "today's rules refuse it"
     if entry.problem is not None and who.kind == "admin":
         return str(entry.problem)

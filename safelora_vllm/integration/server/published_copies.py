@@ -303,10 +303,9 @@ class Copies:
                 else:
                     await self.ensure_version(entry.name, entry.version)
             except SafeLoRAError as error:
-                about = {"adapter": entry.name, "version": entry.version and entry.version.version}
                 logger.error(
                     "the published copy of %r has changed and cannot be checked or made again: %s. It is "
-                    "served until a worker has to read it", entry.name, error, extra=about,
+                    "served until a worker has to read it", entry.name, error, extra=entry.log_fields,
                 )  # fmt: skip
 
     async def copy_of(self, entry: Entry, judgement: Judgement) -> Copy:

@@ -36,7 +36,6 @@ from safelora_vllm.errors import (
 from safelora_vllm.files import make_folder
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import acting_as
@@ -60,8 +59,8 @@ from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore
 from safelora_vllm.store.audit_log import SERVER, AuditLog, audit_fields
 from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.store.mirror import open_names
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.store.recorded import RecordedNames
-from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.rules import SERVERS, TenantRules
 
 logger = logging.getLogger("vllm.safelora.reconcile")
@@ -289,7 +288,7 @@ class Reconciler:
         await self._prepare(name)
         served = self.registry[name].current()
         await self.pool.load(served.request)
-        key = published_key(served.request.lora_path)
+        key = served.key
         accepted = audit_fields(self.copies.shown(served.report), "accepted")
         fields = accepted | exam_fields(self.copies.exam.found(key))
         await log(self.audit, SERVER, "load", name, once=key, **fields)
@@ -344,4 +343,4 @@ def _is_open(entry: Entry, ruleset: str) -> bool:
         return True
     if entry.served is None:
         return not isinstance(entry.problem, AdapterRefused)
-    return entry.version is not None and published_key(entry.served.request.lora_path) != entry.version.key
+    return entry.version is not None and entry.served.key != entry.version.key

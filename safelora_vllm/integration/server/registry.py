@@ -11,15 +11,18 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from safelora_vllm.errors import ExamUnavailable, GateUnavailable, SafeLoRAError, fresh_copy
+from safelora_vllm.errors import AdapterRefused, ExamUnavailable, GateUnavailable, SafeLoRAError, fresh_copy
 from safelora_vllm.files import FileState
+from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.report import Report
 from safelora_vllm.store import Version
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+State = Literal["served", "refused", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Served:
     request: LoRARequest
     report: Report
     copy: tuple[FileState, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of the published copy."""
+        return published_key(self.request.lora_path)
 
     @cached_property
     def figures(self) -> dict[str, float | int | None]:
@@ -71,6 +79,16 @@ class Entry:
     def exam_override(self) -> bool:
         """Whether an admin has it served whatever its exam says."""
         return self.version is not None and self.version.exam_override
+
+    @property
+    def refusal(self) -> AdapterRefused | None:
+        """Of today's rules; None where it is served, or is not for another reason."""
+        return self.problem if self.served is None and isinstance(self.problem, AdapterRefused) else None
+
+    @property
+    def state(self) -> State:
+        """In a word."""
+        return "served" if self.served else "refused" if self.refusal else "unavailable"
 
     @property
     def log_fields(self) -> dict[str, object]:

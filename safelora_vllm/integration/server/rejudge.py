@@ -12,7 +12,7 @@ import logging
 import time
 from typing import Any
 
-from safelora_vllm.errors import AdapterRefused, Reason
+from safelora_vllm.errors import AdapterRefused, codes_of
 from safelora_vllm.integration.server.decisions import exam_fields, version_fields
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
@@ -44,8 +44,8 @@ class Rejudge:
         judged = judged.signed(version.signed_by)
         reasons = tuple(judged.report.reasons) if judged.judgement.key is None else ()
         key = judged.judgement.key or ""
-        decided = (judged.ruleset, key, _codes(reasons))
-        if decided == (version.ruleset_digest, version.key, _codes(version.refused)):
+        decided = (judged.ruleset, key, codes_of(reasons))
+        if decided == (version.ruleset_digest, version.key, codes_of(version.refused)):
             return await self._copies.copy_of(entry, judged.judgement)
         new = dataclasses.replace(
             version,
@@ -58,7 +58,8 @@ class Rejudge:
         if key and entry.served is not None:
             new = await self._loaded(entry.name, new, judged)
         decision = "refused" if new.refused else "accepted"
-        fields = {**audit_fields(self._copies.shown(judged.report), decision), "reasons": _codes(new.refused)}
+        fields = audit_fields(self._copies.shown(judged.report), decision)
+        fields["reasons"] = codes_of(new.refused)
         examined = judged.exam_fields or exam_fields(self._copies.exam.found(key))
         details = fields | version_fields(new, judged.override) | examined
         if not await self._write(entry.name, version, new, details):
@@ -91,7 +92,3 @@ class Rejudge:
         line = Line(SERVER, REJUDGE, lambda _: details)
         await asyncio.to_thread(self._recorded.update, name, change, line)
         return written
-
-
-def _codes(reasons: tuple[Reason, ...]) -> list[str]:
-    return list(dict.fromkeys(reason.code for reason in reasons))

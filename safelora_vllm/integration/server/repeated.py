@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from safelora_vllm.errors import AdapterRefused
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -41,9 +39,8 @@ def is_unchanged(reconciler: Reconciler, before: AdapterRecord | None, judged: J
     entry = before and reconciler.registry.get(before.name)
     if not before or not entry or not entry.served or before.live.override or before.live.exam_override:
         return False
-    key = published_key(entry.served.request.lora_path)
     signed = judged.report.signed_by in ("", before.live.signed_by)
-    return signed and before.live.digest == judged.report.digest and key == judged.judgement.key
+    return signed and before.live.digest == judged.report.digest and entry.served.key == judged.judgement.key
 
 
 def may_load(reconciler: Reconciler, before: AdapterRecord, judged: Judged) -> bool:
@@ -54,7 +51,7 @@ def may_load(reconciler: Reconciler, before: AdapterRecord, judged: Judged) -> b
     entry = reconciler.registry.get(before.name)
     if entry is None or entry.served:
         return False
-    return isinstance(entry.problem, AdapterRefused) or judged.report.digest == before.live.digest
+    return entry.refusal is not None or judged.report.digest == before.live.digest
 
 
 def is_served(reconciler: Reconciler, name: str) -> bool:

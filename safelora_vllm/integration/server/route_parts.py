@@ -13,12 +13,13 @@ from starlette.types import Message
 from safelora_vllm.errors import GuardError
 from safelora_vllm.integration.server.callers import caller
 from safelora_vllm.integration.server.changes import Manager
-from safelora_vllm.integration.server.http_errors import NotServing
+from safelora_vllm.integration.server.http_errors import documented, without_lora
 from safelora_vllm.integration.server.uploads import TooLarge
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.tenants.principal import Principal
 
 UPLOADS = "/v1/adapters"  # the only route whose body may be long
+CHANGES = documented(400, 401, 403, 404, 409, 422, 503)  # the answers of routes that change something
 _MAX_JSON = 64 * 1024
 
 
@@ -42,7 +43,7 @@ def manager(request: Request) -> Manager:
     """
     current: Manager | None = getattr(request.app.state, "safelora_manager", None)
     if current is None:
-        raise NotServing("this server was started without LoRA; start it with --enable-lora")
+        raise without_lora()
     return current
 
 

@@ -12,7 +12,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from safelora_vllm.integration.server import loading_routes
 from safelora_vllm.integration.server.exam.hidden_name import without_hidden
-from safelora_vllm.integration.server.http_errors import NotServing, documented
+from safelora_vllm.integration.server.http_errors import documented, without_lora
 from safelora_vllm.integration.server.metrics import Metrics
 from safelora_vllm.integration.server.overview import (
     MOST_RECORDS,
@@ -23,6 +23,7 @@ from safelora_vllm.integration.server.overview import (
 )
 from safelora_vllm.integration.server.readiness import Readiness
 from safelora_vllm.integration.server.route_parts import (
+    CHANGES,
     BoundedRoute,
     Caller,
     Managed,
@@ -44,9 +45,6 @@ from safelora_vllm.integration.server.schemas import (
 )
 from safelora_vllm.integration.server.usage import TenantUsage
 from safelora_vllm.integration.server.visibility import visible
-
-_CHANGES = documented(400, 401, 403, 404, 409, 422, 503)
-
 
 router = APIRouter(tags=["safelora"], route_class=BoundedRoute)
 router.include_router(loading_routes.router)
@@ -72,7 +70,7 @@ async def list_versions(name: str, who: Caller, shown: Shown) -> Any:
 @router.post(
     "/v1/adapters/{name:path}/rollback",
     response_model=AdapterReport,
-    responses={**_CHANGES, **documented(429)},
+    responses={**CHANGES, **documented(429)},
 )
 async def roll_back(
     name: str, body: Rollback, who: Caller, managed: Managed, shown: Shown, request: Request
@@ -82,7 +80,7 @@ async def roll_back(
         return shown.report(who, await managed.roll_back(who, name, body.version))
 
 
-@router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=_CHANGES)
+@router.put("/v1/adapters/{name:path}/policy", response_model=AdapterReport, responses=CHANGES)
 async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Managed, shown: Shown) -> Any:
     """Judge an adapter by other rules than the server's, from what was uploaded."""
     entry = await managed.set_policy(who, name, body.policy, body.override, body.reason)
@@ -90,7 +88,7 @@ async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Manage
 
 
 @router.post(
-    "/v1/adapters/{name:path}/exam", response_model=ReExamination, responses={**_CHANGES, **documented(429)}
+    "/v1/adapters/{name:path}/exam", response_model=ReExamination, responses={**CHANGES, **documented(429)}
 )
 async def examine_again(name: str, who: Caller, managed: Managed, shown: Shown, request: Request) -> Any:
     """Examine what a name serves with the held-out half of the probes. With ``--exam enforce``, what fails is
@@ -104,7 +102,7 @@ async def examine_again(name: str, who: Caller, managed: Managed, shown: Shown, 
     return {**exam_figures(outcome.found, shown=True), **about, **decided}
 
 
-@router.put("/v1/adapters/{name:path}/exam", response_model=AdapterReport, responses=_CHANGES)
+@router.put("/v1/adapters/{name:path}/exam", response_model=AdapterReport, responses=CHANGES)
 async def override_exam(name: str, body: ExamOverride, who: Caller, managed: Managed, shown: Shown) -> Any:
     """Serve an adapter whatever its exam says, for this content only; or take that back."""
     return shown.report(who, await managed.set_exam_override(who, name, body.override, body.reason))
@@ -118,9 +116,7 @@ async def get_adapter(name: str, who: Caller, shown: Shown) -> Any:
     return shown.report(who, shown.find(who, name))
 
 
-@router.delete(
-    "/v1/adapters/{name:path}/versions/{number}", response_model=RemovedVersion, responses=_CHANGES
-)
+@router.delete("/v1/adapters/{name:path}/versions/{number}", response_model=RemovedVersion, responses=CHANGES)
 async def delete_version(name: str, number: int, who: Caller, managed: Managed) -> Any:
     """Forget an old version of an adapter, which then does not count any more. Not the one that is served."""
     await managed.remove_version(who, name, number)
@@ -151,7 +147,7 @@ async def get_audit(
     return await audit_of(shown, who, adapter, decision, limit)
 
 
-@router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=_CHANGES)
+@router.delete("/v1/adapters/{name:path}", response_model=Removed, responses=CHANGES)
 async def delete_adapter(name: str, who: Caller, managed: Managed) -> Any:
     """Stop serving an adapter, on every server, and forget its versions. Running requests end on it."""
     await managed.remove(who, name)
@@ -177,6 +173,6 @@ async def ready(request: Request, strict: bool = False) -> JSONResponse:
     With strict also whether adapters can be changed: gate and store are in order."""
     current: Metrics | None = getattr(request.app.state, "safelora_metrics", None)
     if current is None:
-        raise NotServing("this server was started without LoRA; start it with --enable-lora")
+        raise without_lora()
     answer = (await current.readiness.findings()).answer(strict)
     return JSONResponse(answer.model_dump(), 200 if answer.ready else 503)

@@ -10,7 +10,8 @@ from pathlib import Path
 from safelora_vllm.errors import AdapterRefused, SafeLoRAError
 from safelora_vllm.integration.server.published_copies import Copies
 from safelora_vllm.integration.server.registry import Registry
-from safelora_vllm.store.serving import Serving, save, tenant_of
+from safelora_vllm.store.name_record import tenant_of
+from safelora_vllm.store.serving import Serving, save
 
 logger = logging.getLogger("vllm.safelora.reconcile")
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
+from safelora_vllm.files import settled
 from safelora_vllm.integration.server.published_copies import Copies, Copy
 from safelora_vllm.integration.server.registry import Registry
 from safelora_vllm.integration.server.store_watch import StoreWatch
@@ -19,7 +19,6 @@ from safelora_vllm.store import AdapterRecord, NameStore, Version
 from safelora_vllm.tenants.keyless import NO_KEYS_FILE, is_a_tenants
 
 logger = logging.getLogger("vllm.safelora.reconcile")
-_SETTLED_NS = 50_000_000
 # A request waits this long for a change that was seen. Where the store hangs, the next ones do not wait.
 _PATIENCE_SECONDS = 1.0
 _LOOK_SECONDS = 2.0
@@ -82,8 +81,7 @@ class StoreSync:
         stamp = await asyncio.to_thread(self._names.stamp)
         if stamp != self._stamp:
             await self.sync()
-            # A folder's time stamp is as coarse as the kernel's clock tick: a second change may not show.
-            self._stamp = stamp if time.time_ns() - stamp > _SETTLED_NS else -1
+            self._stamp = settled(stamp)
 
     async def follow_bucket(self) -> None:
         """Without end: take over what others wrote into the store's bucket. It may take long."""

@@ -21,7 +21,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits
-from safelora_vllm.errors import SafeLoRAError, StoreUnavailable, UsageError
+from safelora_vllm.errors import SafeLoRAError, UsageError
+from safelora_vllm.files import not_written
 from safelora_vllm.store.layout import INCOMING
 
 ARCHIVE = "archive"
@@ -112,7 +113,7 @@ async def incoming(root: Path) -> AsyncIterator[Path]:
         parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder = Path(tempfile.mkdtemp(dir=parent))
     except OSError as error:
-        raise _not_written(error) from error
+        raise not_written(error) from error
     try:
         yield folder
     finally:
@@ -157,7 +158,7 @@ async def receive(
             f"the multipart body cannot be read: {str(error) or 'the client went away'}"
         ) from error
     except OSError as error:
-        raise _not_written(error) from error
+        raise not_written(error) from error
     finally:
         form.close()
     if not form.ended:
@@ -165,10 +166,6 @@ async def receive(
     if "name" not in fields:
         raise UsageError("the body has no field 'name': expected the adapter's name and its files")
     return Received(fields, folder, frozenset(form.files))
-
-
-def _not_written(error: OSError) -> StoreUnavailable:
-    return StoreUnavailable(f"the adapter store cannot be written ({error.strerror}); try again later")
 
 
 async def read_with_timeout(request: Request) -> AsyncIterator[bytes]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field
 
-from safelora_vllm.errors import AdapterRefused, Reason
-from safelora_vllm.integration.server.registry import Entry, why_unavailable
+from safelora_vllm.errors import Reason
+from safelora_vllm.integration.server.registry import Entry, State, why_unavailable
 from safelora_vllm.policy import Policy
 from safelora_vllm.store import AdapterRecord
 from safelora_vllm.tenants.quotas import LIMITS, Quota, content_sizes
@@ -43,7 +43,7 @@ class UsedAdapter(BaseModel):
     """A name with all that is kept of it."""
 
     name: str
-    state: Literal["served", "refused", "unavailable"]
+    state: State
     reasons: list[Reason] = Field(description="of a refusal by today's rules")
     problem: str = Field(description="why it is unavailable; else empty")
     second_opinion: bool = Field(description="its requests are also given to the aligned model")
@@ -106,13 +106,12 @@ def usage_of(
 def _adapter(
     record: AdapterRecord, entry: Entry | None, has_opinion: Callable[[Entry], bool]
 ) -> dict[str, Any]:
-    problem = entry.problem if entry else None
-    served, refused = bool(entry and entry.served), isinstance(problem, AdapterRefused)
+    known = entry or Entry(record.name, 0)  # without what this process knows of it
     return {
         "name": record.name,
-        "state": "served" if served else "refused" if refused else "unavailable",
-        "reasons": problem.reasons if isinstance(problem, AdapterRefused) else [],
-        "problem": "" if served or refused else why_unavailable(problem),
+        "state": known.state,
+        "reasons": known.refusal.reasons if known.refusal else [],
+        "problem": why_unavailable(known.problem) if known.state == "unavailable" else "",
         "second_opinion": entry is not None and has_opinion(entry),
         "current": record.current,
         "bytes": sum(content_sizes({record.name: record}).values()),

@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelora_vllm.errors import Forbidden, UsageError
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.exam.terms import OWN
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.schemas import exam_figures, report_of, summary_of
 from safelora_vllm.integration.server.traffic import Traffic
 from safelora_vllm.integration.server.usage import usage_of
-from safelora_vllm.integration.server.visibility import look_up, unknown
+from safelora_vllm.integration.server.visibility import check_visible, look_up, unknown
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord
-from safelora_vllm.store.serving import tenant_of
 from safelora_vllm.tenants.keys_file import Tenant
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import own_records
@@ -55,10 +53,13 @@ class Views:
     def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
         """The body of `AdapterReport` for a caller, of an adapter that is served."""
         name, shown = entry.name, self.reconciler.copies.shown(entry.current().report)
-        found = report_of(entry, shown, who.kind == "admin" or self.tenant_reports == "full")
-        own = who.kind == "admin" or (who.tenant and who.tenant == tenant_of(name))
-        traffic = _traffic_info(self.traffic(name)) if own else None
+        found = report_of(entry, shown, self.shows_figures(who))
+        traffic = _traffic_info(self.traffic(name)) if who.may_manage(name) else None
         return {**found, "traffic": traffic, "exam": self._exam_info(who, entry)}
+
+    def shows_figures(self, who: Principal) -> bool:
+        """Whether a caller is shown the figures of modules."""
+        return who.kind == "admin" or self.tenant_reports == "full"
 
     def exam(self, who: Principal) -> dict[str, str]:
         """The body of `ExamState`."""
@@ -69,7 +70,7 @@ class Views:
         """The body of `ExamInfo`. Scores would help whoever tries out the exam."""
         exam = self.reconciler.copies.exam
         served, terms = entry.current(), exam.terms(entry.name)
-        key, policy = published_key(served.request.lora_path), served.report.policy
+        key, policy = served.key, served.report.policy
         first, again = (
             {
                 **exam_figures(found, who.kind == "admin"),
@@ -101,8 +102,8 @@ class Views:
 
     async def versions(self, who: Principal, name: str) -> AdapterRecord:
         """All versions that the store keeps of a name that the caller may see."""
-        names = self.reconciler.names
-        record = await asyncio.to_thread(names.get, name) if who.may_use(name) else None
+        check_visible(who, name)
+        record = await asyncio.to_thread(self.reconciler.names.get, name)
         if record is None:
             raise unknown(name)
         return record

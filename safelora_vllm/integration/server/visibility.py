@@ -31,10 +31,21 @@ def look_up(registry: Registry, who: Principal | None, name: str) -> Entry:
     Raises:
         UnknownAdapter: there is none that this caller may use.
     """
+    check_visible(who, name)
     entry = registry.get(name)
-    if entry is None or not (who is None or who.may_use(name)):
+    if entry is None:
         raise unknown(name)
     return entry
+
+
+def check_visible(who: Principal | None, name: str) -> None:
+    """Check that a name may exist for a caller, whether there is such an adapter or not.
+
+    Raises:
+        UnknownAdapter: this caller may not use it.
+    """
+    if who is not None and not who.may_use(name):
+        raise unknown(name)
 
 
 def unknown(name: str) -> UnknownAdapter:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from safelora_vllm.errors import GuardError, SafeLoRAError, StoreUnavailable
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.attestation import PoolState
 from safelora_vllm.integration.server.engine import Pool, ask_workers
 from safelora_vllm.integration.server.published_copies import Copies
@@ -58,13 +57,13 @@ class Watchdog:
     async def _copies_changed(self) -> bool:
         """Whether the files of a served adapter are not those of the last time."""
         served = {name: entry for name, entry in self._registry.items() if entry.served}
-        keys = {published_key(entry.served.request.lora_path) for entry in served.values() if entry.served}
+        keys = {entry.served.key for entry in served.values() if entry.served}
         states = await asyncio.to_thread(lambda: {key: self._copies.file_states(key) for key in keys})
         changed = False
         for name, entry in served.items():
             if entry.served is None or self._registry.get(name) is not entry:
                 continue
-            state = states[key := published_key(entry.served.request.lora_path)]
+            state = states[key := entry.served.key]
             if state == entry.served.copy:
                 continue
             changed = True

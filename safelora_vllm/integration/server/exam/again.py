@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.exam.sitting import REFUSED
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.decisions import exam_fields, log
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.registry import Entry, Registry
 from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
-from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.store.verdicts import Examined
 
 logger = logging.getLogger("vllm.safelora.exam")
@@ -60,7 +59,7 @@ class Again:
             SafeLoRAError: it is not served, or there is no score; it stays as it is.
         """
         served = entry.current()
-        key, terms = published_key(served.request.lora_path), self.exam.terms(entry.name)
+        key, terms = served.key, self.exam.terms(entry.name)
         found = await self.exam.examine_again(entry.name, key, served.report.policy)
         passed, gone = terms.passes(found, served.report.policy), self._has_failed(entry)
         failed = await self._withdraw_failed()
@@ -131,4 +130,4 @@ class Again:
 
 def _key(entry: Entry) -> str:
     """Of the copy that is served; none where nothing is."""
-    return published_key(entry.served.request.lora_path) if entry.served else ""
+    return entry.served.key if entry.served else ""

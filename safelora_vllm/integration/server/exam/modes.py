@@ -26,7 +26,7 @@ from safelora_vllm.integration.server.exam.terms import OWN, Terms
 from safelora_vllm.integration.server.registry import AwaitsExam
 from safelora_vllm.policy import Policy
 from safelora_vllm.store.audit_log import EXAM, SERVER, AuditLog
-from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.name_record import tenant_of
 from safelora_vllm.store.verdicts import Examined, Verdicts
 from safelora_vllm.tenants.rules import SERVERS, Rules, TenantRules
 

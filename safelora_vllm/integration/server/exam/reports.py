@@ -12,7 +12,7 @@ from safelora_vllm.integration.server.background import Background
 from safelora_vllm.integration.server.callers import acting_as
 from safelora_vllm.integration.server.exam.limits import ExamLimits, Limit, TooManyExams
 from safelora_vllm.policy import Policy
-from safelora_vllm.store.serving import tenant_of
+from safelora_vllm.store.name_record import tenant_of
 
 logger = logging.getLogger("vllm.safelora.exam")
 _LATER_SECONDS = 15.0

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.files import locked_if_free, make_folder
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.exam.again import Again
 from safelora_vllm.store.layout import EXAM
 
@@ -53,11 +52,7 @@ class Schedule:
     async def _examine_one(self) -> int:
         """Examine what waits longest, if it is due. How many adapters there are in all."""
         await self._again.look()  # also for what is in the store of a former process
-        served = {
-            published_key(entry.served.request.lora_path): entry
-            for entry in self._again.registry.values()
-            if entry.served
-        }
+        served = {entry.served.key: entry for entry in self._again.registry.values() if entry.served}
         due = {key: self._due(key) for key in served}
         self._tried = {key: when for key, when in self._tried.items() if key in served}
         key = min(due, key=due.__getitem__, default="")

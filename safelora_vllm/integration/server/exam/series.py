@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from safelora_vllm.integration.adapter_uri import published_key
 from safelora_vllm.integration.server.adapter_series import MAX_ADAPTER_SERIES
 from safelora_vllm.integration.server.exam.counts import BUCKETS, PASSED, PASSED_WITH_OPINION
 from safelora_vllm.integration.server.exam.no_exam import NoExam
@@ -34,7 +33,7 @@ def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterato
     scores = [
         ((entry.name,), max(found.score.bound for found in both if found))
         for entry in served[:MAX_ADAPTER_SERIES]
-        if entry.served and any(both := _found(exam, entry.served.request.lora_path))
+        if entry.served and any(both := _found(exam, entry.served.key))
     ]
     yield family("safelora_exam_info", [((exam.mode,), 1)])
     yield family("safelora_exams_total", sorted(exams.items()))
@@ -45,7 +44,6 @@ def exam_series(exam: NoExam, served: Sequence[Entry], has_key: bool) -> Iterato
         yield family("safelora_adapter_exam_score", scores)
 
 
-def _found(exam: NoExam, path: str) -> tuple[Examined | None, Examined | None]:
+def _found(exam: NoExam, key: str) -> tuple[Examined | None, Examined | None]:
     """What both halves of the probes found of a copy."""
-    key = published_key(path)
     return exam.found(key), exam.found_again(key)
