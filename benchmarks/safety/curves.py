@@ -51,7 +51,7 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
     axes.annotate("aligned model alone", (0.5, aligned), xytext=(0, -3), **low)
     if alone := table["none"]["none"].get("utility"):
         axes.axvline(alone["mean"], color="black", linewidth=0.8, linestyle=":")
-        axes.annotate("aligned model alone", (alone["mean"], 0.6), xytext=(-9, 0), rotation=90, **low)
+        axes.annotate("aligned model alone", (alone["mean"], 0.0), xytext=(3, 8), **low)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), ylabel="ASR (less is safer)", title=title)
     whose = "its own" if own else "of the benign adapter, so treated"
     axes.set_xlabel(f"utility, {whose} (mean of exact JSON and Rouge-1)")
