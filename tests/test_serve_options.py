@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,8 +117,9 @@ class Vllm:
                 parser.add_argument("model")
                 for flag in ("--enable-lora", "--grpc"):
                     parser.add_argument(flag, dest=flag[2:].replace("-", "_"), action="store_true")
-                for flag in ("--additional-config", "--worker-extension-cls", "--port"):
+                for flag in ("--additional-config", "--worker-extension-cls", "--host"):
                     parser.add_argument(flag)
+                parser.add_argument("--port", type=int, default=0)
                 parser.add_argument("--kv-cache-memory-bytes", type=int)
                 parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
 
@@ -171,9 +173,9 @@ def settings(cache: ProjectorCache, tmp_path: Path) -> ServerSettings:
 def test_the_steps_of_a_start(
     vllm: Vllm, settings: ServerSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    serve("MODEL", settings, ["--port", "1"])
+    serve("MODEL", settings, ["--host", "127.0.0.1"])
     assert vllm.steps == ["check command", "check server", "validate", "cmd", "leftovers"]
-    assert (vllm.args.model, vllm.args.port, vllm.args.enable_lora) == ("MODEL", "1", True)
+    assert (vllm.args.model, vllm.args.host, vllm.args.enable_lora) == ("MODEL", "127.0.0.1", True)
     assert json.loads(vllm.args.additional_config) == settings.to_section()
     assert vllm.args.worker_extension_cls == EXTENSION[1]
     assert vllm.args.kv_cache_memory_bytes == 2 * 2**30
@@ -196,6 +198,15 @@ def test_a_server_that_fails_leaves_no_folder_of_its_gate(vllm: Vllm, settings: 
     with pytest.raises(SystemExit):
         serve("MODEL", settings, [])
     assert vllm.steps[-1] == "leftovers"
+
+
+def test_a_port_in_use_stops_the_start(vllm: Vllm, settings: ServerSettings) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UsageError, match="in use"):
+            serve("MODEL", settings, ["--host", "127.0.0.1", "--port", str(other.getsockname()[1])])
+    assert "cmd" not in vllm.steps
 
 
 def test_a_front_end_without_our_routes_stops_the_start(vllm: Vllm, settings: ServerSettings) -> None:
