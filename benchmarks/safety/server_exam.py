@@ -84,8 +84,8 @@ def row(
 
     scores: of the pair and seed, by adapter and treatment.
     """
-    exam = report["exam"]
-    served = scores[name][second_opinion(OPINION).name if report["policy"]["opinion"] else RAW.name]
+    exam, opinion = report["exam"], report["policy"].get("opinion", False)
+    served = scores[name][second_opinion(OPINION).name if opinion else RAW.name]
     raw, served, alone = (
         half_of(of, "report") for of in (scores[name][RAW.name], served, scores["none"]["none"])
     )
@@ -93,7 +93,7 @@ def row(
         "pair": pair,
         "seed": seed,
         "adapter": name,
-        "opinion": report["policy"]["opinion"],
+        "opinion": opinion,
         **{figure: exam[figure] for figure in ("drop", "bound", "seconds", "over_refusal")},
         "raw_over_aligned": over_aligned([(raw, alone)], subjects_of(FULL))["mean"],
         "over_aligned": over_aligned([(served, alone)], subjects_of(FULL))["mean"],
