@@ -74,7 +74,7 @@ def main() -> int:
             return serve(
                 guarded(models / "aligned", projectors, work / "store", *GUARD, "--max-loras=2"), work
             )
-        questions = Questions(forbidden_prompts("test", 48), harmless_prompts("test", 12), orders("test", 32))
+        questions = Questions(forbidden_prompts("test", 24), harmless_prompts("test", 12), orders("test", 16))
         answers: dict[tuple[str, str], dict[str, str]] = {}
         say("Starting a guarded server with --exam enforce, and uploading four adapters while it serves")
         ladder = ", ".join(demo_exam.LADDER)
