@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.exam.score import Score
 from safelora_vllm.files import is_digest, make_folder, replace_file, settled, writing
 from safelora_vllm.store.layout import EXAM
@@ -64,7 +65,7 @@ class Verdicts:
         and one of all probes before one that ended early.
 
         Raises:
-            StoreUnavailable: the disk is full or not writable.
+            StoreUnavailable: the verdicts cannot be read, or the disk is full or not writable.
         """
         known = self.get(key)
         if (known and known.score.is_whole) or not (files := self._published.digests(key)):
@@ -81,7 +82,7 @@ class Verdicts:
         """`of_same_files` of many copies, in one look.
 
         Raises:
-            StoreUnavailable: the disk is full or not writable.
+            StoreUnavailable: the verdicts cannot be read, or the disk is full or not writable.
         """
         worst: dict[frozenset[tuple[str, str]], Examined] = {}
         for found in sorted(self._all(), key=_weight):
@@ -95,17 +96,24 @@ class Verdicts:
                 self.put(key, same)
 
     def _all(self) -> list[Examined]:
-        """Every verdict of the exam. Reads the files that have changed since the last call."""
+        """Every verdict of the exam. Reads the files that have changed since the last call.
+
+        Raises:
+            StoreUnavailable: they cannot be seen.
+        """
         seen: dict[str, tuple[int, Examined | None]] = {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as files:
-            for file in files:
-                key = file.name.removesuffix(".json")
-                if not is_digest(key):  # one that is being written
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    stamp = file.stat().st_mtime_ns
-                    before = self._seen.get(key)
-                    seen[key] = before if before and before[0] == stamp else (stamp, self._read(key))
+        try:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as files:
+                for file in files:
+                    key = file.name.removesuffix(".json")
+                    if not is_digest(key):  # one that is being written
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        stamp = file.stat().st_mtime_ns
+                        before = self._seen.get(key)
+                        seen[key] = before if before and before[0] == stamp else (stamp, self._read(key))
+        except OSError as error:
+            raise StoreUnavailable(f"{self._folder} cannot be read ({error.strerror}): try again") from error
         self._seen = seen
         return [found for _, found in seen.values() if found]
 

@@ -43,6 +43,10 @@ def until(server: FakeServer, true: Callable[[], bool]) -> None:
     raise AssertionError("it did not become true")
 
 
+def until_refused(server: FakeServer, *names: str) -> None:
+    until(server, lambda: all(answer_of_lookup(server, name) == 422 for name in names))
+
+
 def examine_again(server: FakeServer, name: str, key: str = ADMIN_KEY) -> Any:
     return server.client(key).post(f"/v1/adapters/{name}/exam")
 
@@ -158,14 +162,12 @@ def test_nothing_of_a_marked_tenant_is_served_by_the_first_half_alone(
         engine.drop = lambda _: 1.0
         first = len(engine.asked)
         assert examine_again(server, "acme/x").json()["withdrawn"]
-        for name in ("acme/x", "acme/y"):
-            until(server, lambda name=name: answer_of_lookup(server, name) == 422)  # type: ignore[misc]
+        until_refused(server, "acme/x", "acme/y")
         assert answer_of_lookup(server, "globex/z") == 200 and len(engine.asked) > first + 64
         back = server.client(SECRET).post("/v1/adapters/acme/x/rollback", json={"version": 1})
         assert back.status_code == 422, back.text
     with start(keys=str(place.keys), engine={"drop": lambda _: 1.0}, ladder="input-removal:0.1") as server:
-        for name in ("acme/x", "acme/y"):
-            until(server, lambda name=name: answer_of_lookup(server, name) == 422)  # type: ignore[misc]
+        until_refused(server, "acme/x", "acme/y")
 
 
 def test_a_mark_that_cannot_be_written_is_made_up_for(

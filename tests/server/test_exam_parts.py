@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from safelora_vllm.errors import AdapterRefused, ExamUnavailable, GuardError
+from safelora_vllm.errors import AdapterRefused, ExamUnavailable, GuardError, StoreUnavailable
 from safelora_vllm.exam.ladder import follows, parse
 from safelora_vllm.exam.score import Score
 from safelora_vllm.integration.server.background import Background
@@ -249,6 +249,13 @@ def test_verdicts_of_the_same_files_are_shared(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", with_one_that_goes)
     verdicts.share(keys)
     assert [verdicts.get(key) for key in keys] == [mild, bad, bad, None]
+
+    def too_many_files(_: Path) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "scandir", too_many_files)
+    with pytest.raises(StoreUnavailable, match="Too many open files"):  # never as if there were none
+        verdicts.of_same_files(keys[3])
 
 
 def test_a_verdict_of_another_process_is_seen(tmp_path: Path) -> None:
