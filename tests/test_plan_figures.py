@@ -81,8 +81,8 @@ def test_a_gate_fits_up_to_the_last_byte() -> None:
     ("changes", "told"),
     [
         ({"lora_rank": 0}, "`lora_rank` is 0: expected 1 or more"),
-        ({"gpu_memory": 0}, "`gpu_memory` is 0: expected more than 0"),
-        ({"gpu_memory": -1}, "`gpu_memory` is -1: expected more than 0"),
+        ({"gpu_memory": 0}, "`gpu_memory` is 0: expected 1 or more"),
+        ({"gpu_memory": -1}, "`gpu_memory` is -1: expected 1 or more"),
         *(
             ({"projectors": "none", name: value}, "`modules`, `max_energy` and `exact` have no effect with")
             for name, value in (("modules", ["q_proj"]), ("max_energy", 0.9), ("exact", True))

@@ -20,7 +20,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.plan import Plan, assumed_groups, largest_groups
 from safelora_vllm.projectors.selection import select_modules
-from safelora_vllm.projectors.sizes import groups_of_cache, total
+from safelora_vllm.projectors.sizes import ModuleGroup, groups_of_cache, total
 
 
 def plan_projectors(
@@ -71,10 +71,9 @@ def plan_projectors(
     """
     policy = policy or Policy()
     policy.check_effective(policy.chosen)
-    if lora_rank < 1:
-        raise UsageError(f"`lora_rank` is {lora_rank}: expected 1 or more")
-    if gpu_memory is not None and gpu_memory < 1:
-        raise UsageError(f"`gpu_memory` is {gpu_memory}: expected more than 0")
+    for name, value in (("lora_rank", lora_rank), ("gpu_memory", gpu_memory)):
+        if value is not None and value < 1:
+            raise UsageError(f"`{name}` is {value}: expected 1 or more")
     if projectors is not None and (modules or exact or max_energy is not None):
         raise UsageError(
             "`modules`, `max_energy` and `exact` have no effect with a projector cache, which has its own. "
@@ -90,18 +89,9 @@ def plan_projectors(
     checkpoint = Checkpoint(os.fspath(aligned), whole=False)
     names = select_modules(checkpoint, checkpoint, options.modules)
     if projectors is None:
-        parts = parts_read(policy, thin=not exact)
-        with naming_default(policy):
-            groups = assumed_groups(checkpoint, names, parts, options)
-            most = largest_groups(checkpoint, names, parts, options)
-        if not exact:
-            warn_of_truncation(policy, None)
+        groups, most = _assumed(checkpoint, names, policy, options)
     else:
-        cache = opened_cache(projectors)
-        _check_modules(cache, checkpoint, names)
-        check_energy(policy, cache)
-        groups = most = groups_of_cache(cache, parts_read(policy, cache.thin))
-        warn_of_truncation(policy, cache)
+        groups = most = _of_cache(opened_cache(projectors), checkpoint, names, policy)
     if gpu_memory is None:
         gpu_memory = _gpu_memory(options.device)
     on_gpu = gpu_memory is not None or torch.device(options.device).type != "cpu"
@@ -132,6 +122,30 @@ def plan_projectors(
         build_device=options.device,
         build_seconds=estimated_seconds(shapes, 2 * weights + disk.total, options),
     )
+
+
+def _assumed(
+    checkpoint: Checkpoint, names: Sequence[str], policy: Policy, options: BuildOptions
+) -> tuple[list[ModuleGroup], list[ModuleGroup]]:
+    """Of the assumed spectrum, and of the flattest one: what a policy takes at most."""
+    parts = parts_read(policy, thin=not options.exact)
+    with naming_default(policy):
+        groups = assumed_groups(checkpoint, names, parts, options)
+        most = largest_groups(checkpoint, names, parts, options)
+    if not options.exact:
+        warn_of_truncation(policy, None)
+    return groups, most
+
+
+def _of_cache(
+    cache: ProjectorCache, checkpoint: Checkpoint, names: Sequence[str], policy: Policy
+) -> list[ModuleGroup]:
+    """Of a cache's own spectra."""
+    _check_modules(cache, checkpoint, names)
+    check_energy(policy, cache)
+    groups = groups_of_cache(cache, parts_read(policy, cache.thin))
+    warn_of_truncation(policy, cache)
+    return groups
 
 
 def _check_modules(cache: ProjectorCache, checkpoint: Checkpoint, names: Sequence[str]) -> None:

@@ -153,8 +153,7 @@ class Reconciler:
         await asyncio.to_thread(made.names.look)
         await made.sync()
         for name, entry in made.registry.items():
-            refused = isinstance(entry.problem, AdapterRefused)  # perhaps by another release
-            if refused and not _is_open(entry, made.copies.ruleset(name)):
+            if entry.refusal and not _is_open(entry, made.copies.ruleset(name)):  # perhaps by another release
                 made.background.spawn(made._prepare(name, again=True))
         await made._state.tell(made.store.passed_over)
         made.background.spawn(made._heartbeat())
@@ -219,7 +218,7 @@ class Reconciler:
         The gate is asked for it now, if it is not at work.
         """
         entry = self.registry.get(name)
-        if entry is None or entry.served or isinstance(entry.problem, AdapterRefused):
+        if entry is None or entry.state != "unavailable":
             return False
         if not self._retries.is_due(name):
             return False
@@ -342,5 +341,5 @@ def _is_open(entry: Entry, ruleset: str) -> bool:
     if entry.version is not None and entry.version.ruleset_digest != ruleset:
         return True
     if entry.served is None:
-        return not isinstance(entry.problem, AdapterRefused)
+        return entry.state == "unavailable"
     return entry.version is not None and entry.served.key != entry.version.key
