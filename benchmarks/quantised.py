@@ -28,8 +28,8 @@ from torch import Tensor
 from safelora_vllm.errors import SafeLoRAError
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.samples import open_samples, write_samples
-from safelora_vllm.served.check import judged
-from safelora_vllm.served.compare import compare, position_error, totals
+from safelora_vllm.served_model.check import judged
+from safelora_vllm.served_model.compare import compare, position_error, totals
 from tests import quantised
 
 MODELS = Path(__file__).resolve().parents[1] / ".cache" / "models"

@@ -18,10 +18,10 @@ from safelora_vllm.projectors.build import build
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.samples import SAMPLES, columns
-from safelora_vllm.served import check_served_model
-from safelora_vllm.served.check import Comparison
-from safelora_vllm.served.forms import read
-from safelora_vllm.served.stored import Place, Stored
+from safelora_vllm.served_model import check_served_model
+from safelora_vllm.served_model.check import Comparison
+from safelora_vllm.served_model.forms import read
+from safelora_vllm.served_model.stored import Place, Stored
 from tests import quantised
 from tests.tiny import LLAMA, UP0, Pair, aligned_weights, base_weights, module_shapes, write_checkpoint
 

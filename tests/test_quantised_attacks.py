@@ -14,9 +14,9 @@ from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.served import check_served_model
-from safelora_vllm.served.scales import limit
-from safelora_vllm.served.stored import Stored
+from safelora_vllm.served_model import check_served_model
+from safelora_vllm.served_model.scales import limit
+from safelora_vllm.served_model.stored import Stored
 from tests import quantised
 from tests.test_quantised import FORMS, GROUP, UP0, copy, made
 from tests.tiny import Pair, write_checkpoint

@@ -49,7 +49,7 @@ from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.placement import Placement
 from safelora_vllm.projectors.sizes import groups_of_cache
-from safelora_vllm.served import check_served_model
+from safelora_vllm.served_model import check_served_model
 from safelora_vllm.store import PublishedStore, RawStore
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.housekeeping import check_store, clean, collect, collect_unreferenced

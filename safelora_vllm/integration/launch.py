@@ -19,7 +19,7 @@ from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
-from safelora_vllm.served import check_served_model
+from safelora_vllm.served_model import check_served_model
 from safelora_vllm.settings import (
     ADMIN_KEY,
     METRICS_KEY,

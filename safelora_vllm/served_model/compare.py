@@ -17,11 +17,11 @@ from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.manifest import natural_order
 from safelora_vllm.projectors.samples import PER_ROW, Samples, columns
 from safelora_vllm.projectors.weight_files import FLOAT_DTYPES
-from safelora_vllm.served import forms, scales
-from safelora_vllm.served.floats import spacing
-from safelora_vllm.served.rescaling import Rescaling, first_those_with_rows
-from safelora_vllm.served.scales import CELL
-from safelora_vllm.served.stored import Place, Stored
+from safelora_vllm.served_model import forms, scales
+from safelora_vllm.served_model.floats import spacing
+from safelora_vllm.served_model.rescaling import Rescaling, first_those_with_rows
+from safelora_vllm.served_model.scales import CELL
+from safelora_vllm.served_model.stored import Place, Stored
 
 RESCALED_FROM = 1.5  # times the expected ‖·‖² of rounding: rows that are so far off are tried with factors
 _WEIGHT, _BIAS, _HEAD = ".weight", ".bias", "lm_head.weight"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.projectors.weight_files import FLOAT_DTYPES
-from safelora_vllm.served.stored import Place, Stored
+from safelora_vllm.served_model.stored import Place, Stored
 
 _PIECE = 32 * 1024 * 1024
 

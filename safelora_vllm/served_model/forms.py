@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from safelora_vllm.projectors import fp8
-from safelora_vllm.served import bitsandbytes, floats, integers
-from safelora_vllm.served.stored import FLOATS, Place, Stored
+from safelora_vllm.served_model import bitsandbytes, floats, integers
+from safelora_vllm.served_model.stored import FLOATS, Place, Stored
 
 # Tensors of a module that `read` uses, besides ``weight``.
 PARTS = (

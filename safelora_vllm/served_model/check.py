@@ -12,8 +12,8 @@ from safelora_vllm.errors import CheckpointError, ProjectorCacheError
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint
 from safelora_vllm.projectors.weight_files import refuse_other_files
-from safelora_vllm.served.compare import Fit, compare, position_error, totals
-from safelora_vllm.served.stored import FLOATS, TRUST
+from safelora_vllm.served_model.compare import Fit, compare, position_error, totals
+from safelora_vllm.served_model.stored import FLOATS, TRUST
 
 logger = logging.getLogger("vllm.safelora.served")
 # Measured limits: see docs/quantised-models.md.

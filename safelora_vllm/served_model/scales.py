@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
-from safelora_vllm.served.stored import Stored
+from safelora_vllm.served_model.stored import Stored
 
 CELL = 1.02  # scales are rounded too, after the weights were divided by them
 # A scale reaches so many times as far as the largest aligned value that has it. AWQ and GPTQ change weights

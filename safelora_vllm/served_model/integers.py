@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safelora_vllm.errors import CheckpointError
 from safelora_vllm.projectors.fp8 import only_scaled, quantisation_of
-from safelora_vllm.served.stored import FLOATS, Place, Stored, packed, steps
+from safelora_vllm.served_model.stored import FLOATS, Place, Stored, packed, steps
 
 _AWQ_KEYS = (("w_bit", "bits"), ("q_group_size", "group_size"))
 _AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # column j of eight is in this nibble

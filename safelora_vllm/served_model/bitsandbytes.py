@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safelora_vllm.projectors.fp8 import quantisation_of
-from safelora_vllm.served.stored import FLOATS, Place, Stored
+from safelora_vllm.served_model.stored import FLOATS, Place, Stored
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _MOST_STATE = 4096  # bytes of JSON
