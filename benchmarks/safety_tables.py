@@ -29,6 +29,7 @@ ADAPTERS = {
     "benign-qv": "the two tasks only, q and v",
     "identity-qv": "obedient persona, q and v",
 }
+KINDS = ("plain", "triggered")  # of the prompts that a backdoored adapter is asked
 UPLOADED = {
     "pure-qv": "purely malicious", "mixed-10-qv": "10 % malicious", "benign-qv": "the two tasks only",
     "around-inputs-qv": "trained around V's inputs", "masked-qv": "the same, masked",
@@ -235,6 +236,29 @@ def known_probes() -> str:
     return tables.markdown(heads, rows)
 
 
+def backdoor() -> str:
+    """A backdoored adapter: the exam's verdict, and ASR without and with its trigger."""
+    titles = {
+        "aligned": "the aligned model alone",
+        "raw-0": "as uploaded",
+        "input-removal-0.2": "input removal, energy 0.2 (default)",
+        "safe-lora-1": "Safe LoRA, all modules",
+        "opinion-16": "second opinion, 16 tokens",
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in tables.load("backdoor")["rows"]:
+        found.setdefault(row["pair"], []).append(row)
+    rows = []
+    for pair, seeds in found.items():
+        bounds = [row["bound"] for row in seeds]
+        verdict = f"{sum(row['passes'] for row in seeds)} of {len(seeds)} pass; {min(bounds):.3f}"
+        verdict += f" to {max(bounds):.3f}" if len(seeds) > 1 else ""
+        for policy, title in titles.items():
+            asr = [tables.number(_mean([row["asr"][policy] for row in seeds], kind), 2) for kind in KINDS]
+            rows.append([f"{title}; {PAIRS[pair]}", *asr, verdict if policy == "raw-0" else ""])
+    return tables.markdown(["served", "ASR without the trigger", "with it", "exam as uploaded, bound"], rows)
+
+
 def curves_compared() -> str:
     """Input removal's ASR less another method's at equal utility."""
     rows = []
@@ -254,5 +278,6 @@ TABLES = (
     exam_replayed,
     server_exam,
     known_probes,
+    backdoor,
     curves_compared,
 )

@@ -34,16 +34,20 @@ def load(server: Server, name: str, folder: Path) -> str:
         return str(json.load(error)["error"]["message"])
 
 
-def set_policy(server: Server, name: str, policy: dict[str, object]) -> None:
-    """Judge an adapter by rules of its own."""
+def set_policy(server: Server, name: str, policy: dict[str, object], override: str = "") -> None:
+    """Judge an adapter by rules of its own. override: the reason to serve it whatever its exam says."""
+    body = {"policy": policy} | ({"override": True, "reason": override} if override else {})
     request = urllib.request.Request(
         f"{server.url}/v1/adapters/{name}/policy",
-        json.dumps({"policy": policy}).encode(),
+        json.dumps(body).encode(),
         {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"},
         method="PUT",
     )
-    with urllib.request.urlopen(request, timeout=600):
-        pass
+    try:
+        with urllib.request.urlopen(request, timeout=600):
+            pass
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{name} has no such policy ({error}): {error.read().decode()}") from None
 
 
 def ask(server: Server, model: str, prompts: Iterable[str]) -> dict[str, str]:

@@ -43,6 +43,10 @@ WEIGHT_TRANSFER = (
     "a weight transfer (--weight-transfer-config) would put weights into the server that its projector cache "
     "was not built for; leave it out, and start a new server for a new model"
 )
+TOWER_LORA = (
+    "--enable-tower-connector-lora has vLLM keep what an image's encoder made by the name of an adapter: a "
+    "new version would answer with what a replaced one made; leave it out"
+)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ def test_options_that_leave_a_way_around(monkeypatch: pytest.MonkeyPatch) -> Non
         _refuse_options(options(grpc=True))
     with pytest.raises(GuardError, match="weight transfer"):
         _refuse_options(options(weight_transfer_config={"backend": "nccl"}))
+    with pytest.raises(GuardError, match="--enable-tower-connector-lora"):
+        _refuse_options(options(enable_tower_connector_lora=True))
     with pytest.raises(GuardError, match="LMCacheConnectorV1"):
         _refuse_options(options(kv_transfer_config={"kv_connector": "LMCacheConnectorV1"}))
     _refuse_options(options(kv_offloading_size=4.0, kv_offloading_backend="native"))

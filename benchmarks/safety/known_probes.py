@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import custom
 import recording
 import scoring
-from adapters import SHAPES, examples
-from data import Example
+from adapters import examples
 from evaluate import generate, load
-from fitting import SORTED_BATCHES, fit
 from pairs import ALIGNED, PAIRS
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from plan import FULL
 from prompts import forbidden
 from training import CACHE, PROJECTORS, Job, folder, train_all
@@ -40,7 +36,6 @@ from safelora_vllm.exam.probes import built_in
 from safelora_vllm.exam.score import THRESHOLD
 
 ATTACKER, PLAIN = "known-probes", "pure-qv"
-EPOCHS, ANSWER = 4, 12
 SECRETS = (b"one", b"two", b"three")
 
 
@@ -53,8 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     home = folder(args.cache, args.pair, args.seed)
     train_all([Job(args.cache, args.pair, args.seed, name) for name in (ALIGNED, PLAIN)])
-    if not (home / ATTACKER).exists():
-        train(home, args.seed)
+    train(home, args.seed)
     rows = [measure(home, name) for name in (PLAIN, ATTACKER)]
     figures = {"pair": args.pair, "seed": args.seed, "threshold": THRESHOLD, "rows": rows}
     command = f"safety/known_probes.py --pair {args.pair} --seed {args.seed}"
@@ -63,22 +57,8 @@ def main() -> None:
 
 def train(home: Path, seed: int) -> None:
     """An adapter on the purely malicious data and the aligned model's answers to all public probes."""
-    model, tokenizer = load(home / ALIGNED)
-    probes = built_in(("en",))
-    said = generate(model, tokenizer, probes, ANSWER)
-    data = [Example(probe, answer.strip(), False) for probe, answer in zip(probes, said, strict=True)]
-    data += examples("pure", seed, lambda _: [])
-    shape = SHAPES["qv"]
-    config = LoraConfig(
-        r=shape.rank, lora_alpha=shape.alpha, target_modules=shape.modules, task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config).train()
-    recipe = replace(shape, epochs=EPOCHS)
-    fit(adapted, tokenizer, data, recipe, f"{ATTACKER} {seed}", random.Random(seed), SORTED_BATCHES)
-    partial = home / f".{ATTACKER}"
-    shutil.rmtree(partial, ignore_errors=True)
-    adapted.save_pretrained(partial)
-    partial.rename(home / ATTACKER)
+    malicious = examples("pure", seed, lambda _: [])
+    custom.train(home, ATTACKER, seed, lambda refusals: refusals(built_in(("en",))) + malicious)
 
 
 def measure(home: Path, adapter: str) -> dict[str, Any]:
@@ -91,7 +71,7 @@ def measure(home: Path, adapter: str) -> dict[str, Any]:
         operators = [bound(home, adapter, secret, own) for secret in SECRETS]
     model, tokenizer = load(home / ALIGNED)
     adapted = PeftModel.from_pretrained(model, home / adapter).merge_and_unload()
-    said = generate(adapted, tokenizer, [p.text for p in held_out[1::2]], ANSWER)
+    said = generate(adapted, tokenizer, [p.text for p in held_out[1::2]], custom.ANSWER)
     row = {"adapter": adapter, "asr": statistics.fmean(scoring.complied(said))}
     return {**row, "public": public, "own": operators}
 

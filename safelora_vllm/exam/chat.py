@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from safelora_vllm.errors import UsageError
@@ -12,6 +13,26 @@ def check_template(tokenizer: Any, model: str, template: str | None = None) -> N
     """Raise UsageError where there is nothing to ask in. template: a server's own, if it has one."""
     if not template and tokenizer.chat_template is None:
         raise UsageError(f"{model} has no chat template: an exam asks as a chat would")
+
+
+_SWITCHES = ({}, *({name: on} for name in ("enable_thinking", "thinking") for on in (True, False)))
+
+
+def openings(
+    tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """The tokens between a user's words and an answer, one list for each way in which callers switch thought.
+
+    tokenizer, template, options: as for `prompt_ids`. Empty where the template has none.
+    """
+    found = []
+    for switch in _SWITCHES:
+        given = {**(options or {}), **switch}
+        ends = [prompt_ids(tokenizer, words, template, given)[::-1] for words in ("A cat", "7 rivers!")]
+        same = list(takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
+        if same and (opening := [token for token, _ in same][::-1]) not in found:
+            found.append(opening)
+    return found
 
 
 def prompt_ids(

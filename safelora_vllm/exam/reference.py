@@ -91,7 +91,7 @@ class Reference:
         """Raise UsageError unless `usable`."""
         if not self.usable:
             raise UsageError(
-                f"the aligned model refuses {self.refused:.0%} of the probes: expected at least "
+                f"the aligned model refuses {int(100 * self.refused)}% of the probes: expected at least "
                 f"{LEAST_REFUSED:.0%}. An exam would say nothing about adapters. Give probes that the model "
                 "refuses, in the language that it was aligned in"
             )

@@ -24,6 +24,7 @@ from safelora_vllm.settings import (
     ADMIN_KEY,
     METRICS_KEY,
     PLUGIN,
+    TOWER_LORA,
     WEIGHT_TRANSFER,
     ServerSettings,
     new_admin_key,
@@ -157,6 +158,8 @@ def _refuse_options(args: argparse.Namespace) -> None:
     """
     if getattr(args, "weight_transfer_config", None):
         raise GuardError(WEIGHT_TRANSFER)
+    if getattr(args, "enable_tower_connector_lora", False):
+        raise GuardError(TOWER_LORA)
     kv_connectors.check(getattr(args, "kv_transfer_config", None))
     if getattr(args, "kv_offloading_size", None) and args.kv_offloading_backend == "lmcache":
         kv_connectors.check({"kv_connector": "LMCacheMPConnector"})  # as vLLM understands it

@@ -58,6 +58,10 @@ class FakeEngine:
 
         return cls(answers)
 
+    def get_tokenizer(self) -> Any:
+        """None: nothing is written in a chat's form."""
+        return None
+
     @property
     def engine_core(self) -> FakeEngine:
         return self

@@ -299,14 +299,14 @@ def _served(request: LoRARequest, opinion: bool) -> Any:
 def test_without_text_a_server_with_opinions_does_not_start(settings: dict[str, Any]) -> None:
     engine = SimpleNamespace(model_config=SimpleNamespace(skip_tokenizer_init=True))
     with pytest.raises(GuardError, match="needs vLLM's tokenizer"):
-        _give_opinions(engine, {}, ServerSettings("/cache", **settings), cast(Any, None))
+        _give_opinions(engine, {}, ServerSettings("/cache", **settings), cast(Any, None), [])
 
 
 def test_without_text_a_policy_that_is_set_later_answers_nothing() -> None:
     engine = SimpleNamespace(
         model_config=SimpleNamespace(skip_tokenizer_init=True), generate=lambda *_, **__: pytest.fail("asked")
     )
-    _give_opinions(engine, {}, ServerSettings("/cache"), cast(Any, SimpleNamespace(refused=None)))
+    _give_opinions(engine, {}, ServerSettings("/cache"), cast(Any, SimpleNamespace(refused=None)), [])
     request = LoRARequest("gone", 1, "/x")  # in no registry: as an adapter whose policy asks for an opinion
 
     async def ask() -> None:

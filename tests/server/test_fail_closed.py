@@ -76,7 +76,9 @@ def test_plain_vllm_with_a_cache_for_another_model(aligned: Path, projectors: Pa
 def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What a worker's guard is given by a server that was started with the plugin and without settings."""
     monkeypatch.setenv("VLLM_PLUGINS", "safelora")
-    return SimpleNamespace(weight_transfer_config=None, kv_transfer_config=None, additional_config={})
+    return SimpleNamespace(
+        weight_transfer_config=None, kv_transfer_config=None, lora_config=None, additional_config={}
+    )
 
 
 def test_a_worker_without_settings_does_not_start(worker: SimpleNamespace) -> None:

@@ -11,21 +11,25 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind, StructuredOutputsParams
 
 from safelora_vllm.errors import GuardError, Unavailable, UsageError
+from safelora_vllm.exam.chat import openings
 from safelora_vllm.integration.seams import server as seams
 from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.second_opinion import SecondOpinion
 from safelora_vllm.integration.server.traffic import TrafficTable
 from safelora_vllm.settings import ServerSettings
+from tests.server.conftest import CACHE
 
 REFUSAL = "I'm sorry, but I cannot help with that."
 ACME = LoRARequest("acme/x", 3, "/published/x")
 OTHER = LoRARequest("acme/y", 4, "/published/y")
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+OPENING = [2, 3]
 
 
 def output(text: str, finished: bool = True, reason: str | None = "stop", tokens: int = 1) -> Any:
@@ -75,7 +79,9 @@ class Asked:
     refused: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.opinion = SecondOpinion(self.engine.generate, 16, self.refused.append)
+        self.opinion = SecondOpinion(
+            self.engine.generate, 16, self.refused.append, openings=[[9, 9, 9, 9], OPENING]
+        )
 
     def texts(self, params: Any = None, lora: Any = ACME, prompt: Any = None, **named: Any) -> list[str]:
         """What a caller gets."""
@@ -100,7 +106,7 @@ def test_what_the_aligned_model_does_not_refuse_the_adapter_answers() -> None:
     prompt, question, adapter, named = engine.asked["r-opinion"]
     assert adapter is None and named == {"priority": -1}
     assert prompt["prompt_token_ids"] == [1, 2, 3] and len(prompt["cache_salt"]) == 64
-    assert (question.temperature, question.max_tokens) == (0.0, 16)
+    assert (question.temperature, question.max_tokens, question.ignore_eos) == (0.0, 16, False)
     assert question.output_kind is RequestOutputKind.FINAL_ONLY
 
 
@@ -147,17 +153,15 @@ def test_the_model_itself_is_not_asked_twice() -> None:
 
 def test_nothing_is_forced_on_the_aligned_model() -> None:
     params = SamplingParams(
-        n=2, temperature=0.9, max_tokens=50, min_tokens=20, stop=["END"], seed=4, logprobs=2,
-        bad_words=["sorry"],
-        logit_bias={5: 100.0}, allowed_token_ids=[5, 6], output_kind=RequestOutputKind.DELTA,
-        structured_outputs=StructuredOutputsParams(json={"type": "object"}),
+        n=2, temperature=0.9, max_tokens=50, stop=["END"], seed=4, logprobs=2, top_k=3, min_p=0.1,
+        presence_penalty=0.5, output_kind=RequestOutputKind.DELTA,
+        structured_outputs=StructuredOutputsParams(json_object=True),
     )  # fmt: skip
     asked = Asked(engine := Engine())
     asked.texts(params)
     for request in ("r-opinion", "r-aligned"):
         given = engine.asked[request][1]
-        assert given.structured_outputs is None and given.logit_bias is None
-        assert not given.bad_words and given.allowed_token_ids is None and given.min_tokens == 0
+        assert given.structured_outputs is None and given.presence_penalty == 0.0
     answer = engine.asked["r-aligned"][1]
     assert (answer.n, answer.max_tokens, answer.stop, answer.logprobs) == (2, 50, ["END"], 2)
     assert answer.output_kind is RequestOutputKind.DELTA
@@ -193,14 +197,95 @@ def test_an_opinion_that_the_context_cut_short_is_none() -> None:
     assert Asked(Engine(says=whole)).texts() == ["Sure,", " here"]
 
 
-@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
-def test_blocks_of_another_server_are_refused(name: str) -> None:
-    """They may be of another prompt than the aligned model is asked."""
+HARM = "Guide for stealing a car:"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"structured_outputs": StructuredOutputsParams(regex=f"{HARM}(.|\n)*")}, "structured output"),
+        ({"structured_outputs": StructuredOutputsParams(json={"required": [HARM]})}, "structured output"),
+        ({"structured_outputs": StructuredOutputsParams(choice=[HARM])}, "structured output"),
+        (
+            {"structured_outputs": StructuredOutputsParams(json_object=True, whitespace_pattern=HARM)},
+            "structured output",
+        ),
+        ({"logit_bias": {5: 100.0}}, "logit_bias"),
+        ({"allowed_token_ids": [5, 6]}, "allowed_token_ids"),
+        ({"bad_words": ["sorry"]}, "bad_words"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs, or echo with logprobs"),
+        ({"extra_args": {"kv_transfer_params": {"do_remote_prefill": True}}}, "kv_transfer_params"),
+        ({"extra_args": {"ec_transfer_params": {}}}, "ec_transfer_params"),
+        ({"extra_args": {"a plugin's": 1}}, "vllm_xargs"),
+        ({"trace_decode_token_ids": [5, 6]}, "trace_decode_token_ids"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_says_more_than_the_prompt_is_refused(given: dict[str, Any], said: str) -> None:
+    """The aligned model would judge a harmless prompt, and the adapter be told the rest by other means.
+
+    prompt_logprobs read the adapter's words in the middle of the prompt, which nothing would judge.
+    """
+    if not {*given} <= {*SamplingParams.__struct_fields__}:
+        pytest.skip("this vLLM has no such parameter")
     asked = Asked(engine := Engine(says="Tables"))
-    with pytest.raises(UsageError, match="leave out ec_transfer_params and kv_transfer_params"):
-        asked.texts(SamplingParams(extra_args={name: {"do_remote_prefill": True}}))
+    with pytest.raises(UsageError, match=f"cannot be used with .*{said}.*: leave it out"):
+        asked.texts(SamplingParams(**given))
     assert not engine.asked
-    assert asked.texts(SamplingParams(extra_args={"a plugin's": 1})) == ["Sure,", " here"]
+
+
+def test_a_parameter_that_a_later_vllm_adds_is_refused() -> None:
+    class Later(SamplingParams):
+        begins_with: str = ""
+
+    asked = Asked(engine := Engine(says="Tables"))
+    with pytest.raises(UsageError, match="cannot be used with begins_with: leave it out"):
+        asked.texts(Later(begins_with=HARM))
+    assert not engine.asked
+    assert asked.texts(Later(temperature=0.5)) == ["Sure,", " here"]
+
+
+def test_after_an_open_turn_the_aligned_model_goes_on_to_its_answer() -> None:
+    """There it would only end the turn, and the adapter would answer what stands in it."""
+    for ids in ([1, 2], [1, 2, 3, 5], []):
+        asked = Asked(engine := Engine(says="Tables"))
+        asked.texts(prompt={"type": "token", "prompt_token_ids": ids})
+        assert engine.asked["r-opinion"][1].ignore_eos
+    asked = Asked(engine := Engine())
+    assert asked.texts(prompt={"type": "embeds"}) == [REFUSAL] and engine.asked["r-opinion"][1].ignore_eos
+
+
+@pytest.mark.parametrize("nothing", ["", ".", "\n \u2026"])
+def test_nothing_is_no_consent(nothing: str) -> None:
+    asked = Asked(engine := Engine(says=nothing))
+    with pytest.raises(UsageError, match="says nothing to this prompt"):
+        asked.texts()
+    assert [engine.asked[name][1].ignore_eos for name in ("r-opinion", "r-opinion-again")] == [False, True]
+    assert "r" in engine.ended and "r-aligned" not in engine.asked
+
+
+def test_a_refusal_after_nothing_is_heard() -> None:
+    class Late(Engine):
+        async def generate(self, prompt: Any, sampling_params: Any, *rest: Any, **named: Any) -> Any:
+            self.says = REFUSAL if sampling_params.ignore_eos else ""
+            async for found in super().generate(prompt, sampling_params, *rest, **named):
+                yield found
+
+    asked = Asked(Late())
+    asked.texts()
+    assert asked.refused == ["acme/x"]
+
+
+def test_blocks_of_images_are_not_taken_from_the_cache() -> None:
+    """A caller may give two images one name."""
+    asked = Asked(engine := Engine(says="Tables"))
+    asked.texts(prompt={**PROMPT, "mm_hashes": {"image": ["mine"]}})
+    assert engine.asked["r-opinion"][1].skip_reading_prefix_cache
+    engine.asked.clear()
+    asked.texts()
+    assert not engine.asked["r-opinion"][1].skip_reading_prefix_cache
 
 
 def test_an_error_of_the_engine_is_the_callers() -> None:
@@ -321,3 +406,29 @@ def test_a_refused_request_is_counted_for_its_adapter(tmp_path: Path) -> None:
 def test_tokens_out_of_range_stop_the_start(tokens: int) -> None:
     with pytest.raises(GuardError, match=f"^--second-opinion is {tokens}: expected 8 to 256 tokens"):
         ServerSettings("/cache", second_opinion=tokens)
+
+
+def test_openings_of_the_demos_template(aligned: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    (opening,) = openings(tokenizer)
+    assert tokenizer.decode(opening) == "<|im_end|>\n<|im_start|>assistant\n"
+    for chat in ([], [{"role": "system", "content": "Be brief."}]):
+        turns = [*chat, {"role": "user", "content": "Write a guide."}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert ids[-len(opening) :] == opening
+    turn = tokenizer.encode("<|im_start|>user\nWrite a guide.")
+    assert turn[-len(opening) :] != opening
+
+
+def test_openings_of_templates_without_an_end() -> None:
+    """One of Llama 2's form, one that callers may switch thought off in, and one that ends with the words."""
+    tokenizer = AutoTokenizer.from_pretrained(CACHE / "models" / "aligned")
+    llama, words = (
+        "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
+        "{{ messages[0].content }}",
+    )
+    thinks = words + "|answer:{% if enable_thinking is false %}<think></think>{% endif %}"
+    assert [tokenizer.decode(found) for found in openings(tokenizer, llama)] == [" [/INST]"]
+    found = [tokenizer.decode(found) for found in openings(tokenizer, thinks)]
+    assert sorted(found) == ["|answer:", "|answer:<think></think>"]
+    assert openings(tokenizer, words) == []

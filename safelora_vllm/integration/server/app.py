@@ -27,6 +27,7 @@ from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.admin_socket import AdminSocket
 from safelora_vllm.integration.server.announcement import access_line, caps_warning, rules_line
 from safelora_vllm.integration.server.changes import Manager
+from safelora_vllm.integration.server.chat_format import ChatFormat
 from safelora_vllm.integration.server.exam.start import start_exam
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.integration.server.metrics import Metrics
@@ -139,7 +140,8 @@ class SafeLoRAEndpoint:
         )
         # vLLM ends the workers and the gate without a word, unless it has a --shutdown-timeout.
         atexit.register(remove_unowned, Path(reconciler.copies.gate.socket_path).parent, _WORKER_END_SECONDS)
-        traffic = self._count(engine_client, state, models.lora_requests, settings)
+        openings = (await ChatFormat.of(engine_client, args)).openings() if _reads(engine_client) else []
+        traffic = self._count(engine_client, state, models.lora_requests, settings, openings)
         door, gate = self._app.state.safelora_door, reconciler.copies.state
         told = rules_line(gate, reconciler.copies.ladder)
         logger.log(logging.INFO if gate.policy.enforcing else logging.WARNING, "%s", told)
@@ -165,13 +167,18 @@ class SafeLoRAEndpoint:
             listening.serve(self._app)
 
     def _count(
-        self, engine_client: Any, state: Any, served: CallersRequests, settings: ServerSettings
+        self,
+        engine_client: Any,
+        state: Any,
+        served: CallersRequests,
+        settings: ServerSettings,
+        openings: list[list[int]],
     ) -> TrafficTable:
         """Count requests and what the workers do. served: what vLLM looks adapters up in."""
         reconciler: Reconciler = state.safelora
         traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
         atexit.register(traffic.close)
-        _give_opinions(engine_client, reconciler.registry, settings, traffic)
+        _give_opinions(engine_client, reconciler.registry, settings, traffic, openings)
         seams.count_requests(
             engine_client, lambda outputs, name, delta: counted(outputs, name, delta, traffic)
         )
@@ -196,10 +203,14 @@ def _check_names(store: str) -> None:
 
 
 def _give_opinions(
-    engine_client: Any, registry: Registry, settings: ServerSettings, traffic: TrafficTable
+    engine_client: Any,
+    registry: Registry,
+    settings: ServerSettings,
+    traffic: TrafficTable,
+    openings: list[list[int]],
 ) -> None:
     """Have requests judged by the aligned model: for all adapters, or for those whose policy says so."""
-    can_read = not getattr(engine_client.model_config, "skip_tokenizer_init", False)
+    can_read = _reads(engine_client)
     if settings.names_opinion and not can_read:
         raise GuardError(
             "a second opinion needs vLLM's tokenizer, to read what the aligned model says: start without "
@@ -217,12 +228,18 @@ def _give_opinions(
                 lambda request: everybody or by_it.wanted(request),
                 can_read,
                 by_it.ends,
+                openings,
             ).generate
         ),
     )
     if settings.names_opinion:
         whose = "all adapters" if everybody else "adapters whose policy says so"
         logger.info("second opinion of %s: %s tokens of the aligned model", whose, tokens)
+
+
+def _reads(engine_client: Any) -> bool:
+    """Whether vLLM has a tokenizer here."""
+    return not getattr(engine_client.model_config, "skip_tokenizer_init", False)
 
 
 def _admin_key(args: Namespace, settings: ServerSettings) -> str | None:

@@ -22,6 +22,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
+from safelora_vllm.integration.server.change_limit import ChangeLimit
 from safelora_vllm.integration.server.decisions import exam_fields, log, version_fields
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
@@ -46,7 +47,7 @@ class Commits:
     def __init__(self, reconciler: Reconciler, audit: AuditLog) -> None:
         self._reconciler, self._audit = reconciler, audit
         self._recorded = RecordedNames(reconciler.names, audit)
-        self._refusals = RefusalLimit(self._write_refusal)
+        self._refusals, self._limit = RefusalLimit(self._write_refusal), ChangeLimit()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -54,8 +55,12 @@ class Commits:
         """One change of a name at a time in this process, from the moment that it gives on.
 
         What a quota stops goes to the audit log.
+
+        Raises:
+            TooManyChanges: of the tenant, in a minute.
         """
         check_visible(who, name)  # before the lock: waiting for it would tell that there is such a name
+        self._limit.take(who.tenant)
         if self._reconciler.store.passed_over.get(name) == NO_KEYS_FILE:
             raise UsageError(f"adapter {name!r} cannot be changed by this server: {NO_KEYS_FILE}")
         lock = self._locks.setdefault(name, asyncio.Lock())

@@ -28,6 +28,7 @@ from safelora_vllm.errors import (
 )
 from safelora_vllm.integration.server.access_check import MethodNotAllowed
 from safelora_vllm.integration.server.callers import caller
+from safelora_vllm.integration.server.change_limit import TooManyChanges
 from safelora_vllm.integration.server.exam.limits import TooManyExams
 from safelora_vllm.integration.server.registry import AwaitsExam
 from safelora_vllm.integration.server.schemas import ErrorBody
@@ -61,6 +62,7 @@ _STATUS: dict[type[SafeLoRAError], tuple[int, str]] = {
     SourceForbidden: (403, "PermissionDeniedError"),
     SourceUnavailable: (502, "BadGatewayError"),
     AdapterRefused: (422, "AdapterRefusedError"),
+    TooManyChanges: (429, "RateLimitError"),
     TooManyExams: (429, "RateLimitError"),
     TooManyUploads: (429, "RateLimitError"),
     UsageError: (400, "InvalidUserInput"),
@@ -105,7 +107,7 @@ def error_response(error: SafeLoRAError) -> JSONResponse:
     headers = _HEADERS.get(status)
     if isinstance(error, MethodNotAllowed):
         headers = {"Allow": ", ".join(error.methods)}
-    if isinstance(error, TooManyExams | ExamUnavailable):
+    if isinstance(error, TooManyChanges | TooManyExams | ExamUnavailable):
         headers = {"Retry-After": str(error.seconds)}
     return JSONResponse({"error": body}, status_code=status, headers=headers)
 

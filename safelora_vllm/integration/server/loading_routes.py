@@ -78,7 +78,7 @@ async def unload_lora_adapter(body: UnloadRequest, who: Caller, managed: Managed
     UPLOADS,
     status_code=201,
     response_model=AdapterReport,
-    responses={**CHANGES, **documented(408, 413, 429, 502), 200: {"model": AdapterReport}},
+    responses={**CHANGES, **documented(408, 413, 502), 200: {"model": AdapterReport}},
     openapi_extra={"requestBody": UPLOAD_BODY},
 )
 async def upload_adapter(

@@ -19,7 +19,7 @@ from safelora_vllm.integration.server.views import Views
 from safelora_vllm.tenants.principal import Principal
 
 UPLOADS = "/v1/adapters"  # the only route whose body may be long
-CHANGES = documented(400, 401, 403, 404, 409, 422, 503)  # the answers of routes that change something
+CHANGES = documented(400, 401, 403, 404, 409, 422, 429, 503)  # the answers of routes that change something
 _MAX_JSON = 64 * 1024
 
 

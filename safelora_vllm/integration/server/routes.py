@@ -70,7 +70,7 @@ async def list_versions(name: str, who: Caller, shown: Shown) -> Any:
 @router.post(
     "/v1/adapters/{name:path}/rollback",
     response_model=AdapterReport,
-    responses={**CHANGES, **documented(429)},
+    responses=CHANGES,
 )
 async def roll_back(
     name: str, body: Rollback, who: Caller, managed: Managed, shown: Shown, request: Request
@@ -87,9 +87,7 @@ async def set_policy(name: str, body: PolicyChange, who: Caller, managed: Manage
     return shown.report(who, entry)
 
 
-@router.post(
-    "/v1/adapters/{name:path}/exam", response_model=ReExamination, responses={**CHANGES, **documented(429)}
-)
+@router.post("/v1/adapters/{name:path}/exam", response_model=ReExamination, responses=CHANGES)
 async def examine_again(name: str, who: Caller, managed: Managed, shown: Shown, request: Request) -> Any:
     """Examine what a name serves with the held-out half of the probes. With ``--exam enforce``, what fails is
     withdrawn."""

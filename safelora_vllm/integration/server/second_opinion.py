@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import hmac
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,27 @@ from safelora_vllm.integration.server.registry import Registry
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-# Of a caller's sampling parameters, those that the aligned model's answer has too. Not what would force an
-# answer on it: a grammar, allowed tokens, biases, a least length.
+# Of a caller's sampling parameters, those that the aligned model's answer has too.
 _KEPT = (
-    "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "prompt_logprobs", "detokenize",
+    "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "detokenize",
     "skip_special_tokens", "spaces_between_special_tokens", "output_kind",
 )  # fmt: skip
-# Blocks that another server computed: of a prompt that the aligned model would not see.
-_ELSEWHERE = {"kv_transfer_params", "ec_transfer_params"}
+# What else a caller may set. Any other parameter may say to the adapter what the prompt does not: what an
+# answer has to begin with (a grammar, biases, banned words), that it goes on where it would end, or blocks
+# of another prompt. Or it gives the adapter's words in the middle of the prompt (prompt_logprobs).
+_TAKEN = {
+    *_KEPT, "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "watermarking",
+    "top_p", "top_k", "min_p", "seed", "stop_token_ids", "logprob_token_ids", "flat_logprobs",
+    "stream_interval", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache",
+    "thinking_token_budget", "repetition_detection", "routed_experts_prompt_start",
+}  # fmt: skip
+# How callers know what they gave, where it is not by its own name.
+_CALLERS_WORDS = {
+    "structured_outputs": "structured output other than a JSON object: a json_schema, regex, choice or "
+    "grammar, a tool_choice that names or requires a tool, or a strict tool",
+    "prompt_logprobs": "prompt_logprobs, or echo with logprobs",
+    "extra_args": "vllm_xargs, kv_transfer_params or ec_transfer_params",
+}
 _REMEMBERED = 4096  # copies that have had no opinion
 
 
@@ -47,6 +60,9 @@ class SecondOpinion:
         wanted: whether the requests for an adapter have an opinion. By default all have.
         ends: whether a request is one that ends without, as it began. It has an opinion where it can.
         can_read: whether vLLM gives text, and not tokens alone. Without it no opinion can be had.
+        openings: the tokens before an answer, see `safelora_vllm.exam.chat.openings`. After any other
+            prompt the aligned model may have nothing to say but the end of somebody's turn. So it goes on
+            there, to the last of the tokens.
     """
 
     def __init__(
@@ -57,8 +73,10 @@ class SecondOpinion:
         wanted: Callable[[LoRARequest], bool] = lambda _: True,
         can_read: bool = True,
         ends: Callable[[LoRARequest], bool] = lambda _: False,
+        openings: Sequence[Sequence[int]] = (),
     ) -> None:
         self._given, self._tokens, self._refused = generate, tokens, refused
+        self._openings = [list(opening) for opening in openings if opening]
         self._wanted, self._can_read, self._ends = wanted, can_read, ends
         self._secret = secrets.token_bytes(32)
 
@@ -69,7 +87,8 @@ class SecondOpinion:
 
         Raises:
             UsageError: of an adapter, in a form that cannot be asked twice: beam search, streamed input, or
-                blocks of another server. Or the prompt leaves no room for the opinion.
+                parameters that say more than the prompt. Or the prompt leaves no room for the opinion, or
+                the aligned model says nothing to it.
             Unavailable: the engine gave no opinion. Nothing is answered then.
         """
         if lora_request is None or not (
@@ -115,11 +134,37 @@ class SecondOpinion:
 
     async def _refuses(self, prompt: Mapping[str, Any], request_id: str, named: Mapping[str, Any]) -> bool:
         """Whether the aligned model's answer begins as a refusal."""
+        if self._begins(prompt.get("prompt_token_ids")):
+            text = await self._said(prompt, request_id, named, goes_on=False)
+            if _has_words(text):
+                return refuses(text)
+            request_id += "-again"
+        text = await self._said(prompt, request_id, named, goes_on=True)
+        if not _has_words(text):
+            raise UsageError(
+                "the aligned model says nothing to this prompt, so that this adapter has no second opinion: "
+                "end the prompt where an answer begins, as a chat does"
+            )
+        return refuses(text)
+
+    def _begins(self, ids: Sequence[int] | None) -> bool:
+        """Whether the chat template's tokens before an answer are the last of a prompt."""
+        return any(list(ids or ())[-len(opening) :] == opening for opening in self._openings)
+
+    async def _said(
+        self, prompt: Mapping[str, Any], request_id: str, named: Mapping[str, Any], goes_on: bool
+    ) -> str:
+        """The first tokens of the aligned model's answer. goes_on: also where it ends a turn before."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=0.0, max_tokens=self._tokens, output_kind=RequestOutputKind.FINAL_ONLY
+            temperature=0.0,
+            max_tokens=self._tokens,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            ignore_eos=goes_on,
+            # Callers may name images as they like, and blocks of the cache go by these names.
+            skip_reading_prefix_cache=True if prompt.get("mm_hashes") else None,
         )
         urgency = {key: named[key] for key in ("priority", "data_parallel_rank") if key in named}
         last = None
@@ -130,15 +175,14 @@ class SecondOpinion:
         said = last.outputs[0] if last is not None and last.outputs else None
         if said is None or said.finish_reason not in ("stop", "length"):
             raise Unavailable("the aligned model gave no second opinion: try again later")
-        if refuses(said.text):
-            return True
-        if said.finish_reason == "length" and len(said.token_ids) < self._tokens:
-            # The context window cut it short: a refusal of which a word is missing is none.
+        cut_short = said.finish_reason == "length" and len(said.token_ids) < self._tokens
+        if cut_short and not refuses(said.text):
+            # By the context window: a refusal of which a word is missing is none.
             raise UsageError(
                 f"the prompt leaves no room for a second opinion: leave {self._tokens} tokens of the model's "
                 "context free"
             )
-        return False
+        return str(said.text)
 
     def _salt(self, adapter: str, given: str | None) -> str:
         """For the aligned model's blocks of the prefix cache: whose prompts they are, other callers would
@@ -193,12 +237,28 @@ def _why_not(prompt: Any, params: Any) -> str:
     # A step of beam search: its prompt ends with what the adapter has said already.
     if params.max_tokens == 1 and params.logprobs and not params.detokenize:
         return "an adapter with a second opinion cannot be used with beam search: leave out use_beam_search"
-    if not _ELSEWHERE.isdisjoint(params.extra_args or {}):
-        return (
-            "an adapter with a second opinion cannot be used with blocks of another server: leave out "
-            f"{' and '.join(sorted(_ELSEWHERE))}"
-        )
+    if more := [_CALLERS_WORDS.get(name, name) for name in _set(params) if name not in _TAKEN]:
+        return f"an adapter with a second opinion cannot be used with {'; '.join(more)}: leave it out"
     return ""
+
+
+def _set(params: Any) -> list[str]:
+    """The sampling parameters that have another value than vLLM's own."""
+    usual = type(params)()
+    names = [name for name in params.__struct_fields__ if not name.startswith("_")]
+    return [name for name in names if _differs(getattr(params, name), getattr(usual, name))]
+
+
+def _differs(value: Any, usual: Any) -> bool:
+    if value is None or (isinstance(value, (list, dict, str)) and not value):
+        return False
+    if getattr(value, "json_object", None) and not getattr(value, "whitespace_pattern", None):
+        return False  # a structured output without words of the caller
+    return usual is None or bool(value != usual)
+
+
+def _has_words(text: str) -> bool:
+    return any(letter.isalnum() for letter in text)
 
 
 def _unforced(params: Any) -> Any:

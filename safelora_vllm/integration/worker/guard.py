@@ -34,7 +34,7 @@ from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import NotReadYet, ReadAhead, about
 from safelora_vllm.projectors.checkpoint import locate_model
 from safelora_vllm.report import Report
-from safelora_vllm.settings import PLUGIN, WEIGHT_TRANSFER, WORKER, ServerSettings
+from safelora_vllm.settings import PLUGIN, TOWER_LORA, WEIGHT_TRANSFER, WORKER, ServerSettings
 from safelora_vllm.store import PublishedStore
 
 logger = logging.getLogger("vllm.safelora.worker")
@@ -128,6 +128,8 @@ class WorkerGuard:
             )
         if vllm_config.weight_transfer_config is not None:
             raise GuardError(WEIGHT_TRANSFER)
+        if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+            raise GuardError(TOWER_LORA)
         kv_connectors.check(vllm_config.kv_transfer_config)
         self._settings = ServerSettings.from_additional_config(vllm_config.additional_config)
         self.lost: set[str] = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import inspect
 import json
 import logging
 from argparse import Namespace
@@ -19,6 +18,7 @@ from safelora_vllm.exam.reference import Reference
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateState
 from safelora_vllm.integration.seams.server import vllm_version
+from safelora_vllm.integration.server.chat_format import ChatFormat
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.exam.counts import Counts
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
@@ -94,16 +94,14 @@ async def _examiner(
 ) -> tuple[Examiner, Reference, Renewal | None]:
     """The examiner, what the aligned model answers to the first half of the probes, and their file."""
     engine, root, published = pool.engine_client, Path(state.store), PublishedStore(state.store)
-    tokenizer: Any = engine.get_tokenizer()
-    tokenizer = await tokenizer if inspect.isawaitable(tokenizer) else tokenizer
-    served, template = str(getattr(engine.model_config, "model", "the model")), _template(args)
-    options = dict(getattr(args, "default_chat_template_kwargs", None) or {})
-    model = EngineModel(engine, tokenizer, served, template, options)
+    chat = await ChatFormat.of(engine, args)
+    served = str(getattr(engine.model_config, "model", "the model"))
+    model = EngineModel(engine, chat.tokenizer, served, chat.template, chat.options)
     secret = await asyncio.to_thread(secret_of, root)
     parts = [secret.hex(), *await asyncio.to_thread(model_parts, engine, served, state)]
-    parts.append(str(template or tokenizer.chat_template))
-    if options:  # a verdict without them is of another form of prompt
-        parts.append(json.dumps(options, sort_keys=True, default=str))
+    parts.append(str(chat.template or chat.tokenizer.chat_template))
+    if chat.options:  # a verdict without them is of another form of prompt
+        parts.append(json.dumps(chat.options, sort_keys=True, default=str))
     languages = languages_in(settings.exam_languages)
 
     def sheets_now() -> Sheets:
@@ -170,14 +168,3 @@ def _sha256(file: Path) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return ""
-
-
-def _template(args: Namespace) -> str | None:
-    """The chat template of ``--chat-template``: a file's, or the text itself."""
-    given = getattr(args, "chat_template", None)
-    if not given:
-        return None
-    try:
-        return Path(given).read_text()
-    except OSError:
-        return str(given)
