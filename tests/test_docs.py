@@ -25,7 +25,8 @@ MOST_LINES = 150  # of the README
 VLLMS = {
     "--additional-config", "--allowed-local-media-path", "--api-key", "--api-server-count", "--config",
     "--data-parallel-size", "--enable-lora", "--enable-tower-connector-lora", "--enforce-eager", "--grpc",
-    "--host", "--lora-modules", "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--max-model-len", "--middleware", "--port",
+    "--host", "--lora-modules", "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--max-model-len",
+    "--middleware", "--port",
     "--served-model-name", "--tensor-parallel-size", "--weight-transfer-config", "--worker-extension-cls",
     "--enable-offline-docs", "--dtype", "--max-num-seqs", "--gpu-memory-utilization", "--model",
     "--no-enable-lora", "--pipeline-parallel-size", "--kv-cache-memory-bytes",
