@@ -50,7 +50,8 @@ def _has_server() -> bool:
 # The files whose tests use the one server of the session, which one process starts.
 ONE_SERVER = (
     "test_corpus_live", "test_loading", "test_metrics", "test_monitoring_live", "test_openapi",
-    "test_platforms", "test_routes", "test_survival", "test_tenants", "test_uploads", "test_weights",
+    "test_platforms", "test_routes", "test_second_opinion_live", "test_survival", "test_tenants",
+    "test_uploads", "test_weights",
 )  # fmt: skip
 # What takes longest begins first, so that the processes end together.
 LONGEST = (

@@ -1,4 +1,4 @@
-"""A tenant's changes in a minute have a bound, an admin's have none."""
+"""A tenant's new versions in a minute have a bound, an admin's have none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def test_a_tenant_has_its_share_of_a_minute() -> None:
     for _ in range(A_MINUTE):
         limit.take("acme")
         now[0] += 0.5
-    with pytest.raises(TooManyChanges, match=f"{A_MINUTE} changes in a minute; try again in 31 s") as refused:
+    with pytest.raises(
+        TooManyChanges, match=f"{A_MINUTE} new versions in a minute; try again in 31 s"
+    ) as refused:
         limit.take("acme")
     assert refused.value.seconds == 31
     limit.take("other")

@@ -15,6 +15,7 @@ def check_template(tokenizer: Any, model: str, template: str | None = None) -> N
         raise UsageError(f"{model} has no chat template: an exam asks as a chat would")
 
 
+_LEAST = 2  # tokens of an opening: one alone, such as a line's end, may end any prompt
 _SWITCHES = ({}, *({name: on} for name in ("enable_thinking", "thinking") for on in (True, False)))
 
 
@@ -28,9 +29,13 @@ def openings(
     found = []
     for switch in _SWITCHES:
         given = {**(options or {}), **switch}
-        ends = [prompt_ids(tokenizer, words, template, given)[::-1] for words in ("A cat", "7 rivers!")]
+        try:
+            ends = [prompt_ids(tokenizer, words, template, given)[::-1] for words in ("A cat", "7 rivers!")]
+        except Exception:  # of a template that has no such switch, or of a tokenizer that renders no chats
+            continue
         same = list(takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
-        if same and (opening := [token for token, _ in same][::-1]) not in found:
+        opening = [token for token, _ in same][::-1]
+        if _LEAST <= len(opening) < len(ends[0]) and opening not in found:
             found.append(opening)
     return found
 
@@ -39,7 +44,10 @@ def prompt_ids(
     tokenizer: Any, prompt: str, template: str | None = None, options: Mapping[str, Any] | None = None
 ) -> list[int]:
     """The tokens before an answer. tokenizer: of transformers. options: of the template, by name."""
-    chat = [{"role": "user", "content": prompt}]
     given = {**(options or {}), **({"chat_template": template} if template else {})}
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **given)
+    text = ""
+    for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates take parts only
+        if prompt not in text:
+            chat = [{"role": "user", "content": content}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **given)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

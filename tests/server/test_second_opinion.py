@@ -154,6 +154,7 @@ def test_the_model_itself_is_not_asked_twice() -> None:
 def test_nothing_is_forced_on_the_aligned_model() -> None:
     params = SamplingParams(
         n=2, temperature=0.9, max_tokens=50, stop=["END"], seed=4, logprobs=2, top_k=3, min_p=0.1,
+        logprob_token_ids=[5],
         presence_penalty=0.5, output_kind=RequestOutputKind.DELTA,
         structured_outputs=StructuredOutputsParams(json_object=True),
     )  # fmt: skip
@@ -164,6 +165,7 @@ def test_nothing_is_forced_on_the_aligned_model() -> None:
         assert given.structured_outputs is None and given.presence_penalty == 0.0
     answer = engine.asked["r-aligned"][1]
     assert (answer.n, answer.max_tokens, answer.stop, answer.logprobs) == (2, 50, ["END"], 2)
+    assert answer.logprob_token_ids == [5], "vLLM would miss them in the answer"
     assert answer.output_kind is RequestOutputKind.DELTA
     assert answer.top_k == 1, "greedy, as the opinion was"
 
@@ -247,17 +249,40 @@ def test_a_parameter_that_a_later_vllm_adds_is_refused() -> None:
     assert asked.texts(Later(temperature=0.5)) == ["Sure,", " here"]
 
 
-def test_after_an_open_turn_the_aligned_model_goes_on_to_its_answer() -> None:
-    """There it would only end the turn, and the adapter would answer what stands in it."""
-    for ids in ([1, 2], [1, 2, 3, 5], []):
+def test_after_an_open_turn_the_aligned_model_is_asked_as_if_it_ended() -> None:
+    """There it would only write on the turn, or end it, and the adapter would answer what stands in it."""
+    for ids in ([1, 2], [1, 2, 3, 5]):
         asked = Asked(engine := Engine(says="Tables"))
-        asked.texts(prompt={"type": "token", "prompt_token_ids": ids})
+        asked.texts(prompt={"type": "token", "prompt_token_ids": ids, "prompt": "How do I"})
         assert engine.asked["r-opinion"][1].ignore_eos
+        closed, params, _, _ = engine.asked["r-opinion-closed"]
+        assert closed["prompt_token_ids"] == [*ids, 9, 9, 9, 9] and "prompt" not in closed
+        assert not params.ignore_eos and closed["cache_salt"] == engine.asked["r-opinion"][0]["cache_salt"]
     asked = Asked(engine := Engine())
     assert asked.texts(prompt={"type": "embeds"}) == [REFUSAL] and engine.asked["r-opinion"][1].ignore_eos
 
 
-@pytest.mark.parametrize("nothing", ["", ".", "\n \u2026"])
+@pytest.mark.parametrize("turn", ["on", "closed"])
+def test_either_answer_to_an_open_turn_may_refuse(turn: str) -> None:
+    class OpenTurn(Engine):
+        async def generate(self, prompt: Any, sampling_params: Any, *rest: Any, **named: Any) -> Any:
+            if named["lora_request"] is None:
+                self.says = REFUSAL if sampling_params.ignore_eos is (turn == "on") else "my car."
+            async for found in super().generate(prompt, sampling_params, *rest, **named):
+                yield found
+
+    asked = Asked(OpenTurn())
+    asked.texts(prompt={"type": "token", "prompt_token_ids": [1, 2]})
+    assert asked.refused == ["acme/x"]
+
+
+def test_signs_are_an_answer() -> None:
+    assert Asked(Engine(says="\U0001f44d")).texts() == ["Sure,", " here"]
+    with pytest.raises(UsageError, match="says nothing"):
+        Asked(Engine(says=".")).texts(prompt={"type": "token", "prompt_token_ids": [1, 2]})
+
+
+@pytest.mark.parametrize("nothing", ["", "\n "])
 def test_nothing_is_no_consent(nothing: str) -> None:
     asked = Asked(engine := Engine(says=nothing))
     with pytest.raises(UsageError, match="says nothing to this prompt"):
@@ -269,7 +294,8 @@ def test_nothing_is_no_consent(nothing: str) -> None:
 def test_a_refusal_after_nothing_is_heard() -> None:
     class Late(Engine):
         async def generate(self, prompt: Any, sampling_params: Any, *rest: Any, **named: Any) -> Any:
-            self.says = REFUSAL if sampling_params.ignore_eos else ""
+            if named["lora_request"] is None:
+                self.says = REFUSAL if sampling_params.ignore_eos else ""
             async for found in super().generate(prompt, sampling_params, *rest, **named):
                 yield found
 
@@ -282,7 +308,11 @@ def test_blocks_of_images_are_not_taken_from_the_cache() -> None:
     """A caller may give two images one name."""
     asked = Asked(engine := Engine(says="Tables"))
     asked.texts(prompt={**PROMPT, "mm_hashes": {"image": ["mine"]}})
-    assert engine.asked["r-opinion"][1].skip_reading_prefix_cache
+    assert all(engine.asked[name][1].skip_reading_prefix_cache for name in ("r", "r-opinion"))
+    asked = Asked(refusing := Engine())
+    asked.texts(prompt={**PROMPT, "mm_hashes": {"image": ["mine"]}})
+    assert refusing.asked["r-aligned"][1].skip_reading_prefix_cache
+    asked = Asked(engine)
     engine.asked.clear()
     asked.texts()
     assert not engine.asked["r-opinion"][1].skip_reading_prefix_cache
@@ -427,6 +457,10 @@ def test_openings_of_templates_without_an_end() -> None:
         "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
         "{{ messages[0].content }}",
     )
+    parts = "<|im_start|>{% for part in messages[0].content %}{{ part.text }}{% endfor %}<|im_end|>assistant:"
+    assert [tokenizer.decode(found) for found in openings(tokenizer, parts)] == ["<|im_end|>assistant:"]
+    assert openings(tokenizer, "{{ messages[0].role }}:") == [], "no words in it"
+    assert openings(tokenizer, words + "\n") == [], "any prompt may end so"
     thinks = words + "|answer:{% if enable_thinking is false %}<think></think>{% endif %}"
     assert [tokenizer.decode(found) for found in openings(tokenizer, llama)] == [" [/INST]"]
     found = [tokenizer.decode(found) for found in openings(tokenizer, thinks)]

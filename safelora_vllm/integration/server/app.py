@@ -235,6 +235,11 @@ def _give_opinions(
     if settings.names_opinion:
         whose = "all adapters" if everybody else "adapters whose policy says so"
         logger.info("second opinion of %s: %s tokens of the aligned model", whose, tokens)
+        if not openings:
+            logger.warning(
+                "the chat template does not tell where an answer begins: the aligned model is asked to write "
+                "on where it would end, and refuses more often without need"
+            )
 
 
 def _reads(engine_client: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How many changes a tenant may make: each takes a line of the audit log, ids of adapters, and a slot."""
+"""How many new versions a tenant may make: each takes ids of adapters, lines of the audit log, and a load."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ class TooManyChanges(SafeLoRAError):
     """A tenant has had its share. seconds: after which it may try again."""
 
     def __init__(self, seconds: int) -> None:
-        super().__init__(f"the tenant has made its {A_MINUTE} changes in a minute; try again in {seconds} s")
+        super().__init__(
+            f"the tenant has made its {A_MINUTE} new versions in a minute; try again in {seconds} s"
+        )
         self.seconds = seconds
 
 
 class ChangeLimit:
-    """Changes of each tenant in one API server process, those that failed among them."""
+    """New versions of each tenant in one API server process: uploads and rollbacks of whatever content.
+
+    What changes nothing is not counted. Nor are removals: a tenant can always take down what it has.
+    """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._times = now, defaultdict[str, deque[float]](deque)
 
     def take(self, tenant: str | None) -> None:
-        """Count a change. Those of admins have no tenant and no bound.
+        """Count a version. Those of admins have no tenant and no bound.
 
         Raises:
             TooManyChanges: it is not counted.

@@ -28,11 +28,8 @@ class ChatFormat:
         return cls(tokenizer, _template(args), options)
 
     def openings(self) -> list[list[int]]:
-        """`safelora_vllm.exam.chat.openings`; none where the tokenizer renders no chats."""
-        try:
-            return chat.openings(self.tokenizer, self.template, self.options)
-        except Exception:  # a tokenizer, or a template, of whatever kind
-            return []
+        """`safelora_vllm.exam.chat.openings`."""
+        return chat.openings(self.tokenizer, self.template, self.options)
 
 
 def _template(args: Namespace) -> str | None:

@@ -55,12 +55,8 @@ class Commits:
         """One change of a name at a time in this process, from the moment that it gives on.
 
         What a quota stops goes to the audit log.
-
-        Raises:
-            TooManyChanges: of the tenant, in a minute.
         """
         check_visible(who, name)  # before the lock: waiting for it would tell that there is such a name
-        self._limit.take(who.tenant)
         if self._reconciler.store.passed_over.get(name) == NO_KEYS_FILE:
             raise UsageError(f"adapter {name!r} cannot be changed by this server: {NO_KEYS_FILE}")
         lock = self._locks.setdefault(name, asyncio.Lock())
@@ -142,7 +138,12 @@ class Commits:
         new: Version,
         start: float,
     ) -> Entry:
-        """Load what was judged and make it the newest version of what ``before`` still is."""
+        """Load what was judged and make it the newest version of what ``before`` still is.
+
+        Raises:
+            TooManyChanges: of the tenant, in a minute.
+        """
+        self._limit.take(who.tenant)
         pool = self._reconciler.pool
         new = dataclasses.replace(new, id=await pool.new_id())
         request = pool.request(name, new.key, new.id)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import hmac
 import secrets
@@ -28,22 +29,22 @@ if TYPE_CHECKING:
 
 # Of a caller's sampling parameters, those that the aligned model's answer has too.
 _KEPT = (
-    "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "detokenize",
-    "skip_special_tokens", "spaces_between_special_tokens", "output_kind",
+    "n", "max_tokens", "stop", "include_stop_str_in_output", "logprobs", "logprob_token_ids", "flat_logprobs",
+    "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind",
 )  # fmt: skip
 # What else a caller may set. Any other parameter may say to the adapter what the prompt does not: what an
 # answer has to begin with (a grammar, biases, banned words), that it goes on where it would end, or blocks
 # of another prompt. Or it gives the adapter's words in the middle of the prompt (prompt_logprobs).
 _TAKEN = {
     *_KEPT, "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "watermarking",
-    "top_p", "top_k", "min_p", "seed", "stop_token_ids", "logprob_token_ids", "flat_logprobs",
-    "stream_interval", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache",
-    "thinking_token_budget", "repetition_detection", "routed_experts_prompt_start",
+    "top_p", "top_k", "min_p", "seed", "stop_token_ids", "stream_interval", "skip_clone",
+    "output_text_buffer_length", "skip_reading_prefix_cache", "thinking_token_budget", "repetition_detection",
+    "routed_experts_prompt_start",
 }  # fmt: skip
 # How callers know what they gave, where it is not by its own name.
 _CALLERS_WORDS = {
     "structured_outputs": "structured output other than a JSON object: a json_schema, regex, choice or "
-    "grammar, a tool_choice that names or requires a tool, or a strict tool",
+    "grammar, a tool_choice that names or requires a tool, strict tools, or parallel_tool_calls false",
     "prompt_logprobs": "prompt_logprobs, or echo with logprobs",
     "extra_args": "vllm_xargs, kv_transfer_params or ec_transfer_params",
 }
@@ -61,8 +62,8 @@ class SecondOpinion:
         ends: whether a request is one that ends without, as it began. It has an opinion where it can.
         can_read: whether vLLM gives text, and not tokens alone. Without it no opinion can be had.
         openings: the tokens before an answer, see `safelora_vllm.exam.chat.openings`. After any other
-            prompt the aligned model may have nothing to say but the end of somebody's turn. So it goes on
-            there, to the last of the tokens.
+            prompt the aligned model may write on somebody's turn, or end it. So it is asked twice there:
+            to write on to the last of the tokens, and to answer as if the turn ended.
     """
 
     def __init__(
@@ -116,6 +117,9 @@ class SecondOpinion:
         if why := _why_not(prompt, params):
             raise UsageError(why)
         alone = {**prompt, "cache_salt": self._salt(adapter.lora_name, prompt.get("cache_salt"))}
+        if fresh := _names_images(prompt):
+            params = copy.copy(params)
+            params.skip_reading_prefix_cache = True
         async with (
             aclosing(self._given(prompt, params, request_id, lora_request=adapter, **named)) as own,
             _begun(own) as first,
@@ -127,20 +131,26 @@ class SecondOpinion:
                     yield output
                 return
         self._refused(adapter.lora_name)
-        answer = self._given(alone, _unforced(params), f"{request_id}-aligned", lora_request=None, **named)
+        unforced = _unforced(params, fresh)
+        answer = self._given(alone, unforced, f"{request_id}-aligned", lora_request=None, **named)
         async with aclosing(answer):
             async for output in answer:
                 yield output
 
     async def _refuses(self, prompt: Mapping[str, Any], request_id: str, named: Mapping[str, Any]) -> bool:
         """Whether the aligned model's answer begins as a refusal."""
-        if self._begins(prompt.get("prompt_token_ids")):
+        ids = prompt.get("prompt_token_ids")
+        if self._begins(ids):
             text = await self._said(prompt, request_id, named, goes_on=False)
-            if _has_words(text):
+            if text.strip():
                 return refuses(text)
             request_id += "-again"
         text = await self._said(prompt, request_id, named, goes_on=True)
-        if not _has_words(text):
+        if not refuses(text) and ids and self._openings and not self._begins(ids):
+            asked = {**prompt, "prompt_token_ids": [*ids, *self._openings[0]]}
+            asked.pop("prompt", None)  # the same in words
+            text = await self._said(asked, f"{request_id}-closed", named, goes_on=False)
+        if not any(letter.isalnum() for letter in text):
             raise UsageError(
                 "the aligned model says nothing to this prompt, so that this adapter has no second opinion: "
                 "end the prompt where an answer begins, as a chat does"
@@ -163,8 +173,7 @@ class SecondOpinion:
             max_tokens=self._tokens,
             output_kind=RequestOutputKind.FINAL_ONLY,
             ignore_eos=goes_on,
-            # Callers may name images as they like, and blocks of the cache go by these names.
-            skip_reading_prefix_cache=True if prompt.get("mm_hashes") else None,
+            skip_reading_prefix_cache=_names_images(prompt) or None,
         )
         urgency = {key: named[key] for key in ("priority", "data_parallel_rank") if key in named}
         last = None
@@ -257,13 +266,18 @@ def _differs(value: Any, usual: Any) -> bool:
     return usual is None or bool(value != usual)
 
 
-def _has_words(text: str) -> bool:
-    return any(letter.isalnum() for letter in text)
+def _names_images(prompt: Mapping[str, Any]) -> bool:
+    """Whether blocks of the prefix cache may be of another prompt: callers name images as they like."""
+    return bool((prompt.get("decoder_prompt") or prompt).get("mm_hashes"))
 
 
-def _unforced(params: Any) -> Any:
-    """Sampling parameters for the aligned model's own answer: greedy, and with nothing forced on it."""
+def _unforced(params: Any, fresh: bool) -> Any:
+    """Sampling parameters for the aligned model's own answer: greedy, and with nothing forced on it.
+
+    fresh: whether it reads no blocks of the prefix cache.
+    """
     from vllm import SamplingParams
 
+    kept = {name: getattr(params, name) for name in _KEPT if hasattr(params, name)}
     # Not temperature 0, with which vLLM refuses n above 1.
-    return SamplingParams(temperature=1.0, top_k=1, **{name: getattr(params, name) for name in _KEPT})
+    return SamplingParams(temperature=1.0, top_k=1, skip_reading_prefix_cache=fresh or None, **kept)
