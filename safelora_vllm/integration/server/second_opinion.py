@@ -140,13 +140,14 @@ class SecondOpinion:
     async def _refuses(self, prompt: Mapping[str, Any], request_id: str, named: Mapping[str, Any]) -> bool:
         """Whether the aligned model's answer begins as a refusal."""
         ids = prompt.get("prompt_token_ids")
-        if self._begins(ids):
+        begins = any(list((ids or ())[-len(opening) :]) == opening for opening in self._openings)
+        if begins:
             text = await self._said(prompt, request_id, named, goes_on=False)
             if text.strip():
                 return refuses(text)
             request_id += "-again"
         text = await self._said(prompt, request_id, named, goes_on=True)
-        if not refuses(text) and ids and self._openings and not self._begins(ids):
+        if not refuses(text) and ids and self._openings and not begins:
             asked = {**prompt, "prompt_token_ids": [*ids, *self._openings[0]]}
             asked.pop("prompt", None)  # the same in words
             text = await self._said(asked, f"{request_id}-closed", named, goes_on=False)
@@ -156,10 +157,6 @@ class SecondOpinion:
                 "end the prompt where an answer begins, as a chat does"
             )
         return refuses(text)
-
-    def _begins(self, ids: Sequence[int] | None) -> bool:
-        """Whether the chat template's tokens before an answer are the last of a prompt."""
-        return any(list(ids or ())[-len(opening) :] == opening for opening in self._openings)
 
     async def _said(
         self, prompt: Mapping[str, Any], request_id: str, named: Mapping[str, Any], goes_on: bool
