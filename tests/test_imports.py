@@ -20,7 +20,8 @@ from tests.conftest import NEEDS_SERVER
 PACKAGE = Path(safelora_vllm.__file__).parent
 # Each imports only what stands before it, wherever in a file the import is.
 FLOORS = (
-    "errors", "files", "durations", "safetensors_header", "projectors", "served_model", "methods", "policy", "exam",
+    "errors", "files", "durations", "safetensors_header", "projectors", "served_model", "methods", "policy",
+    "exam",
     "report", "page", "adapters", "signatures", "remote", "store", "tenants", "settings", "metric_table",
     "gate", "bulk", "api", "integration", "cli",
 )  # fmt: skip
