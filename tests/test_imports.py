@@ -21,9 +21,8 @@ PACKAGE = Path(safelora_vllm.__file__).parent
 # Each imports only what stands before it, wherever in a file the import is.
 FLOORS = (
     "errors", "files", "durations", "safetensors_header", "projectors", "served_model", "methods", "policy",
-    "exam",
-    "report", "page", "adapters", "signatures", "remote", "store", "tenants", "settings", "metric_table",
-    "gate", "bulk", "api", "integration", "cli",
+    "exam", "report", "page", "adapters", "signatures", "remote", "store", "tenants", "settings",
+    "metric_table", "gate", "bulk", "api", "integration", "cli",
 )  # fmt: skip
 
 
