@@ -31,7 +31,7 @@ def openings(
         given = {**(options or {}), **switch}
         try:
             ends = [prompt_ids(tokenizer, words, template, given)[::-1] for words in ("A cat", "7 rivers!")]
-        except Exception:  # of a template that has no such switch, or of a tokenizer that renders no chats
+        except Exception:  # templates and tokenizers raise what they like; without an opening more is asked
             continue
         same = list(takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
         opening = [token for token, _ in same][::-1]
