@@ -115,21 +115,23 @@ def test_what_the_model_refuses_no_adapter_answers(dev_server: Server) -> None:
 
         def count() -> float:
             name = 'safelora_adapter_second_opinion_refusals_total{adapter="static"} '
-            (line,) = [each for each in admin.get("/metrics").text.splitlines() if each.startswith(name)]
-            return float(line.rpartition(" ")[2])
+            lines = [each for each in admin.get("/metrics").text.splitlines() if each.startswith(name)]
+            return sum(float(line.rpartition(" ")[2]) for line in lines)  # none before the first opinion
+
+        def likelihoods(model: str) -> list[float]:
+            said = ask(model, answered, logprobs=True).json()["choices"][0]["logprobs"]["content"]
+            return [token["logprob"] for token in said]
 
         refusal = text("aligned", refused)
         assert refuses(refusal) and not refuses(text("aligned", answered))
         before = count()
         assert text("static", refused) == refusal
-        forced = {"structured_outputs": {"choice": ["Sure", "Of course"]}}
-        assert text("static", refused, **forced) == refusal and count() == before + 2
         streamed = ask("static", refused, stream=True).text.splitlines()
         parts = [json.loads(line[6:])["choices"] for line in streamed if line.startswith("data: {")]
         assert "".join(choices[0]["delta"].get("content") or "" for choices in parts) == refusal
-        before = count()
-        assert text("static", answered, **forced) in ("Sure", "Of course"), "the adapter answers by itself"
-        assert count() == before
+        assert count() == before + 2
+        assert likelihoods("static") != pytest.approx(likelihoods("aligned"), abs=1e-2), "it answers itself"
+        assert count() == before + 2
         beams = {"model": "static", "prompt": "a", "use_beam_search": True, "n": 2, "max_tokens": 4}
         answer = admin.post("/v1/completions", json=beams)
         assert answer.status_code == 400 and "use_beam_search" in answer.text
