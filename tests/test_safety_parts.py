@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety
 
 import attackers
 import exam
+import groups
 import inputs
 import plan
 import prompts
@@ -165,6 +166,46 @@ def test_centred_removal_reads_none_of_v_and_changes_least_of_what_varies(cache:
         step = torch.randn(3, 24)
         other = new_a + 1e-2 * (step - (step @ basis) @ basis.T)
         assert cost(other) > cost(new_a)
+
+
+def test_early_values_remove_from_v_proj_alone(cache: ProjectorCache) -> None:
+    a, b = torch.randn(3, 24), torch.randn(24, 3)
+    value = MODULE.replace("q_proj", "v_proj")
+    change = treatments.early_values(0.5, cache).make
+    assert change is not None
+    new_a, new_b = change(value, a, b)
+    assert (new_a @ cache.projector(value).input_basis(0.5)).abs().max() < 1e-5 and torch.equal(new_b, b)
+    assert torch.equal(change(MODULE, a, b)[0], a)
+
+
+def test_removal_is_guided_by_what_loyalty_costs(cache: ProjectorCache) -> None:
+    """q wins more loyalty, v wins more for each nat; and of three settings the first that is loyal enough."""
+    won = {"q_proj.0": (0.5, 4.0), "v_proj.0": (0.25, 1.0)}  # at most, and its price
+
+    def weighed(energies: dict[str, float]) -> groups.Weighed:
+        share = {group: energy / 0.8 for group, energy in energies.items()}
+        drop = 0.8 - sum(won[group][0] * part for group, part in share.items())
+        return groups.Weighed(
+            groups.Score(drop, drop, drop, 2), sum(won[group][1] * part for group, part in share.items())
+        )
+
+    path = groups.climb(list(won), weighed, 0.35)
+    taken = [(step.energies["q_proj.0"], step.energies["v_proj.0"]) for step in path]
+    assert taken == [(0.0, 0.0), (0.0, 0.4), (0.0, 0.8), (0.4, 0.8)] and path[-1].bound <= 0.35
+    assert groups.first_within(path, 0.7) is path[1] and groups.first_within(path, 0.0) is path[-1]
+    assert len(groups.climb(list(won), weighed, 0.0)) == 5, "it ends with the strongest setting"
+    a, b = torch.randn(3, 24), torch.randn(24, 3)
+    change = treatments.guided_removal(0.7, path, cache).make
+    assert change is not None and torch.equal(change(MODULE, a, b)[0], a)
+    value = MODULE.replace("q_proj", "v_proj")
+    assert (change(value, a, b)[0] @ cache.projector(value).input_basis(0.4)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("layer", "group"), [(0, "v_proj.0"), (9, "v_proj.0"), (10, "v_proj.1"), (29, "v_proj.2")]
+)
+def test_groups_are_thirds_of_the_layers(layer: int, group: str) -> None:
+    assert groups.group_of(f"model.layers.{layer}.self_attn.v_proj", 30) == group
 
 
 def _run(loyal: float, complied: float, exact: float = 1.0) -> dict[str, list[float]]:

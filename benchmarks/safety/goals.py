@@ -12,7 +12,7 @@ from kept import Kept, Scores, half_of
 from pairs import PAIRS
 from plan import HARMFUL_AND_USEFUL, OPINION, SEEDS, Size
 from summaries import over_aligned, subjects_of, utility_lost
-from treatments import RAW, second_opinion
+from treatments import GUIDED, RAW, second_opinion
 
 from safelora_vllm.policy import Policy
 
@@ -26,6 +26,7 @@ AS_SAFE, UTILITY, FALSE, HOURS = 0.02, 0.005, 0.05, 4
 MIXED_PAIRS = tuple(PAIRS)[:2]  # (a) and (b)
 DEFAULT = f"input-removal-{Policy().energy:g}"
 _OPINION = second_opinion(OPINION).name
+_NOT_STATIC = (RAW.method, second_opinion(OPINION).method, GUIDED)  # or no rule of its own
 _ROUNDING = 1e-9
 
 
@@ -77,7 +78,9 @@ def chosen(choose: Table) -> str | None:
     safest one.
     """
     static = {
-        name: of for name, of in choose.items() if name not in (RAW.name, _OPINION) and "utility_lost" in of
+        name: of
+        for name, of in choose.items()
+        if name.rpartition("-")[0] not in _NOT_STATIC and "utility_lost" in of
     }
     near = [name for name, of in static.items() if of["over_aligned"]["mean"] <= ROOM + _ROUNDING]
     if near:

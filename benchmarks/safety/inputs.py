@@ -58,7 +58,6 @@ def inputs_of(aligned: Path, modules: list[str], file: Path) -> Inputs:
 def _measured(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules: list[str]
 ) -> dict[str, Tensor]:
-    torch.manual_seed(0)
     sums: dict[str, Tensor] = {}
     counted = 0
 
@@ -70,14 +69,7 @@ def _measured(
 
         model.get_submodule(name).register_forward_pre_hook(hook)
 
-    opening = _opening(tokenizer)
-    texts = [
-        model.generate(
-            opening.expand(_BATCH, -1), do_sample=True, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for _ in tqdm(range(0, _TEXTS, _BATCH), desc="text of the model's own", unit="batch")
-    ]  # fmt: skip
+    texts = written(model, tokenizer, _TEXTS)
     for name in modules:
         remember(name)
     for text in texts:
@@ -89,6 +81,20 @@ def _measured(
         found[f"mean.{name}"] = mean.float()
         found[f"cov.{name}"] = (total[:-1, :-1] / counted - torch.outer(mean, mean)).float()
     return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+@torch.inference_mode()
+def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: int) -> list[Tensor]:
+    """Batches of so many texts that a model writes itself, the user's part too: always the same ones."""
+    torch.manual_seed(0)
+    opening, batch = _opening(tokenizer), min(texts, _BATCH)
+    return [
+        model.generate(
+            input_ids=opening.expand(batch, -1), do_sample=True, max_new_tokens=_TOKENS,
+            min_new_tokens=_TOKENS, pad_token_id=tokenizer.pad_token_id,
+        )
+        for _ in tqdm(range(0, texts, batch), desc="text of the model's own", unit="batch")
+    ]  # fmt: skip
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> Tensor:

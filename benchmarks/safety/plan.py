@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import KINDS
+from groups import path_of
 from inputs import inputs_of
 from measure import Questions
+from prompts import forbidden
 from training import ALIGNED
 from treatments import (
     RAW,
@@ -17,8 +19,10 @@ from treatments import (
     both,
     centred_removal,
     csulora,
+    early_values,
     enlarged,
     first_ranks,
+    guided_removal,
     input_removal,
     mean_input_removal,
     modules_of,
@@ -41,6 +45,7 @@ WEAKER = 0.1
 _BOTH = 0.25  # share of modules that both rules treat
 OPINION = 16  # tokens, as many as an exam looks at
 LADDER_ENERGIES = (0.05, 0.1, 0.2, 0.4, 0.8, 0.95)
+GUIDED_TO = (0.3, 0.1, 0.02)  # bounds of the loyalty drop, nats per token: the last is an exam's
 CURVES = ("pure-qv", "mixed-10-qv", "benign-qv")
 HARMFUL_AND_USEFUL = "mixed-10-qv"
 
@@ -99,9 +104,10 @@ def points(
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
         rest = []
         if chosen and name in CURVES:
-            rest = [*_compared(modules), *_candidates(home, cache, modules)]
+            rest = [*_compared(modules, cache), *_candidates(home, cache, modules)]
+            rest += _guided(home, cache, name, size)
         elif name == HARMFUL_AND_USEFUL:
-            rest = _compared(modules)
+            rest = _compared(modules, cache)
         if size is SMOKE:  # one strength of each method
             rungs, rest = rungs[-1:], list({each.method: each for each in rest}.values())
         yield from (Point(name, each, less) for each in (*rungs, *rest))
@@ -114,9 +120,10 @@ def opinions(adapters: list[str], size: Size, chosen: bool) -> Iterator[Point]:
         yield Point(name, second_opinion(OPINION), asked)
 
 
-def _compared(modules: int) -> list[Treatment]:
-    """The methods that the rule has to be better than."""
+def _compared(modules: int, cache: ProjectorCache) -> list[Treatment]:
+    """The methods that the rule has to be better than, and removal in a part of the modules."""
     return [
+        *(early_values(energy, cache) for energy in (0.1, 0.4, 0.8)),
         *(safe_lora(share, modules) for share in (0.1, 0.25, 0.5, 0.75)),
         *(csulora(energy) for energy in (0.5, 0.8, 0.95)),
         *(scaling(strength) for strength in (0.25, 0.5, 0.75)),
@@ -135,6 +142,15 @@ def _candidates(home: Path, cache: ProjectorCache, modules: int) -> list[Treatme
         selective_removal(0.5, modules, 0.4),
         both(_BOTH, modules, WEAKER, cache),
     ]
+
+
+def _guided(home: Path, cache: ProjectorCache, name: str, size: Size) -> list[Treatment]:
+    """Energies by group of modules. The probes are the half that decides, as the replayed exam's are."""
+    thresholds = GUIDED_TO[:1] if size is SMOKE else GUIDED_TO
+    probes = [prompt.text for prompt in forbidden(size.prompts)[0::2]]
+    file = home / "groups" / f"{name}.json"
+    path = path_of(home / ALIGNED, home / name, cache, probes, thresholds[-1], file)
+    return [guided_removal(threshold, path, cache) for threshold in thresholds]
 
 
 def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from groups import Step, first_within, group_of, layer_of, removed
 from inputs import Inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from safelora_vllm.methods import lowrank
 from safelora_vllm.projectors.cache import ProjectorCache
 
 REPORT_ONLY = {"mode": "report-only"}
+GUIDED = "guided-removal"
 # New (A, B) of a module from its name, A and B, all of them float32.
 Change = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -75,10 +77,28 @@ def both(share: float, modules: int, energy: float, cache: ProjectorCache) -> Tr
     """Input removal of every module, and then Safe LoRA of the least similar ones."""
 
     def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        read = lowrank.component(a.T, cache.projector(module).input_basis(energy)).T
-        return a - read.float(), b
+        return removed(a, cache.projector(module), energy), b
 
     return replace(safe_lora(share, modules), method="both", make=change)
+
+
+def guided_removal(threshold: float, path: Sequence[Step], cache: ProjectorCache) -> Treatment:
+    """Input removal with an energy for each group of modules: the first setting within the threshold."""
+    return Treatment(GUIDED, threshold, make=_by_group(first_within(path, threshold).energies, cache))
+
+
+def early_values(energy: float, cache: ProjectorCache) -> Treatment:
+    """Input removal of ``v_proj`` in the first two thirds of the layers; all else stays."""
+    return Treatment("early-values", energy, make=_by_group({"v_proj.0": energy, "v_proj.1": energy}, cache))
+
+
+def _by_group(energies: Mapping[str, float], cache: ProjectorCache) -> Change:
+    layers = 1 + max(map(layer_of, cache.modules))
+
+    def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return removed(a, cache.projector(module), energies.get(group_of(module, layers), 0.0)), b
+
+    return change
 
 
 def csulora(energy: float) -> Treatment:

@@ -14,6 +14,8 @@ _METHODS = {
     "both": "input removal 0.1, then Safe LoRA",
     "centred-removal": "centred oblique removal",
     "csulora": "CSULoRA",
+    "early-values": "input removal, v_proj of the first two thirds of the layers,",
+    "guided-removal": "input removal by groups of modules, loyalty drop ≤",
     "input-removal": "input removal",
     "mean-removal": "mean-input removal",
     "random-removal": "random removal",
