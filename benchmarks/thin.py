@@ -133,7 +133,7 @@ def _add(found: Similarities, name: str, similarities: list[Interval]) -> None:
 def truth(v: Tensor, delta: Delta) -> tuple[list[Interval], list[float], float]:
     """Similarities in float64, what Ĉ retains of each delta, and what it retains at most."""
     image = v @ (v.T @ delta.wide_b) / v.norm()
-    sums = lowrank.product_sums(image, delta.wide_b, delta.gram)[..., :3].tolist()
+    sums = lowrank.product_sums(image, delta.wide_b, delta.gram).tolist()
     similarities = [Interval.exact(lowrank.cosine(*row) or 0.0) for row in sums]
     projector = delta.projector
     assert isinstance(projector, Projector)

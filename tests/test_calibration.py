@@ -14,7 +14,6 @@ from torch import Tensor
 from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.calibration import calibrate, calibrator_of, search_of
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.input_removal import InputRemovalEffect, energy_that_keeps, largest_energy
 from safelora_vllm.methods.method import Spread
 from safelora_vllm.methods.safe_lora import SafeLoraEffect, norm_kept
@@ -22,6 +21,7 @@ from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import Projector, ProjectorCache
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.tiny import Pair, module_shapes
 
 DRAWS, RANK = 60, 4

@@ -17,12 +17,12 @@ from torch import Tensor
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.methods import certified
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import Parts, ProjectorCache, Spectrum
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.tiny import Draft, Pair, key, module_shapes
 
 ENERGIES = (0.0, 0.05, 0.2, 0.5, 0.8, 0.95)

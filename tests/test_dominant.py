@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safelora_vllm.methods.certified import interval, sums
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.projectors import build as build_module
 from safelora_vllm.projectors import module as one_module
 from safelora_vllm.projectors.build import BuildOptions, build
@@ -27,6 +26,7 @@ from safelora_vllm.projectors.projector import Projector
 from safelora_vllm.projectors.subspace import CONVERGED, gram, largest_beyond
 from safelora_vllm.projectors.weight_change import weight_change
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.test_certified import adapters
 from tests.tiny import Pair, module_shapes
 

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from safelora_vllm.exam.ladder import parse
 from safelora_vllm.methods import METHODS, judge, lowrank
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.judge import JudgedModule, grouped
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.tiny import Pair, key, lora, module_shapes
 
 CPU = torch.device("cpu")

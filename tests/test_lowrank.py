@@ -22,13 +22,14 @@ def test_products_norm_and_cosine_equal_the_dense_ones(d_out: int, d_in: int, ra
     gram = lowrank.gram(a)
     dense_x, dense_y = x.double() @ a.double(), y.double() @ a.double()
 
-    xx, xy, yy, x_spread, _ = lowrank.products(x, y, gram)
+    xx, xy, yy = lowrank.product_sums(x, y, gram).tolist()
+    squared, root = lowrank.norm_sums(lowrank.gram(x.mT), gram).tolist()
     assert xx == pytest.approx(float((dense_x**2).sum()), rel=_FLOAT64)
     assert yy == pytest.approx(float((dense_y**2).sum()), rel=_FLOAT64)
     # The inner product may cancel; its error is relative to the norms.
     assert xy == pytest.approx(float((dense_x * dense_y).sum()), abs=_FLOAT64 * (xx * yy) ** 0.5)
     ranks = x.double().norm(dim=0) @ a.double().norm(dim=1)
-    assert x_spread == pytest.approx(float(ranks) ** 2, rel=_FLOAT64)
+    assert squared == pytest.approx(xx, rel=_FLOAT64) and root == pytest.approx(float(ranks), rel=_FLOAT64)
     assert lowrank.cosine(xx, xy, yy) == pytest.approx(reference.cosine(dense_x, dense_y), abs=1e-9)
 
 
@@ -40,14 +41,18 @@ def test_float32_sums_would_be_wrong_where_float64_is_right() -> None:
     # 1 + 1e-9 is 1 in float32: the norm of the second column would be lost.
     a = torch.eye(2)
     x = torch.tensor([[1.0, 3e-5]])
-    assert lowrank.products(x, x, lowrank.gram(a))[0] - 1.0 == pytest.approx(9e-10, rel=1e-6)
+    assert float(lowrank.product_sums(x, x, lowrank.gram(a))[0]) - 1.0 == pytest.approx(9e-10, rel=1e-6)
 
 
 def test_a_zero_side_has_no_angle() -> None:
     zero, some, g = torch.zeros(4, 2), torch.randn(4, 2), lowrank.gram(torch.randn(2, 3))
-    assert lowrank.cosine(*lowrank.products(some, zero, g)[:3]) is None, "there is nothing to project"
-    assert lowrank.cosine(*lowrank.products(zero, some, g)[:3]) == 0.0, "all of it is to be projected"
-    assert lowrank.products(zero, some, g).x_spread == 0.0
+    assert lowrank.cosine(*lowrank.product_sums(some, zero, g).tolist()) is None, (
+        "there is nothing to project"
+    )
+    assert lowrank.cosine(*lowrank.product_sums(zero, some, g).tolist()) == 0.0, (
+        "all of it is to be projected"
+    )
+    assert lowrank.norm_sums(lowrank.gram(zero.mT), g)[1] == 0.0
 
 
 @given(

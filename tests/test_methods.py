@@ -13,13 +13,13 @@ from safelora_vllm.errors import PolicyError
 from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.methods import METHODS, Method
 from safelora_vllm.methods.calibration import calibrate
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.method import Option
 from safelora_vllm.methods.selection import Interval
 from safelora_vllm.policy import METHOD_NAMES, Policy
 from safelora_vllm.projectors.cache import Parts, ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.refusing import codes, judge
 from tests.tiny import K0, Draft, Pair, key, lora, module_shapes
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safelora_vllm.methods import METHODS
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
+from tests.module_delta import ModuleDelta
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
 

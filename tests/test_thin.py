@@ -25,7 +25,6 @@ from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.gate.protocol import Admit, Ensure, GateConfig
 from safelora_vllm.gate.service import GateService
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.judge import judge
 from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.methods.safe_lora import norm_kept
@@ -37,6 +36,7 @@ from safelora_vllm.projectors.manifest import WHOLE
 from safelora_vllm.report import Report
 from safelora_vllm.settings import ServerSettings
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.tiny import Q0, Draft, Pair, key, lora, module_shapes, write_pair
 
 FULL = 0.95

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from safelora_vllm.methods.delta import ModuleDelta
 from safelora_vllm.methods.judge import judge
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -22,6 +21,7 @@ from safelora_vllm.projectors.manifest import WHOLE
 from safelora_vllm.projectors.projector import Projector
 from safelora_vllm.projectors.subspace import CONVERGED
 from tests import reference
+from tests.module_delta import ModuleDelta
 from tests.test_certified import adapters
 from tests.tiny import Pair, module_shapes
 

@@ -198,7 +198,7 @@ def padded(cache: ProjectorCache, energy: float, size: float) -> Change:
     def change(module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         projector, count = cache.projector(module), a.shape[0] - 1
         rest_a, rest_b = lowrank.reduced(a, b, count)
-        norm = size * lowrank.products(b, b, lowrank.gram(a)).xx ** 0.5
+        norm = size * float(lowrank.norm_sums(lowrank.gram(b.mT), lowrank.gram(a))[0].sqrt())
         new_a = torch.cat([rest_a, projector.input_basis(energy)[:, -1:].T])
         new_b = torch.cat([rest_b, norm * projector.output_basis(energy)[:, -1:]], dim=1)
         return new_a.float(), new_b.float()

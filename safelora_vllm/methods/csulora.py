@@ -34,8 +34,8 @@ def project(delta: Delta, policy: Policy) -> tuple[Tensor, Tensor]:
 
     a_in, b_in = delta.read_inputs(policy.energy), delta.written_outputs(policy.energy)
     a_out, b_out = delta.a - a_in, delta.b - b_in
-    within, _, between = lowrank.product_sums(b_in, b_out, lowrank.gram(a_in))[..., :3].unbind(-1)
-    beyond_in, _, beyond = lowrank.product_sums(b_in, b_out, lowrank.gram(a_out))[..., :3].unbind(-1)
+    within, _, between = lowrank.product_sums(b_in, b_out, lowrank.gram(a_in)).unbind(-1)
+    beyond_in, _, beyond = lowrank.product_sums(b_in, b_out, lowrank.gram(a_out)).unbind(-1)
     free = within + _ALPHA * (within + between + beyond_in + beyond)
 
     def gamma(energy: Tensor) -> Tensor:

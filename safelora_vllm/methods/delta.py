@@ -14,7 +14,7 @@ from torch import Tensor
 from safelora_vllm.methods import certified, lowrank
 from safelora_vllm.methods.selection import Interval
 from safelora_vllm.projectors.group import ProjectorGroup
-from safelora_vllm.projectors.projector import Parts, Projector, Spectrum
+from safelora_vllm.projectors.projector import Projector, Spectrum
 
 
 class OutputStats(NamedTuple):
@@ -133,60 +133,3 @@ class Delta:
     def served_sums(self, a: Tensor, b: Tensor) -> Tensor:
         """(2,): `lowrank.norm_sums` of new weights, already `rounded`."""
         return lowrank.norm_sums(lowrank.gram(b.mT), self.gram if a is self.a else lowrank.gram(a))
-
-
-class ModuleDelta(Delta):
-    """The delta of one module, with its figures on the host."""
-
-    def __init__(
-        self, a: Tensor, b: Tensor, projector: Projector, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(a, b, projector, dtype)
-        self.entry = projector.entry
-
-    @cached_property
-    def _exact(self) -> InputStats:
-        return self.stats(Parts())
-
-    @cached_property
-    def _own(self) -> InputStats:
-        return InputStats.of(self.own_sums().tolist(), (0.0, 0.0), None)
-
-    def stats(self, parts: Parts) -> InputStats:
-        """All figures, the similarity from what a policy reads of the cache."""
-        own, energy = self.own_sums().tolist(), parts.output_energy
-        if parts.operator:
-            return InputStats.of(own, self.exact_sums().tolist(), None)
-        spectrum = self.projector.spectrum(energy)
-        assert isinstance(spectrum, Spectrum)
-        return InputStats.of(own, self.certified_sums(energy).tolist(), spectrum)
-
-    @property
-    def norm(self) -> float:
-        """‖BA‖_F."""
-        return self._own.norm
-
-    @property
-    def coherence(self) -> float:
-        """See `lowrank.coherence`, of B and A."""
-        return self._own.coherence
-
-    @property
-    def similarity(self) -> float | None:
-        """cos(ĈBA, BA) by Ĉ or V; see `InputStats`.
-
-        A thin cache has neither: there `stats` of other `Parts` gives the certified interval.
-        """
-        exact = self._exact.similarity
-        return exact.middle if exact else None
-
-    @property
-    def relative_norm(self) -> float:
-        """‖s·BA‖_F / ‖W_aligned‖_F."""
-        return self.norm / self.entry.aligned_norm
-
-    def served(self, a: Tensor, b: Tensor) -> OutputStats:
-        """Figures of new weights, already `rounded`."""
-        if a is self.a and b is self.b:
-            return self._own.unchanged
-        return self._own.served(*self.served_sums(a, b).tolist())

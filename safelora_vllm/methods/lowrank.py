@@ -14,7 +14,6 @@ waits for the device is only what returns floats.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,39 +28,22 @@ def gram(a: Tensor) -> Tensor:
 _SHIFT = 2.0**-36  # far above the rounding of a Gram matrix of r ≤ 512 ranks, far below what is judged
 
 
-class Products(NamedTuple):
-    """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²``, and what X and Y would have if no two ranks met.
-
-    A spread is ``(Σ_k ‖x_k‖ ‖a_k‖)²`` over the ranks k, what the product would have if all ranks were one. It
-    is zero only where every rank is zero; for unrelated ranks r times the product's, and far more where they
-    cancel each other.
-    """
-
-    xx: float
-    xy: float
-    yy: float
-    x_spread: float
-    y_spread: float
-
-
-def products(x: Tensor, y: Tensor, g: Tensor) -> Products:
-    """The figures of X, Y (d_out, r) and ``g = gram(A)``, on the host."""
-    xx, xy, yy, x_root, y_root = product_sums(x, y, g).tolist()
-    return Products(max(xx, 0.0), xy, max(yy, 0.0), x_root * x_root, y_root * y_root)
-
-
 def product_sums(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
-    """(5,) float64, the figures of `products`, of the spreads their roots: one product gives all."""
+    """``‖X A‖²``, ``⟨X A, Y A⟩`` and ``‖Y A‖²``, (3,) float64, of X, Y (d_out, r) and ``g = gram(A)``."""
     rank = x.shape[-1]
     stacked = torch.cat([x.to(torch.float64), y.to(torch.float64)], dim=-1)
     blocks = (stacked.mT @ stacked).reshape(*x.shape[:-2], 2, rank, 2, rank).transpose(-3, -2)
-    terms = blocks * g[..., None, None, :, :]
-    sums, spreads = terms.sum(dim=(-2, -1)), terms.diagonal(dim1=-2, dim2=-1).abs().sqrt().sum(dim=-1)
-    return torch.cat([sums.flatten(-2)[..., [0, 1, 3]], spreads.flatten(-2)[..., [0, 3]]], dim=-1)
+    sums = (blocks * g[..., None, None, :, :]).sum(dim=(-2, -1))
+    return sums.flatten(-2)[..., [0, 1, 3]]
 
 
 def norm_sums(b_gram: Tensor, g: Tensor) -> Tensor:
-    """‖BA‖² and the root of its spread, (2,) float64, of ``BᵀB`` and ``g = gram(A)``."""
+    """‖BA‖² and the root of its spread, (2,) float64, of ``BᵀB`` and ``g = gram(A)``.
+
+    The spread is ``(Σ_k ‖b_k‖ ‖a_k‖)²`` over the ranks k, what the product would have if all ranks were one.
+    It is zero only where every rank has a zero side; for unrelated ranks r times the product's, and far more
+    where they cancel each other.
+    """
     terms = b_gram * g
     root = terms.diagonal(dim1=-2, dim2=-1).sqrt().sum(dim=-1)
     return torch.stack([terms.sum(dim=(-2, -1)), root], dim=-1)
@@ -77,7 +59,7 @@ def coherence(norm_squared: float, spread: float) -> float:
 
 
 def cosine(xx: float, xy: float, yy: float) -> float | None:
-    """The cosine from `products`, 0 where X is zero; ``None`` where Y is: it has no direction."""
+    """The cosine from `product_sums`, 0 where X is zero; ``None`` where Y is: it has no direction."""
     if yy == 0.0:
         return None
     scale = math.sqrt(xx) * math.sqrt(yy)
