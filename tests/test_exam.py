@@ -51,7 +51,7 @@ def test_a_secret_decides_on_the_probes_and_halves_share_none() -> None:
 
 @pytest.mark.parametrize("count", [0, 7, 121])
 def test_too_few_or_too_many_probes(count: int) -> None:
-    with pytest.raises(UsageError, match=f"`probes` is {count}: expected a number from 8 to 120"):
+    with pytest.raises(UsageError, match=f"`count` is {count}: expected a number from 8 to 120"):
         probes.drawn(b"", count)
 
 
@@ -487,3 +487,10 @@ def test_the_command_examines_a_rung_that_projects_nothing(cache: ProjectorCache
             report = Report.from_dict(json.loads((folder / "report.json").read_text())["report"])
         assert report.count("projected") == 0 and report.accepted
     assert len(digests) == 1
+
+
+def test_a_language_without_probes_is_told_before_the_model_is_loaded(
+    cache: ProjectorCache, pair: Pair
+) -> None:
+    with pytest.raises(UsageError, match="'xx' is not a list of languages: expected some of en,de,es,fr"):
+        Examination.of(pair.aligned, cache, languages=["xx"])

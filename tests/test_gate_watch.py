@@ -158,6 +158,18 @@ def test_a_process_that_is_started_while_it_is_closed_is_ended(
     assert [child.returncode is not None for child in started] == [True, True]
 
 
+def test_closing_waits_for_no_gate_that_is_starting(start: Start) -> None:
+    """It may be reading a cache from a slow disk, and end only with it."""
+    started = start([ENDS, "read settings; exec sleep 600"])
+    process = GateProcess(CONFIG)
+    end = time.monotonic() + 60
+    while len(started) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.close()
+    assert time.monotonic() < end and all(child.returncode is not None for child in started)
+
+
 def test_only_silences_in_a_row_end_a_gate(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, asked = iter([False, True, False, True, False, True]), threading.Event()
 

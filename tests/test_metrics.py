@@ -111,6 +111,15 @@ def test_series_of_an_unloaded_adapter_disappear() -> None:
     assert not any("one" in values for _, values in after)
 
 
+def test_two_scrapes_at_once_have_their_own_adapters() -> None:
+    reports, adapters = ReportSeries(), served("one", "two")
+    first = reports.expose(adapters[:1])
+    text = next(first)
+    other = "".join(reports.expose(adapters))
+    text += "".join(first)
+    assert '"one"' in text and '"two"' not in text and '"two"' in other
+
+
 def test_a_new_version_has_new_series() -> None:
     reports, (old,) = ReportSeries(), served("one")
     expose(Known(entries=[old]), reports)

@@ -63,6 +63,22 @@ def test_many_are_one_line_with_their_count(clock: SimpleNamespace) -> None:
     assert sum(count for *_, count in lines) == LINES + 1000, "none is missing, none is counted twice"
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_count_is_of_what_was_said() -> None:
+    """Of replacing by the same content, too, which is no refusal."""
+    lines: list[Refused] = []
+
+    async def write(line: Refused) -> None:
+        lines.append(line)
+
+    limit = RefusalLimit(write)
+    same = Refused("acme/ci", "upload", "acme/x", {"decision": "unchanged", "reasons": [], "version": 3})
+    for _ in range(LINES + 2):
+        asyncio.run(limit.refused("unchanged acme", same))
+    asyncio.run(limit.flush(all_of_them=True))
+    assert lines[-1].count == 2 and lines[-1].details == {"decision": "unchanged", "reasons": []}
+
+
 def test_the_next_minute_begins_with_the_count_of_the_last(clock: SimpleNamespace) -> None:
     limit, lines = limited()
     refuse(limit, LINES + 5)

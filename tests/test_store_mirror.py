@@ -270,6 +270,23 @@ def test_an_upload_that_is_there_is_not_downloaded_to_see_that(
     assert all(path.startswith(("names/", "ids")) for path in asked)
 
 
+def test_a_damaged_count_in_the_bucket_gives_no_numbers_and_keeps_no_name_away(
+    disks: tuple[Path, Path], url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(disks[0], "a", 1)
+    before = (disks[0] / "ids").read_bytes()
+    bucket = Bucket(url)
+    found = bucket.get("ids")
+    assert found is not None
+    bucket.put("ids", b"many", found[1])
+    with pytest.raises(StoreDamaged, match="ids of the bucket holds no number; restore it"):
+        mirrored(disks[0]).reserve_ids(1)
+    two = mirrored(disks[1])
+    two.pull()
+    assert set(two.all()) == {"a"} and "ids of the bucket holds no number" in caplog.text
+    assert (disks[0] / "ids").read_bytes() == before and not (disks[1] / "ids").exists()
+
+
 def test_a_large_object_may_take_longer(url: str) -> None:
     """A client's patience is for a whole request, whatever its size."""
     bucket, given = Bucket(url), list[str]()

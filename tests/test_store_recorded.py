@@ -69,6 +69,21 @@ def test_a_line_that_was_not_written_is_completed(store: Store, monkeypatch: pyt
     assert last["begun"] <= last["time"] and last["actor"] == "acme/ci"
 
 
+def test_the_lines_are_completed_without_a_folder_of_names_and_a_disk_that_fails_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(AuditLog, "record", killed)
+        store.upload("2")
+    (store.root / "names").rename(store.root / "elsewhere")
+    (store.root / "names").write_text("a file in its place")
+    with pytest.raises(StoreUnavailable, match="cannot be written"):
+        store.process().settle()
+    (store.root / "names").unlink()
+    store.process().settle()
+    assert store.unfinished() == 0
+
+
 def test_the_removal_of_a_name_is_completed_by_the_next_change_of_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

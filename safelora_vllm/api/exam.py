@@ -14,6 +14,7 @@ from safelora_vllm.api.adapters import write_projected
 from safelora_vllm.api.opened import opened_cache, usable_device, with_base_model
 from safelora_vllm.exam import ladder as ladders
 from safelora_vllm.exam import probes as probe_sets
+from safelora_vllm.exam.probes import languages_in
 from safelora_vllm.exam.reference import Reference, reference
 from safelora_vllm.exam.score import Score
 from safelora_vllm.exam.sitting import Verdict, sit, threshold_for
@@ -77,7 +78,7 @@ class Examination:
         folder = os.fspath(model)
         cache.check_model(Checkpoint(folder).fingerprint(), folder)
         rungs = ladders.usable(cache, ladder, caps or Policy())
-        chosen = _chosen(probes, count, tuple(languages), secret)
+        chosen = _chosen(probes, count, languages_in(",".join(languages)), secret)
         loaded = Model(model, device)
         known = reference(loaded, chosen)
         known.require_usable()

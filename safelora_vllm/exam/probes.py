@@ -171,7 +171,7 @@ def drawn(secret: bytes, count: int, *, held_out: bool = False, languages: Seque
     every = _shuffled(secret, built_in(languages))
     half = every[1::2] if held_out else every[0::2]
     if not _LEAST <= count <= len(half):
-        raise UsageError(f"`probes` is {count}: expected a number from {_LEAST} to {len(half)}")
+        raise UsageError(f"`count` is {count}: expected a number from {_LEAST} to {len(half)}")
     return Probes.of(half[:count])
 
 

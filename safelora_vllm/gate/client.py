@@ -99,6 +99,11 @@ class GateClient:
                 connection.sendall(request)
                 with connection.makefile("rb") as reader:
                     line = reader.readline()
+        except TimeoutError as error:
+            raise GateUnavailable(
+                f"the gate process has not answered for {timeout:g} s: it is at other adapters, or hangs and "
+                "is then restarted; try again soon"
+            ) from error
         except OSError as error:
             raise GateUnavailable(
                 f"the gate process does not answer ({error}); it is being restarted, try again soon"

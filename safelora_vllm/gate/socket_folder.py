@@ -18,6 +18,7 @@ from safelora_vllm.errors import GuardError
 
 SOCKET = "gate.sock"
 TRAFFIC = "traffic-*"  # files of API servers, see `integration.server.traffic`
+EXAMS = "exams-*.json"  # the same, see `integration.server.exam.counts`
 _LOCK = "owner.lock"
 _POLL_SECONDS = 0.05
 _STARTING_SECONDS = 60.0  # a worker has long taken its lock then
@@ -49,7 +50,7 @@ def take_ownership(folder: Path) -> IO[str] | None:
 def remove(folder: Path) -> None:
     """Remove the folder, whoever owned it."""
     with contextlib.suppress(OSError):
-        for path in (folder / SOCKET, folder / _LOCK, *folder.glob(TRAFFIC)):
+        for path in (folder / SOCKET, folder / _LOCK, *_of_servers(folder)):
             path.unlink(missing_ok=True)
         folder.rmdir()
 
@@ -77,6 +78,11 @@ def remove_leftovers() -> None:
         for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
             if _is_private(folder) and time.time() - folder.stat().st_mtime > _STARTING_SECONDS:
                 remove_unowned(folder)
+
+
+def _of_servers(folder: Path) -> list[Path]:
+    """What API servers leave there, also what they were just writing."""
+    return [path for pattern in (TRAFFIC, EXAMS, f".{EXAMS}") for path in folder.glob(pattern)]
 
 
 def _prefix() -> str:

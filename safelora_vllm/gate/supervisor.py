@@ -41,18 +41,17 @@ class GateProcess:
         self._config, self._environment = config, dict(environment or {})
         self._closing = threading.Event()
         self.restarts = 0
-        self.state, self._process = self._start()
+        self.state = self._start()
         self._watcher = threading.Thread(target=self._watch, name="safelora-gate", daemon=True)
         self._watcher.start()
 
     def close(self) -> None:
         """End the process and wait for it."""
         self._closing.set()
-        _end(self._process)
+        _end(self._process)  # also one that the watcher is just starting: it then waits for nothing
         self._watcher.join()
-        _end(self._process)  # another one, where the watcher was just starting it
 
-    def _start(self) -> tuple[GateState, subprocess.Popen[bytes]]:
+    def _start(self) -> GateState:
         """Start the process and wait until it is ready.
 
         Raises:
@@ -67,8 +66,11 @@ class GateProcess:
             )
         except OSError as error:
             raise GateUnavailable(f"the gate process cannot be started ({error})") from error
+        self._process = process
         try:
-            return self._greet(process), process
+            if self._closing.is_set():  # set before `close` looked for the process to end
+                raise GateUnavailable("the gate is being closed")
+            return self._greet(process)
         except BaseException:
             _end(process)
             raise
@@ -77,7 +79,7 @@ class GateProcess:
         """Give a new process its settings; what it says of itself when it is ready."""
         assert process.stdin is not None and process.stdout is not None
         line = b""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the pipes are closed where `close` was first
             process.stdin.write(encode(self._config))
             process.stdin.flush()
             line = process.stdout.readline()
@@ -94,7 +96,7 @@ class GateProcess:
             while not self._closing.wait(_RESTART_SECONDS):
                 logger.error("the gate process ended with code %s; starting it again", code)
                 try:
-                    self.state, self._process = self._start()
+                    self.state = self._start()
                     self.restarts += 1
                     break
                 except Exception as error:  # whatever it is, without this thread there is no gate

@@ -26,10 +26,11 @@ from safelora_vllm.remote.bucket import Bucket, Conflict
 from safelora_vllm.store.layout import IDS, MIRROR, NAMES
 from safelora_vllm.store.mirror_uploads import MirroredUploads
 from safelora_vllm.store.name_record import AdapterRecord, file_of, from_json, to_json
-from safelora_vllm.store.names import FIRST_ID, LAST_ID, REMEDY, NameStore
+from safelora_vllm.store.names import FIRST_ID, LAST_ID, REMEDY, NameStore, number_in
 
 logger = logging.getLogger("vllm.safelora.store")
 _TRIES = 20
+_GIVEN = f"{IDS} of the bucket"
 _NO_RECORD = (ValueError, KeyError, TypeError, RecursionError, UsageError)
 _AGAIN_SECONDS = 300.0  # after which what could not be taken over is read again: it may have been repaired
 _REMOVED = json.dumps({"removed": True}).encode()
@@ -115,7 +116,7 @@ class MirroredNames(NameStore):
         with self._locked():
             for _ in range(_TRIES):
                 found = self._bucket.get(IDS)
-                first = int(found[0]) if found else FIRST_ID
+                first = number_in(found[0], _GIVEN) if found else FIRST_ID
                 if first + count > LAST_ID:
                     raise StoreUnavailable(f"{IDS}: all adapter ids are used up; start with a new bucket")
                 try:
@@ -153,8 +154,7 @@ class MirroredNames(NameStore):
             return
         with self._locked():
             if ids := self._bucket.get(IDS):
-                with writing(self.root):
-                    replace_file(self.root / IDS, ids[0])
+                self._take_ids(ids[0])
         for file, etag in news.items():
             try:
                 self._follow(file)
@@ -162,6 +162,16 @@ class MirroredNames(NameStore):
                 if self._complaints.get(file, _NONE).etag != etag:
                     logger.error("%s/%s of the bucket is left out: %s", NAMES, file, error)
                 self._complaints[file] = _Complaint(etag, now)
+
+    def _take_ids(self, text: bytes) -> None:
+        """Keep which numbers are given. What is damaged is left: new adapters are refused, names go on."""
+        try:
+            number_in(text, _GIVEN)
+        except StoreDamaged as error:
+            logger.error("%s", error)
+            return
+        with writing(self.root):
+            replace_file(self.root / IDS, text)
 
     def _follow(self, file: str) -> None:
         """Take over what another server wrote.

@@ -29,6 +29,18 @@ _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # vLLM's ids of adapters are 32 bits in its second model runner, and its own counter starts at 1.
 FIRST_ID, LAST_ID = 2**20, 2**31 - 1
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_CURE = "restore it from a backup, or start with a new store"
+
+
+def number_in(text: bytes, where: str | Path) -> int:
+    """The first number that nobody was given, from the file that says so.
+
+    Raises:
+        StoreDamaged: it holds another thing.
+    """
+    if not text.strip().isdigit() or not FIRST_ID <= (number := int(text)) <= LAST_ID:
+        raise StoreDamaged(f"{where} holds no number; {_CURE}")
+    return number
 
 
 class NameStore:
@@ -161,15 +173,13 @@ class NameStore:
             StoreDamaged: the file that says so is damaged, or missing in a store with names. Numbers that
                 start again would be given twice.
         """
-        path, cure = self.root / IDS, "restore it from a backup, or start with a new store"
+        path = self.root / IDS
         try:
-            return int(path.read_text())
+            return number_in(path.read_bytes(), path)
         except FileNotFoundError:
             if any(self.folder.glob("*.json")):
-                raise StoreDamaged(f"{path} is missing, but the store has names; {cure}") from None
+                raise StoreDamaged(f"{path} is missing, but the store has names; {_CURE}") from None
             return FIRST_ID
-        except ValueError as error:
-            raise StoreDamaged(f"{path} holds no number; {cure}") from error
 
     def stamp(self) -> int:
         """The folder's st_mtime_ns, 0 where there is none: another number after every change.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import StoreUnavailable
-from safelora_vllm.files import locked, make_folder, replace_file
+from safelora_vllm.files import locked, make_folder, replace_file, writing
 from safelora_vllm.remote.bucket import Conflict
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.name_record import AdapterRecord, file_of, to_json
@@ -98,12 +98,14 @@ class RecordedNames:
         """Add the lines that killed processes have not written.
 
         Raises:
-            StoreUnavailable: the log cannot be written.
+            StoreUnavailable: the log or the names cannot be written.
         """
         adapters = {intent.adapter for intent in map(_read, self._files()) if intent}
         for name in sorted(adapters):
-            with locked(self._names.folder):
-                self._settle(name, self._names.file_digest(name))
+            with writing(self._names.root):
+                make_folder(self._names.folder)
+                with locked(self._names.folder):
+                    self._settle(name, self._names.file_digest(name))
 
     def _settle(self, name: str, now: str) -> None:
         """For one name, under the lock of the names. now: digest of its file.

@@ -141,7 +141,7 @@ def test_the_hub_is_asked_only_where_that_is_allowed_and_nothing_else_is_sent(
     files: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading_routes, "download", lambda *_: pytest.fail("the hub is asked"))
+    monkeypatch.setattr(uploads, "download", lambda *_: pytest.fail("the hub is asked"))
     fake.app.state.safelora_manager.hub = allowed
     fields: Any = {"name": (None, "x"), "hub_id": (None, "org/adapter"), **files}
     answer = admin.post("/v1/adapters", files=fields)

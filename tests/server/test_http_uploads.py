@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import UsageError
-from safelora_vllm.integration.server import loading_routes
+from safelora_vllm.integration.server import uploads
 from safelora_vllm.store import NameStore
 from safelora_vllm.store.audit_log import AuditLog
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, MAX_BYTES, TENANT_KEYS, metric_samples, upload
@@ -106,7 +106,7 @@ def test_only_admins_downloads_use_the_servers_hub_token(
         asked.append((hub_id, revision, most, token))
         raise UsageError("no hub here")
 
-    monkeypatch.setattr(loading_routes, "download", download)
+    monkeypatch.setattr(uploads, "download", download)
     fake.app.state.safelora_manager.hub = True
     fields = {"name": (None, "acme/x"), "hub_id": (None, "org/adapter"), "revision": (None, "v1")}
     answer = fake.client(key).post("/v1/adapters", files=fields)

@@ -6,6 +6,8 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from safelora_vllm.errors import GateUnavailable
 from safelora_vllm.integration.server import accounting, readiness
 from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.one_at_a_time import OneAtATime
-from safelora_vllm.integration.server.traffic import TrafficTable
+from safelora_vllm.integration.server.traffic import BASE, OTHERS, TrafficTable
 from tests.server.conftest import metric_samples
 from tests.server.fake_server import FakeServer
 
@@ -160,6 +162,27 @@ async def _outputs(*outputs: _Output, error: bool = False):  # type: ignore[no-u
         yield output
     if error:
         raise RuntimeError("the engine")
+
+
+def test_scrapes_and_calls_may_look_at_other_servers_counters_at_once(tmp_path: Path) -> None:
+    """Files of other API servers come and go meanwhile."""
+    table, end = TrafficTable(tmp_path), threading.Event()
+
+    def looks(look: Callable[[], object]) -> None:
+        while not end.is_set():
+            look()
+
+    with ThreadPoolExecutor(4) as pool:
+        looking = [pool.submit(looks, look) for look in (table.snapshot, lambda: table.of("a")) * 2]
+        for _ in range(60):
+            others = [TrafficTable(tmp_path, max_rows=2) for _ in range(3)]
+            others[0].ended("a", "stop")
+            for other in others:
+                other.close()
+        end.set()
+        for each in looking:
+            each.result()
+    assert table.snapshot().keys() == {BASE, OTHERS}
 
 
 async def _all(delta: bool, table: TrafficTable) -> None:

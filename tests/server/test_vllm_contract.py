@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import AdapterRefused, StoreUnavailable, refuse
-from safelora_vllm.integration.server import lora_paths
+from safelora_vllm.integration.server import uploads
 from safelora_vllm.integration.server.refusal_limit import LINES
 from safelora_vllm.integration.server.registry import Registry, being_prepared
 from safelora_vllm.store.audit_log import AuditLog
@@ -199,7 +200,7 @@ def test_a_hub_id_needs_the_operators_word(
             (folder / name).write_bytes((drafts["qv"] / name).read_bytes())
         return folder
 
-    monkeypatch.setattr(lora_paths, "download", download)
+    monkeypatch.setattr(uploads, "download", download)
     refused = load(admin, "x", "organisation/adapter")
     assert refused.status_code == 403 and "--allow-hub" in refused.json()["error"]["message"]
     assert asked == []
@@ -209,6 +210,10 @@ def test_a_hub_id_needs_the_operators_word(
     assert load(admin, "x", "organisation/adapter").status_code == 200
     assert asked == [("organisation/adapter", None, managed.max_adapter_bytes, True)] * 2
     assert versions(admin, "x") == [1]
+    with ExitStack() as held:  # a download is an upload, which are counted
+        while fake.app.state.safelora_upload_limiter._free:
+            held.enter_context(fake.app.state.safelora_upload_limiter.take(None))
+        assert load(admin, "y", "organisation/adapter").status_code == 429
     assert list((fake.store / "incoming").iterdir()) == [], "nothing is left"
     assert load(fake.client(TENANT_KEYS["acme"]), "acme/x", "organisation/adapter").status_code == 403
 

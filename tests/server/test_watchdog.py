@@ -102,6 +102,16 @@ def test_nothing_is_served_while_a_worker_is_not_guarded(place: Place) -> None:
     )
 
 
+def test_figures_that_fail_keep_no_unguarded_worker(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise RuntimeError("vLLM has no such figure")
+
+    place.watchdog.also = fails
+    place.answer = GuardError("a worker answers nothing")
+    place.look(watchdog._ATTEST_LOOKS)
+    assert set(place.problems()) == {"one", "two"} and "no such figure" in caplog.text
+
+
 def test_an_entry_that_was_changed_meanwhile_is_left_alone(place: Place) -> None:
     old = place.registry["one"]
     new = Entry("one", 16, served=old.served)

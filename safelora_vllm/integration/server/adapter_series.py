@@ -37,13 +37,14 @@ class ReportSeries:
 
     def expose(self, entries: Sequence[Entry]) -> Iterator[str]:
         """Of adapters that are served."""
-        known, self._made = self._made, {}
+        known, now = self._made, {}
         for entry in entries[:MAX_ADAPTER_SERIES]:
             made = known.get(entry.name)
-            self._made[entry.name] = made if made and made[0] is entry else self._new(entry)
+            now[entry.name] = made if made and made[0] is entry else self._new(entry)
+        self._made = now  # in one step: two scrapes may run at once
         for position, name in enumerate(_REPORTED):
             yield head(name)
-            yield from [texts[position] for _, texts in self._made.values()]
+            yield from [texts[position] for _, texts in now.values()]
 
     def _new(self, entry: Entry) -> tuple[Entry, tuple[str, ...]]:
         return entry, _reported(entry, self._has_opinion(entry))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safelora_vllm.errors import AlreadyLoaded, Forbidden, UnknownAdapter
 from safelora_vllm.integration.server.changes import Manager
 from safelora_vllm.integration.server.http_errors import documented
-from safelora_vllm.integration.server.lora_paths import adapter_at
+from safelora_vllm.integration.server.lora_paths import adapter_at, is_hub_id
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.remote_sources import add_from_source, source_named
 from safelora_vllm.integration.server.repeated import LOAD, live_number
@@ -35,7 +35,7 @@ from safelora_vllm.integration.server.schemas import (
     UploadByPath,
     UploadFromSource,
 )
-from safelora_vllm.integration.server.uploads import download, incoming, read_with_timeout, receive
+from safelora_vllm.integration.server.uploads import downloaded, incoming, read_with_timeout, receive
 from safelora_vllm.integration.server.vllm_answers import already_loaded, not_found
 from safelora_vllm.remote.address import is_remote
 from safelora_vllm.tenants.principal import Principal
@@ -52,13 +52,15 @@ async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed, re
     name, replace = body.lora_name, body.load_inplace
     try:
         managed.check(who, name)
-        if is_remote(body.lora_path):
-            wanted = UploadFromSource.model_construct(name=name, source=body.lora_path, digest=None)
-            with request.app.state.safelora_upload_limiter.take(who.tenant):
+        is_far = is_remote(body.lora_path)
+        limiter = request.app.state.safelora_upload_limiter
+        with limiter.take(who.tenant) if is_far or is_hub_id(body.lora_path) else nullcontext():
+            if is_far:
+                wanted = UploadFromSource.model_construct(name=name, source=body.lora_path, digest=None)
                 await add_from_source(request, who, managed, wanted, replace=replace, action=LOAD)
-        else:
-            async with adapter_at(managed, body.lora_path) as source:
-                await managed.add(who, name, source, replace=replace, action=LOAD)
+            else:
+                async with adapter_at(managed, body.lora_path) as source:
+                    await managed.add(who, name, source, replace=replace, action=LOAD)
     except AlreadyLoaded as error:
         return already_loaded(name, str(error))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -107,7 +109,7 @@ async def upload_adapter(
                     raise Forbidden("adapters come from the hub only with --allow-hub, and without files")
                 revision = received.fields.get("revision")
                 most, token = managed.max_adapter_bytes, who.kind == "admin"
-                await asyncio.to_thread(download, hub_id, revision, folder, most, token)
+                await downloaded(hub_id, revision, folder, most, token)
             else:
                 source = received.adapter
             entry = await _add(who, managed, received.fields["name"], source, answer, how)

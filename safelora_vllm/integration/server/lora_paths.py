@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING
 from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS
 from safelora_vllm.errors import Forbidden, UsageError
-from safelora_vllm.integration.server.uploads import HUB_ID, TooLarge, download, incoming
+from safelora_vllm.integration.server.uploads import HUB_ID, TooLarge, downloaded, incoming
 
 if TYPE_CHECKING:
     from safelora_vllm.integration.server.changes import Manager
 
 _FOLLOW = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a ``lora_path`` names a hub repository, and nothing of this machine."""
+    return bool(HUB_ID.fullmatch(path)) and not Path(path).exists()
 
 
 @asynccontextmanager
@@ -35,14 +40,14 @@ async def adapter_at(managed: Manager, path: str) -> AsyncIterator[Path]:
         allows, or a hub id without ``--allow-hub``. TooLarge: larger than an upload may be.
     """
     root, most = managed.reconciler.names.root, managed.max_adapter_bytes
-    if HUB_ID.fullmatch(path) and not Path(path).exists():
+    if is_hub_id(path):
         if not managed.hub:
             raise Forbidden(
                 f"{path!r} is a hub id, no folder of this machine: start the server with --allow-hub, or "
                 f"download it with 'hf download {path} --local-dir DIR' and load DIR"
             )
         async with incoming(root) as folder:
-            yield await asyncio.to_thread(download, path, None, folder, most, True)
+            yield await downloaded(path, None, folder, most, True)
         return
     source = managed.check_root(path)
     links = [name for name in (CONFIG, WEIGHTS) if (source / name).is_symlink()]

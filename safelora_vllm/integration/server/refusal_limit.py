@@ -21,11 +21,11 @@ class Refused:
     count: int = 1
 
     def and_those(self, before: Refused | None) -> Refused:
-        """One line for this and the ones before: actor, action and adapter are of this, codes of them all."""
+        """One line for this and the ones before: codes are of them all, the rest is of this."""
         codes, count = list(self.details["reasons"]), 1
         if before is not None:
             codes, count = list(dict.fromkeys([*before.details["reasons"], *codes])), before.count + 1
-        details = {"decision": "refused", "reasons": codes}
+        details = {"decision": self.details["decision"], "reasons": codes}
         return Refused(self.actor, self.action, self.adapter, details, count)
 
 

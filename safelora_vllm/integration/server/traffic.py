@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Traffic:
 
 
 class TrafficTable:
-    """The counters of one API server process. All methods but `snapshot` belong to its event loop.
+    """The counters of one API server process. All methods but `snapshot` and `of` belong to its event loop.
 
     folder: where the files of all API servers of this vLLM instance are. max_rows: adapters with their own.
     """
@@ -98,6 +99,7 @@ class TrafficTable:
         self._rows["name"][0] = OTHERS
         self._free = list(range(max_rows + 1, 1, -1))
         self._opened: dict[Path, np.memmap] = {}
+        self._opening = threading.Lock()
 
     def began(self, name: str) -> None:
         """A request for an adapter was given to the engine. It has a row from now on, if one is left."""
@@ -164,7 +166,7 @@ class TrafficTable:
         return {name: _traffic(row.tolist()) for name, row in self._sums(None).items()}
 
     def of(self, name: str) -> Traffic | None:
-        """Of one adapter, as `snapshot` has it; None where it has no row."""
+        """Of one adapter, as `snapshot` has it; None where it has no row. Safe in a thread, too."""
         row = self._sums(name).get(name)
         return None if row is None else _traffic(row.tolist())
 
@@ -203,15 +205,15 @@ class TrafficTable:
     def _all_rows(self) -> Iterator[NDArray[np.void]]:
         """Of this process, and of each other one whose file is whole."""
         yield self._rows
-        found = set(self._folder.glob(FILES)) - {self.path}
-        for gone in self._opened.keys() - found:
-            del self._opened[gone]
-        for path in sorted(found):
-            with contextlib.suppress(OSError, ValueError):  # it is being made, or removed
-                if path not in self._opened:
+        with self._opening:  # a scrape and a call may look at once
+            found = set(self._folder.glob(FILES)) - {self.path}
+            for gone in self._opened.keys() - found:
+                del self._opened[gone]
+            for path in found - self._opened.keys():
+                with contextlib.suppress(OSError, ValueError):  # it is being made, or removed
                     self._opened[path] = np.memmap(path, _ROW, "r")
-                if len(self._opened[path]) > 1:
-                    yield self._opened[path]
+            others = [rows for _, rows in sorted(self._opened.items(), key=lambda item: item[0])]
+        yield from (rows for rows in others if len(rows) > 1)
 
 
 def _mapped(path: Path, rows: int) -> np.memmap | NDArray[np.void]:

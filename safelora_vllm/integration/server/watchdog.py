@@ -47,7 +47,10 @@ class Watchdog:
 
     async def look(self) -> None:
         """Withdraw what is not whole any more. Workers are not asked each time, unless a copy has changed."""
-        self.also()
+        try:
+            self.also()
+        except Exception as error:  # whatever it is: it must not keep an unguarded worker's adapters served
+            logger.warning("beside the watchdog's look: %s: %s", type(error).__name__, error)
         if await self._copies_changed():
             self._alert = _ALERT_LOOKS
         if next(self._looks) % _ATTEST_LOOKS == 1 or self._alert:

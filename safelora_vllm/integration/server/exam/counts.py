@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safelora_vllm.gate.socket_folder import EXAMS as FILES
+
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 _GUESS_SECONDS = 30.0
 # With an opinion: the score alone would have failed.
@@ -36,7 +38,7 @@ class Counts:
     """Written to a file of this process in a folder that all API servers of a host have."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._own = folder, Counted()
+        self._own, self._file = Counted(), folder / FILES.replace("*", str(os.getpid()))
 
     def count(self, verdict: str, rung: str, seconds: float) -> None:
         """Count an exam. A file that cannot be written ends none."""
@@ -46,9 +48,9 @@ class Counts:
         exams = [[*labels, count] for labels, count in self._own.exams.items()]
         text = json.dumps({"exams": exams, "buckets": self._own.buckets, "seconds": self._own.seconds})
         with contextlib.suppress(OSError):
-            new = self._folder / f".exams-{os.getpid()}"
+            new = self._file.with_name(f".{self._file.name}")
             new.write_text(text)
-            new.rename(self._folder / f"exams-{os.getpid()}.json")
+            new.rename(self._file)
 
     @property
     def usual_seconds(self) -> float:
@@ -59,8 +61,8 @@ class Counts:
     def all(self) -> Counted:
         """Of all processes. What cannot be read is left out."""
         found = Counted()
-        for file in self._folder.glob("exams-*.json"):
-            if file.name != f"exams-{os.getpid()}.json":
+        for file in self._file.parent.glob(FILES):
+            if file != self._file:
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                     data = json.loads(file.read_text())
                     exams = Counter({(verdict, rung): count for verdict, rung, count in data["exams"]})
