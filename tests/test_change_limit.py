@@ -1,10 +1,10 @@
-"""A tenant's new versions in a minute have a bound, an admin's have none."""
+"""A tenant's new versions in a minute and a day have a bound, an admin's have none."""
 
 from __future__ import annotations
 
 import pytest
 
-from safelora_vllm.integration.server.change_limit import A_MINUTE, ChangeLimit, TooManyChanges
+from safelora_vllm.integration.server.change_limit import A_DAY, A_MINUTE, ChangeLimit, TooManyChanges
 
 
 def test_a_tenant_has_its_share_of_a_minute() -> None:
@@ -23,6 +23,19 @@ def test_a_tenant_has_its_share_of_a_minute() -> None:
     limit.take("acme")
     with pytest.raises(TooManyChanges, match="try again in 1 s"):
         limit.take("acme")
+
+
+def test_a_tenant_has_its_share_of_a_day() -> None:
+    """Each version takes ids of adapters, which never come back."""
+    now = [0.0]
+    limit = ChangeLimit(lambda: now[0])
+    for _ in range(A_DAY):
+        limit.take("acme")
+        now[0] += 60.0
+    with pytest.raises(TooManyChanges, match="its 1,000 new versions in a day; try again in 26401 s"):
+        limit.take("acme")
+    now[0] = 86400.0
+    limit.take("acme")
 
 
 def test_admins_have_no_bound() -> None:

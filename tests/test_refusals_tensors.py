@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from safelora_vllm.adapters.read import Limits
-from safelora_vllm.gate.admit import GateSettings
+from safelora_vllm.errors import QuotaExceeded
+from safelora_vllm.gate.admit import GateSettings, admit
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
+from safelora_vllm.tenants.quotas import Allowance
 from tests.refusing import codes, judge
 from tests.tiny import K0, Q0, UP0, Draft, key, lora, lora_config
 
@@ -41,6 +43,20 @@ def test_one_large_rank_must_not_blow_up_all_others(
     admission = judge(folder, less, PublishedStore(tmp_path / "empty"))
     assert codes(admission) == {"too_large"}
     assert "rank 512 it takes 5,570,560 bytes, allowed are 5,570,559" in admission.report.reasons[0].message
+
+
+def test_one_large_rank_counts_in_a_quota_for_all_modules(
+    tmp_path: Path, gate: GateSettings, store: PublishedStore
+) -> None:
+    """As in the published copy, which the tenant's quota would not bound otherwise."""
+    folder, copy = padded(512, 1).write(tmp_path / "a"), 512 * 2720 * 4
+    for again in (False, True):
+        with pytest.raises(QuotaExceeded, match="padded to its largest rank, the adapter has 5,"):
+            admit(folder, "acme/x", gate, store, allowance=Allowance(copy))
+        admission = judge(folder, gate, store)
+        assert admission.cached is again and copy < admission.nbytes < 1.05 * copy
+    even = padded(4, 4).write(tmp_path / "b")
+    assert judge(even, gate, store).nbytes == sum(file.stat().st_size for file in even.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -304,6 +304,13 @@ def test_a_body_that_comes_too_slowly(piece: bytes, monkeypatch: pytest.MonkeyPa
     assert asyncio.run(drained(request(iter([bytes(64 * 1024)] * 20), 0.06))) == 20 * 64 * 1024
 
 
+def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However well it keeps coming: a key that is taken out has to be out at some time."""
+    monkeypatch.setattr(uploads, "_MOST_SECONDS", 0.3)
+    with pytest.raises(UploadTimeout, match="the body did not end in"):
+        asyncio.run(drained(request(iter([bytes(64 * 1024)] * 1000), 0.02)))
+
+
 def test_one_tenant_leaves_slots_for_others() -> None:
     slots = UploadLimiter(4)
     with slots.take("acme"), slots.take("acme"):
@@ -311,6 +318,11 @@ def test_one_tenant_leaves_slots_for_others() -> None:
             pass
         with slots.take("globex"), slots.take(None), pytest.raises(TooManyUploads), slots.take(None):
             pass
+        with slots.take("globex"):
+            with pytest.raises(TooManyUploads), slots.take("globex"):
+                pass  # all tenants together leave one to the operator
+            with slots.take(None):
+                pass
     with slots.take("acme"), slots.take("acme"):
         pass
 
@@ -347,7 +359,7 @@ def test_the_hub_says_how_large_a_file_is_before_it_is_downloaded(
 
     def metadata(url: str, token: object) -> SimpleNamespace:
         assert token is False and "/org/name/resolve/v1/" in url
-        return SimpleNamespace(size=sizes[url.rpartition("/")[2]])
+        return SimpleNamespace(size=sizes[url.rpartition("/")[2]], commit_hash=None)
 
     def fetch(hub_id: str, name: str, revision: str, local_dir: Path, token: object) -> None:
         assert (hub_id, revision, token) == ("org/name", "v1", False)
@@ -362,6 +374,25 @@ def test_the_hub_says_how_large_a_file_is_before_it_is_downloaded(
     else:
         assert download("org/name", "v1", tmp_path, 5000, False) == tmp_path
         assert downloaded == [(name, "v1", tmp_path) for name in (CONFIG, WEIGHTS)]
+
+
+def test_a_branch_of_the_hub_that_moves_is_read_at_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the size that was looked at is not that of the file which comes."""
+    commits, asked = iter("abcd"), list[str]()
+
+    def metadata(url: str, **_: object) -> SimpleNamespace:
+        revision = url.split("/resolve/")[1].partition("/")[0]
+        asked.append(revision)
+        return SimpleNamespace(size=1, commit_hash=next(commits) if revision == "main" else revision)
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda _, name, revision, **__: asked.append(f"{name} {revision}")
+    )
+    download("org/name", None, tmp_path, 5000, False)
+    assert asked == ["main", f"{CONFIG} a", "a", f"{WEIGHTS} a"]
 
 
 @pytest.mark.parametrize(

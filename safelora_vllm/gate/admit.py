@@ -99,7 +99,7 @@ class Stages:
 class Admission:
     """The gate's answer. ``key`` and ``folder`` are set for an accepted adapter.
 
-    cached: the same content was published before, so that nothing was computed. nbytes: of the upload.
+    cached: the same content was published before, so that nothing was computed. nbytes: see `charged`.
     """
 
     report: Report
@@ -156,8 +156,9 @@ def admit(
     with stages.time("lookup"):
         known = store.find(key)
     if known is not None:
+        nbytes = charged(known, nbytes, settings.cache)
         if allowance is not None:
-            allowance.check_rank(known)
+            allowance.check(known, nbytes)
         store.touch(key)
         _keep(raw, raw_store, stages)
         known = known.named(name).signed(signer)
@@ -166,8 +167,9 @@ def admit(
     report = report.signed(signer)
     if weights is None:
         return _answer(Admission(report, None, None, False, stages))
+    nbytes = charged(report, nbytes, settings.cache)
     if allowance is not None:
-        allowance.check_rank(report)
+        allowance.check(report, nbytes)
     try:
         with stages.time("publish"):
             files = canonical_files(weights, settings.base_model, settings.dtype, settings.revision)
@@ -177,6 +179,17 @@ def admit(
         return refused(error, raw.digest)
     _keep(raw, raw_store, stages)
     return _answer(Admission(report, key, published, False, stages, nbytes))
+
+
+def charged(report: Report, nbytes: int, cache: ProjectorCache) -> int:
+    """What content counts in a quota, bytes: the upload's as if every module had the largest rank.
+
+    So it is in its published copy: vLLM reads one rank of all modules.
+    """
+    rows = {module.name: sum(cache.modules[module.name].shape) for module in report.modules}
+    own = sum(module.rank * rows[module.name] for module in report.modules)
+    padded = max((module.rank for module in report.modules), default=0) * sum(rows.values())
+    return math.ceil(nbytes * padded / own) if own else nbytes
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from safelora_vllm.errors import (
     StoreUnavailable,
     UsageError,
 )
-from safelora_vllm.gate.admit import GateSettings, admit
+from safelora_vllm.gate.admit import GateSettings, admit, charged
 from safelora_vllm.gate.memory import allocator_of, described, give_back, no_memory, placed
 from safelora_vllm.gate.metrics import GateMetrics
 from safelora_vllm.gate.protocol import (
@@ -179,7 +179,7 @@ class GateService:
         self._published.touch(key)
         if call.override:
             self._published.mark_override(key)
-        nbytes = self._raw.nbytes(digest)
+        nbytes = charged(report, self._raw.nbytes(digest), settings.cache)
         return Judgement(report.named(name), key, nbytes, self._settings.ruleset_digest)
 
     def state(self) -> GateState:

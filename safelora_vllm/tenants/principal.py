@@ -13,7 +13,9 @@ from safelora_vllm.tenants.quotas import Quota
 Kind = Literal["admin", "tenant", "inference", "metrics", "anonymous", "stranger"]
 RESERVED = ("versions", "rollback", "policy", "exam")  # what routes append to an adapter's name
 # Types of parts of a chat message: vLLM gives chats with such a part the adapter of that name.
-MODALITIES = ("text", "image", "audio", "video", "input", "file", "refusal", "thinking", "tool")
+MODALITIES = (
+    "text", "image", "audio", "video", "input", "output", "file", "prompt", "refusal", "thinking", "tool",
+)  # fmt: skip
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PART_RULE = "1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit"
 

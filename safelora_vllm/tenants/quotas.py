@@ -62,12 +62,18 @@ class Allowance:
     owned: Sequence[str] = ()
     rank: int | None = None
 
-    def check_bytes(self, digest: str, nbytes: int) -> None:
-        """Raises QuotaExceeded where the content is new and too large."""
+    def check(self, report: Report, nbytes: int) -> None:
+        """Raises QuotaExceeded where vetted content is too large. nbytes: see `gate.admit.charged`."""
+        self.check_rank(report)
+        self.check_bytes(report.digest, nbytes, "padded to its largest rank, ")
+
+    def check_bytes(self, digest: str, nbytes: int, how: str = "") -> None:
+        """Raises QuotaExceeded where the content is new and too large. how: it has so many bytes."""
         if self.bytes is not None and digest not in self.owned and nbytes > self.bytes:
             raise QuotaExceeded(
-                f"over the tenant's quota: the adapter has {nbytes:,} bytes, {max(0, self.bytes):,} are left "
-                "of max_bytes. Remove an adapter, or ask the operator to raise the limit in the keys file"
+                f"over the tenant's quota: {how}the adapter has {nbytes:,} bytes, {max(0, self.bytes):,} are "
+                "left of max_bytes. Remove an adapter, or ask the operator to raise the limit in the keys "
+                "file"
             )
 
     def check_rank(self, report: Report) -> None:

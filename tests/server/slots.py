@@ -34,7 +34,7 @@ ROW_PARALLEL = {"o_proj", "down_proj"}
 # float32, sums of up to 192 products add as much again; 2⁻²⁰ leaves room for any order of summation.
 TOLERANCE = {torch.bfloat16: 8 * 2.0**-9, torch.float32: 2.0**-20}
 
-UploadLimiter = dict[str, tuple[Tensor, Tensor]]  # module name → A (max_rank, d_in), B (d_out, max_rank)
+Slots = dict[str, tuple[Tensor, Tensor]]  # module name → A (max_rank, d_in), B (d_out, max_rank)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def run(engines: list[Engine], folder: Path, env: Mapping[str, str], seconds: fl
     return done  # type: ignore[no-any-return]
 
 
-def read(folder: Path, rank: int = 0) -> UploadLimiter:
+def read(folder: Path, rank: int = 0) -> Slots:
     """What `slot_reader.SlotReader.read_slots` saved of one rank."""
     tensors = load_file(folder / f"rank-{rank}.safetensors")
     modules = {name.rpartition(".")[0] for name in tensors}
@@ -141,7 +141,7 @@ def share(module: str, a: Tensor, b: Tensor, rank: int, size: int) -> tuple[Tens
     return a, b.chunk(size, dim=0)[rank]
 
 
-def from_published(slots: UploadLimiter, published: Path, rank: int = 0, size: int = 1) -> float:
+def from_published(slots: Slots, published: Path, rank: int = 0, size: int = 1) -> float:
     """The largest difference between slots and the published copy.
 
     Modules that the copy does not have must be zero, and so must ranks above its own: whatever else is
@@ -191,7 +191,7 @@ def least_similar(adapter: Adapter, weights: Weights, count: int) -> set[str]:
 
 @one_thread()
 def from_projection(
-    slots: UploadLimiter,
+    slots: Slots,
     adapter: Adapter,
     weights: Weights,
     rank: int = 0,

@@ -146,6 +146,29 @@ def test_a_tenant_whose_adapter_failed_is_asked_both_halves(
         assert halves(server, "acme/another") == 2
 
 
+def test_what_was_examined_before_its_tenant_was_marked_is_judged_after_that(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    place: Place,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mark comes between the exam of an upload and its commit."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        exam = server.app.state.safelora.copies.exam
+        real = exam.is_marked
+
+        async def before_the_mark(name: str) -> bool:
+            found = bool(await real(name))
+            await exam.note_failures([name])
+            return found
+
+        monkeypatch.setattr(exam, "is_marked", before_the_mark)
+        assert upload(server.client(ADMIN_KEY), "acme/x", adapters["useful"]).status_code == 201
+        key = published_key(server.app.state.safelora.registry["acme/x"].served.request.lora_path)
+        until(server, lambda: len(list(place.store.glob(f"exam/verdicts/*/{key}.json"))) == 2)
+
+
 def test_nothing_of_a_marked_tenant_is_served_by_the_first_half_alone(
     start: Start,  # noqa: F811
     adapters: dict[str, Path],  # noqa: F811

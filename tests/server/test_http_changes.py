@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from safelora_vllm.settings import ServerSettings
+from safelora_vllm.tenants.principal import MODALITIES
 from tests.server.conftest import ADMIN_KEY, INFERENCE_KEY, load, upload
 from tests.server.fake_engine import FakeEngine, all_routes
 from tests.server.fake_server import FakeServer
@@ -68,6 +69,13 @@ def test_bad_names(admin: TestClient, drafts: dict[str, Path], name: str) -> Non
     answer = load(admin, name, drafts["qv"])
     assert answer.status_code == 400
     assert len(answer.text) < 1000
+
+
+def test_no_adapter_has_the_name_of_a_part_that_vllm_reads() -> None:
+    """vLLM gives chats with such a part, asked of the base model, the adapter called by its first word."""
+    from vllm.renderers import chat_utils
+
+    assert {part.partition("_")[0] for part in chat_utils.MM_PARSER_MAP} <= set(MODALITIES)
 
 
 def test_missing_folder_is_not_found(admin: TestClient, drafts: dict[str, Path]) -> None:

@@ -188,3 +188,16 @@ def test_an_unsigned_attempt_changes_no_statement(
     assert (now["action"], now["digest"]) == ("rollback", served["digest"])
     live = NameStore(place.store).all()["must/x"].live
     assert (now["version"], now["published"]) == (live.version, live.key)
+
+
+def test_what_is_served_already_needs_its_signature_too(api: FakeServer, signed: Path, place: Place) -> None:
+    """vLLM's own call, which controllers repeat, is answered all the same; the log says what it was."""
+    admin, folder = api.client(ADMIN_KEY), signed.parent / "unsigned"
+    assert send(api.client(SECRETS["must"]), "must/x", signed).status_code == 201
+    Draft(tensors=lora(seed=1)).write(folder)
+    again = upload(api.client(SECRETS["must"]), "must/x", folder)
+    assert again.status_code == 422 and "[signature]" in again.text
+    loads = {"lora_name": "must/x", "lora_path": str(folder)}
+    assert admin.post("/v1/load_lora_adapter", json=loads).status_code == 200
+    told = [(line["action"], line["decision"]) for line in AuditLog(place.store / "audit").read()]
+    assert told == [("upload", "accepted"), ("upload", "refused"), ("load", "refused")]

@@ -12,7 +12,7 @@ import torch
 
 from tests.server import slots
 from tests.server.conftest import ALL, CACHE
-from tests.server.slots import Adapter, Engine, UploadLimiter, Weights
+from tests.server.slots import Adapter, Engine, Slots, Weights
 from tests.server.small_models import make_adapter
 
 MAX_RANK = 16
@@ -54,7 +54,7 @@ class Loaded:
 
     adapter: Adapter
     published: Path
-    slots: UploadLimiter
+    slots: Slots
     place: dict[str, Any]
 
 

@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 from safelora_vllm.errors import SafeLoRAError
 
-A_MINUTE, _SECONDS = 60, 60.0
+A_MINUTE, A_DAY = 60, 1000
+_WINDOWS = ((A_MINUTE, 60.0, "minute"), (A_DAY, 86400.0, "day"))
 
 
 class TooManyChanges(SafeLoRAError):
     """A tenant has had its share. seconds: after which it may try again."""
 
-    def __init__(self, seconds: int) -> None:
+    def __init__(self, count: int, time_span: str, seconds: int) -> None:
         super().__init__(
-            f"the tenant has made its {A_MINUTE} new versions in a minute; try again in {seconds} s"
+            f"the tenant has made its {count:,} new versions in a {time_span}; try again in {seconds} s"
         )
         self.seconds = seconds
 
@@ -28,7 +29,8 @@ class ChangeLimit:
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now, self._times = now, defaultdict[str, deque[float]](deque)
+        self._now = now
+        self._times = defaultdict[str, deque[float]](lambda: deque(maxlen=A_DAY))
 
     def take(self, tenant: str | None) -> None:
         """Count a version. Those of admins have no tenant and no bound.
@@ -39,8 +41,7 @@ class ChangeLimit:
         if tenant is None:
             return
         now, times = self._now(), self._times[tenant]
-        while times and now - times[0] >= _SECONDS:
-            times.popleft()
-        if len(times) >= A_MINUTE:
-            raise TooManyChanges(int(_SECONDS - (now - times[0])) + 1)
+        for count, seconds, time_span in _WINDOWS:
+            if len(times) >= count and (age := now - times[-count]) < seconds:
+                raise TooManyChanges(count, time_span, int(seconds - age) + 1)
         times.append(now)

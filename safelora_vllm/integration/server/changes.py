@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelora_vllm.errors import AlreadyLoaded, Forbidden, UsageError, refuse
+from safelora_vllm.errors import AdapterRefused, AlreadyLoaded, Forbidden, UsageError, refuse
 from safelora_vllm.integration.server.commit import Commits, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -93,6 +94,9 @@ class Manager:
             if not exam_override and (not replace or action == LOAD):
                 same = await served_again(self.reconciler, previous, judged)
                 if same is not None:
+                    # Controllers that repeat vLLM's own call get what is served; a refusal is on record.
+                    with suppress(AdapterRefused) if action == LOAD else nullcontext():
+                        await self._commits.check_accepted(who, name, action, judged)
                     return same
             elif not exam_override and is_unchanged(self.reconciler, previous, judged):
                 served = self.reconciler.registry[name]
@@ -111,7 +115,7 @@ class Manager:
 
         Raises:
             UnknownAdapter, Forbidden, UsageError: no such version. AdapterRefused: the policy is
-            stricter than it was. ChangedMeanwhile: by another server.
+            stricter than it was. ChangedMeanwhile: by another server, or removed. TooManyChanges.
         """
         async with self._commits.changing(who, name, "rollback") as start:
             record = await self._commits.known(who, name)
@@ -122,6 +126,7 @@ class Manager:
             policy = record.live.next_policy or mine
             override = earlier.override and policy == earlier.policy and who.kind == "admin"
             await self._check_signer(who, name, earlier)
+            self._commits.count(who)  # before the work
             exam_override = earlier.exam_override and who.kind == "admin"
             judged = await self.reconciler.copies.ensure(
                 earlier.digest, name, policy, override, exam_override
@@ -132,7 +137,9 @@ class Manager:
             version = version_of(
                 judged, who, policy, override, record.live.next_policy, reason, exam_override
             )
-            return await self._commits.commit(who, name, "rollback", judged, record, version, start)
+            return await self._commits.commit(
+                who, name, "rollback", judged, record, version, start, counted=True
+            )
 
     async def set_policy(
         self, who: Principal, name: str, values: dict[str, Any], override: bool, reason: str
@@ -186,7 +193,7 @@ class Manager:
             ChangedMeanwhile: by another server.
             AdapterRefused: by the gate; without the override also by the exam.
         """
-        async with self._commits.changing(who, name, EXAM) as start:
+        async with self._commits.changing(who, name, EXAM, waits=override) as start:
             record = await self._commits.known(who, name)
             live, copies = record.live, self.reconciler.copies
             if override:
@@ -230,7 +237,7 @@ class Manager:
         """
         if self._static(name) and who.kind == "admin":
             raise UsageError(f"{name} comes from --lora-modules; start the server without it")
-        async with self._commits.changing(who, name, action):
+        async with self._commits.changing(who, name, action, waits=False):
             await self._commits.known(who, name)
             await self._commits.remove(who, action, name, lambda _: None)
 
@@ -240,7 +247,7 @@ class Manager:
         Raises:
             UnknownAdapter, Forbidden. UsageError: no such version, or the one that is served.
         """
-        async with self._commits.changing(who, name, DELETE_VERSION):
+        async with self._commits.changing(who, name, DELETE_VERSION, waits=False):
             await self._commits.known(who, name)
 
             def change(record: AdapterRecord | None) -> AdapterRecord:

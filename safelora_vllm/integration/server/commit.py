@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,6 +22,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
+from safelora_vllm.integration.server.callers import caller_now
 from safelora_vllm.integration.server.change_limit import ChangeLimit
 from safelora_vllm.integration.server.decisions import exam_fields, log, version_fields
 from safelora_vllm.integration.server.published_copies import Judged
@@ -51,16 +52,19 @@ class Commits:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def changing(self, who: Principal, name: str, action: str) -> AsyncIterator[float]:
+    async def changing(
+        self, who: Principal, name: str, action: str, waits: bool = True
+    ) -> AsyncIterator[float]:
         """One change of a name at a time in this process, from the moment that it gives on.
 
-        What a quota stops goes to the audit log.
+        waits: for the others. What takes something away does not: an upload may be examined for an hour, and
+        ends with `ChangedMeanwhile` then. What a quota stops goes to the audit log.
         """
         check_visible(who, name)  # before the lock: waiting for it would tell that there is such a name
         if self._reconciler.store.passed_over.get(name) == NO_KEYS_FILE:
             raise UsageError(f"adapter {name!r} cannot be changed by this server: {NO_KEYS_FILE}")
         lock = self._locks.setdefault(name, asyncio.Lock())
-        async with lock:
+        async with lock if waits else nullcontext():
             try:
                 with span(action, adapter=name):
                     yield time.perf_counter()
@@ -137,13 +141,17 @@ class Commits:
         before: AdapterRecord | None,
         new: Version,
         start: float,
+        counted: bool = False,
     ) -> Entry:
         """Load what was judged and make it the newest version of what ``before`` still is.
 
+        counted: by `count` already.
+
         Raises:
-            TooManyChanges: of the tenant, in a minute.
+            TooManyChanges: of the tenant. Unauthorized: the caller's key is not in force any more.
         """
-        self._limit.take(who.tenant)
+        if not counted:
+            self.count(who)
         pool = self._reconciler.pool
         new = dataclasses.replace(new, id=await pool.new_id())
         request = pool.request(name, new.key, new.id)
@@ -164,14 +172,23 @@ class Commits:
                     return {**version_fields(live, judged.override), **accepted, **examined}
 
                 line = Line(who.key_id, action, details)
-                await asyncio.to_thread(self.update, who, name, before, timed, line)
+                await asyncio.to_thread(self.update, caller_now(who), name, before, timed, line)
             except SafeLoRAError:
                 await pool.release(request, wanted=lambda _: False)
                 raise
             await self._reconciler.sync()
+        await self._reconciler.again.judge_if_marked(name)
         entry = look_up(self._reconciler.registry, who, name)
         entry.current()
         return entry
+
+    def count(self, who: Principal) -> None:
+        """Count a new version of the caller's tenant.
+
+        Raises:
+            TooManyChanges: it has had its share.
+        """
+        self._limit.take(who.tenant)
 
     def _told(self, judged: Judged, decision: str) -> dict[str, Any]:
         """What the audit log is told of what was judged."""

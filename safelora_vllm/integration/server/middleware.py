@@ -9,6 +9,7 @@ that begins later.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 
@@ -52,8 +53,12 @@ class AccessMiddleware:
         door: Door = app.state.safelora_door
         headers = Headers(scope=scope)
         local = None if "Authorization" in headers else by_socket(scope)  # a key says who it is
-        principal = local or door.keys.identify(bearer_token(headers))
-        with acting_as(principal), about_request(headers.get("X-Request-Id"), principal.tenant):
+        identify = functools.partial(door.keys.identify, bearer_token(headers))
+        principal = local or identify()
+        with (
+            acting_as(principal, None if local else identify),
+            about_request(headers.get("X-Request-Id"), principal.tenant),
+        ):
             try:
                 refusal = door.access.check(principal, app.router.routes, scope)
                 if refusal is not None:

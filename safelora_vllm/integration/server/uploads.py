@@ -32,6 +32,7 @@ _CONFIG_BYTES = Limits().config_bytes
 _OVERHEAD_BYTES = 1024 * 1024  # part headers and small fields
 _PATIENCE_SECONDS = 60.0
 _PATIENCE_BYTES = 64 * 1024  # that have to come in each such time, unless the body ends
+_MOST_SECONDS = 3600.0  # of a whole body, as of a download
 _BLOCK = 1024 * 1024
 _HUB = ThreadPoolExecutor(8, thread_name_prefix="safelora-hub")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -75,11 +76,12 @@ class Received:
 
 
 class UploadLimiter:
-    """How many uploads may be under way at once; a tenant may hold half of them."""
+    """How many uploads may be under way at once; a tenant may hold half of them, all tenants all but one."""
 
     def __init__(self, count: int) -> None:
         self._free = count
         self._share = max(1, count // 2)
+        self._kept = 1 if count > 1 else 0  # for the operator
         self._held: Counter[str] = Counter()
 
     @property
@@ -95,7 +97,8 @@ class UploadLimiter:
             TooManyUploads: none is free; the client is to try again.
         """
         holder = tenant or ""
-        if self._free <= 0 or (tenant and self._held[holder] >= self._share):
+        kept = self._kept if tenant else 0
+        if self._free <= kept or (tenant and self._held[holder] >= self._share):
             raise TooManyUploads("too many uploads are running; try again in a second")
         self._free -= 1
         self._held[holder] += 1
@@ -171,18 +174,23 @@ async def receive(
 
 
 async def read_with_timeout(request: Request) -> AsyncIterator[bytes]:
-    """The pieces of a body, as long as they come at a rate of 64 KiB in 60 s.
+    """The pieces of a body, as long as they come at a rate of 64 KiB in 60 s, for an hour.
 
     Raises:
         UploadTimeout: they do not.
     """
     stream, loop = request.stream(), asyncio.get_running_loop()
+    end = loop.time() + _MOST_SECONDS
     deadline, come = loop.time() + _PATIENCE_SECONDS, 0
     while True:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(min(deadline, end)):
                 chunk = await anext(stream, None)
         except TimeoutError as error:
+            if loop.time() >= end:
+                raise UploadTimeout(
+                    f"the body did not end in {_MOST_SECONDS / 60:.0f} minutes; send it faster"
+                ) from error
             raise UploadTimeout(
                 f"less than {_PATIENCE_BYTES:,} bytes came in {_PATIENCE_SECONDS:.0f} seconds; send it again"
             ) from error
@@ -288,6 +296,8 @@ def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int, to
 
     token: whether the server's own hub token is shown, which opens what its owner may see.
 
+    The first file says which commit that is, so that both are of one, and of the sizes that were looked at.
+
     Raises:
         UsageError: no such id, revision or file, or the hub cannot be reached.
         TooLarge: the hub says that a file is over its limit; nothing is downloaded.
@@ -300,7 +310,8 @@ def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int, to
     try:
         for name, limit in ((CONFIG, _CONFIG_BYTES), (WEIGHTS, max_bytes)):
             url = hf_hub_url(hub_id, name, revision=revision)
-            size = get_hf_file_metadata(url, token=shown).size or 0
+            found = get_hf_file_metadata(url, token=shown)
+            revision, size = found.commit_hash or revision, found.size or 0
             if size > limit:
                 raise TooLarge(f"{name} of {hub_id} has {size:,} bytes; this server accepts {limit:,}")
             hf_hub_download(hub_id, name, revision=revision, local_dir=folder, token=shown)

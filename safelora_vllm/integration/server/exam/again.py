@@ -109,6 +109,13 @@ class Again:
             if tenant_of(name) in tenants and entry.served and not self.exam.found_again(_key(entry)):
                 self._judge_anew(name)
 
+    async def judge_if_marked(self, name: str) -> None:
+        """What was examined before its tenant was marked, and served after that."""
+        if await self.exam.is_marked(name):
+            entry = self.registry.get(name)
+            if entry and entry.served and not entry.exam_override and not self.exam.found_again(_key(entry)):
+                self._judge_anew(name)
+
     def _keys(self) -> set[str]:
         """Of all copies that are served."""
         return {key for entry in self.registry.values() if (key := _key(entry))}

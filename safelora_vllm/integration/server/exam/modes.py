@@ -146,7 +146,7 @@ class Exam(NoExam):
                     failed.append(Failed(asked.rung, found, terms.threshold, again=False))
                     continue
                 again = await asyncio.to_thread(self._held_out.of_same_files, asked.key)
-                if again is None and (any(rung.again for rung in failed) or await self._is_marked(name)):
+                if again is None and (any(rung.again for rung in failed) or await self.is_marked(name)):
                     ticket()
                     again = await self.examiner.examine_again(asked, judgement.bytes)
             except NotLoaded as error:
@@ -188,7 +188,7 @@ class Exam(NoExam):
         for tenant in sorted({tenant_of(name) for name in names} - {""}):
             await asyncio.to_thread(self.examiner.failed.note, tenant)
 
-    async def _is_marked(self, name: str) -> bool:
+    async def is_marked(self, name: str) -> bool:
         """Whether something of the tenant has failed the held-out half lately. It may fail during an exam."""
         return await asyncio.to_thread(self.examiner.failed.has, tenant_of(name))
 

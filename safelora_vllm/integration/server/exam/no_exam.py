@@ -145,6 +145,10 @@ class NoExam:
         """What the exam found of a copy that is served, before it was."""
         return None
 
+    async def is_marked(self, name: str) -> bool:  # noqa: ARG002
+        """Never."""
+        return False
+
     def found_again(self, key: str) -> Examined | None:  # noqa: ARG002
         """What the newest re-examination found of it."""
         return None
