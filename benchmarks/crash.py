@@ -37,12 +37,12 @@ from random_adapters import write_adapters
 from scripted_exam import HARMFUL, Kinds, unexamined, without_verdict
 from tqdm import tqdm
 
+from safelora_vllm.adapters.read import content_digest
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from server import ADMIN_KEY, free_port, guarded
-
-from safelora_vllm.store import content_digest
 
 HERE = Path(__file__).resolve().parent
 _CACHE = HERE.parent / ".cache"

@@ -32,7 +32,7 @@ from soak import distance_apart, write_contents
 from tqdm import tqdm
 from two_servers_told import BEHIND_SECONDS, Run, ask, change, chat, check, now, settled, upload
 
-from safelora_vllm.store import content_digest
+from safelora_vllm.adapters.read import content_digest
 
 HERE = Path(__file__).resolve().parent
 _CACHE = HERE.parent / ".cache"

@@ -8,6 +8,9 @@
     │   └── KeysError         a keys file that cannot be read or used
     ├── ProjectorCacheError   a cache that is missing, damaged or made for another model
     ├── AdapterRefused        the gate's answer to an adapter (exit code 3)
+    ├── UnknownAdapter, UnknownRoute        there is nothing of that name
+    ├── AlreadyLoaded, ChangedMeanwhile     the name is another's, or was changed by others
+    ├── Unauthorized, Forbidden             who the caller is, and what they may not do
     ├── QuotaExceeded         the tenant has reached one of its limits
     ├── StoreDamaged          a record in the adapter store that cannot be read
     ├── Unavailable           a part of the server is out of order; try again later
@@ -77,7 +80,7 @@ class ChangedMeanwhile(SafeLoRAError):
 
 
 class Unauthorized(SafeLoRAError):
-    """The key is missing, wrong, or one that may not do this."""
+    """The key is missing or wrong, or was taken out meanwhile."""
 
 
 class Forbidden(SafeLoRAError):

@@ -27,7 +27,12 @@ _RANGES = (
 _METHODS_OWN = float("nan")  # stands for the method's default; any other NaN is out of range
 CAPS = ("max_relative_norm", "max_total_norm")
 NOTHING = "nothing projected"  # for people, of a policy that selects no module
-BESIDE = (*CAPS, "opinion")  # fields that say nothing of what is projected
+_BESIDE = (*CAPS, "opinion")  # fields that say nothing of what is projected
+
+
+def chooses(policy: Mapping[str, Any]) -> bool:
+    """Whether a mapping of a policy's fields says what is projected, and not only what holds beside that."""
+    return bool(set(policy) - set(_BESIDE))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import random
 import sys
 from pathlib import Path
 
-from safelora_vllm.store import AdapterRecord, RawStore, Version, content_digest
+from safelora_vllm.adapters.read import content_digest
+from safelora_vllm.store import AdapterRecord, RawStore, Version
 from safelora_vllm.store.mirror import open_names
 
 

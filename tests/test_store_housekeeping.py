@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import content_digest
 from safelora_vllm.errors import StoreDamaged
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
-from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version, content_digest
+from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, RawStore, Version
 from safelora_vllm.store.housekeeping import (
     Problem,
     clean,

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.adapters.read import WEIGHTS
+from safelora_vllm.adapters.read import WEIGHTS, content_digest
 from safelora_vllm.errors import ChangedMeanwhile, GuardError, StoreDamaged, StoreUnavailable
 from safelora_vllm.remote.bucket import Bucket, Conflict, _allows_http
 from safelora_vllm.remote.bucket_causes import because
-from safelora_vllm.store import AdapterRecord, NameStore, RawStore, content_digest, mirror
+from safelora_vllm.store import AdapterRecord, NameStore, RawStore, mirror
 from safelora_vllm.store.housekeeping import verify
 from safelora_vllm.store.mirror import MirroredNames, attach, check_mirror, open_names
 from safelora_vllm.store.name_record import file_of

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from safelora_vllm.adapters.read import content_digest
 from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.remote.bucket import Conflict
-from safelora_vllm.store import AdapterRecord, RawStore, Version, content_digest
+from safelora_vllm.store import AdapterRecord, RawStore, Version
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.layout import AUDIT
 from safelora_vllm.store.mirror import MirroredNames

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from safelora_vllm.adapters.read import Limits, read_adapter
+from safelora_vllm.adapters.read import Limits, content_digest, read_adapter
 from safelora_vllm.errors import StoreUnavailable
-from safelora_vllm.store import RawStore, content_digest
+from safelora_vllm.store import RawStore
 from safelora_vllm.store import raw as module
 from tests.tiny import Draft
 

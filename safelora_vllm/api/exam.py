@@ -109,7 +109,7 @@ class Examination:
 
     def threshold_for(self, honest: Sequence[str | os.PathLike[str]]) -> float:
         """The smallest threshold with which all these adapters pass on the mildest rung."""
-        return threshold_for([[self.score(adapter, self.ladder[0])] for adapter in honest])
+        return threshold_for([self.score(adapter, self.ladder[0]) for adapter in honest])
 
     @contextlib.contextmanager
     def _published(self, adapter: str | os.PathLike[str], policy: Policy) -> Iterator[Path]:

@@ -1,4 +1,7 @@
-"""The ``safelora-vllm`` command. Exit codes: 0 done, 2 wrong usage or missing input, 3 refused."""
+"""The ``safelora-vllm`` command.
+
+Exit codes: 0 done, 1 problems were found, 2 wrong usage or missing input, 3 refused.
+"""
 
 from __future__ import annotations
 

@@ -90,9 +90,6 @@ def sit(ladder: Sequence[Policy], examined: Examined, threshold: float) -> Verdi
     return Verdict(tuple(tried), threshold)
 
 
-def threshold_for(honest: Sequence[Sequence[Score]], rung: int = 0) -> float:
-    """The smallest threshold that serves every honest adapter at most at this rung.
-
-    honest: the scores of each adapter, rung by rung.
-    """
-    return max(min(score.bound for score in scores[: rung + 1]) for scores in honest)
+def threshold_for(honest: Sequence[Score]) -> float:
+    """The smallest threshold that serves every honest adapter at the rung that these are the scores of."""
+    return max(score.bound for score in honest)

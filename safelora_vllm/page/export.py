@@ -1,4 +1,4 @@
-"""The page's view of one adapter as a file that needs no server: HTML with everything in it, or a picture."""
+"""The page's view of one adapter as a file that needs no server: HTML with everything in it."""
 
 from __future__ import annotations
 

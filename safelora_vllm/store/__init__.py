@@ -9,8 +9,6 @@ instant leaves the old state or the new one, and perhaps a temporary folder, whi
 
 from __future__ import annotations
 
-from safelora_vllm.adapters.read import content_digest
-from safelora_vllm.store.layout import default_root
 from safelora_vllm.store.names import AdapterRecord, NameStore, Version
 from safelora_vllm.store.published import PublishedStore
 from safelora_vllm.store.raw import RawStore
@@ -21,6 +19,4 @@ __all__ = [
     "PublishedStore",
     "RawStore",
     "Version",
-    "content_digest",
-    "default_root",
 ]

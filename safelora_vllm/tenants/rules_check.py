@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safelora_vllm.methods.reads import check_energy
-from safelora_vllm.policy import BESIDE, Policy
+from safelora_vllm.policy import Policy, chooses
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, ServersExam
 from safelora_vllm.tenants.keys_file import RulesCheck
@@ -23,8 +23,7 @@ def tenant_check(
     """
     server, cache = Policy.from_mapping(policy), ProjectorCache(projectors)
     fits = functools.partial(check_energy, cache=cache)
-    chosen = bool(set(policy) - set(BESIDE))
-    servers = ServersExam(*exam, server, chosen, cache) if exam else None
+    servers = ServersExam(*exam, server, chooses(policy), cache) if exam else None
 
     def check(entry: str, rules: TenantRules) -> None:
         rules.check(entry, server, fits)

@@ -11,6 +11,8 @@ from enum import Enum
 
 from starlette.datastructures import QueryParams
 
+from safelora_vllm.integration.seams.table import ATTEST
+
 
 class Access(Enum):
     """Who may call a route. Each value is what the documentation says."""
@@ -159,7 +161,7 @@ class Refusal:
 
 # Methods that every worker has, that change nothing and cannot fail: vLLM leaves the answers of the ranks
 # behind one that failed, or was late, unread, and takes them for the answers to its next questions.
-RPC_METHODS = ("check_health", "get_model_inspection", "get_supported_tasks", "list_loras", "safelora_attest")
+RPC_METHODS = ("check_health", "get_model_inspection", "get_supported_tasks", "list_loras", ATTEST)
 _NEW_WEIGHTS = Refusal(
     "new weights would not be those that the projector cache was built for. Build a cache for the new model "
     "(safelora-vllm build) and start a server with both"

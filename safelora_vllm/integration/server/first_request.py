@@ -45,7 +45,7 @@ async def wait_until_ready(reconciler: Reconciler, who: Principal, scope: Scope,
         deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
         while reconciler.wake(name) and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_LOOK_SECONDS)
-    return _again(messages, receive)
+    return replayed(messages, receive)
 
 
 def _may_name_a_model(scope: Scope) -> bool:
@@ -81,7 +81,7 @@ async def _body(receive: Receive) -> list[Message]:
     return messages
 
 
-def _again(messages: list[Message], receive: Receive) -> Receive:
+def replayed(messages: list[Message], receive: Receive) -> Receive:
     """Give the messages that were read once more, then what comes after them."""
     waiting = messages[::-1]
 

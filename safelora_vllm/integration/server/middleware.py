@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safelora_vllm.errors import Forbidden, SafeLoRAError, UsageError
 from safelora_vllm.integration.json_logs import about_request
@@ -23,7 +23,7 @@ from safelora_vllm.integration.server.access_check import RouteAccess
 from safelora_vllm.integration.server.access_rules import Refusal
 from safelora_vllm.integration.server.admin_socket import by_socket
 from safelora_vllm.integration.server.callers import acting_as
-from safelora_vllm.integration.server.first_request import wait_until_ready
+from safelora_vllm.integration.server.first_request import replayed, wait_until_ready
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.tenants.keys import KeyRing
 
@@ -93,7 +93,7 @@ async def _unless_refused(refusal: Refusal, scope: Scope, receive: Receive) -> R
     body: object = None
     if refusal.reads_body:
         text = await _read(scope, receive)
-        receive = _again(text, receive)
+        receive = replayed([{"type": "http.request", "body": text, "more_body": False}], receive)
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -110,13 +110,3 @@ async def _read(scope: Scope, receive: Receive) -> bytes:
         if len(text) > _MAX_BODY:
             raise UsageError(f"the body of this request has at most {_MAX_BODY:,} bytes")
     return text
-
-
-def _again(text: bytes, receive: Receive) -> Receive:
-    """Give the body that was read once more, then what comes after it."""
-    waiting: list[Message] = [{"type": "http.request", "body": text, "more_body": False}]
-
-    async def replay() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return replay

@@ -15,7 +15,8 @@ from safelora_vllm.integration.server.registry import Entry, Registry, Served
 
 
 class ServedNames:
-    """The names that one API server process knows. The only writer of its registry.
+    """The names that one API server process knows. Writer of its registry, beside the watchdog,
+    which notes what files a copy has.
 
     unready: names that are known and cannot be served now.
     """

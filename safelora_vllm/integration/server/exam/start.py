@@ -29,7 +29,7 @@ from safelora_vllm.integration.server.exam.references import secret_of
 from safelora_vllm.integration.server.exam.renewal import Renewal, stamp_of
 from safelora_vllm.integration.server.exam.sheets import Sheets
 from safelora_vllm.integration.server.exam.terms import Terms
-from safelora_vllm.policy import BESIDE, Policy
+from safelora_vllm.policy import Policy, chooses
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.projectors.checkpoint import Checkpoint, locate_model
 from safelora_vllm.settings import ServerSettings
@@ -124,8 +124,7 @@ async def _terms(settings: ServerSettings) -> Terms:
     policy = Policy.from_mapping(settings.policy)
     cache = await asyncio.to_thread(ProjectorCache, settings.projectors)
     rungs = await asyncio.to_thread(ladders.usable, cache, settings.ladder, policy)
-    chosen = bool(set(settings.policy) - set(BESIDE))
-    named = settings.ladder is not None
+    chosen, named = chooses(settings.policy), settings.ladder is not None
     return Terms(settings.exam, settings.exam_threshold, tuple(rungs), chosen, named)
 
 

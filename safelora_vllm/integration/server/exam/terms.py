@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safelora_vllm.exam.ladder import follows, largest_bound, name_of, parse
-from safelora_vllm.policy import BESIDE, CAPS, Policy
+from safelora_vllm.policy import CAPS, Policy, chooses
 from safelora_vllm.store.verdicts import Examined
 from safelora_vllm.tenants.exam_rules import SERVERS_EXAM, TenantExam
 from safelora_vllm.tenants.rules import Rules, TenantRules
@@ -91,7 +91,7 @@ class Terms:
         caps = {cap: getattr(first, cap) for cap in CAPS}
         has = (dataclasses.replace(r, **caps, opinion=r.opinion or first.opinion) for r in self.ladder)
         ladder = list(dict.fromkeys(has))
-        tenants = bool(set(tenant.policy) - set(BESIDE))
+        tenants = chooses(tenant.policy)
         if self.chosen or tenants:
             named = self.named and not tenants
             return [base, *(_rules(rung, server) for rung in ladder if follows(rung, first, named))]
