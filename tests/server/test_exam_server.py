@@ -20,7 +20,7 @@ import pytest
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, content_digest
 from safelora_vllm.errors import AdapterRefused, GuardError, SafeLoRAError
 from safelora_vllm.integration.server import reconcile
-from safelora_vllm.integration.server.exam import examiner, limits
+from safelora_vllm.integration.server.exam import examiner, limits, sheets
 from safelora_vllm.integration.server.exam.hidden_name import HIDDEN
 from safelora_vllm.integration.server.http_errors import error_response
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -300,6 +300,18 @@ def test_a_slow_engine_gives_a_score_as_long_as_answers_come(
         assert upload(http, "useful", adapters["useful"]).status_code == 503
         monkeypatch.setattr(examiner, "_LONGEST_SECONDS", 60.0)
         assert upload(http, "useful", adapters["useful"]).status_code == 201
+
+
+def test_a_model_that_needs_too_long_for_the_probes_is_told(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs() -> None:
+        await asyncio.sleep(60.0)
+
+    monkeypatch.setattr(sheets, "_SECONDS", 1.0)
+    told = r"did not answer 64 probes in 1 s: expected a faster machine, or fewer probes \(--exam-probes\)"
+    with pytest.raises(GuardError, match=told), start(engine={"before": hangs}):
+        pass
 
 
 def test_an_adapter_without_likelihoods_fails(start: Start, adapters: dict[str, Path]) -> None:

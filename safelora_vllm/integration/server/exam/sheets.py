@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safelora_vllm.errors import ExamUnavailable
 from safelora_vllm.exam.probes import Halves, Probes
 from safelora_vllm.exam.reference import Reference
 from safelora_vllm.integration.server.exam.engine_model import EngineModel
@@ -51,14 +52,20 @@ class Sheet:
         """The aligned model's answers. It is asked once for a store.
 
         Raises:
-            UsageError: it does not refuse enough of the probes. TimeoutError: it takes too long.
+            UsageError: it does not refuse enough of the probes. ExamUnavailable: it takes too long.
         """
         async with self._asking:
             if self._known is None:
-                async with asyncio.timeout(_SECONDS):
-                    known = await kept_reference(
-                        self._root, self.digest, self._model, self._probes, self._harmless
-                    )
+                try:
+                    async with asyncio.timeout(_SECONDS):
+                        known = await kept_reference(
+                            self._root, self.digest, self._model, self._probes, self._harmless
+                        )
+                except TimeoutError as error:
+                    raise ExamUnavailable(
+                        f"the served model did not answer {self.count} probes in {_SECONDS:.0f} s: expected a "
+                        "faster machine, or fewer probes (--exam-probes)"
+                    ) from error
                 known.require_usable()
                 self._known = known
         return self._known
