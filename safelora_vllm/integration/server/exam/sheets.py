@@ -63,8 +63,8 @@ class Sheet:
                         )
                 except TimeoutError as error:
                     raise ExamUnavailable(
-                        f"the served model did not answer {self.count} probes in {_SECONDS:.0f} s: expected a "
-                        "faster machine, or fewer probes (--exam-probes)"
+                        f"the served model did not answer {self.count} probes in {_SECONDS:.0f} s: expected "
+                        "a faster machine, or fewer probes (--exam-probes)"
                     ) from error
                 known.require_usable()
                 self._known = known
