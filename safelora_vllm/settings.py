@@ -179,6 +179,8 @@ class ServerSettings:
         for name in ("projector_memory", "projector_host_memory"):
             if (getattr(self, name) or 0) < 0:
                 raise GuardError(f"{name} is {getattr(self, name)}: expected bytes, 0 or more")
+        if self.concurrent_uploads < 1:
+            raise GuardError(f"concurrent_uploads is {self.concurrent_uploads}: expected 1 or more")
         if self.projector_host_memory and self.projector_memory is None:
             raise GuardError(
                 "projector_host_memory has no effect without projector_memory: all projectors are on the "

@@ -270,3 +270,20 @@ def test_inspect_looks_for_all_adapters_before_it_judges_one(
     assert main(["inspect", str(sound), "none", "nor-this", "--projectors", str(cache.folder)]) == 2
     out, error = capsys.readouterr()
     assert out == "" and "there is nothing at 'none', 'nor-this': expected a folder that PEFT saved" in error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["inspect", "--projectors", "p"], ["store", "ls", "--adapter-store"], ["audit", "--adapter-store"]],
+)
+def test_a_path_that_the_system_does_not_take_is_2(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "x" * 5000]) == 2
+    assert "safelora-vllm: " in capsys.readouterr().err
+
+
+def test_a_name_is_no_markup(run: Run, tmp_path: Path) -> None:
+    """Folders have names that others gave them."""
+    code, text, _ = run("inspect", str(Draft().write(tmp_path / "runs[v1]\x1b[2J")))
+    assert code == 0 and "runs[v1]" in text and "\x1b[2J" not in text

@@ -329,3 +329,9 @@ def test_the_help_has_the_defaults() -> None:
 )
 def test_a_size_is_written_as_it_is_read(nbytes: int, text: str) -> None:
     assert size_text(nbytes) == text and size(text) == nbytes
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_server_that_takes_no_upload_is_refused(count: int) -> None:
+    with pytest.raises(GuardError, match=f"concurrent_uploads is {count}: expected 1 or more"):
+        ServerSettings("p", concurrent_uploads=count)

@@ -217,6 +217,19 @@ def test_errors(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         Server(url, "").look()
 
 
+def test_a_key_that_cannot_be_sent_is_in_no_message(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SAFELORA_KEY", f"{KEY}\r")
+    assert main(["top", url, "--once"]) == 0, "of a file with other ends of lines"
+    monkeypatch.setenv("SAFELORA_KEY", f"{KEY}\rx")
+    assert main(["top", url, "--once"]) == 2
+    told = capsys.readouterr().err
+    assert "SAFELORA_KEY has characters that no key has" in told and KEY not in told
+    assert main(["top", "http://[::1:8000"]) == 2
+    assert "is not a valid URL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_key_is_not_sent_on(url: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     class Elsewhere(BaseHTTPRequestHandler):

@@ -52,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SafeLoRAError as error:
         print(f"safelora-vllm: {as_options(str(error))}", file=sys.stderr)
         return USAGE
+    except OSError as error:  # a path that is too long, or another user's
+        if args.command == "serve":  # vLLM's own
+            raise
+        print(f"safelora-vllm: {error}", file=sys.stderr)
+        return USAGE
 
 
 class _AsOptions(logging.Formatter):

@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or terminal()
     policy = report.policy
     if report.modules:
-        table = Table(title=f"{report.adapter}: {policy.summary}, {policy.mode}")
+        table = Table(title=Text(f"{printable(report.adapter)}: {policy.summary}, {policy.mode}"))
         table.add_column("module", overflow="fold")
         for column in ("rank", "similarity", "c₀", "retained", "relative norm"):
             table.add_column(column, justify="right")
@@ -63,7 +63,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     elif report.modules:
         would = "refuse it" if report.reasons else f"project {share}"
         verdict += f" unprojected, as in report-only mode; enforcing would {would}"
-    console.print(Text(f"{report.adapter}: {verdict}"))
+    console.print(Text(f"{printable(report.adapter)}: {verdict}"))
     if report.uncertain:
         console.print(Text("  " + uncertain_note(report.uncertain)))
     if report.modules:
@@ -100,7 +100,7 @@ def print_summary(reports: Sequence[Report], console: Console | None = None) -> 
         codes = ", ".join(codes_of(report.reasons))
         verdict = "accepted" if report.accepted else "refused"
         verdict += f": {codes}" if codes else ", changes nothing" if report.changes_nothing else ""
-        table.add_row(Text(report.adapter), *figures, Text(verdict))
+        table.add_row(Text(printable(report.adapter)), *figures, Text(verdict))
     console.print(table)
     if measured := [report for report in reports if report.modules]:
         total = max(report.total_norm for report in measured)

@@ -28,7 +28,7 @@ def print_verdict(adapter: str, verdict: Verdict) -> None:
     wanted = f"at most {verdict.threshold:g} passes"
     if any(sat.policy.opinion for sat in verdict.rungs):
         wanted += ", with a second opinion every score"
-    table = Table(title=f"{printable(adapter)}: loyalty drop, nats per token, {wanted}")
+    table = Table(title=Text(f"{printable(adapter)}: loyalty drop, nats per token, {wanted}"))
     table.add_column("rung")
     for column in ("mean", "95 % bound", "worst tenth"):
         table.add_column(column, justify="right")

@@ -50,13 +50,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Show the adapters until Ctrl-C."""
-    if urllib.parse.urlsplit(args.url).scheme not in ("http", "https"):
+    if not _is_url(args.url):
         raise UsageError(f"{args.url!r:.200} is not a valid URL: expected http://HOST:PORT or https://HOST")
     if not 0.5 <= args.interval <= 3600:
         raise UsageError(f"--interval is {args.interval:g}: expected 0.5 to 3600 seconds")
     from safelora_vllm.cli.top_view import Frame
 
-    server = Server(args.url.rstrip("/"), os.environ.get(API_KEY) or os.environ.get(ADMIN_KEY) or "")
+    server = Server(args.url.rstrip("/"), _key())
     try:
         first = server.look()
     except NoAnswer as error:
@@ -75,6 +75,26 @@ def run(args: argparse.Namespace) -> int:
                     frame.trouble = str(error)
         except KeyboardInterrupt:
             return DONE
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return urllib.parse.urlsplit(text).scheme in ("http", "https")
+    except ValueError:  # such as half an IPv6 address
+        return False
+
+
+def _key() -> str:
+    """The caller's key; empty for none.
+
+    Raises:
+        UsageError: it cannot be sent. Its text is in no message.
+    """
+    name = API_KEY if os.environ.get(API_KEY) else ADMIN_KEY
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{name} has characters that no key has: expected one line of printable ASCII")
+    return key
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

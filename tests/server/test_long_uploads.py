@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, upload
+from safelora_vllm.integration.server.change_limit import A_MINUTE
+from safelora_vllm.integration.server.refusal_limit import LINES
+from safelora_vllm.store.audit_log import AuditLog
+from tests.server.conftest import ADMIN_KEY, TENANT_KEYS, load, upload
 from tests.server.fake_server import FakeServer
+from tests.tiny import Draft, lora, lora_config
 
 
 class Judging:
@@ -74,3 +79,63 @@ def test_a_quota_is_that_of_the_end(fake: FakeServer, judging: Judging, drafts: 
     keys.write_text(keys.read_text().replace("max_adapters = 3", "max_adapters = 1"))
     judging.ends.set()
     assert adding.result().status_code == 403 and "max_adapters is 1" in adding.result().text
+
+
+def test_a_name_s_first_upload_is_removed_after_it(
+    fake: FakeServer, judging: Judging, drafts: dict[str, Path]
+) -> None:
+    """As in vLLM: a controller that takes 404 for gone would leave the adapter behind."""
+    adding = judging.begin(fake, "acme/new", drafts["other"])
+    with ThreadPoolExecutor(1) as pool:
+        removing = pool.submit(fake.client(ADMIN_KEY).delete, "/v1/adapters/acme/new")
+        time.sleep(0.3)
+        assert not removing.done()
+        judging.ends.set()
+        assert adding.result().status_code == 201 and removing.result().status_code == 200
+    assert fake.client(ADMIN_KEY).get("/v1/adapters/acme/new").status_code == 404
+
+
+def test_an_old_version_may_go_meanwhile(fake: FakeServer, judging: Judging, drafts: dict[str, Path]) -> None:
+    """To make room for the new one, such as in a quota."""
+    judging.ends.set()
+    admin = fake.client(ADMIN_KEY)
+    assert upload(admin, "acme/x", drafts["other"], replace=True).status_code == 201
+    judging.ends.clear()
+    judging.began.clear()
+    replacing = judging.begin(fake, "acme/x", drafts["qv"], replace=True)
+    assert admin.delete("/v1/adapters/acme/x/versions/1").status_code == 200
+    judging.ends.set()
+    assert replacing.result().status_code == 201, replacing.result().text
+    numbers = [each["version"] for each in admin.get("/v1/adapters/acme/x/versions").json()["versions"]]
+    assert sorted(numbers) == [2, 3]
+
+
+def test_a_load_of_what_was_removed_meanwhile_is_no_success(
+    fake: FakeServer, judging: Judging, drafts: dict[str, Path]
+) -> None:
+    """Whoever takes "already loaded" for success would have no adapter."""
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load, fake.client(ADMIN_KEY), "acme/x", drafts["qv"])
+        assert judging.began.wait(60)
+        assert fake.client(ADMIN_KEY).delete("/v1/adapters/acme/x").status_code == 200
+        judging.ends.set()
+        assert loading.result().status_code == 409, loading.result().text
+
+
+def test_a_tenant_over_its_share_causes_no_work(
+    fake: FakeServer, judging: Judging, drafts: dict[str, Path]
+) -> None:
+    commits = fake.app.state.safelora_manager._commits
+    for _ in range(A_MINUTE):
+        commits._limit.take("acme")
+    answer = upload(fake.client(TENANT_KEYS["acme"]), "acme/y", drafts["other"])
+    assert answer.status_code == 429 and not judging.began.is_set()
+
+
+def test_repeated_loads_that_are_refused_do_not_fill_the_log(fake: FakeServer, tmp_path: Path) -> None:
+    admin, bad = fake.client(ADMIN_KEY), tmp_path / "bad"
+    Draft(lora_config(use_dora=True), lora(seed=3)).write(bad)
+    for _ in range(LINES + 5):
+        assert load(admin, "shared", bad).status_code == 422
+    told = AuditLog(fake.store / "audit").read()
+    assert sum(line["adapter"] == "shared" for line in told) == LINES

@@ -166,6 +166,47 @@ def test_an_adapter_s_life(page: Page, admin: httpx.Client, tmp_path: Path) -> N
     assert "dora" in page.get_by_role("region", name="Newest refusals").inner_text()
 
 
+def test_answers_that_come_after_the_sign_out_show_nothing(
+    page: Page, admin: httpx.Client, tmp_path: Path
+) -> None:
+    """The next reader may be another tenant's."""
+    assert upload(admin, "acme/x", Draft(tensors=lora()).write(tmp_path / "x")).status_code == 201
+    sign_in(page, TENANT_KEYS["acme"])
+    held: list[Any] = []
+    page.route("**/v1/adapters/acme/x", lambda route: held.append(route))
+    page.get_by_role("link", name="acme/x").click()
+    while not held:
+        page.wait_for_timeout(20)
+    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("heading", name="Sign in").wait_for()
+    for route in held:
+        route.continue_()
+    page.wait_for_timeout(500)
+    assert page.get_by_label("Key", exact=True).is_visible()
+    assert "acme" not in page.locator("main").inner_text()
+
+
+def test_a_cancelled_upload_is_not_sent_on(page: Page, admin: httpx.Client, tmp_path: Path) -> None:
+    sign_in(page, TENANT_KEYS["acme"])
+    held: list[Any] = []
+    page.route("**/v1/adapters", lambda route: held.append(route))
+    page.locator("#open-upload").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Name", exact=True).fill("acme/x")
+    dialog.get_by_label("Files of the adapter").set_input_files(
+        files(Draft(tensors=lora()).write(tmp_path / "x"))
+    )
+    dialog.get_by_role("button", name="Upload").click()
+    while not held:
+        page.wait_for_timeout(20)
+    failed: list[str] = []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    dialog.get_by_role("button", name="Cancel").click()
+    while not failed:
+        page.wait_for_timeout(20)
+    assert admin.get("/v1/adapters/acme/x").status_code == 404 and not dialog.count()
+
+
 def test_who_sees_what(page: Page, url: str, admin: httpx.Client, tmp_path: Path) -> None:
     """Keys: wrong ones, kept or not; a tenant sees its own only; hostile names are text."""
     draft = Draft().write(tmp_path / "a")

@@ -25,11 +25,13 @@ from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.exam.no_exam import NoExam
 from safelora_vllm.integration.server.published_copies import Copy, Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
+from safelora_vllm.integration.server.rejudge import Rejudge
 from safelora_vllm.integration.server.store_sync import StoreSync
 from safelora_vllm.integration.server.watchdog import Watchdog
 from safelora_vllm.policy import Policy
 from safelora_vllm.report import Report
 from safelora_vllm.store import AdapterRecord, NameStore, PublishedStore, Version
+from safelora_vllm.store.audit_log import AuditLog
 from tests.server.fake_engine import MODEL, FakeEngine
 from tests.server.fake_server import Place
 from tests.server.test_reconcile import save
@@ -437,3 +439,21 @@ def test_a_folder_that_just_changed_is_looked_at_again(
 def test_how_often_workers_are_asked() -> None:
     """At each look, which comes every 2 s, a worker that is asked spins for a second."""
     assert (watchdog._ATTEST_LOOKS, watchdog._ALERT_LOOKS) == (15, 30)
+
+
+def test_what_another_host_decided_by_its_own_rules_hinders_no_judgement(tmp_path: Path) -> None:
+    """Of one bucket, where each host has probes of its own."""
+    names, audit = NameStore(tmp_path), AuditLog(tmp_path / "audit")
+    mine = Version(1, "a" * 64, 1, 1, 0.0, "acme/ci", key="k", ruleset_digest="mine")
+    theirs = dataclasses.replace(mine, key="t", ruleset_digest="theirs", judged=2.0)
+    decided = dataclasses.replace(mine, key="s", judged=3.0)
+    rejudge = Rejudge(cast(Any, None), cast(Any, SimpleNamespace(names=names)), audit)
+
+    def written(found: Version) -> bool:
+        names.update("acme/x", lambda _: AdapterRecord("acme/x", 1, (found,)))
+        return asyncio.run(rejudge._write("acme/x", mine, decided, {}))
+
+    assert written(mine) and written(theirs)
+    assert names.all()["acme/x"].live == decided
+    assert not written(dataclasses.replace(theirs, ruleset_digest="mine")), "by the same rules: it is known"
+    assert not written(dataclasses.replace(theirs, digest="b" * 64)), "other content"

@@ -38,10 +38,19 @@ class ChangeLimit:
         Raises:
             TooManyChanges: it is not counted.
         """
+        self.check(tenant)
+        if tenant is not None:
+            self._times[tenant].append(self._now())
+
+    def check(self, tenant: str | None) -> None:
+        """Whether one more would be counted.
+
+        Raises:
+            TooManyChanges: it would not.
+        """
         if tenant is None:
             return
         now, times = self._now(), self._times[tenant]
         for count, seconds, time_span in _WINDOWS:
             if len(times) >= count and (age := now - times[-count]) < seconds:
                 raise TooManyChanges(count, time_span, int(seconds - age) + 1)
-        times.append(now)

@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from safelora_vllm.errors import AdapterRefused, AlreadyLoaded, Forbidden, UsageError, refuse
-from safelora_vllm.integration.server.commit import Commits, taken, version_of
+from safelora_vllm.integration.server.commit import Commits, changed_meanwhile, taken, version_of
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.repeated import LOAD, is_unchanged, may_load, served_again
+from safelora_vllm.integration.server.repeated import (
+    LOAD,
+    is_overridden,
+    is_unchanged,
+    may_load,
+    served_again,
+)
 from safelora_vllm.integration.server.visibility import look_up, unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
@@ -84,6 +90,7 @@ class Manager:
         self.check(who, name)
         exam_override = self.check_override(who, exam_override, name)
         async with self._commits.changing(who, name, action) as start:
+            self._commits.check_share(who)
             previous = await self._commits.record(name)
             policy = previous.live.next_policy if previous else {}
             allowance = await asyncio.to_thread(allowed, self.reconciler.names, who, name, previous)
@@ -96,7 +103,8 @@ class Manager:
                 if same is not None:
                     # Controllers that repeat vLLM's own call get what is served; a refusal is on record.
                     with suppress(AdapterRefused) if action == LOAD else nullcontext():
-                        await self._commits.check_accepted(who, name, action, judged)
+                        if not is_overridden(previous, judged):
+                            await self._commits.check_accepted(who, name, action, judged)
                     return same
             elif not exam_override and is_unchanged(self.reconciler, previous, judged):
                 served = self.reconciler.registry[name]
@@ -104,6 +112,8 @@ class Manager:
                 return served
             loads = action == LOAD
             if previous and not replace and not (loads and may_load(self.reconciler, previous, judged)):
+                if await self._commits.record(name) is None:
+                    raise changed_meanwhile(name)
                 raise taken(name)
             await self._commits.check_accepted(who, name, action, judged)
             override = bool(exam_override)
@@ -138,7 +148,7 @@ class Manager:
                 judged, who, policy, override, record.live.next_policy, reason, exam_override
             )
             return await self._commits.commit(
-                who, name, "rollback", judged, record, version, start, counted=True
+                who, name, "rollback", judged, record, version, start, earlier=earlier
             )
 
     async def set_policy(
@@ -237,7 +247,9 @@ class Manager:
         """
         if self._static(name) and who.kind == "admin":
             raise UsageError(f"{name} comes from --lora-modules; start the server without it")
-        async with self._commits.changing(who, name, action, waits=False):
+        # The first upload of a name serves nothing yet: as in vLLM, the name is removed when that has ended.
+        is_new = await self._commits.record(name) is None
+        async with self._commits.changing(who, name, action, waits=is_new):
             await self._commits.known(who, name)
             await self._commits.remove(who, action, name, lambda _: None)
 
@@ -288,7 +300,10 @@ class Manager:
         """
         if len(path) > 4096 or "\0" in path:
             raise UsageError("a path has at most 4,096 characters and no zero byte")
-        resolved = Path(path).resolve()
+        try:
+            resolved = Path(path).resolve()
+        except (OSError, RuntimeError) as error:  # too long a name, or links in a ring
+            raise UsageError(f"{path!r:.300} cannot be followed: {error}") from None
         if self.roots and not any(resolved.is_relative_to(root) for root in self.roots):
             raise Forbidden(f"{path!r:.300} is outside of the server's --adapter-root folders")
         return resolved

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -22,6 +23,7 @@ from safelora_vllm.errors import (
     SafeLoRAError,
     UsageError,
 )
+from safelora_vllm.integration.server.background import STORE, in_thread
 from safelora_vllm.integration.server.callers import caller_now
 from safelora_vllm.integration.server.change_limit import ChangeLimit
 from safelora_vllm.integration.server.decisions import exam_fields, log, version_fields
@@ -29,7 +31,7 @@ from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit, Refused
 from safelora_vllm.integration.server.registry import Entry
-from safelora_vllm.integration.server.repeated import live_number
+from safelora_vllm.integration.server.repeated import LOAD, live_number
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.integration.server.visibility import check_visible, look_up, unknown
 from safelora_vllm.store import AdapterRecord, Version
@@ -39,6 +41,7 @@ from safelora_vllm.tenants.keyless import NO_KEYS_FILE
 from safelora_vllm.tenants.principal import Principal
 from safelora_vllm.tenants.quotas import check_quota
 
+logger = logging.getLogger("vllm.safelora.management")
 Change = Callable[[AdapterRecord | None], AdapterRecord | None]
 
 
@@ -85,12 +88,12 @@ class Commits:
             await self._refusals.flush(all_of_them=True)
 
     async def refused(self, who: Principal, action: str, name: str, kind: str, **details: Any) -> None:
-        """Record what changed nothing: many of one kind and tenant as one line with their count."""
+        """Record what changed nothing: many of one tenant, or repeated loads, as one with their count."""
         refusal = Refused(who.key_id, action, name, details)
-        if who.tenant is None:
+        if who.tenant is None and action != LOAD:
             await self._write_refusal(refusal)
-        else:
-            await self._refusals.refused(f"{kind} {who.tenant}", refusal)
+        else:  # controllers repeat their loads
+            await self._refusals.refused(f"{kind} {who.tenant or name}", refusal)
 
     async def _write_refusal(self, refusal: Refused) -> None:
         more = {"count": refusal.count} if refusal.count > 1 else {}
@@ -99,7 +102,7 @@ class Commits:
 
     async def record(self, name: str) -> AdapterRecord | None:
         """The record of a name as all servers know it, None where there is none."""
-        return await asyncio.to_thread(self._reconciler.names.newest, name)
+        return await in_thread(STORE, self._reconciler.names.newest, name)
 
     async def known(self, who: Principal, name: str) -> AdapterRecord:
         """The record of a name that the caller may change.
@@ -141,16 +144,16 @@ class Commits:
         before: AdapterRecord | None,
         new: Version,
         start: float,
-        counted: bool = False,
+        earlier: Version | None = None,
     ) -> Entry:
         """Load what was judged and make it the newest version of what ``before`` still is.
 
-        counted: by `count` already.
+        earlier: that a rollback goes back to, counted by `count` already.
 
         Raises:
             TooManyChanges: of the tenant. Unauthorized: the caller's key is not in force any more.
         """
-        if not counted:
+        if earlier is None:
             self.count(who)
         pool = self._reconciler.pool
         new = dataclasses.replace(new, id=await pool.new_id())
@@ -172,15 +175,26 @@ class Commits:
                     return {**version_fields(live, judged.override), **accepted, **examined}
 
                 line = Line(who.key_id, action, details)
-                await asyncio.to_thread(self.update, caller_now(who), name, before, timed, line)
+                await in_thread(STORE, self.update, caller_now(who), name, before, timed, line, earlier)
             except SafeLoRAError:
                 await pool.release(request, wanted=lambda _: False)
                 raise
             await self._reconciler.sync()
-        await self._reconciler.again.judge_if_marked(name)
+        try:
+            await self._reconciler.again.judge_if_marked(name)
+        except SafeLoRAError as error:  # the change is made; the next exam of the tenant notes it again
+            logger.error("whether adapter %r is to be examined again is not known: %s", name, error)
         entry = look_up(self._reconciler.registry, who, name)
         entry.current()
         return entry
+
+    def check_share(self, who: Principal) -> None:
+        """Whether the caller's tenant may make a new version, before the work for it.
+
+        Raises:
+            TooManyChanges: it has had its share.
+        """
+        self._limit.check(who.tenant)
 
     def count(self, who: Principal) -> None:
         """Count a new version of the caller's tenant.
@@ -195,9 +209,15 @@ class Commits:
         return audit_fields(self._reconciler.copies.shown(judged.report), decision)
 
     def update(
-        self, who: Principal, name: str, before: AdapterRecord | None, new: Version, line: Line
+        self,
+        who: Principal,
+        name: str,
+        before: AdapterRecord | None,
+        new: Version,
+        line: Line,
+        earlier: Version | None = None,
     ) -> None:
-        """Add a version to a name's record, if that still is ``before``.
+        """Add a version to a name's record, if that serves what it served ``before``, and has ``earlier``.
 
         Raises:
             AlreadyLoaded, ChangedMeanwhile, QuotaExceeded, SafeLoRAError: the store cannot be changed.
@@ -205,10 +225,12 @@ class Commits:
 
         def change(record: AdapterRecord | None) -> AdapterRecord:
             """Under the store's lock: two servers cannot exceed a quota together, nor undo each other."""
-            if (record and record.unjudged) != (before and before.unjudged):
+            if (record and record.live.unjudged) != (before and before.live.unjudged):
                 if before is None:
                     raise taken(name)
-                raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
+                raise changed_meanwhile(name)
+            if record and earlier and earlier.unjudged not in record.unjudged.versions:
+                raise changed_meanwhile(name)
             made = dataclasses.replace(new, apart=self._reconciler.store.apart)
             after = (record or AdapterRecord(name)).with_version(made)
             check_quota(self._reconciler.names, who, after)
@@ -226,7 +248,7 @@ class Commits:
 
         def change(record: AdapterRecord | None) -> AdapterRecord:
             if record is None or record.live != live:
-                raise ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
+                raise changed_meanwhile(name)
             return record.with_live(unjudged)
 
         said = {"decision": "accepted", "exam_override": False, "reason": reason}
@@ -245,8 +267,13 @@ class Commits:
             return change(record)
 
         line = Line(who.key_id, action, lambda _: said)
-        await asyncio.to_thread(self._recorded.update, name, noted, line)
+        await in_thread(STORE, self._recorded.update, name, noted, line)
         await self._reconciler.sync()
+
+
+def changed_meanwhile(name: str) -> ChangedMeanwhile:
+    """What a caller is told whose change was judged for a name that is another now."""
+    return ChangedMeanwhile(f"{name} was changed meanwhile; look at it and try again")
 
 
 def version_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,7 +55,8 @@ async def load_lora_adapter(body: LoadRequest, who: Caller, managed: Managed, re
         managed.check(who, name)
         is_far = is_remote(body.lora_path)
         limiter = request.app.state.safelora_upload_limiter
-        with limiter.take(who.tenant) if is_far or is_hub_id(body.lora_path) else nullcontext():
+        downloads = is_far or await asyncio.to_thread(is_hub_id, body.lora_path)
+        with limiter.take(who.tenant) if downloads else nullcontext():
             if is_far:
                 wanted = UploadFromSource.model_construct(name=name, source=body.lora_path, digest=None)
                 await add_from_source(request, who, managed, wanted, replace=replace, action=LOAD)
@@ -98,7 +100,7 @@ async def upload_adapter(
     managed.check_override(who, exam_override)
     how = _How(replace, exam_override)
     with request.app.state.safelora_upload_limiter.take(who.tenant):
-        if request.headers.get("content-type", "").startswith("application/json"):
+        if request.headers.get("content-type", "").lower().startswith("application/json"):
             return shown.report(who, await _add_named(who, managed, request, answer, how))
         async with incoming(managed.reconciler.names.root) as folder:
             may_use = functools.partial(managed.check, who)

@@ -40,7 +40,7 @@ async def adapter_at(managed: Manager, path: str) -> AsyncIterator[Path]:
         allows, or a hub id without ``--allow-hub``. TooLarge: larger than an upload may be.
     """
     root, most = managed.reconciler.names.root, managed.max_adapter_bytes
-    if is_hub_id(path):
+    if await asyncio.to_thread(is_hub_id, path):
         if not managed.hub:
             raise Forbidden(
                 f"{path!r} is a hub id, no folder of this machine: start the server with --allow-hub, or "
@@ -49,18 +49,26 @@ async def adapter_at(managed: Manager, path: str) -> AsyncIterator[Path]:
         async with incoming(root) as folder:
             yield await downloaded(path, None, folder, most, True)
         return
-    source = managed.check_root(path)
-    links = [name for name in (CONFIG, WEIGHTS) if (source / name).is_symlink()]
+    source = await asyncio.to_thread(managed.check_root, path)
+    links = await asyncio.to_thread(_links, source)
     if not links or not managed.roots or source.parent.name != "snapshots":
         yield source
         return
     async with incoming(root) as folder:
         for name in (CONFIG, WEIGHTS):
             await asyncio.to_thread(_copy, source / name, folder / name, managed.roots, most)
-        if os.path.lexists(source / SIGNATURE):
+        if await asyncio.to_thread(os.path.lexists, source / SIGNATURE):
             signature = source / SIGNATURE, folder / SIGNATURE
             await asyncio.to_thread(_copy, *signature, managed.roots, SIGNATURE_BYTES)
         yield folder
+
+
+def _links(source: Path) -> list[str]:
+    """Which of both files of an adapter's folder are links."""
+    try:
+        return [name for name in (CONFIG, WEIGHTS) if (source / name).is_symlink()]
+    except OSError as error:  # too long a name, or a folder that may not be entered
+        raise UsageError(f"{source} cannot be read: {error.strerror}") from error
 
 
 def _copy(source: Path, target: Path, roots: Sequence[Path], most: int) -> None:

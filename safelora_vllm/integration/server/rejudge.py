@@ -17,6 +17,7 @@ from safelora_vllm.integration.server.decisions import exam_fields, version_fiel
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
 from safelora_vllm.integration.server.registry import Entry
+from safelora_vllm.integration.server.store_sync import same_content
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import REJUDGE, SERVER, AuditLog, audit_fields
 from safelora_vllm.store.recorded import Line, RecordedNames
@@ -86,9 +87,14 @@ class Rejudge:
 
         def change(record: AdapterRecord | None) -> AdapterRecord | None:
             nonlocal written
-            written = record is not None and record.live == old
+            # What another host has decided by its own rules meanwhile is of the same version.
+            written = record is not None and (record.live == old or _by_other_rules(record.live, old, new))
             return record.with_live(new) if written and record else record
 
         line = Line(SERVER, REJUDGE, lambda _: details)
         await asyncio.to_thread(self._recorded.update, name, change, line)
         return written
+
+
+def _by_other_rules(found: Version, old: Version, new: Version) -> bool:
+    return same_content(found, old) and found.ruleset_digest != new.ruleset_digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safelora_vllm.errors import codes_of
 from safelora_vllm.integration.server.published_copies import Judged
 from safelora_vllm.integration.server.reconcile import Reconciler
 from safelora_vllm.integration.server.registry import Entry
@@ -27,7 +28,19 @@ async def served_again(reconciler: Reconciler, before: AdapterRecord | None, jud
     if not is_served(reconciler, before.name):
         await reconciler.sync()
         await reconciler.prepare(before.name)
-    return reconciler.registry[before.name] if is_served(reconciler, before.name) else None
+    entry = reconciler.registry.get(before.name)
+    known = entry and entry.served and entry.version  # another server may have replaced it meanwhile
+    return entry if known and known.digest == judged.report.digest else None
+
+
+def is_overridden(before: AdapterRecord | None, judged: Judged) -> bool:
+    """Whether an admin has the content that a name serves served whatever the rules say of it.
+
+    That is no word on who signed it.
+    """
+    live = before and before.live
+    allowed = live and live.digest == judged.report.digest and (live.override or live.exam_override)
+    return bool(allowed) and "signature" not in codes_of(judged.report.reasons)
 
 
 def is_unchanged(reconciler: Reconciler, before: AdapterRecord | None, judged: Judged) -> bool:

@@ -71,7 +71,7 @@ class BoundedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            multipart = request.headers.get("content-type", "").startswith("multipart/")
+            multipart = request.headers.get("content-type", "").lower().startswith("multipart/")
             if multipart and self.path == UPLOADS:
                 return await handler(request)
             left = _MAX_JSON

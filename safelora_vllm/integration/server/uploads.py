@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safelora_vllm.adapters.beside import SIGNATURE, SIGNATURE_BYTES
 from safelora_vllm.adapters.read import CONFIG, WEIGHTS, Limits
 from safelora_vllm.errors import SafeLoRAError, UsageError
 from safelora_vllm.files import not_written
+from safelora_vllm.integration.server.background import HUB, in_thread
 from safelora_vllm.store.layout import INCOMING
 
 ARCHIVE = "archive"
@@ -34,7 +34,6 @@ _PATIENCE_SECONDS = 60.0
 _PATIENCE_BYTES = 64 * 1024  # that have to come in each such time, unless the body ends
 _MOST_SECONDS = 3600.0  # of a whole body, as of a download
 _BLOCK = 1024 * 1024
-_HUB = ThreadPoolExecutor(8, thread_name_prefix="safelora-hub")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -114,15 +113,18 @@ class UploadLimiter:
 async def incoming(root: Path) -> AsyncIterator[Path]:
     """A new folder under ``root``/incoming, gone when the block ends."""
     try:
-        parent = root / INCOMING
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = Path(tempfile.mkdtemp(dir=parent))
+        folder = await asyncio.to_thread(_new_folder, root / INCOMING)
     except OSError as error:
         raise not_written(error) from error
     try:
         yield folder
     finally:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _new_folder(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Path(tempfile.mkdtemp(dir=parent))
 
 
 async def receive(
@@ -286,9 +288,8 @@ class _Form:
 
 
 async def downloaded(hub_id: str, revision: str | None, folder: Path, max_bytes: int, token: bool) -> Path:
-    """As `download`, in a thread of its own kind: asyncio's few are for the short calls."""
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_HUB, download, hub_id, revision, folder, max_bytes, token)
+    """As `download`, in a thread for that."""
+    return await in_thread(HUB, download, hub_id, revision, folder, max_bytes, token)
 
 
 def download(hub_id: str, revision: str | None, folder: Path, max_bytes: int, token: bool) -> Path:

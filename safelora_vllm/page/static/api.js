@@ -56,8 +56,8 @@ export const remove = (name) => call("DELETE", `adapters/${path(name)}`);
 export const removeVersion = (name, version) => call("DELETE", `adapters/${path(name)}/versions/${version}`);
 export const audit = (query) => call("GET", `audit?${new URLSearchParams(query)}`);
 
-/** Upload files; told(share) hears how much of them is sent. fetch does not say that. */
-export function upload(name, files, replace, told) {
+/** Upload files; told(share) hears how much of them is sent, which fetch does not say. signal: ends it. */
+export function upload(name, files, replace, told, signal) {
   const form = new FormData();
   form.append("name", name); // first, so that the server refuses a wrong name before the files arrive
   for (const [field, file] of files) form.append(field, file, file.name);
@@ -70,6 +70,7 @@ export function upload(name, files, replace, told) {
     request.onload = () => {
       try { resolve(understood(request.status, request.responseText)); } catch (error) { reject(error); }
     };
+    signal.addEventListener("abort", () => { request.abort(); reject(new ApiError(0, "The upload was cancelled.")); });
     request.onerror = () => reject(new ApiError(0, "The upload broke off: the server ended it, or is not reached. Nothing was stored."));
     request.send(form);
   });

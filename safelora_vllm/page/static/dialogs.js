@@ -4,6 +4,8 @@ import * as api from "./api.js";
 import { bytesText, counted, el, nameOf, reasonList } from "./dom.js";
 
 const CONFIG = "adapter_config.json", WEIGHTS = "adapter_model.safetensors";
+export const UNREADABLE = "The dropped files cannot be read: choose them instead.";
+const MOST_DROPPED = 1000; // files: a folder of checkpoints has some hundreds
 const ARCHIVES = /\.(tar|tar\.gz|tgz|zip)$/i;
 
 function open(label, ...children) {
@@ -44,12 +46,14 @@ export async function dropped(transfer) {
   if (!entries.length) return [...transfer.files];
   const found = [];
   const walk = async (entry, depth) => {
-    if (found.length > 100) return;
+    if (found.length >= MOST_DROPPED) return;
     if (entry.isFile) found.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
     else if (depth < 3) {
       const reader = entry.createReader();
-      const inside = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-      for (const inner of inside) await walk(inner, depth + 1);
+      const some = () => new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      for (let inside = await some(); inside.length; inside = await some()) { // browsers give 100 at a time
+        for (const inner of inside) await walk(inner, depth + 1);
+      }
     }
   };
   for (const entry of entries) await walk(entry, 0);
@@ -68,6 +72,7 @@ export function uploadDialog({ prefix, most, replaces, files = [], done }) {
   const progressText = el("span", {});
   const working = el("p", { class: "working", hidden: true, role: "status" }, progress, " ", progressText);
   const answer = el("div", { role: "alert" });
+  const stop = new AbortController(); // what is sent as a whole, the server may serve all the same
   const send = el("button", { type: "submit", class: "primary" }, replaces ? "Replace" : "Upload");
   const cancel = el("button", { type: "button", onclick: () => dialog.close() }, "Cancel");
   const take = (given) => {
@@ -93,11 +98,11 @@ export function uploadDialog({ prefix, most, replaces, files = [], done }) {
     send.disabled = true;
     const told = (share) => {
       if (share < 1) { progress.value = share; progressText.textContent = `${Math.floor(share * 100)} % sent`; }
-      else { progress.removeAttribute("value"); progressText.textContent = "Sent. The gate checks and projects it"; }
+      else { progress.removeAttribute("value"); progressText.textContent = "Sent. The gate checks and projects it, also if this dialog is closed"; }
     };
     told(0);
     try {
-      const report = await api.upload(name.value.trim(), fields, Boolean(replaces) || replace.checked, told);
+      const report = await api.upload(name.value.trim(), fields, Boolean(replaces) || replace.checked, told, stop.signal);
       dialog.close();
       done(report);
     } catch (error) {
@@ -117,8 +122,11 @@ export function uploadDialog({ prefix, most, replaces, files = [], done }) {
     replaces ? null : el("label", { class: "check" }, replace, " Replace the adapter of this name, if there is one"),
     working, answer,
     el("div", { class: "buttons" }, cancel, send)));
+  dialog.addEventListener("close", () => stop.abort());
   dialog.addEventListener("dragover", (event) => event.preventDefault());
-  dialog.addEventListener("drop", async (event) => { event.preventDefault(); event.stopPropagation(); take(await dropped(event.dataTransfer)); });
+  dialog.addEventListener("drop", async (event) => { event.preventDefault(); event.stopPropagation();
+    try { take(await dropped(event.dataTransfer)); } catch { answer.replaceChildren(el("p", { class: "error" }, UNREADABLE)); }
+  });
   if (files.length) take(files);
   if (!replaces) { name.focus(); name.setSelectionRange(name.value.length, name.value.length); }
 }

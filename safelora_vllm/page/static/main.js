@@ -2,14 +2,14 @@
 
 import * as api from "./api.js";
 import { detailView } from "./detail.js";
-import { dropped, uploadDialog } from "./dialogs.js";
+import { UNREADABLE, dropped, uploadDialog } from "./dialogs.js";
 import { el, nameOf, printable } from "./dom.js";
 import { linkTo, listView } from "./list.js";
 
 const SECONDS = 5; // between two looks, while the page can be seen
 const main = document.getElementById("main"), who = document.getElementById("who"), status = document.getElementById("status");
 const uploadButton = document.getElementById("open-upload"), signOut = document.getElementById("sign-out");
-let overview = null, refusals = null, last = "", lastItem = "", list = null, timer = 0, shown = 0;
+let overview = null, refusals = null, last = "", lastItem = "", list = null, timer = 0, shown = 0, session = 0;
 
 function tell(sentence, bad = false) {
   status.textContent = printable(sentence);
@@ -26,6 +26,8 @@ function failed(error) {
 
 function signIn(problem = "") {
   clearTimeout(timer);
+  session += 1; // answers that are on their way are the former reader's
+  shown += 1;
   overview = list = null;
   last = lastItem = "";
   api.useKey("");
@@ -61,20 +63,25 @@ const route = () => { try { return decodeURIComponent(/^#\/adapter\/(.+)$/.exec(
 /** Ask the server and show what is new. */
 async function look(moved = false) {
   clearTimeout(timer);
+  const mine = session;
   const now = await api.overview();
   const caller = now.caller;
-  refusals = now.may_upload ? (await api.audit({ decision: "refused", limit: 10 })).records : null;
+  const newest = now.may_upload ? (await api.audit({ decision: "refused", limit: 10 })).records : null;
+  if (mine !== session) return; // signed out meanwhile
   overview = now;
+  refusals = newest;
   who.replaceChildren(caller.tenant ? "Tenant " : caller.kind === "admin" ? "Admin " : "", nameOf(caller.tenant ?? caller.key));
   uploadButton.hidden = !now.may_upload;
   signOut.hidden = false;
   await show(moved);
-  timer = setTimeout(again, SECONDS * 1000);
+  if (mine === session) timer = setTimeout(again, SECONDS * 1000);
 }
 
 async function again() {
   if (document.hidden || !overview) return;
+  const mine = session;
   try { await look(); } catch (error) {
+    if (mine !== session) return;
     failed(error);
     if (error.status !== 401) timer = setTimeout(again, SECONDS * 1000);
   }
@@ -126,7 +133,8 @@ signOut.addEventListener("click", () => signIn());
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", async (event) => {
   event.preventDefault();
-  if (overview?.may_upload && !document.querySelector("dialog")) upload(await dropped(event.dataTransfer));
+  if (!overview?.may_upload || document.querySelector("dialog")) return;
+  try { upload(await dropped(event.dataTransfer)); } catch { tell(UNREADABLE, true); }
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) again(); });
 window.addEventListener("hashchange", () => { if (overview) show(true).catch(failed); });

@@ -63,6 +63,9 @@ class Again:
         found = await self.exam.examine_again(entry.name, key, served.report.policy)
         passed, gone = terms.passes(found, served.report.policy), self._has_failed(entry)
         failed = await self._withdraw_failed()
+        if gone and all(other.name != entry.name for other in failed):  # it was replaced or removed meanwhile
+            await self._note_failures([entry.name])
+            failed.append(entry)
         if actor != SERVER or not passed:
             await self._log(entry, actor, found, passed, gone)
         # Other rules may have made the same files, and what passes by one tenant's may fail by another's.
@@ -95,13 +98,16 @@ class Again:
         failed = [entry for entry in self.registry.values() if self._has_failed(entry)]
         for entry in failed:
             self._withdraw(entry, "it failed its re-examination", self.exam.pending(entry.name))
-        try:
-            await self.exam.note_failures([entry.name for entry in failed])
-        except SafeLoRAError as error:  # so does the judgement that follows, until the store can be written
-            logger.error("an adapter failed its re-examination, and its tenant is not marked: %s", error)
+        await self._note_failures([entry.name for entry in failed])
         for entry in failed:
             self._judge_anew(entry.name)
         return failed
+
+    async def _note_failures(self, names: list[str]) -> None:
+        try:
+            await self.exam.note_failures(names)
+        except SafeLoRAError as error:  # so does the judgement that follows, until the store can be written
+            logger.error("an adapter failed its re-examination, and its tenant is not marked: %s", error)
 
     def _judge_others_of(self, tenants: set[str]) -> None:
         """What these tenants have here besides may be the same with one changed weight."""
