@@ -5,7 +5,8 @@ python -m moto.server -p 5000 &       # a stand-in for S3
 export AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x AWS_REGION=us-east-1 AWS_ENDPOINT_URL=http://127.0.0.1:5000
 curl -X PUT $AWS_ENDPOINT_URL/bucket
 safelora-vllm serve ALIGNED --projectors DIR --remote-source s3://bucket --remote-endpoint $AWS_ENDPOINT_URL &
-KEY=... python examples/s3_upload.py order-to-json examples/adapters/order-to-json s3://bucket/order-to-json
+export SAFELORA_KEY=...                # an admin's, or a tenant's for a name and a source of its own
+python examples/s3_upload.py order-to-json examples/adapters/order-to-json s3://bucket/order-to-json
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def load(http: httpx.Client, name: str, source: str, digest: str) -> dict[str, A
 
 def main() -> None:
     name, folder, source = sys.argv[1:]
-    headers = {"Authorization": f"Bearer {os.environ['KEY']}"}
+    if not (key := os.environ.get("SAFELORA_KEY")):
+        sys.exit("set SAFELORA_KEY to an admin's or a tenant's key")
+    headers = {"Authorization": f"Bearer {key}"}
     with httpx.Client(
         base_url=os.environ.get("URL", "http://localhost:8000"), headers=headers, timeout=1800
     ) as http:

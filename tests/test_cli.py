@@ -285,5 +285,6 @@ def test_a_path_that_the_system_does_not_take_is_2(
 
 def test_a_name_is_no_markup(run: Run, tmp_path: Path) -> None:
     """Folders have names that others gave them."""
-    code, text, _ = run("inspect", str(Draft().write(tmp_path / "runs[v1]\x1b[2J")))
+    Draft().write(tmp_path / "runs[v1]\x1b[2J")
+    code, text, _ = run("inspect", adapter="runs[v1]\x1b[2J")
     assert code == 0 and "runs[v1]" in text and "\x1b[2J" not in text

@@ -35,6 +35,8 @@ COMMANDS = (
     "store rm", "store preview", "audit", "statement", "top",
 )  # fmt: skip
 POLICY = tuple(field.name for field in dataclasses.fields(Policy))
+# Commands whose options may have the name of a field of the policy, and mean something else.
+WITHOUT_POLICY = ("exam",)
 # Variables that vLLM and the hub's client read, and that the page explains all the same.
 OF_OTHERS = {"VLLM_CPU_KVCACHE_SPACE", "HF_HUB_OFFLINE"}
 # Variables that the server's processes set for each other.
@@ -65,7 +67,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def actions(command: str) -> list[argparse.Action]:
     """All but ``--help`` and the policy, which has a table of its own."""
-    return [a for a in parser_of(command)._actions if a.dest != "help" and a.dest not in POLICY]
+    left_out = {"help"} if command in WITHOUT_POLICY else {"help", *POLICY}
+    return [a for a in parser_of(command)._actions if a.dest not in left_out]
 
 
 def shown(action: argparse.Action) -> str:
