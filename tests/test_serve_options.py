@@ -240,6 +240,18 @@ def test_what_is_checked_before_vllm_is_looked_at(
 
 
 @pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("options", [["--revision", "v2"], ["--revision=v2", "--dtype=float32"], []])
+def test_the_revision_that_is_served_is_the_one_that_is_compared(
+    options: list[str], settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would be downloaded whole, and perhaps be refused."""
+    compared: list[str] = []
+    monkeypatch.setattr(launch, "check_served_model", lambda _, model, quick: compared.append(model))
+    serve("org/model", replace(settings, trust_served_model=False), options)
+    assert compared == ["org/model@v2" if options else "org/model"]
+
+
+@pytest.mark.usefixtures("vllm")
 def test_an_admin_key_is_made_where_none_is_given(
     settings: ServerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

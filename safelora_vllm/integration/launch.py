@@ -19,6 +19,7 @@ from safelora_vllm.integration.server.access_check import granted
 from safelora_vllm.methods.reads import check_energy
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
+from safelora_vllm.projectors.checkpoint import at_revision
 from safelora_vllm.served_model import check_served_model
 from safelora_vllm.settings import (
     ADMIN_KEY,
@@ -57,7 +58,7 @@ def serve(model: str, settings: ServerSettings, vllm_options: list[str]) -> None
     """
     cache = ProjectorCache(settings.projectors)
     if not settings.trust_served_model:
-        check_served_model(cache, model, quick=True)
+        check_served_model(cache, at_revision(model, _revision(vllm_options)), quick=True)
     _check_rules(cache, settings)
     granted(settings.route_access)
     _check_keys(settings)
@@ -101,6 +102,14 @@ def allowed_plugins() -> str:
     else:
         others = [entry.name for group in _DEFAULT_GROUPS for entry in entry_points(group=group)]
     return ",".join(dict.fromkeys([PLUGIN, *others]))
+
+
+def _revision(options: list[str]) -> str | None:
+    """vLLM's ``--revision``, before vLLM is there to read it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--revision")
+    found: str | None = parser.parse_known_args(options)[0].revision
+    return found
 
 
 def guarded_options(settings: ServerSettings, options: list[str]) -> list[str]:

@@ -33,6 +33,11 @@ _SAMPLES, _SAMPLE_BYTES = 8, 256
 _PIECE = 8 * 1024 * 1024
 
 
+def at_revision(model: str | Path, revision: str | None) -> str:
+    """What `locate_model` finds a model by; a folder has no revisions."""
+    return f"{model}@{revision}" if revision and not Path(model).is_dir() else str(model)
+
+
 def locate_model(model: str | Path) -> Path:
     """The folder of a model given as a folder or as a hub id (``org/name``, or ``org/name@rev``).
 

@@ -34,7 +34,8 @@ def thin_module(name: str, weights: list[Tensor], max_energy: float) -> Built | 
     if not _changed(name, change.norm, change.aligned_norm):
         return None
     # Of the values too: whoever knew the random columns could make weights that hide a direction from them.
-    content = hashlib.sha256(name.encode() + change.v.cpu().contiguous().numpy().tobytes())
+    content = hashlib.sha256(name.encode())
+    content.update(change.v.cpu().contiguous().numpy().data)
     seed = int.from_bytes(content.digest()[:7])
     with exact_products():
         found = dominant(change.v, change.norm / change.scale, max_energy, seed)

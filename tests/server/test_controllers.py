@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -368,7 +369,8 @@ def test_dynamo_loads_in_the_process(
     """Its adapters pass the gate in the worker. vLLM reads published copies, never Dynamo's folders."""
     read: list[Path] = []
     monkeypatch.setattr(seams, "load_published", lambda _, asked: read.append(Path(asked.lora_path)))
-    monkeypatch.setattr(seams, "no_adapter", lambda *_: pytest.fail("the aligned model answers alone"))
+    zeros = SimpleNamespace(clone=lambda _: pytest.fail("the aligned model answers alone"))
+    monkeypatch.setattr(GuardedLoRAManager, "_zeros", zeros, raising=False)
     pool = worker(guarded)
     controller = Dynamo(pool._load_adapter, folders)
     for _ in range(2):

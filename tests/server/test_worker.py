@@ -67,6 +67,13 @@ class Host:
             self.guard._check_copy(key, "tenant")
 
 
+class Zeros:
+    """An adapter of zeros."""
+
+    def clone(self, number: int) -> str:
+        return f"zeros {number}"
+
+
 @pytest.fixture
 def host(cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     """Its guard has no way to the gate, and may not list the store's names: both could stop a step."""
@@ -215,7 +222,7 @@ def test_bytes_that_were_damaged_are_never_loaded(
         return "weights"
 
     monkeypatch.setattr(seams, "load_published", load)
-    monkeypatch.setattr(seams, "no_adapter", lambda *_: "zeros")
+    monkeypatch.setattr(GuardedLoRAManager, "_zeros", Zeros(), raising=False)
     monkeypatch.setattr(guard, "_LOAD_SECONDS", 30.0)  # a busy machine may take long
     request = LoRARequest("tenant", 1, f"safelora://{key}")
     sound = (host.store.path(key) / WEIGHTS).read_bytes()
@@ -223,7 +230,9 @@ def test_bytes_that_were_damaged_are_never_loaded(
     damage(host.store.path(key) / WEIGHTS)
     for _ in range(3):
         if in_step:
-            assert manager._load_adapter(request) == "zeros" and host.guard.lost == {request.lora_path}
+            assert manager._load_adapter(request) == f"zeros {request.lora_int_id}" and host.guard.lost == {
+                request.lora_path
+            }
         else:
             with pytest.raises(StoreUnavailable, match="missing or damaged"):
                 manager._load_adapter(request)
@@ -240,13 +249,13 @@ def test_an_adapter_that_cannot_be_read_within_a_step_is_reported_as_lost(
     manager.guard, manager._in_step, manager.counts = host.guard, False, PoolCounts(0)
     manager.read_ahead = ReadAhead(manager._read, torch.device("cpu"))  # it has read nothing
     host.guard.lost = set()
-    monkeypatch.setattr(seams, "no_adapter", lambda _, request: f"zeros for {request.lora_name}")
+    monkeypatch.setattr(GuardedLoRAManager, "_zeros", Zeros(), raising=False)
     request = LoRARequest("tenant", 1, f"safelora://{'0' * 64}/1")
     with pytest.raises(StoreUnavailable, match="missing or damaged"):
         manager._load_adapter(request)
     assert host.guard.lost == set()
     manager._in_step = True
-    assert manager._load_adapter(request) == "zeros for tenant"
+    assert manager._load_adapter(request) == "zeros 1"
     assert manager.counts.failed_steps == 1
     assert host.guard.lost == {request.lora_path}
 
@@ -263,6 +272,73 @@ def test_a_copy_that_is_damaged_is_not_taken_though_it_once_was(host: Host) -> N
     file.unlink()
     with pytest.raises(StoreUnavailable, match="missing or damaged"):
         host.guard._check_copy(key, "tenant")
+
+
+class Slots:
+    """vLLM's pool with one slot of two modules, where ``bad`` adapters fail at the second."""
+
+    capacity, lora_slots = 3, 1
+
+    def __init__(self) -> None:
+        self._registered_adapters: dict[int, Any] = {}
+        self._active_adapters: dict[int, None] = {}
+        self.slot: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._registered_adapters)
+
+    def list_adapters(self) -> dict[int, Any]:
+        return dict(self._registered_adapters)
+
+    def get_adapter(self, lora_id: int) -> Any:
+        return self._registered_adapters.get(lora_id)
+
+    def add_adapter(self, lora: Any) -> bool:
+        self._registered_adapters[lora.id] = lora
+        return True
+
+    def remove_adapter(self, lora_id: int) -> None:
+        self._registered_adapters.pop(lora_id, None)
+        self._active_adapters.pop(lora_id, None)
+
+    def activate_adapter(self, lora_id: int) -> None:
+        if lora_id in self._active_adapters:
+            return
+        self._active_adapters.clear()
+        self._active_adapters[lora_id] = None
+        lora = self._registered_adapters[lora_id]
+        for module in "qk":
+            if lora.bad and module == "k":
+                raise ValueError("cannot determine how to split lora_b")
+            self.slot[module] = lora.name
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_an_adapter_that_fails_halfway_does_not_answer_with_what_another_one_left(in_step: bool) -> None:
+    """vLLM has registered it by then, and would take it for loaded the next time."""
+
+    def read(request: LoRARequest) -> Any:
+        return SimpleNamespace(id=request.lora_int_id, name=request.lora_name, bad=request.lora_name == "bad")
+
+    zeros = SimpleNamespace(clone=lambda number: SimpleNamespace(id=number, name="zeros", bad=False))
+    manager: Any = object.__new__(GuardedLoRAManager)
+    manager.guard, manager.counts = SimpleNamespace(lost=set()), PoolCounts(0)
+    manager._adapter_manager, manager._zeros, manager._read = Slots(), zeros, read
+    manager.read_ahead = SimpleNamespace(take=read, read=lambda request, _: read(request))
+    other, bad = (LoRARequest(name, len(name), f"safelora://{name}") for name in ("other", "bad"))
+    assert manager.add_adapter(other)
+    manager._in_step = in_step
+    for _ in range(2):
+        if in_step:
+            assert manager.add_adapter(bad) and manager._adapter_manager.slot == dict.fromkeys("qk", "zeros")
+        else:
+            with pytest.raises(ValueError, match="cannot determine"):
+                manager.add_adapter(bad)
+            assert list(manager._adapter_manager._registered_adapters) == [5]
+            assert not manager._adapter_manager._active_adapters
+    assert manager.guard.lost == ({"safelora://bad"} if in_step else set())
+    assert manager.counts.failed_steps == in_step
+    assert manager.add_adapter(other) and manager._adapter_manager.slot == dict.fromkeys("qk", "other")
 
 
 class _Pool:

@@ -130,9 +130,10 @@ def test_the_gate_is_told_which_model_is_served(
     assert host.configs[0][0].model == expected.format(model=model)
 
 
-def test_weights_that_are_not_the_models_are_not_guarded(host: Host) -> None:
-    host.load_format = "dummy"
-    with pytest.raises(GuardError, match="load_format is dummy"):
+@pytest.mark.parametrize("form", ["dummy", "pt", "npcache", "sharded_state", "mistral", "tensorizer"])
+def test_weights_that_are_not_the_models_are_not_guarded(form: str, host: Host) -> None:
+    host.load_format = form
+    with pytest.raises(GuardError, match=f"load_format is {form}: vLLM would load other weights"):
         host.guard()
     assert "start" not in host.steps
     host.settings["trust_served_model"] = True
@@ -276,15 +277,24 @@ def test_a_step_ends_whatever_happens_in_it(fails: bool, monkeypatch: pytest.Mon
     assert seen == [True] and manager._in_step is False
 
 
-def test_zeros_have_the_id_of_the_adapter_and_the_least_rank() -> None:
-    made: list[Any] = []
-    inner = SimpleNamespace(
-        get_dummy_lora_warmup_rank=lambda least: 100 + least,
-        create_dummy_lora=lambda *given: made.append(given) or "zeros",  # type: ignore[func-returns-value]
-    )
-    manager = SimpleNamespace(_adapter_manager=inner, embedding_modules={"embed": "x"})
-    assert seams.no_adapter(manager, LoRARequest("x", 7, "safelora://k")) == "zeros"
-    assert made == [(7, 101, {"embed": "x"})]
+@pytest.mark.parametrize(
+    ("modules", "kept"),
+    [
+        (["layers.0.mlp.experts", "layers.0.o_proj", "layers.1.o_proj"], ["layers.0.o_proj"]),
+        (["layers.0.mlp.experts"], ["layers.0.mlp.experts"]),
+    ],
+    ids=str,
+)
+def test_zeros_have_the_least_rank_and_one_plain_module(modules: list[str], kept: list[str]) -> None:
+    given: list[Any] = []
+
+    def made(*arguments: Any) -> Any:
+        given.append(arguments)
+        return SimpleNamespace(loras={name: SimpleNamespace(lora_a=[0.0]) for name in modules})
+
+    inner = SimpleNamespace(get_dummy_lora_warmup_rank=lambda least: 100 + least, create_dummy_lora=made)
+    zeros = seams.zeros(SimpleNamespace(_adapter_manager=inner, embedding_modules={"embed": "x"}))
+    assert given == [(1, 101, {"embed": "x"})] and list(zeros.loras) == kept
 
 
 def test_what_is_installed_in_every_process() -> None:

@@ -146,6 +146,8 @@ SEAMS = (
                 _MANAGER, "LRUCacheWorkerLoRAManager.create_lora_manager",
                 assigns=("_adapter_manager",),
             ),
+            Requirement("vllm.lora.lora_model", "LoRAModel.clone", parameters=("self", "lora_model_id")),
+            Requirement(_MODELS, "LoRAModelManager.remove_adapter", parameters=("self", "adapter_id")),
         ),
     ),
     Seam(

@@ -69,11 +69,22 @@ def _in_memory(weights: Any) -> Any:
     return weights if weights is None or weights.is_pinned() else weights.clone()
 
 
-def no_adapter(manager: Any, request: LoRARequest) -> LoRAModel:
-    """An adapter of zeros, as vLLM makes it to warm up: its requests get the aligned model."""
+def zeros(manager: Any) -> LoRAModel:
+    """An adapter of zeros, as vLLM makes it to warm up, with one module: the others of a slot are emptied.
+
+    All modules of a mixture of experts would be tens of thousands of tensors.
+    """
     inner = manager._adapter_manager
-    rank = inner.get_dummy_lora_warmup_rank(1)
-    return inner.create_dummy_lora(request.lora_int_id, rank, manager.embedding_modules)
+    made = inner.create_dummy_lora(1, inner.get_dummy_lora_warmup_rank(1), manager.embedding_modules)
+    plain = [name for name, layer in made.loras.items() if "experts" not in name and layer.lora_a is not None]
+    made.loras = {name: made.loras[name] for name in plain[:1]} or made.loras
+    return made
+
+
+def drop(manager: Any, lora_id: int) -> None:
+    """Forget an adapter, and what of it is in a slot."""
+    if (inner := getattr(manager, "_adapter_manager", None)) is not None:
+        inner.remove_adapter(lora_id)
 
 
 def loaded(manager: Any) -> tuple[Collection[int], Collection[int]]:

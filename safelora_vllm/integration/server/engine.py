@@ -76,7 +76,8 @@ class Pool:
         """Load published weights before anybody asks for them.
 
         Each question to the workers waits for a step. So what is small is asked for once, and read in a step
-        as far as that is quick; if it is not, it is read ahead like all else.
+        as far as that is quick; if it is not, it is read ahead like all else. With several workers all is:
+        where one of them was late, the others would have evicted an adapter for nothing.
 
         Args:
             request: of a published copy.
@@ -88,7 +89,7 @@ class Pool:
             StoreUnavailable: the workers cannot read it in time.
         """
         with span("load", adapter=request.lora_name, bytes=nbytes):
-            if nbytes <= _SMALL_BYTES:
+            if nbytes <= _SMALL_BYTES and seams.worker_count(self.engine_client) <= 1:
                 with contextlib.suppress(AdapterRefused):
                     if await self._add(request):
                         return

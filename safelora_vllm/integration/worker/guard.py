@@ -32,7 +32,7 @@ from safelora_vllm.integration.seams import kv_connectors
 from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import NotReadYet, ReadAhead, about
-from safelora_vllm.projectors.checkpoint import locate_model
+from safelora_vllm.projectors.checkpoint import at_revision, locate_model
 from safelora_vllm.report import Report
 from safelora_vllm.settings import PLUGIN, TOWER_LORA, WEIGHT_TRANSFER, WORKER, ServerSettings
 from safelora_vllm.store import PublishedStore
@@ -40,21 +40,36 @@ from safelora_vllm.store import PublishedStore
 logger = logging.getLogger("vllm.safelora.worker")
 _START_SECONDS = 900.0
 _LOAD_SECONDS = 0.02  # that a load may hold up the steps for what was not read ahead: an adapter of 4 MB
+# Those that read the model's safetensors files.
+_LOAD_FORMATS = (
+    "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "bitsandbytes",
+)  # fmt: skip
 _READS = 2  # of a copy that is exchanged meanwhile: another gate on the store may have made it again
 
 
 class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vllm is not type-checked
     """vLLM's LoRA manager, whose only way to weights is the gate."""
 
+    _zeros: LoRAModel
+    _in_step = _only_zeros = False
+
     def __init__(self, vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, device, *args, **kwargs)
         self.guard = WorkerGuard(vllm_config, device)
         self.read_ahead = ReadAhead(self._read, device)
         self.counts = PoolCounts(getattr(vllm_config.parallel_config, "data_parallel_index", 0))
-        self._in_step = False
+
+    def create_lora_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """As in vLLM. Zeros are made now: within a step, memory for them might be missing."""
+        model = super().create_lora_manager(*args, **kwargs)
+        self._zeros = seams.zeros(self)
+        return model
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """As in vLLM, but counts loads and evictions.
+        """As in vLLM, but counts loads and evictions, and leaves nothing of what fails.
+
+        vLLM registers an adapter, then fills its slot module by module. One that fails halfway would be taken
+        for loaded the next time, and answer with what another adapter has left in the rest of the slot.
 
         False where it is still being read: vLLM logs an error here as one of its own, with its traceback.
         """
@@ -66,6 +81,16 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
                 "adapter %r is read beside the steps", lora_request.lora_name, extra=about(lora_request)
             )
             return False
+        except Exception as error:
+            seams.drop(self, lora_request.lora_int_id)
+            if not self._in_step:
+                raise
+            self._give_up(lora_request, error)
+            self._only_zeros = True
+            try:
+                return bool(super().add_adapter(lora_request))
+            finally:
+                self._only_zeros = False
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """As in vLLM, but remembers that an error from here on would end the engine."""
@@ -97,6 +122,8 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
         )
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        if self._only_zeros:
+            return self._zeros.clone(lora_request.lora_int_id)
         try:
             if lora_request.lora_path.startswith(SCHEME) and not self._in_step:
                 return self.read_ahead.read(lora_request, _LOAD_SECONDS)
@@ -104,13 +131,17 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
         except Exception as error:
             if not self._in_step:
                 raise
-            logger.error(
-                "adapter %r cannot be loaded (%s); its requests are answered by the aligned model alone",
-                lora_request.lora_name, error, extra=about(lora_request),
-            )  # fmt: skip
-            self.guard.lost.add(lora_request.lora_path)
-            self.counts.failed_steps += 1
-            return seams.no_adapter(self, lora_request)
+            self._give_up(lora_request, error)
+            return self._zeros.clone(lora_request.lora_int_id)
+
+    def _give_up(self, lora_request: LoRARequest, error: Exception) -> None:
+        """Within a step an error would end the engine: the adapter is withdrawn by the API servers."""
+        logger.error(
+            "adapter %r cannot be loaded (%s); its requests are answered by the aligned model alone",
+            lora_request.lora_name, error, extra=about(lora_request),
+        )  # fmt: skip
+        self.guard.lost.add(lora_request.lora_path)
+        self.counts.failed_steps += 1
 
 
 class WorkerGuard:
@@ -267,6 +298,7 @@ def attest(worker: Any) -> dict[str, Any]:
     """RPC ``safelora_attest``, a method of every worker: an `Attestation`, unless it is not guarded."""
     manager = getattr(getattr(worker, "model_runner", None), "lora_manager", None)
     if isinstance(manager, GuardedLoRAManager):
+        manager.read_ahead.forget_old()
         pool = manager.counts.state(manager, manager.guard.gate_restarts)
         return manager.guard.attestation(pool).to_dict()
     return {"guarded": False, "lora": manager is not None}
@@ -320,14 +352,16 @@ def _only_device(device: torch.device) -> tuple[str, dict[str, str]]:
 
 def _gate_config(vllm_config: Any, device: str, settings: ServerSettings, socket_path: str) -> GateConfig:
     model, lora = vllm_config.model_config, vllm_config.lora_config
-    name = model.model
-    if model.revision and not Path(name).is_dir():
-        name = f"{name}@{model.revision}"
-    if vllm_config.load_config.load_format == "dummy" and not settings.trust_served_model:
-        raise GuardError("load_format is dummy: the served weights are not the aligned model's")
+    form = vllm_config.load_config.load_format
+    if form not in _LOAD_FORMATS and not settings.trust_served_model:
+        raise GuardError(
+            f"load_format is {form}: vLLM would load other weights than those that are compared with the "
+            f"aligned model's. Expected one of {', '.join(_LOAD_FORMATS)}; `trust_served_model` leaves all "
+            "comparing out"
+        )
     return GateConfig(
         socket=socket_path,
-        model=str(name),
+        model=at_revision(model.model, model.revision),
         settings=settings,
         device=device,
         dtype=str(lora.lora_dtype).removeprefix("torch."),

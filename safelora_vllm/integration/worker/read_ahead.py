@@ -52,14 +52,22 @@ class ReadAhead:
         """
         with self._lock:
             place, now = _identity(request), time.monotonic()
-            for other in [p for p, asked in self._asked.items() if now - asked > _FORGOTTEN_SECONDS]:
-                self._drop(other)
+            self._forget_old(now)
             if place not in self._reads:
                 if len(self._reads) >= _KEPT:
                     return False
                 self._reads[place] = self._thread.submit(self._read, request)
             self._asked[place] = now
             return self._reads[place].done()
+
+    def forget_old(self) -> None:
+        """Drop what nobody asks for any more: it may be gigabytes."""
+        with self._lock:
+            self._forget_old(time.monotonic())
+
+    def _forget_old(self, now: float) -> None:
+        for other in [place for place, asked in self._asked.items() if now - asked > _FORGOTTEN_SECONDS]:
+            self._drop(other)
 
     def _drop(self, place: Identity) -> Future[LoRAModel] | None:
         self._asked.pop(place, None)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from safelora_vllm.integration.seams.fixes.fix import Fix, replace
 from safelora_vllm.integration.seams.table import Requirement
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of published copies
 
 
 class InMemorySafeOpen:
@@ -15,13 +22,18 @@ class InMemorySafeOpen:
     A mapped file that is cut short would end the engine at its next look at the weights, on a CPU, and one
     that is written to would change what is served. And safetensors 0.8 keeps two numbers for ever for each
     tensor that it reads from a map: where adapters are read again all day, megabytes an hour.
+
+    Its own load holds Python's lock while it copies all tensors, and the engine's steps wait meanwhile.
+    Here only the header is parsed; tensors are views of what was read.
     """
 
     def __init__(self, path: str, framework: str) -> None:
-        from safetensors.torch import load
-
         assert framework == "pt", framework
-        self._tensors = load(Path(path).read_bytes())
+        data = _read(Path(path))
+        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+        header = json.loads(data[8:start].numpy().tobytes())
+        header.pop("__metadata__", None)
+        self._tensors = {name: _view(data[start:], line) for name, line in header.items()}
         self.keys, self.get_tensor = self._tensors.keys, self._tensors.__getitem__
 
     def __enter__(self) -> InMemorySafeOpen:
@@ -29,6 +41,26 @@ class InMemorySafeOpen:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is open."""
+
+
+def _read(path: Path) -> Tensor:
+    """The bytes of a file. Python's lock is free while the system reads; to clear a bytearray, it is held."""
+    data = torch.empty(path.stat().st_size, dtype=torch.uint8)
+    rest = memoryview(data.numpy())
+    with path.open("rb", buffering=0) as file:
+        while rest:
+            if not (count := file.readinto(rest)):
+                raise EOFError(f"{path} ends before its size")
+            rest = rest[count:]
+    return data
+
+
+def _view(data: Tensor, line: dict[str, Any]) -> Tensor:
+    """A tensor by its line of the header, in the bytes that offsets count from."""
+    dtype, (begin, end) = _DTYPES[line["dtype"]], line["data_offsets"]
+    own = data[begin:end]
+    aligned = own if own.storage_offset() % dtype.itemsize == 0 else own.clone()
+    return aligned.view(dtype).reshape(line["shape"])
 
 
 def _apply() -> None:
