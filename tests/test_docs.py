@@ -30,7 +30,7 @@ VLLMS = {
     "--served-model-name", "--tensor-parallel-size", "--weight-transfer-config", "--worker-extension-cls",
     "--enable-offline-docs", "--dtype", "--max-num-seqs", "--gpu-memory-utilization", "--model",
     "--no-enable-lora", "--pipeline-parallel-size", "--kv-cache-memory-bytes",
-    "--disable-log-stats", "--log-config-file", "--otlp-traces-endpoint",
+    "--load-format", "--revision", "--disable-log-stats", "--log-config-file", "--otlp-traces-endpoint",
     "--disable-fastapi-docs", "--disable-log-requests", "--chat-template", "--enable-prefix-caching",
     "--lora-dtype", "--skip-tokenizer-init", "--kv-transfer-config", "--default-chat-template-kwargs",
 }  # fmt: skip

@@ -245,10 +245,13 @@ def test_the_revision_that_is_served_is_the_one_that_is_compared(
     options: list[str], settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another one would be downloaded whole, and perhaps be refused."""
-    compared: list[str] = []
-    monkeypatch.setattr(launch, "check_served_model", lambda _, model, quick: compared.append(model))
-    serve("org/model", replace(settings, trust_served_model=False), options)
-    assert compared == ["org/model@v2" if options else "org/model"]
+
+    def compared(_: ProjectorCache, model: str, **__: bool) -> None:
+        raise ProjectorCacheError(f"compared: {model}.")
+
+    monkeypatch.setattr(launch, "check_served_model", compared)
+    with pytest.raises(ProjectorCacheError, match="org/model@v2." if options else "org/model."):
+        serve("org/model", replace(settings, trust_served_model=False), options)
 
 
 @pytest.mark.usefixtures("vllm")
