@@ -46,7 +46,7 @@ class InMemorySafeOpen:
 def _read(path: Path) -> Tensor:
     """The bytes of a file. Python's lock is free while the system reads; to clear a bytearray, it is held."""
     data = torch.empty(path.stat().st_size, dtype=torch.uint8)
-    rest = memoryview(data.numpy())
+    rest = data.numpy().data
     with path.open("rb", buffering=0) as file:
         while rest:
             if not (count := file.readinto(rest)):
