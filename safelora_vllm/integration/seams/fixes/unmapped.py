@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from safelora_vllm.integration.seams.fixes.fix import Fix, replace
 from safelora_vllm.integration.seams.table import Requirement
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of published copies
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of published copies
 
 
 class InMemorySafeOpen:
@@ -45,6 +45,8 @@ class InMemorySafeOpen:
 
 def _read(path: Path) -> Tensor:
     """The bytes of a file. Python's lock is free while the system reads; to clear a bytearray, it is held."""
+    import torch
+
     data = torch.empty(path.stat().st_size, dtype=torch.uint8)
     rest = data.numpy().data
     with path.open("rb", buffering=0) as file:
@@ -57,7 +59,9 @@ def _read(path: Path) -> Tensor:
 
 def _view(data: Tensor, line: dict[str, Any]) -> Tensor:
     """A tensor by its line of the header, in the bytes that offsets count from."""
-    dtype, (begin, end) = _DTYPES[line["dtype"]], line["data_offsets"]
+    import torch
+
+    dtype, (begin, end) = getattr(torch, _DTYPES[line["dtype"]]), line["data_offsets"]
     own = data[begin:end]
     aligned = own if own.storage_offset() % dtype.itemsize == 0 else own.clone()
     return aligned.view(dtype).reshape(line["shape"])
