@@ -20,6 +20,7 @@ from safelora_vllm.integration.server.exam.again import Again
 from safelora_vllm.integration.server.exam.schedule import Schedule
 from safelora_vllm.store.audit_log import AuditLog
 from safelora_vllm.store.verdicts import Examined
+from safelora_vllm.tenants.principal import Principal
 from tests.server.conftest import ADMIN_KEY, upload
 from tests.server.fake_server import SECRET, FakeServer, Place
 from tests.server.test_exam_server import (  # noqa: F401
@@ -167,6 +168,35 @@ def test_what_was_examined_before_its_tenant_was_marked_is_judged_after_that(
         assert upload(server.client(ADMIN_KEY), "acme/x", adapters["useful"]).status_code == 201
         key = published_key(server.app.state.safelora.registry["acme/x"].served.request.lora_path)
         until(server, lambda: len(list(place.store.glob(f"exam/verdicts/*/{key}.json"))) == 2)
+
+
+def test_a_name_that_is_removed_during_its_re_examination_marks_its_tenant(
+    start: Start,  # noqa: F811
+    adapters: dict[str, Path],  # noqa: F811
+    place: Place,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or replaced: the next upload with one changed weight would pass the first half as it did."""
+    place.tenant()
+    with start(keys=str(place.keys)) as server:
+        state, http = server.app.state, server.client(ADMIN_KEY)
+        assert upload(http, "acme/x", adapters["useful"]).status_code == 201
+        exam = state.safelora.copies.exam
+        real = exam.examine_again
+
+        async def and_removed(name: str, *rest: Any) -> Examined:
+            found: Examined = await real(name, *rest)
+            await state.safelora_manager.remove(Principal("admin", "admin/ops"), name)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(exam, "examine_again", and_removed)
+            server.engine.drop = lambda _: 1.0
+            assert examine_again(server, "acme/x").json()["withdrawn"]
+        server.engine.drop = lambda _: 0.0
+        assert upload(http, "acme/y", adapters["other"]).status_code == 201
+        key = published_key(state.safelora.registry["acme/y"].served.request.lora_path)
+        assert len(list(place.store.glob(f"exam/verdicts/*/{key}.json"))) == 2, "both halves"
 
 
 def test_nothing_of_a_marked_tenant_is_served_by_the_first_half_alone(
