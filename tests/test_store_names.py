@@ -579,7 +579,7 @@ def test_a_missing_count_gives_no_numbers_where_some_were_given(names: NameStore
     assert names.reserve_ids(1) == FIRST_ID + 100
 
 
-@pytest.mark.parametrize("text", ["", "many", "1.5", "\xff", "-1", "1", str(2**31)])
+@pytest.mark.parametrize("text", ["", "many", "1.5", "\xff", "-1", "1", str(2**31), "9" * 5000])
 def test_a_damaged_count_gives_no_numbers(text: str, names: NameStore) -> None:
     names.reserve_ids(1)
     (names.root / "ids").write_bytes(text.encode("latin-1"))

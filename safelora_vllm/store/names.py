@@ -28,6 +28,7 @@ _YOUNG_NS = 100_000_000
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # vLLM's ids of adapters are 32 bits in its second model runner, and its own counter starts at 1.
 FIRST_ID, LAST_ID = 2**20, 2**31 - 1
+_DIGITS = 20  # and more are no number of an adapter: Python reads no number of thousands
 _TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _CURE = "restore it from a backup, or start with a new store"
 
@@ -38,7 +39,7 @@ def number_in(text: bytes, where: str | Path) -> int:
     Raises:
         StoreDamaged: it holds another thing.
     """
-    if not text.strip().isdigit() or not FIRST_ID <= (number := int(text)) <= LAST_ID:
+    if len(text) > _DIGITS or not text.strip().isdigit() or not FIRST_ID <= (number := int(text)) <= LAST_ID:
         raise StoreDamaged(f"{where} holds no number; {_CURE}")
     return number
 

@@ -81,6 +81,15 @@ def test_a_quota_is_that_of_the_end(fake: FakeServer, judging: Judging, drafts: 
     assert adding.result().status_code == 403 and "max_adapters is 1" in adding.result().text
 
 
+def test_a_tenant_learns_nothing_of_others_names_by_removing_them(fake: FakeServer) -> None:
+    """Nor is anything fetched for that."""
+    (fake.store / "names").mkdir(exist_ok=True)
+    (fake.store / "names" / "globex%2Fx.json").write_text("damaged")
+    acme = fake.client(TENANT_KEYS["acme"])
+    answers = [acme.delete(f"/v1/adapters/globex/{name}") for name in ("x", "none", "y" * 128)]
+    assert [answer.status_code for answer in answers] == [404] * 3
+
+
 def test_a_name_s_first_upload_is_removed_after_it(
     fake: FakeServer, judging: Judging, drafts: dict[str, Path]
 ) -> None:

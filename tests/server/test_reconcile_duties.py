@@ -447,7 +447,9 @@ def test_what_another_host_decided_by_its_own_rules_hinders_no_judgement(tmp_pat
     mine = Version(1, "a" * 64, 1, 1, 0.0, "acme/ci", key="k", ruleset_digest="mine")
     theirs = dataclasses.replace(mine, key="t", ruleset_digest="theirs", judged=2.0)
     decided = dataclasses.replace(mine, key="s", judged=3.0)
-    rejudge = Rejudge(cast(Any, None), cast(Any, SimpleNamespace(names=names)), audit)
+    rules = {"acme/x": "mine"}
+    copies = SimpleNamespace(ruleset=lambda name: rules[name])
+    rejudge = Rejudge(cast(Any, copies), cast(Any, SimpleNamespace(names=names)), audit)
 
     def written(found: Version) -> bool:
         names.update("acme/x", lambda _: AdapterRecord("acme/x", 1, (found,)))
@@ -457,3 +459,5 @@ def test_what_another_host_decided_by_its_own_rules_hinders_no_judgement(tmp_pat
     assert names.all()["acme/x"].live == decided
     assert not written(dataclasses.replace(theirs, ruleset_digest="mine")), "by the same rules: it is known"
     assert not written(dataclasses.replace(theirs, digest="b" * 64)), "other content"
+    rules["acme/x"] = "theirs"
+    assert not written(theirs), "the rules have changed since, and this decision is by the old ones"

@@ -341,6 +341,32 @@ def test_an_adapter_that_fails_halfway_does_not_answer_with_what_another_one_lef
     assert manager.add_adapter(other) and manager._adapter_manager.slot == dict.fromkeys("qk", "other")
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_what_fails_in_place_leaves_what_was_there_and_what_fails_at_the_start_ends_it(in_step: bool) -> None:
+    """vLLM reads before it evicts; and it warms up with an adapter of its own."""
+
+    def read(request: LoRARequest) -> Any:
+        if request.lora_name == "gone":
+            raise StoreUnavailable("missing")
+        return SimpleNamespace(id=request.lora_int_id, name=request.lora_name, bad=request.lora_name == "bad")
+
+    manager: Any = object.__new__(GuardedLoRAManager)
+    manager.guard, manager.counts = SimpleNamespace(lost=set()), PoolCounts(0)
+    manager._adapter_manager, manager._read = Slots(), read
+    manager.read_ahead = SimpleNamespace(take=read, read=lambda request, _: read(request))
+    assert manager.add_adapter(LoRARequest("fine", 1, "safelora://fine"))
+    with pytest.raises(StoreUnavailable):
+        manager.add_adapter(LoRARequest("gone", 1, "safelora://gone", load_inplace=True))
+    assert (
+        manager._adapter_manager.get_adapter(1).name == "fine"
+        and 1 in manager._adapter_manager._active_adapters
+    )
+    manager._in_step = in_step
+    with pytest.raises(ValueError, match="cannot determine"):
+        manager.add_adapter(LoRARequest("bad", 2, "/not/a/real/path"))
+    assert not manager.guard.lost
+
+
 class _Pool:
     """As much of vLLM's managers as is looked at."""
 

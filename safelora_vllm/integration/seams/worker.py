@@ -81,6 +81,17 @@ def zeros(manager: Any) -> LoRAModel:
     return made
 
 
+def held(manager: Any, lora_id: int) -> LoRAModel | None:
+    """What host memory has under an id."""
+    inner = getattr(manager, "_adapter_manager", None)
+    return None if inner is None else inner._registered_adapters.get(lora_id)
+
+
+def is_dummy(request: LoRARequest) -> bool:
+    """Whether vLLM asks to warm up: what fails then has to end the start."""
+    return bool(request.lora_path == "/not/a/real/path")
+
+
 def drop(manager: Any, lora_id: int) -> None:
     """Forget an adapter, and what of it is in a slot."""
     if (inner := getattr(manager, "_adapter_manager", None)) is not None:

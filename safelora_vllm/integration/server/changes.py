@@ -25,7 +25,7 @@ from safelora_vllm.integration.server.repeated import (
     may_load,
     served_again,
 )
-from safelora_vllm.integration.server.visibility import look_up, unknown
+from safelora_vllm.integration.server.visibility import check_visible, look_up, unknown
 from safelora_vllm.policy import CAPS
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import AdapterRecord, Version
@@ -247,6 +247,7 @@ class Manager:
         """
         if self._static(name) and who.kind == "admin":
             raise UsageError(f"{name} comes from --lora-modules; start the server without it")
+        check_visible(who, name)
         # The first upload of a name serves nothing yet: as in vLLM, the name is removed when that has ended.
         is_new = await self._commits.record(name) is None
         async with self._commits.changing(who, name, action, waits=is_new):

@@ -33,7 +33,7 @@ from safelora_vllm.integration.server.refusal_limit import SECONDS, RefusalLimit
 from safelora_vllm.integration.server.registry import Entry
 from safelora_vllm.integration.server.repeated import LOAD, live_number
 from safelora_vllm.integration.server.tracing import span
-from safelora_vllm.integration.server.visibility import check_visible, look_up, unknown
+from safelora_vllm.integration.server.visibility import check_visible, unknown
 from safelora_vllm.store import AdapterRecord, Version
 from safelora_vllm.store.audit_log import EXAM, AuditLog, audit_fields
 from safelora_vllm.store.recorded import Line, RecordedNames
@@ -184,7 +184,10 @@ class Commits:
             await self._reconciler.again.judge_if_marked(name)
         except SafeLoRAError as error:  # the change is made; the next exam of the tenant notes it again
             logger.error("whether adapter %r is to be examined again is not known: %s", name, error)
-        entry = look_up(self._reconciler.registry, who, name)
+        entry = self._reconciler.registry.get(name)
+        if entry is None:  # removed by somebody who did not wait
+            await pool.release(request, wanted=lambda _: False)
+            raise changed_meanwhile(name)
         entry.current()
         return entry
 

@@ -17,6 +17,7 @@ from safelora_vllm.errors import AdapterRefused, EngineUnavailable, GuardError, 
 from safelora_vllm.integration.adapter_uri import SCHEME, published_key
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import server as seams
+from safelora_vllm.integration.server.background import STORE, in_thread
 from safelora_vllm.integration.server.tracing import span
 from safelora_vllm.store import NameStore
 
@@ -44,7 +45,7 @@ class Pool:
     async def new_id(self) -> int:
         """The ids of a new version."""
         if not self._ids:
-            first = await asyncio.to_thread(self.names.reserve_ids, _RESERVED * IDS_EACH)
+            first = await in_thread(STORE, self.names.reserve_ids, _RESERVED * IDS_EACH)
             self._ids += range(first, first + _RESERVED * IDS_EACH, IDS_EACH)
         return self._ids.pop(0)
 

@@ -6,13 +6,13 @@ a decision is there once.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import time
 from typing import Any
 
 from safelora_vllm.errors import AdapterRefused, codes_of
+from safelora_vllm.integration.server.background import STORE, in_thread
 from safelora_vllm.integration.server.decisions import exam_fields, version_fields
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.server.published_copies import Copies, Copy, Judged
@@ -84,15 +84,19 @@ class Rejudge:
     async def _write(self, name: str, old: Version, new: Version, details: dict[str, Any]) -> bool:
         """Put what was decided into the record, unless somebody has changed it. Whether it was done."""
         written = False
+        # What another host has decided by its own rules meanwhile is of the same version. Where the rules
+        # here are others by now, this decision is old.
+        is_todays = new.ruleset_digest == self._copies.ruleset(name)
 
         def change(record: AdapterRecord | None) -> AdapterRecord | None:
             nonlocal written
-            # What another host has decided by its own rules meanwhile is of the same version.
-            written = record is not None and (record.live == old or _by_other_rules(record.live, old, new))
+            written = record is not None and (
+                record.live == old or (is_todays and _by_other_rules(record.live, old, new))
+            )
             return record.with_live(new) if written and record else record
 
         line = Line(SERVER, REJUDGE, lambda _: details)
-        await asyncio.to_thread(self._recorded.update, name, change, line)
+        await in_thread(STORE, self._recorded.update, name, change, line)
         return written
 
 

@@ -73,6 +73,7 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
 
         False where it is still being read: vLLM logs an error here as one of its own, with its traceback.
         """
+        before = seams.held(self, lora_request.lora_int_id) if lora_request.load_inplace else None
         try:
             with self.counts.change(self, lora_request.lora_int_id, self._in_step):
                 return bool(super().add_adapter(lora_request))
@@ -82,15 +83,22 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
             )
             return False
         except Exception as error:
-            seams.drop(self, lora_request.lora_int_id)
-            if not self._in_step:
+            if (
+                seams.held(self, lora_request.lora_int_id) is not before
+            ):  # a failed read leaves what was there
+                seams.drop(self, lora_request.lora_int_id)
+            if not self._in_step or seams.is_dummy(lora_request):
                 raise
             self._give_up(lora_request, error)
-            self._only_zeros = True
-            try:
+            return self._add_zeros(lora_request)
+
+    def _add_zeros(self, lora_request: LoRARequest) -> bool:
+        self._only_zeros = True
+        try:
+            with self.counts.change(self, lora_request.lora_int_id, self._in_step):
                 return bool(super().add_adapter(lora_request))
-            finally:
-                self._only_zeros = False
+        finally:
+            self._only_zeros = False
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """As in vLLM, but remembers that an error from here on would end the engine."""
@@ -140,8 +148,8 @@ class GuardedLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]  # vl
             "adapter %r cannot be loaded (%s); its requests are answered by the aligned model alone",
             lora_request.lora_name, error, extra=about(lora_request),
         )  # fmt: skip
+        self.counts.failed_steps += lora_request.lora_path not in self.guard.lost
         self.guard.lost.add(lora_request.lora_path)
-        self.counts.failed_steps += 1
 
 
 class WorkerGuard:

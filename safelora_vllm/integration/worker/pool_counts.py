@@ -28,10 +28,12 @@ class PoolCounts:
             yield
             return
         device, host, start = set(device), set(host), time.perf_counter()
-        yield
-        after_device, after_host = map(set, seams.loaded(manager))
-        self._device_evictions += len(device - after_device - {lora_id})
-        self._host_evictions += len(host - after_host - {lora_id})
+        try:
+            yield
+        finally:  # what fails halfway has evicted others by then
+            after_device, after_host = map(set, seams.loaded(manager))
+            self._device_evictions += len(device - after_device - {lora_id})
+            self._host_evictions += len(host - after_host - {lora_id})
         if lora_id not in host:
             seconds = time.perf_counter() - start
             self._loads += not in_step
