@@ -69,7 +69,8 @@ def test_the_version_of_each_change(place: Place, adapters: list[Path]) -> None:
     first, second, third = versions
     assert asyncio.run(load_seconds()) == third.load_seconds
     assert [version.version for version in versions] == [1, 2, 3]
-    assert first.bytes == sum((adapters[0] / name).stat().st_size for name in (CONFIG, WEIGHTS))
+    sent = sum((adapters[0] / name).stat().st_size for name in (CONFIG, WEIGHTS))
+    assert first.bytes == third.bytes > sent, "as if each module had the largest rank, after a rollback too"
     assert [version.rank for version in versions] == [4, 4, 4], "of the module with the largest"
     assert [version.by for version in versions] == [tenant.key_id, ADMIN.key_id, tenant.key_id]
     assert [version.reason for version in versions] == ["", "", "rollback to version 1"]

@@ -59,7 +59,7 @@ def test_a_name_of_another_tenant_takes_the_path_of_one_that_nobody_has(
                             await asyncio.wait_for(call(name), 5)
                         answers.append((type(refused.value), str(refused.value).replace(name, "NAME")))
                     assert answers[0] == answers[1] == answers[2]
-                waiting = asyncio.create_task(manager.remove(ACME, "acme/x"))
+                waiting = asyncio.create_task(manager.roll_back(ACME, "acme/x", 1))
                 await asyncio.sleep(0.05)
                 assert not waiting.done(), "who may use it waits"
             await waiting

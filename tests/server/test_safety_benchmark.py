@@ -30,7 +30,7 @@ def test_results(out: Path) -> None:
     methods = {name.rpartition("-")[0] for name in table}
     assert methods == {
         "raw", "safe-lora", "threshold", "input-removal", "selective-removal", "both", "csulora", "scaling",
-        "random-removal", "centred-removal", "mean-removal",
+        "random-removal", "centred-removal", "mean-removal", "early-values", "guided-removal",
     }  # fmt: skip
     raw, off = table["raw-0"], table["safe-lora-1"]
     assert raw["exact"]["mean"] == 1.0 > off["exact"]["mean"]

@@ -180,14 +180,15 @@ class Commits:
                 await pool.release(request, wanted=lambda _: False)
                 raise
             await self._reconciler.sync()
-        try:
-            await self._reconciler.again.judge_if_marked(name)
-        except SafeLoRAError as error:  # the change is made; the next exam of the tenant notes it again
-            logger.error("whether adapter %r is to be examined again is not known: %s", name, error)
         entry = self._reconciler.registry.get(name)
         if entry is None:  # removed by somebody who did not wait
             await pool.release(request, wanted=lambda _: False)
             raise changed_meanwhile(name)
+        try:
+            await self._reconciler.again.judge_if_marked(name)
+        except SafeLoRAError as error:  # the change is made; the next exam of the tenant notes it again
+            told = "whether adapter %r is to be examined again is not known: %s"
+            logger.error(told, name, error, extra=entry.log_fields)
         entry.current()
         return entry
 
