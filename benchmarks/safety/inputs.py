@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TEXTS, _TOKENS, _BATCH = 64, 48, 32
+TEXTS, _TOKENS, _BATCH = 64, 48, 32
 # Modules that read the same input as another one of their layer.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -43,10 +43,10 @@ def _reader(module: str) -> str:
     return f"{layer}.{_SAME_INPUT.get(kind, kind)}"
 
 
-def inputs_of(aligned: Path, modules: list[str], file: Path) -> Inputs:
-    """Those of a model's modules, out of ``file``, which is written when it is not there."""
+def inputs_of(aligned: Path, modules: list[str], file: Path, texts: int = TEXTS) -> Inputs:
+    """Those of a model's modules over so many texts, out of ``file``, which is written when not there."""
     if not file.exists():
-        found = _measured(*load(aligned), sorted({_reader(module) for module in modules}))
+        found = _measured(*load(aligned), sorted({_reader(module) for module in modules}), texts)
         save_file(found, file)
     kept = load_file(file)
     means = {name.removeprefix("mean."): t for name, t in kept.items() if name.startswith("mean.")}
@@ -56,7 +56,7 @@ def inputs_of(aligned: Path, modules: list[str], file: Path) -> Inputs:
 
 @torch.inference_mode()
 def _measured(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules: list[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules: list[str], count: int
 ) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counted = 0
@@ -69,7 +69,7 @@ def _measured(
 
         model.get_submodule(name).register_forward_pre_hook(hook)
 
-    texts = written(model, tokenizer, _TEXTS)
+    texts = written(model, tokenizer, count)
     for name in modules:
         remember(name)
     for text in texts:

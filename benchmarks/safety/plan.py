@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import KINDS
 from groups import path_of
-from inputs import inputs_of
+from inputs import TEXTS, inputs_of
 from measure import Questions
 from prompts import forbidden
 from training import ALIGNED
@@ -104,7 +105,7 @@ def points(
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
         rest = []
         if chosen and name in CURVES:
-            rest = [*_compared(modules, cache), *_candidates(home, cache, modules)]
+            rest = [*_compared(modules, cache), *_candidates(home, cache, modules, size)]
             rest += _guided(home, cache, name, size)
         elif name == HARMFUL_AND_USEFUL:
             rest = _compared(modules, cache)
@@ -130,9 +131,10 @@ def _compared(modules: int, cache: ProjectorCache) -> list[Treatment]:
     ]
 
 
-def _candidates(home: Path, cache: ProjectorCache, modules: int) -> list[Treatment]:
+def _candidates(home: Path, cache: ProjectorCache, modules: int, size: Size) -> list[Treatment]:
     """Other rules that may be better, and the baseline of random directions."""
-    inputs = inputs_of(home / ALIGNED, list(cache.modules), home / "inputs.safetensors")
+    texts = 4 if size is SMOKE else TEXTS
+    inputs = inputs_of(home / ALIGNED, list(cache.modules), home / "inputs.safetensors", texts)
     return [
         *(threshold(tau) for tau in (0.2, 0.35, 0.5)),
         *(centred_removal(energy, cache, inputs) for energy in (0.05, 0.2, 0.4)),
@@ -146,10 +148,10 @@ def _candidates(home: Path, cache: ProjectorCache, modules: int) -> list[Treatme
 
 def _guided(home: Path, cache: ProjectorCache, name: str, size: Size) -> list[Treatment]:
     """Energies by group of modules. The probes are the half that decides, as the replayed exam's are."""
-    thresholds = GUIDED_TO[:1] if size is SMOKE else GUIDED_TO
+    thresholds, until = (GUIDED_TO[:1], math.inf) if size is SMOKE else (GUIDED_TO, GUIDED_TO[-1])
     probes = [prompt.text for prompt in forbidden(size.prompts)[0::2]]
     file = home / "groups" / f"{name}.json"
-    path = path_of(home / ALIGNED, home / name, cache, probes, thresholds[-1], file)
+    path = path_of(home / ALIGNED, home / name, cache, probes, until, file)
     return [guided_removal(threshold, path, cache) for threshold in thresholds]
 
 
