@@ -21,7 +21,7 @@ def register() -> None:
     runtime_updating.switch_off()
     checks.check("worker")
     from safelora_vllm.integration.seams import worker as seams
-    from safelora_vllm.integration.worker import guard as worker
+    from safelora_vllm.integration.worker import lora_manager as worker
 
     seams.install(worker.GuardedLoRAManager, worker.attest, worker.prepare)
     fixes.apply(checks.release())

@@ -24,7 +24,8 @@ from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.files import FoundSound
 from safelora_vllm.gate.client import GateClient
 from safelora_vllm.integration.seams import worker as seams
-from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard
+from safelora_vllm.integration.worker.guard import WorkerGuard
+from safelora_vllm.integration.worker.lora_manager import GuardedLoRAManager
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.projectors.cache import ProjectorCache

@@ -19,8 +19,8 @@ from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.server import engine as engine_side
 from safelora_vllm.integration.server.engine import Pool
 from safelora_vllm.integration.worker import guard as guarded
-from safelora_vllm.integration.worker import read_ahead
-from safelora_vllm.integration.worker.guard import GuardedLoRAManager, prepare
+from safelora_vllm.integration.worker import lora_manager, read_ahead
+from safelora_vllm.integration.worker.lora_manager import GuardedLoRAManager, prepare
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 
 CPU = torch.device("cpu")
@@ -213,7 +213,7 @@ def manager(guard: Guard) -> Any:
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     """What vLLM is asked to load. A busy machine may take long for it."""
-    monkeypatch.setattr(guarded, "_LOAD_SECONDS", SECONDS)
+    monkeypatch.setattr(lora_manager, "_LOAD_SECONDS", SECONDS)
     found: list[tuple[str, int, str]] = []
 
     def load(_: Any, asked: Any) -> Any:
@@ -228,10 +228,12 @@ def test_only_a_load_by_the_api_server_is_bounded(
     loads: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The folder of an offline load may take its time, and an evicted adapter has requests that wait."""
-    monkeypatch.setattr(guarded, "_LOAD_SECONDS", 0.0)
+    monkeypatch.setattr(lora_manager, "_LOAD_SECONDS", 0.0)
     made = manager(Guard(0))
     made.read_ahead._thread.submit(time.sleep, 0.5)
-    monkeypatch.setattr(guarded.LRUCacheWorkerLoRAManager, "add_adapter", GuardedLoRAManager._load_adapter)
+    monkeypatch.setattr(
+        lora_manager.LRUCacheWorkerLoRAManager, "add_adapter", GuardedLoRAManager._load_adapter
+    )
     with pytest.raises(StoreUnavailable, match="adapter1 has not been read yet"):
         made._load_adapter(request(1))
     with caplog.at_level("INFO", "vllm.safelora.worker"):

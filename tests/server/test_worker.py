@@ -24,8 +24,9 @@ from safelora_vllm.gate.protocol import Admit, GateConfig
 from safelora_vllm.gate.service import GateService
 from safelora_vllm.integration.attestation import Attestation
 from safelora_vllm.integration.seams import worker as seams
-from safelora_vllm.integration.worker import guard
-from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard, attest
+from safelora_vllm.integration.worker import lora_manager
+from safelora_vllm.integration.worker.guard import WorkerGuard
+from safelora_vllm.integration.worker.lora_manager import GuardedLoRAManager, attest
 from safelora_vllm.integration.worker.pool_counts import PoolCounts
 from safelora_vllm.integration.worker.read_ahead import ReadAhead
 from safelora_vllm.policy import Policy
@@ -223,7 +224,7 @@ def test_bytes_that_were_damaged_are_never_loaded(
 
     monkeypatch.setattr(seams, "load_published", load)
     monkeypatch.setattr(GuardedLoRAManager, "_zeros", Zeros(), raising=False)
-    monkeypatch.setattr(guard, "_LOAD_SECONDS", 30.0)  # a busy machine may take long
+    monkeypatch.setattr(lora_manager, "_LOAD_SECONDS", 30.0)  # a busy machine may take long
     request = LoRARequest("tenant", 1, f"safelora://{key}")
     sound = (host.store.path(key) / WEIGHTS).read_bytes()
     assert manager._load_adapter(request) == "weights"

@@ -25,7 +25,8 @@ from safelora_vllm.integration.seams import worker as seams
 from safelora_vllm.integration.seams.table import ATTEST, PREPARE
 from safelora_vllm.integration.worker import guard as guarded
 from safelora_vllm.integration.worker import read_ahead
-from safelora_vllm.integration.worker.guard import GuardedLoRAManager, WorkerGuard, attest
+from safelora_vllm.integration.worker.guard import WorkerGuard
+from safelora_vllm.integration.worker.lora_manager import GuardedLoRAManager, attest, prepare
 from safelora_vllm.policy import Policy
 from safelora_vllm.settings import ServerSettings
 
@@ -306,7 +307,7 @@ def test_what_is_installed_in_every_process() -> None:
         plugin.register()
     assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is GuardedLoRAManager
     assert (ATTEST, PREPARE) == ("safelora_attest", "safelora_prepare")
-    assert getattr(WorkerBase, ATTEST) is attest and getattr(WorkerBase, PREPARE) is guarded.prepare
+    assert getattr(WorkerBase, ATTEST) is attest and getattr(WorkerBase, PREPARE) is prepare
     unguarded: Any = object.__new__(LRUCacheWorkerLoRAManager)
     assert worker_manager.WorkerLoRAManager._load_adapter is LRUCacheWorkerLoRAManager._load_adapter
     with pytest.raises(GuardError, match=r"LRUCacheWorkerLoRAManager is not guarded .* x is not loaded"):
@@ -321,7 +322,7 @@ def test_a_process_is_mended_after_it_is_guarded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(seams, "install", lambda *given: steps.append(given))
     monkeypatch.setattr(fixes, "apply", lambda version: steps.append(version))
     plugin.register()
-    assert steps == ["worker", (GuardedLoRAManager, attest, guarded.prepare), (0, 31)]
+    assert steps == ["worker", (GuardedLoRAManager, attest, prepare), (0, 31)]
 
 
 def test_vllm_finds_the_endpoint_by_its_name_and_for_every_task() -> None:
