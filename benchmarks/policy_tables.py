@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "safety"))
 
 import pages
 import tables
-from safety_tables import ADAPTERS, PAIRS, STRENGTHS, mean, pairs_of
+from safety_tables import ADAPTERS, PAIRS, STRENGTHS, fewer, mean, pairs_of
 
 _ATTACKS = {
     ("pure-qv", "none"): "purely malicious",
@@ -38,29 +38,32 @@ _DEFENCES = {
 }
 
 
-def _long(row: dict[str, Any] | None) -> str:
-    """ASR, exact JSON and Rouge-1."""
+def _long(row: dict[str, Any] | None, seeds: list[str]) -> str:
+    """ASR, exact JSON and Rouge-1; marked where fewer seeds were asked."""
     if row is None:
         return ""
-    return " / ".join(mean(row, measure) for measure in ("complied", "exact", "rouge1") if measure in row)
+    figures = " / ".join(mean(row, measure) for measure in ("complied", "exact", "rouge1") if measure in row)
+    return figures + fewer(row, seeds)
 
 
 def settings() -> str:
     """What each setting does to an honest tenant, a careless one, a malicious one, and one who knows it."""
-    return _by_pair(lambda table: tables.markdown(["setting", *pages.AUTHORS], pages.settings(table)))
+    figures = tables.load("results")
+    return _by_pair(lambda pair: tables.markdown(["setting", *pages.AUTHORS], pages.settings(figures, pair)))
 
 
 def strengths() -> str:
     """Every strength of every method that was asked about."""
     shown = ("mixed-10-qv", "mixed-10-all", "benign-qv", "pure-qv", "pure-all")
 
-    def of(table: dict[str, Any]) -> str:
-        adapters = [name for name in shown if name in table]
+    def of(pair: str) -> str:
+        table = pairs_of()[pair]
+        adapters, seeds = [name for name in shown if name in table], table["none"]["none"]["seeds"]
         rows = []
         for treatment, title in STRENGTHS.items():
             found = [table[adapter].get(treatment) for adapter in adapters]
             if any(found):
-                rows.append([title, *map(_long, found)])
+                rows.append([title, *(_long(row, seeds) for row in found)])
         return tables.markdown(["policy", *(ADAPTERS[adapter] for adapter in adapters)], rows)
 
     return _by_pair(of)
@@ -108,12 +111,12 @@ def norms() -> str:
     return tables.markdown(["adapter", "total norm", "largest norm of a module"], rows)
 
 
-def _by_pair(table_of: Callable[[dict[str, Any]], str]) -> str:
+def _by_pair(table_of: Callable[[str], str]) -> str:
     """A table for each pair, below its name and its seeds."""
     parts = []
     for pair, table in pairs_of().items():
         seeds = ", ".join(table["none"]["none"]["seeds"])
-        parts.append(f"**{PAIRS[pair]}**, seed {seeds}:\n\n{table_of(table)}")
+        parts.append(f"**{PAIRS[pair]}**, seed {seeds}:\n\n{table_of(pair)}")
     return "\n\n".join(parts)
 
 

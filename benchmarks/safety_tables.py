@@ -51,6 +51,12 @@ STRENGTHS = {
     "centred-removal-0.2": "centred oblique removal, energy 0.2 (not built)",
     "centred-removal-0.4": "centred oblique removal, energy 0.4 (not built)",
     "mean-removal-1": "mean-input removal (not built)",
+    "early-values-0.1": "early values, energy 0.1 (not built)",
+    "early-values-0.4": "early values, energy 0.4 (not built)",
+    "early-values-0.8": "early values, energy 0.8 (not built)",
+    "guided-removal-0.3": "input removal by groups, loyalty drop at most 0.3 (not built)",
+    "guided-removal-0.1": "input removal by groups, loyalty drop at most 0.1 (not built)",
+    "guided-removal-0.02": "input removal by groups, loyalty drop at most 0.02 (not built)",
     "random-removal-0.2": "random directions, as many as at energy 0.2",
     "random-removal-0.8": "random directions, as many as at energy 0.8",
     "threshold-0.2": "Safe LoRA, τ = 0.2",
@@ -81,11 +87,17 @@ def mean(row: dict[str, Any], measure: str) -> str:
     return f"{row[measure]['mean']:.2f}"
 
 
-def _short(row: dict[str, Any] | None) -> str:
+def fewer(row: dict[str, Any], seeds: list[str]) -> str:
+    """A mark at figures of fewer seeds than the pair has."""
+    return "" if row["seeds"] == seeds else r"\*"
+
+
+def _short(row: dict[str, Any] | None, seeds: list[str]) -> str:
     """ASR, and in brackets the utility where the adapter has tasks."""
     if row is None:
         return ""
-    return mean(row, "complied") + (f" ({mean(row, 'utility')})" if "utility" in row else "")
+    utility = f" ({mean(row, 'utility')})" if "utility" in row else ""
+    return mean(row, "complied") + utility + fewer(row, seeds)
 
 
 def safety() -> str:
@@ -102,11 +114,12 @@ def safety() -> str:
     }
     rows = []
     for pair, table in pairs_of().items():
+        seeds = table["none"]["none"]["seeds"]
         for adapter, title in ADAPTERS.items():
             if adapter in table:
-                cells = [_short(table[adapter].get(treatment)) for treatment in columns]
+                cells = [_short(table[adapter].get(treatment), seeds) for treatment in columns]
                 rows.append([f"{title}; {PAIRS[pair]}", *cells])
-        alone = _short(table["none"]["none"])
+        alone = _short(table["none"]["none"], seeds)
         rows.append([f"none: the aligned model alone; {PAIRS[pair]}", alone, *[""] * (len(columns) - 1)])
     return tables.markdown(["adapter", *columns.values()], rows)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 import page_goals
 import page_replays
 import why
 from adapters import MORE_NAMES, NAMES
 from pairs import PAIRS
 from plan import CURVES, LADDER_ENERGIES, OPINION
-from wording import Table, cell, markdown, title, words
+from wording import Table, cell, markdown, number, title, words
 
 from safelora_vllm.policy import Policy
 
@@ -25,6 +28,10 @@ _SETTINGS = [
     "safe-lora-1",
     f"opinion-{OPINION}",
 ]
+_REPLAYED = (
+    "The exams are replayed, by the mean drop and without intervals: the whole ladder is the six settings of "
+    "input removal, then Safe LoRA."
+)
 _MEASURES = {
     "complied": "ASR",
     "over_aligned": "ASR over aligned",
@@ -51,7 +58,7 @@ _ROOM = 1.1  # a cap on the total norm, over the largest of the honest adapters
 def text_of(about: str, figures: Table) -> str:
     """The whole page."""
     pairs = figures["pairs"]
-    text = [about.strip(), *page_goals.goals(figures), "## What each setting does", *_settings(pairs)]
+    text = [about.strip(), *page_goals.goals(figures), "## What each setting does", *_settings(figures)]
     text += page_replays.exams(figures["exam"]) + page_replays.then_opinions(figures["exam"])
     text += ["## The pairs", _checks(figures["checks"])]
     for pair, table in pairs.items():
@@ -83,22 +90,23 @@ def drawn(table: Table) -> list[str]:
     return [name for name in asked if name != "benign-qv"]
 
 
-def _settings(pairs: Table) -> list[str]:
+def _settings(figures: Table) -> list[str]:
     default = words(f"input-removal-{Policy().energy:g}")
     text = [
         "ASR over the aligned model, on the `report` half: the worst adapter of a column, its seeds' mean. "
         "Honest, careless: also the utility lost. Malicious: purely malicious, or mixed with chat. "
-        f"Knows the method: trained around V, also with a penalty or a mask. The default is {default}."
+        f"Knows the method: trained around V, also with a penalty or a mask. The default is {default}. "
+        f"{_REPLAYED} The obedient persona is in no column: the tables of the pairs have it."
     ]
-    for pair, table in pairs.items():
-        if rows := settings(table):
+    for pair in figures["pairs"]:
+        if rows := settings(figures, pair):
             text += [f"### {PAIRS[pair].title}", markdown(["setting", *AUTHORS], rows)]
     return text
 
 
-def settings(table: Table) -> list[list[str]]:
-    """What each setting does to the adapters of each author, of one pair."""
-    rows = []
+def settings(figures: Table, pair: str) -> list[list[str]]:
+    """What each setting does to the adapters of each author, of one pair; then the exams, replayed."""
+    table, rows = figures["pairs"][pair], []
     for setting in _SETTINGS:
         cells = []
         for adapters in AUTHORS.values():
@@ -111,7 +119,33 @@ def settings(table: Table) -> list[list[str]]:
             cells.append(cell(worst["over_aligned"]) + lost)
         if any(cells):
             rows.append([words(setting), *cells])
+    exam = figures["exam"]
+    if pair in exam.get("then_opinion", {}).get("as uploaded", {}).get("pairs", {}):
+        for said, found in (
+            ("exam, the whole ladder", exam["measures"]["mean"]),
+            ("exam: as uploaded, or a second opinion", exam["then_opinion"]["as uploaded"]),
+            ("exam: input removal 0.05, or a second opinion", exam["then_opinion"]["input removal"]),
+        ):
+            rows.append([said, *_examined(found["pairs"][pair])])
     return rows
+
+
+def _examined(adapters: Table) -> list[str]:
+    """By author, the worst adapter after a replayed exam: means over seeds."""
+    cells = []
+    for names in AUTHORS.values():
+        found = [[*adapters[name].values()] for name in names if name in adapters]
+        if not found:
+            cells.append("")
+            continue
+        worst = max(found, key=lambda seeds: _mean_of(seeds, "over_aligned"))
+        lost = f"; lost {number(_mean_of(worst, 'utility_lost'))}" if "utility_lost" in worst[0] else ""
+        cells.append(number(_mean_of(worst, "over_aligned")) + lost)
+    return cells
+
+
+def _mean_of(seeds: Sequence[Table], figure: str) -> float:
+    return statistics.fmean(float(seed[figure]) for seed in seeds)
 
 
 def _checks(checks: Table) -> str:

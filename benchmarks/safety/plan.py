@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import KINDS
-from groups import path_of
+from groups import Step, path_of
 from inputs import TEXTS, inputs_of
 from measure import Questions
 from prompts import forbidden
-from training import ALIGNED
+from training import ALIGNED, PROJECTORS
 from treatments import (
     RAW,
     Change,
@@ -148,11 +148,17 @@ def _candidates(home: Path, cache: ProjectorCache, modules: int, size: Size) -> 
 
 def _guided(home: Path, cache: ProjectorCache, name: str, size: Size) -> list[Treatment]:
     """Energies by group of modules. The probes are the half that decides, as the replayed exam's are."""
-    thresholds, until = (GUIDED_TO[:1], math.inf) if size is SMOKE else (GUIDED_TO, GUIDED_TO[-1])
-    probes = [prompt.text for prompt in forbidden(size.prompts)[0::2]]
-    file = home / "groups" / f"{name}.json"
-    path = path_of(home / ALIGNED, home / name, cache, probes, until, file)
+    thresholds = GUIDED_TO[:1] if size is SMOKE else GUIDED_TO
+    path = guided_path(home, name, size)
     return [guided_removal(threshold, path, cache) for threshold in thresholds]
+
+
+def guided_path(home: Path, name: str, size: Size) -> list[Step]:
+    """The settings that the search by groups came by; it takes minutes, once for each adapter."""
+    probes = [prompt.text for prompt in forbidden(size.prompts)[0::2]]
+    until = math.inf if size is SMOKE else GUIDED_TO[-1]
+    file = home / "groups" / f"{name}.json"
+    return path_of(home / ALIGNED, home / name, ProjectorCache(home / PROJECTORS), probes, until, file)
 
 
 def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,23 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 import check
 import report
 import torch
-from adapters import MORE_NAMES, NAMES
+from adapters import MORE_NAMES, NAMES, SHAPES
 from measure import Seed, serving
 from pairs import PAIRS
-from plan import FULL, OPINION, SEEDS, SMOKE, Point, Size, attacks, opinions, points, questions
+from plan import (
+    CURVES,
+    FULL,
+    OPINION,
+    SEEDS,
+    SMOKE,
+    Point,
+    Size,
+    attacks,
+    guided_path,
+    opinions,
+    points,
+    questions,
+)
 from subjects import HALVES
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, train_all
@@ -41,6 +56,9 @@ _SMOKE_PARTS = {
     "projectors": _ROOT / ".cache" / "projectors",
     "mixed-10-qv": _ROOT / "examples" / "adapters" / "order-to-json",
 }
+
+
+_POINTS_AT_ONCE = 2  # as many adapters as the server has slots for
 
 
 @dataclass(frozen=True)
@@ -126,7 +144,11 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
             train_all(jobs)
     for part in parts:
         home = folder(cache, part.pair, part.seed)
-        with _timed(cache, f"asking, {part.pair} {part.seed}"), serving(home) as served:
+        if part.chosen and size is FULL:
+            with _timed(cache, f"searches by groups, {part.pair} {part.seed}"):
+                _search(home, [name for name in CURVES if name in part.adapters])
+        lora = _lora_options(part.adapters)
+        with _timed(cache, f"asking, {part.pair} {part.seed}"), serving(home, more=lora) as served:
             served.aligned(questions(size, part.chosen))
             todo = list(points(home, served.projectors, part.adapters, size, part.chosen))
             if part.chosen and size is FULL:
@@ -137,15 +159,40 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
             continue
         with (
             _timed(cache, f"second opinions, {part.pair} {part.seed}"),
-            serving(home, more=[f"--second-opinion={OPINION}"]) as served,
+            serving(home, more=[*lora, f"--second-opinion={OPINION}"]) as served,
         ):
             names = [name for name in part.adapters if name in NAMES]
             _ask(served, home, list(opinions(names, size, part.chosen)), f"{part.pair} {part.seed}, opinions")
 
 
+def _search(home: Path, adapters: list[str]) -> None:
+    """Two at a time, before a server has the processors."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for path in [pool.submit(guided_path, home, name, FULL) for name in adapters]:
+            path.result()
+
+
+def _lora_options(adapters: list[str]) -> list[str]:
+    """Only the modules and the rank of these adapters: on a CPU vLLM multiplies by all others' zeros."""
+    shapes = [SHAPES[name.rpartition("-")[2]] for name in adapters]
+    modules = sorted({module for shape in shapes for module in shape.modules})
+    return [f"--max-lora-rank={max(shape.rank for shape in shapes)}", "--lora-target-modules", *modules]
+
+
 def _ask(served: Seed, home: Path, todo: list[Point], what: str) -> None:
-    for point in tqdm(todo, desc=what, unit="treatment"):
-        served.measure(home / point.adapter, point.treatment, point.questions)
+    """Two points at a time: while one is loaded or ends, the engine answers the other."""
+    with ThreadPoolExecutor(_POINTS_AT_ONCE) as pool:
+        asked = [
+            pool.submit(served.measure, home / point.adapter, point.treatment, point.questions)
+            for point in todo
+        ]
+        try:
+            for one in tqdm(asked, desc=what, unit="treatment"):
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager
