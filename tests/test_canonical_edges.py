@@ -233,6 +233,15 @@ def test_ranks_are_compared_with_the_bound_before_the_config() -> None:
     assert found == ("rank_too_large", f"{Q}: rank 7, allowed are 6 (--max-lora-rank)")
 
 
+def test_modules_that_vllm_would_leave_out_without_a_word() -> None:
+    others = Limits(target_modules=("k_proj", "o"))
+    (found,) = told(raw(factors(2, Q)), others)
+    assert found == (
+        "not_targeted", f"{Q}: no adapter may change it here: --lora-target-modules has k_proj, o"
+    )  # fmt: skip
+    assert list(vet(raw(factors(2, Q)), MODULES, Limits(target_modules=(Q.rpartition(".")[2],)))) == [Q]
+
+
 def test_weights_that_the_library_does_not_load() -> None:
     sound = raw(factors(2, Q))
     broken = RawAdapter(sound.config, sound.header, b"", sound.weights[:-1], "")

@@ -23,6 +23,7 @@ from safelora_vllm.errors import (
     PolicyError,
     ProjectorCacheError,
     StoreUnavailable,
+    UsageError,
 )
 from safelora_vllm.gate import server as gate_server
 from safelora_vllm.gate import service as gate_service
@@ -90,6 +91,16 @@ def test_the_limit_follows_the_rank(config: GateConfig, tmp_path: Path) -> None:
     service = GateService(dataclasses.replace(config, max_rank=8))
     _, detail = refusal(service, sparse(tmp_path / "over", TINY_LIMIT))
     assert f"{4 * 2720 * 8 * 4 + 16 * 2**20:,}" in detail
+
+
+def test_modules_that_vllm_leaves_out_are_other_rules(config: GateConfig, tmp_path: Path) -> None:
+    """Copies and verdicts of a server without the option are not this one's."""
+    service = GateService(dataclasses.replace(config, target_modules=("o_proj", "k_proj")))
+    codes, detail = refusal(service, Draft().write(tmp_path / "adapter"))
+    assert codes == ["not_targeted"] and "--lora-target-modules has k_proj, o_proj" in detail
+    assert service.state().ruleset_digest != GateService(config).state().ruleset_digest
+    with pytest.raises(UsageError, match=r"has qkv_proj: expected .* such as qkv_proj, name the parts"):
+        GateService(dataclasses.replace(config, target_modules=("q_proj", "qkv_proj")))
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o702, 0o1777])

@@ -55,7 +55,7 @@ def vet(raw: RawAdapter, modules: Mapping[str, ModuleEntry], limits: Limits) -> 
     config, reasons = parse_config(raw.config)
     pairs, odd = _pair_up(raw)
     misfits, foreign = _check_shapes(pairs, raw, modules, config, limits) if config else ([], False)
-    reasons += [*odd, *misfits, *_check_covered(pairs, modules, foreign)]
+    reasons += [*odd, *misfits, *_check_covered(pairs, modules, foreign), *_check_targets(pairs, limits)]
     if not reasons:
         reasons = _check_padding(pairs, raw, limits)
     if reasons:
@@ -106,6 +106,15 @@ def _check_covered(pairs: Pairs, modules: Mapping[str, ModuleEntry], foreign: bo
             "built for other modules",
         )
     ]
+
+
+def _check_targets(pairs: Pairs, limits: Limits) -> list[Reason]:
+    """Whether vLLM applies all modules: it leaves out the others without a word."""
+    if not limits.target_modules:
+        return []
+    may = f"no adapter may change it here: --lora-target-modules has {', '.join(limits.target_modules)}"
+    others = [module for module in pairs if module.rpartition(".")[2] not in limits.target_modules]
+    return by_cause(Fault("not_targeted", module, may) for module in others)
 
 
 def _check_shapes(

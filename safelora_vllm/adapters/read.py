@@ -34,12 +34,16 @@ _UNSAFE_WEIGHTS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds of what is read and accepted. Sizes in bytes."""
+    """Bounds of what is read and accepted. Sizes in bytes.
+
+    target_modules: last parts of the names of modules that an adapter may change; empty: any.
+    """
 
     config_bytes: int = 1024 * 1024
     weights_bytes: int = 2 * 1024**3
     header_bytes: int = 8 * 1024 * 1024
     max_rank: int = 512
+    target_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

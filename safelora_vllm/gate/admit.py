@@ -62,7 +62,9 @@ class GateSettings:
             str(self.dtype),
             self.base_model,
             self.limits.max_rank,
-            *([self.revision] if self.revision else []),  # so that older addresses stay
+            # Only where they are given, so that older addresses stay.
+            *([self.revision] if self.revision else []),
+            *(f"target module {name}" for name in self.limits.target_modules),
         ]
 
     @property

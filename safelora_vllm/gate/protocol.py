@@ -44,6 +44,7 @@ class GateConfig:
         dtype: of the published weights.
         max_rank: largest that is accepted. It also bounds the weights files of a small model: four times the
             float32 factors of all cached modules, and 16 MiB.
+        target_modules: last parts of the names of modules that adapters may change; empty: any.
         niceness: added to the process's scheduling niceness, so that traffic goes first.
     """
 
@@ -53,6 +54,7 @@ class GateConfig:
     device: str = "cpu"
     dtype: str = "float32"
     max_rank: int = Limits.max_rank
+    target_modules: tuple[str, ...] = ()
     niceness: int = 10
 
 

@@ -9,7 +9,7 @@ REFUSED = (
     "alora", "archive_ambiguous", "archive_malformed", "archive_unsafe", "bdlora", "bias",
     "cancellation", "config_malformed", "config_type", "dora", "dtype", "embedding", "empty",
     "fan_in_fan_out", "init", "layer_replication", "missing_file", "modules_to_save", "no_projector",
-    "non_finite", "not_regular_file", "pattern", "peft_type", "qalora", "rank_mismatch",
+    "non_finite", "not_regular_file", "not_targeted", "pattern", "peft_type", "qalora", "rank_mismatch",
     "rank_too_large", "relative_norm", "shape", "signature", "subnormal", "target_parameters", "too_large",
     "total_norm", "trainable_tokens", "unknown_config", "unknown_tensor", "unpaired", "unreadable_file",
     "unsafe_format", "weights_malformed",

@@ -86,7 +86,11 @@ class GateService:
             policy=policy,
             device=device,
             dtype=getattr(torch, config.dtype),
-            limits=Limits(weights_bytes=_weights_bytes(config, cache), max_rank=config.max_rank),
+            limits=Limits(
+                weights_bytes=_weights_bytes(config, cache),
+                max_rank=config.max_rank,
+                target_modules=_targets(config, cache),
+            ),
             base_model=Path(config.model).name,
         )
         if lost := truncation(policy, cache):
@@ -244,6 +248,17 @@ def _weights_bytes(config: GateConfig, cache: ProjectorCache) -> int:
     sides = sum(sum(entry.shape) for entry in cache.modules.values())
     factors = torch.float32.itemsize * config.max_rank * sides
     return min(config.settings.max_adapter_bytes, 4 * factors + _HEADER_BYTES)
+
+
+def _targets(config: GateConfig, cache: ProjectorCache) -> tuple[str, ...]:
+    """Which modules adapters may change. What vLLM applies by other names is not known here."""
+    known = {module.rpartition(".")[2] for module in cache.modules}
+    if odd := sorted({*config.target_modules} - known):
+        raise UsageError(
+            f"--lora-target-modules has {', '.join(odd)}: expected last parts of the names of modules with "
+            f"projectors, {', '.join(sorted(known))}. Of what vLLM packs, such as qkv_proj, name the parts"
+        )
+    return tuple(sorted(config.target_modules))
 
 
 def _placement(config: GateConfig, cache: ProjectorCache, policy: Policy) -> Placement:

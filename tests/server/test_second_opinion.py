@@ -390,6 +390,15 @@ def test_streamed_input_is_refused() -> None:
     assert not engine.asked
 
 
+@pytest.mark.parametrize("prompt", [{"prompt_embeds": 0}, {**PROMPT, "decoder_prompt": {"prompt_embeds": 0}}])
+def test_prompts_of_embeddings_are_refused(prompt: dict[str, Any]) -> None:
+    """Where the turn ends in them, the aligned model could not be asked as if it did."""
+    asked = Asked(engine := Engine())
+    with pytest.raises(UsageError, match="prompt_embeds"):
+        asked.texts(prompt=prompt)
+    assert not engine.asked
+
+
 def test_vllms_beam_search_is_refused() -> None:
     """With vLLM's own code: each of its steps ends with what the adapter said, which nothing would judge."""
     from vllm.entrypoints.generate.beam_search import online

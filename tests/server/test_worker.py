@@ -401,33 +401,3 @@ def test_loads_and_evictions_are_counted() -> None:
     assert (state.loads, state.step_loads) == (2, 1), "1 was in host memory the second time"
     assert (state.device_evictions, state.host_evictions) == (3, 1)
     assert sum(state.load_counts) == 3
-
-
-@pytest.mark.parametrize(
-    ("wanted", "left_out"),
-    [
-        (None, ""),
-        (["q_proj"], "o_proj"),  # k and v stand in the same layer as q: they are applied
-        (["qkv_proj"], "o_proj"),
-        (["q_proj", "o_proj"], ""),
-        (["model.layers.0.self_attn.o_proj"], "q_proj"),
-        (["experts"], "q_proj"),
-    ],
-)
-def test_modules_that_vllm_would_leave_out_without_a_word_fail_the_load(
-    wanted: list[str] | None, left_out: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By ``--lora-target-modules``: what is reported would not be what answers."""
-    names = [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "v", "o")]
-    layers = {name: SimpleNamespace(lora_a=torch.ones(2, 3), lora_b=None) for name in names}
-    monkeypatch.setattr(seams, "_original_load", lambda *_: SimpleNamespace(loras=layers))
-    manager = SimpleNamespace(
-        lora_config=SimpleNamespace(target_modules=wanted),
-        _adapter_manager=SimpleNamespace(packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj", "v_proj"]}),
-    )
-    request = LoRARequest("tenant", 1, "safelora://key")
-    if not left_out:
-        assert [*seams.load_published(manager, request).loras] == names
-    else:
-        with pytest.raises(ValueError, match=rf"such as .*\.{left_out}, .*--lora-target-modules has "):
-            seams.load_published(manager, request)

@@ -47,6 +47,7 @@ class Host:
         self.settings: dict[str, Any] = {"projectors": "/cache", "store": str(tmp_path / "store")}
         self.model = SimpleNamespace(model="org/model", revision=None)
         self.load_format = "auto"
+        self.lora = SimpleNamespace(lora_dtype=torch.bfloat16, max_lora_rank=24)
         host = self
 
         class Client:
@@ -88,7 +89,7 @@ class Host:
             instance_id="i1",
             model_config=self.model,
             load_config=SimpleNamespace(load_format=self.load_format),
-            lora_config=SimpleNamespace(lora_dtype=torch.bfloat16, max_lora_rank=24),
+            lora_config=self.lora,
         )
         return WorkerGuard(config, torch.device(device))
 
@@ -116,6 +117,15 @@ def test_the_first_worker_starts_the_gate(host: Host, tmp_path: Path) -> None:
         "guarded": True, "socket": config.socket, "projectors": STATE.projectors, "policy": STATE.policy.id,
         "lost": ["safelora://a", "safelora://b"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "told"), [(["q_proj", "o_proj"], ("q_proj", "o_proj")), (None, ())])
+def test_the_gate_is_told_which_modules_vllm_applies(
+    given: list[str] | None, told: tuple[str, ...], host: Host
+) -> None:
+    host.lora.target_modules = given
+    host.guard()
+    assert host.configs[0][0].target_modules == told
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,6 @@ SEAMS = (
         "every real load passes here; managers that are not guarded refuse",
         "vLLM lets plugins choose the manager",
         (
-            Requirement(_MANAGER, "WorkerLoRAManager.__init__", assigns=("lora_config",)),
-            Requirement(_MODELS, "LoRAModelManager.__init__", assigns=("packed_modules_mapping",)),
             Requirement(_MANAGER, "WorkerLoRAManager._load_adapter", parameters=("self", "lora_request")),
             Requirement(
                 _MANAGER, "LRUCacheWorkerLoRAManager.add_adapter",

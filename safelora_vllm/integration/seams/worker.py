@@ -55,32 +55,12 @@ def load_published(manager: Any, request: LoRARequest) -> LoRAModel:
     """vLLM's own load of a folder, into memory of its own; for guarded managers only.
 
     What vLLM does not pin, it leaves mapped: it would be read when it is used, within a step.
-
-    Raises:
-        ValueError: vLLM would leave a part of it out, and say nothing.
     """
     assert _original_load is not None, "the guard is not installed"
     model = _original_load(manager, request)
-    if left_out := _left_out(manager, model):
-        may = ", ".join(sorted(manager.lora_config.target_modules))
-        raise ValueError(
-            f"it changes {len(left_out):,} modules, such as {left_out[0]}, that no adapter may change here: "
-            f"--lora-target-modules has {may}. Train it for these alone"
-        )
     for layer in model.loras.values():
         layer.lora_a, layer.lora_b = _in_memory(layer.lora_a), _in_memory(layer.lora_b)
     return model
-
-
-def _left_out(manager: Any, model: LoRAModel) -> list[str]:
-    """Modules of an adapter that ``--lora-target-modules`` does not name, neither alone nor packed."""
-    wanted = {*(getattr(manager.lora_config, "target_modules", None) or ())}
-    if not wanted:
-        return []
-    for packed, parts in manager._adapter_manager.packed_modules_mapping.items():
-        if not wanted.isdisjoint({packed, *parts}):
-            wanted |= {packed, *parts}
-    return [name for name in model.loras if wanted.isdisjoint({name, *name.split(".")})]
 
 
 def _in_memory(weights: Any) -> Any:

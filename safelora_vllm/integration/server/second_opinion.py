@@ -240,6 +240,9 @@ def _why_not(prompt: Any, params: Any) -> str:
     """Why one question more would not be the same question; empty where it would."""
     if not isinstance(prompt, Mapping):
         return "an adapter with a second opinion cannot be used with streamed input"
+    if any("prompt_embeds" in part for part in (prompt, prompt.get("decoder_prompt") or {})):
+        # The question as if the turn ended cannot be put: it needs the prompt's tokens.
+        return "an adapter with a second opinion cannot be used with prompt_embeds: send text or tokens"
     # A step of beam search: its prompt ends with what the adapter has said already.
     if params.max_tokens == 1 and params.logprobs and not params.detokenize:
         return "an adapter with a second opinion cannot be used with beam search: leave out use_beam_search"

@@ -235,4 +235,5 @@ def _gate_config(vllm_config: Any, device: str, settings: ServerSettings, socket
         device=device,
         dtype=str(lora.lora_dtype).removeprefix("torch."),
         max_rank=lora.max_lora_rank,
+        target_modules=tuple(getattr(lora, "target_modules", None) or ()),  # vLLM 0.28 may not have it
     )
