@@ -260,9 +260,10 @@ class Copies:
             version.key
         ):
             return None  # an older release made it: the gate adds that when it is asked for it
+        states = self.file_states(version.key)  # before the verdict: what is exchanged after it shows
         if not self.exam.passed(name, version.key, report.policy, version.exam_override):
             return None
-        return Copy(version.key, report, self.file_states(version.key))
+        return Copy(version.key, report, states)
 
     def _still_allowed(self, name: str, version: Version, report: Report) -> bool:
         """Whether a copy by former rules is by a policy as strict as today's, all else being as it was."""
@@ -316,9 +317,10 @@ class Copies:
         """
         key = judgement.accepted_key()
         policy, override = judgement.report.policy, entry.exam_override
+        states = await asyncio.to_thread(self.file_states, key)  # before the verdict, as in `find`
         if not await asyncio.to_thread(self.exam.passed, entry.name, key, policy, override):
             raise ExamUnavailable("the published copy changed after its exam: try again in a moment")
-        return Copy(key, judgement.report, await asyncio.to_thread(self.file_states, key))
+        return Copy(key, judgement.report, states)
 
     def file_states(self, key: str) -> tuple[FileState, ...]:
         """States of a published copy's files; none where they cannot be seen. Reads the store."""
