@@ -166,9 +166,9 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
 
 
 def _search(home: Path, adapters: list[str]) -> None:
-    """Two at a time, before a server has the processors."""
+    """All at once, before a server has the processors."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(len(adapters) or 1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for path in [pool.submit(guided_path, home, name, FULL) for name in adapters]:
             path.result()
 
