@@ -168,7 +168,8 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
 def _search(home: Path, adapters: list[str]) -> None:
     """All at once, before a server has the processors."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(len(adapters) or 1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    count = max(1, len(adapters))
+    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for path in [pool.submit(guided_path, home, name, FULL) for name in adapters]:
             path.result()
 
