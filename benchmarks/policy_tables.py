@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _DEFENCES = {
 }
 
 
-def _long(row: dict[str, Any] | None, seeds: list[str]) -> str:
+def _long(row: dict[str, Any] | None, seeds: Iterable[str]) -> str:
     """ASR, exact JSON and Rouge-1; marked where fewer seeds were asked."""
     if row is None:
         return ""

@@ -6,6 +6,7 @@ Adapters, treatments and pairs that were not asked yet have no rows.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def mean(row: dict[str, Any], measure: str) -> str:
     return f"{row[measure]['mean']:.2f}"
 
 
-def fewer(row: dict[str, Any], seeds: list[str]) -> str:
+def fewer(row: dict[str, Any], seeds: Iterable[str]) -> str:
     """A mark at figures of fewer seeds than the pair has."""
-    return "" if row["seeds"] == seeds else r"\*"
+    return "" if {*row["seeds"]} == {*seeds} else r"\*"
 
 
-def _short(row: dict[str, Any] | None, seeds: list[str]) -> str:
+def _short(row: dict[str, Any] | None, seeds: Iterable[str]) -> str:
     """ASR, and in brackets the utility where the adapter has tasks."""
     if row is None:
         return ""
@@ -134,16 +135,6 @@ def measured() -> str:
                 rows.append([PAIRS[pair], seed, *(f"{found[name]:.2f}" for name in figures)])
     heads = ["pair", "seed", "ASR", "refuses harmless", "refuses tasks", "exact JSON", "Rouge-1"]
     return tables.markdown(heads, rows)
-
-
-def goal() -> str:
-    """The goals, and what reached them."""
-    rows = [
-        [line[0], *line[2:], line[1].replace("seed ", "")]
-        for line in page_goals.rows(tables.load("results")["goals"])
-    ]
-    heads = ["goal", "by", "figure", "limit", "result", "pairs: seeds"]
-    return tables.markdown(heads, rows, texts=len(heads))
 
 
 def refuses_harmless() -> str:
@@ -285,7 +276,6 @@ def curves_compared() -> str:
 TABLES = (
     safety,
     measured,
-    goal,
     refuses_harmless,
     second_opinion_answers,
     exam_replayed,
