@@ -1,6 +1,6 @@
 """What does the exam of a real server say of each adapter, and what does it serve?
 
-    python benchmarks/safety/server_exam.py [--pairs gemma3 smollm2-lora] [--seeds 0 1 2]
+    python benchmarks/safety/server_exam.py [--pairs smollm2] [--seeds 0 1 2]
 
 Each pair and seed has a server with a secret of its own, which draws the probes. Its ladder is
 `as-uploaded,as-uploaded+opinion` with the default threshold: what fails is served with a second opinion.
@@ -45,7 +45,7 @@ OPTIONS += ("--max-total-norm=1e9",)  # what a cap would refuse is examined too
 def main() -> None:
     """Examine all adapters of the pairs and seeds, and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", default=["gemma3", "smollm2-lora"], choices=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
