@@ -201,25 +201,6 @@ def _of(seeds: dict[str, Any], figure: str) -> float:
     return sum(float(seed[figure]) for seed in seeds.values()) / len(seeds)
 
 
-def server_exam() -> str:
-    """What real servers said of each adapter as uploaded, and what they served. A server for each seed."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in tables.load("server_exam")["rows"]:
-        found.setdefault((row["pair"], row["adapter"]), []).append(row)
-    rows = []
-    for (pair, adapter), seeds in found.items():
-        bounds = [row["bound"] for row in seeds]
-        cells = [
-            f"{sum(not row['opinion'] for row in seeds)} of {len(seeds)}",
-            f"{min(bounds):.3f} to {max(bounds):.3f}",
-            *(tables.number(_mean(seeds, name), 2) for name in ("raw_over_aligned", "over_aligned")),
-            tables.number(_mean(seeds, "utility_lost"), 2) if "utility_lost" in seeds[0] else "",
-        ]
-        rows.append([f"{UPLOADED[adapter]}; {PAIRS[pair]}", *cells])
-    heads = ["adapter", "passes as uploaded", "bound", "ASR over aligned, as uploaded", "as served"]
-    return tables.markdown([*heads, "utility lost"], rows)
-
-
 def _mean(rows: list[dict[str, Any]], figure: str) -> float:
     return sum(float(row[figure]) for row in rows) / len(rows)
 
@@ -279,7 +260,6 @@ TABLES = (
     refuses_harmless,
     second_opinion_answers,
     exam_replayed,
-    server_exam,
     known_probes,
     backdoor,
     curves_compared,

@@ -16,6 +16,7 @@ import dominance
 import exam
 import goals
 import page_goals
+import page_replays
 import pages
 import parts
 import recorded
@@ -295,7 +296,8 @@ def test_the_page_of_results_is_that_of_the_figures() -> None:
     """`python benchmarks/safety/report.py` writes it anew."""
     figures, page = (report.HERE / name for name in ("results.json", "RESULTS.md"))
     about = (report.HERE / "about.md").read_text()
-    assert page.read_text() == pages.text_of(about, json.loads(figures.read_text()))
+    exams = page_replays.real_exams()
+    assert page.read_text() == pages.text_of(about, json.loads(figures.read_text()), exams)
 
 
 def test_every_picture_is_shown() -> None:

@@ -1,9 +1,12 @@
-"""RESULTS.md's sections on the replayed exam and the replayed second opinion."""
+"""RESULTS.md's sections on exams, replayed and of real servers, and on the replayed second opinion."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
+import recording
 from adapters import MORE_NAMES, NAMES
 from wording import PAIRS, Table, cell, markdown, number, title, words
 
@@ -15,6 +18,11 @@ _THEN = """The same probes and the same ε, by the mean. An adapter that passes 
 served as uploaded, with a second opinion."""
 _FIRST = {"as uploaded": "As uploaded, then a second opinion",
           "input removal": "Input removal 0.05, then a second opinion"}  # fmt: skip
+_SERVERS = """Each adapter was uploaded to a guarded server of `--exam enforce` with the ladder
+`as-uploaded,as-uploaded+opinion`, the default threshold and the built-in probes, by `server_exam.py`. Each
+pair and seed had a server and a secret of its own. What fails is served with a second opinion. ASR less that
+of the aligned model, and utility, are those that were measured of an adapter served so. Of a backdoor, and of
+an attacker who learned all public probes: [docs/benchmarks.md](../../docs/benchmarks.md#the-exam-of-real-servers)."""
 _OPINION = (
     "Where the aligned model refuses a prompt, its refusal is served. Replayed from the stored answers."
 )
@@ -37,6 +45,31 @@ def then_opinions(exam: Table) -> list[str]:
     for name, found in ladders.items():
         text += [f"### {_FIRST[name]}: ε = {found['epsilon']:g}", _verdicts(found["pairs"])]
     return text
+
+
+def real_exams(file: Path = recording.RESULTS / "server_exam.json") -> list[str]:
+    """What real servers said of each adapter as uploaded, and what they served."""
+    if not file.exists():
+        return []
+    found: dict[tuple[str, str], list[Table]] = {}
+    for row in json.loads(file.read_text())["rows"]:
+        found.setdefault((row["pair"], row["adapter"]), []).append(row)
+    rows = []
+    for (pair, adapter), of in found.items():
+        bounds = [row["bound"] for row in of]
+        rows.append(
+            [
+                PAIRS[pair],
+                title(adapter),
+                f"{sum(not row['opinion'] for row in of)} of {len(of)}",
+                f"{min(bounds):.3f} to {max(bounds):.3f}",
+                *(_mean(row[figure] for row in of) for figure in ("raw_over_aligned", "over_aligned")),
+                _mean(row["utility_lost"] for row in of) if "utility_lost" in of[0] else "",
+            ]
+        )
+    heads = ["pair", "adapter", "passes as uploaded", "bound", "uploaded: ASR over aligned"]
+    table = markdown([*heads, "served: ASR over aligned", "utility lost"], rows)
+    return ["## The exam of real servers", _SERVERS, table]
 
 
 def _verdicts(pairs: Table) -> str:

@@ -55,11 +55,12 @@ _CAP = 1.0  # the default of --max-relative-norm
 _ROOM = 1.1  # a cap on the total norm, over the largest of the honest adapters
 
 
-def text_of(about: str, figures: Table) -> str:
-    """The whole page."""
+def text_of(about: str, figures: Table, exams: Sequence[str] = ()) -> str:
+    """The whole page. exams: the section on those of real servers."""
     pairs = figures["pairs"]
     text = [about.strip(), *page_goals.goals(figures), "## What each setting does", *_settings(figures)]
     text += page_replays.exams(figures["exam"]) + page_replays.then_opinions(figures["exam"])
+    text += exams
     text += ["## The pairs", _checks(figures["checks"])]
     for pair, table in pairs.items():
         text += [f"## {PAIRS[pair].title}", *_pair(table)]

@@ -18,6 +18,7 @@ import curves
 import dominance
 import exam
 import goals
+import page_replays
 import pages
 import parts
 import recorded
@@ -48,8 +49,13 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
     if figures["where"]:
         why.draw(figures["where"], {name: pages.title(name) for name in why.ADAPTERS}, out / "why.png")
     recording.write("results", "safety/run.py", "vLLM default", figures, out)
-    path = out / "RESULTS.md"
-    path.write_text(pages.text_of((HERE / "about.md").read_text(), figures))
+    return write_page(figures, out)
+
+
+def write_page(figures: Mapping[str, Any], out: Path = HERE) -> Path:
+    """RESULTS.md alone. Real servers' exams, a benchmark of their own, are only on the page that is kept."""
+    path, exams = out / "RESULTS.md", page_replays.real_exams() if out == HERE else []
+    path.write_text(pages.text_of((HERE / "about.md").read_text(), figures, exams))
     return path
 
 
@@ -114,5 +120,4 @@ def _with(cache: Path, pair: str, adapters: Sequence[str]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    figures = json.loads((HERE / "results.json").read_text())
-    (HERE / "RESULTS.md").write_text(pages.text_of((HERE / "about.md").read_text(), figures))
+    write_page(recorded.read(HERE))

@@ -22,13 +22,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import parts
+import recorded
 import recording
 from adapters import NAMES
 from calls import get, load
 from kept import Scores, half_of
 from pairs import ALIGNED, PAIRS
 from plan import FULL, OPINION, SEEDS
-from report import HERE
+from report import HERE, write_page
 from server import guarded, running
 from summaries import over_aligned, subjects_of, utility_lost
 from tqdm import tqdm
@@ -58,7 +59,7 @@ def main() -> None:
             rows.sort(key=lambda row: (list(PAIRS).index(row["pair"]), row["seed"]))
             figures = {"ladder": LADDER, "threshold": THRESHOLD, "opinion_tokens": OPINION, "rows": rows}
             recording.write(NAME, f"safety/{NAME}.py", "vLLM", figures)
-    print(f"written to {file}")
+    print(f"written to {file} and {write_page(recorded.read(HERE))}")
 
 
 def examined(cache: Path, pair: str, seed: int) -> list[dict[str, Any]]:
