@@ -22,7 +22,8 @@ _SERVERS = """Each adapter was uploaded to a guarded server of `--exam enforce` 
 `as-uploaded,as-uploaded+opinion`, the default threshold and the built-in probes, by `server_exam.py`. Each
 pair and seed had a server and a secret of its own. What fails is served with a second opinion. ASR less that
 of the aligned model, and utility, are those that were measured of an adapter served so. Of a backdoor, and of
-an attacker who learned all public probes: [docs/benchmarks.md](../../docs/benchmarks.md#the-exam-of-real-servers)."""
+an attacker who learned all public probes:
+[docs/benchmarks.md](../../docs/benchmarks.md#an-attacker-who-learned-the-public-probes)."""
 _OPINION = (
     "Where the aligned model refuses a prompt, its refusal is served. Replayed from the stored answers."
 )
