@@ -245,13 +245,14 @@ def backdoor() -> str:
 
 
 def curves_compared() -> str:
-    """Input removal's ASR less another method's at equal utility."""
-    rows = []
-    for pair, others in tables.load("results")["curves"].items():
-        for other, by_utility in others.items():
-            rows.append([f"{page_goals.words_of(other)}; {PAIRS[pair]}", *page_goals.curve_cells(by_utility)])
+    """A rule's ASR less another method's at equal utility."""
+    rows = [
+        [f"{first}; {PAIRS[pair]}", *cells]
+        for pair, compared in tables.load("results")["curves"].items()
+        for first, *cells in page_goals.curve_rows(compared)
+    ]
     utilities = (f"at utility {at:g}" for at in page_goals.UTILITIES)
-    return tables.markdown(["against", *utilities], rows, texts=4)
+    return tables.markdown(["curves", *utilities], rows, texts=4)
 
 
 TABLES = (

@@ -265,7 +265,9 @@ def test_curves_are_compared_at_equal_utility() -> None:
         **curve_of("csulora", {0.5: (0.3, 0.0), 0.95: (0.9, 0.1)}),  # the larger energy is the milder one
     }
     assert dominance.curve(treatments, "csulora") == ["raw-0", "csulora-0.95", "csulora-0.5"]
-    found = dominance.compare(treatments, list(map(str, range(20))))
+    compared = dominance.compare(treatments, list(map(str, range(20))))
+    assert set(compared) == {"input-removal"}, "early values were not asked"
+    found = compared["input-removal"]
     assert set(found) == {"scaling", "csulora"}
     assert (
         found["scaling"]["0.8"]["mean"] == pytest.approx(-0.4) and found["scaling"]["0.8"]["says"] == "lower"
@@ -283,7 +285,7 @@ def test_curves_are_not_compared_at_a_utility_that_the_upload_does_not_have() ->
         **curve_of("scaling", {0.5: (0.7, 0.6)}),
     }
     found = dominance.compare(treatments, list(map(str, range(20))))
-    assert set(found["scaling"]) == {"0.8"}
+    assert set(found["input-removal"]["scaling"]) == {"0.8"}
     lines = page_goals.curves(found)[-1].splitlines()
     assert lines[-1].endswith(": lower |  |  |")
 
@@ -309,7 +311,7 @@ def test_the_goal_of_the_curves_says_in_how_many_comparisons_they_are_not_told_a
     says = {"0.8": "lower", "0.85": "not told apart", "0.9": "higher"}
     cells = {at: {"says": said, "seeds": ["0"], **figure(0.0)} for at, said in says.items()}
     (row,) = goals.curves(
-        {"smollm2": {"scaling": cells}, "smollm2-lora": {"scaling": cells}}
+        {pair: {"input-removal": {"scaling": cells}} for pair in ("smollm2", "smollm2-lora")}
     )  # (c) has no goal
     text = "\n".join(page_goals.goals({"goals": [row]}))
     assert (

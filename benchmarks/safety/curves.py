@@ -16,6 +16,7 @@ BENIGN = "benign-qv"
 _STYLES = {
     "safe-lora": ("Safe LoRA, share of modules", "tab:blue", "o", (6, 4, "left")),
     "input-removal": ("input removal, energy", "tab:red", "s", (5, -11, "left")),
+    "early-values": ("early values, energy", "tab:purple", "^", (6, 4, "left")),
     "csulora": ("CSULoRA, energy", "tab:green", "D", (-6, 5, "right")),
     "scaling": ("scaling, by how much less", "tab:gray", "v", (5, -11, "left")),
     "random-removal": ("random removal, as many directions", "tab:brown", "x", (6, 4, "left")),

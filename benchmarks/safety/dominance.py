@@ -11,22 +11,27 @@ import scoring
 from kept import Scores, utility
 
 UTILITIES = (0.8, 0.85, 0.9)
-RULE = "input-removal"
+RULES = ("input-removal", "early-values")
 OTHERS = ("safe-lora", "csulora", "scaling")
 RAW = "raw-0"
 _KEEPS = ("csulora",)  # a larger energy leaves more of the adapter
 By = Mapping[str, Mapping[str, Scores]]  # treatment, seed
 
 
-def compare(treatments: By, subjects: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By other method and utility: the rule's ASR less the other's, and what that says.
+def compare(treatments: By, subjects: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By rule, other method and utility: the rule's ASR less the other's, and what that says.
 
     treatments: one adapter's scores of the `report` half. Seeds that lack a point of either are left out, and
     so are utilities that the adapter does not have as uploaded.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found = {rule: _against_others(rule, treatments, subjects) for rule in RULES}
+    return {rule: others for rule, others in found.items() if others}
+
+
+def _against_others(rule: str, treatments: By, subjects: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
     for other in OTHERS:
-        names = [curve(treatments, method) for method in (RULE, other)]
+        names = [curve(treatments, method) for method in (rule, other)]
         if min(map(len, names)) < 2:
             continue
         seeds = sorted(set.intersection(*(set(treatments[name]) for each in names for name in each)), key=int)

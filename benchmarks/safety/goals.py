@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import dominance
 import replays
 from exam import MEASURES, ROOM
 from kept import Kept, Scores, half_of
@@ -112,18 +111,15 @@ def worst(adapters: Mapping[str, Mapping[str, Table]]) -> tuple[str, float]:
 
 
 def curves(compared: Table) -> Iterator[Row]:
-    """In how many comparisons at equal utility the rule is not lower than another method, by pair."""
-    for pair, others in compared.items():
-        cells = [cell for by in others.values() for cell in by.values()]
-        if pair in MIXED_PAIRS and cells:
-            said = [cell["says"] for cell in cells]
-            not_lower = {
-                "mean": len(said) - said.count("lower"),
-                "higher": said.count("higher"),
-                "of": len(said),
-            }
-            measured = {pair: min((cell["seeds"] for cell in cells), key=len)}
-            yield row("curves", dominance.RULE, {"not_lower": not_lower}, {"not_lower": 0}, measured, [pair])
+    """In how many comparisons at equal utility a rule is not lower than another method, by pair."""
+    for pair in [pair for pair in compared if pair in MIXED_PAIRS]:
+        for rule, others in compared[pair].items():
+            if cells := [cell for by in others.values() for cell in by.values()]:
+                said = [cell["says"] for cell in cells]
+                lower, higher = said.count("lower"), said.count("higher")
+                found = {"not_lower": {"mean": len(said) - lower, "higher": higher, "of": len(said)}}
+                measured = {pair: min((cell["seeds"] for cell in cells), key=len)}
+                yield row("curves", rule, found, {"not_lower": 0}, measured, [pair])
 
 
 def time(minutes: Mapping[str, float]) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dominance import RULE, UTILITIES
+from dominance import UTILITIES
 from goals import DEFAULT
 from plan import SEEDS
 from wording import PAIRS, Table, cell, markdown, number, title, words
@@ -13,7 +13,7 @@ GOALS = {
     "pure": "purely malicious, strongest policy",
     "mixed": "10 % malicious, one setting chosen beforehand, mean over seeds",
     "exam": "exam, replayed",
-    "curves": "input removal's curve below Safe LoRA's, CSULoRA's and scaling's",
+    "curves": "a rule's curve below Safe LoRA's, CSULoRA's and scaling's",
     "time": "a whole run",
 }
 _FIGURES = {
@@ -28,7 +28,8 @@ _NOTE = f"""A goal is *reached so far* or *missed so far* until all of its pairs
 settings within 5 points of the aligned model, the one that costs the 10 % malicious adapter least utility.
 An escalation is false where a milder rung, which failed, was within 5 points of the aligned model on the
 `report` half."""
-_CURVES = """ASR of input removal less that of another method, where both leave the 10 % malicious adapter the
+_RULES = {"input-removal": "input removal", "early-values": "early values"}
+_CURVES = """ASR of a rule less that of another method, where both leave the 10 % malicious adapter the
 same utility. Curves are linear between their points, from the adapter as uploaded to the strongest setting.
 *Not told apart*: the interval holds 0. An empty cell: as uploaded, the adapter has less utility."""
 
@@ -81,8 +82,8 @@ def by(what: str) -> str:
         return f"static rule: {by(what.removeprefix('chosen: '))}"
     if what == DEFAULT:
         return f"{words(what)} (the default)"
-    if what == RULE:
-        return "input removal"
+    if what in _RULES:
+        return _RULES[what]
     if what == "run.py":
         return f"`{what}`"
     return words(what) if what.rpartition("-")[2].replace(".", "").isdigit() else what
@@ -97,20 +98,20 @@ def curves(compared: Table) -> list[str]:
     """One pair's comparisons."""
     if not compared:
         return []
-    heads = ["against", *(f"at utility {at:g}" for at in UTILITIES)]
-    lines = [[words_of(other), *curve_cells(cells)] for other, cells in compared.items()]
-    return ["### The curves compared", _CURVES, markdown(heads, lines)]
+    heads = ["curves", *(f"at utility {at:g}" for at in UTILITIES)]
+    return ["### The curves compared", _CURVES, markdown(heads, curve_rows(compared))]
 
 
-def curve_cells(by_utility: Table) -> Sequence[str]:
-    """The differences with what they say."""
-    found = {at: f"{cell(of)}: {of['says']}" for at, of in by_utility.items()}
-    return [found.get(f"{at:g}", "") for at in UTILITIES]
-
-
-def words_of(method: str) -> str:
-    """A method without its strength."""
-    return {"safe-lora": "Safe LoRA", "csulora": "CSULoRA", "scaling": "scaling"}[method]
+def curve_rows(compared: Table) -> list[list[str]]:
+    """A rule against another method, and the differences with what they say."""
+    names = {"safe-lora": "Safe LoRA", "csulora": "CSULoRA", "scaling": "scaling"}
+    lines = []
+    for rule, others in compared.items():
+        for other, by_utility in others.items():
+            found = {at: f"{cell(of)}: {of['says']}" for at, of in by_utility.items()}
+            cells = [found.get(f"{at:g}", "") for at in UTILITIES]
+            lines.append([f"{_RULES[rule]} against {names[other]}", *cells])
+    return lines
 
 
 def _goal(row: Table) -> str:
