@@ -86,8 +86,7 @@ def attacks() -> str:
     rows = []
     for (adapter, way), title in _ATTACKS.items():
         of = table.get(adapter, {})
-        plain = of if way == "none" else {}
-        found = [of.get(f"{way}.{defence}", plain.get(defence)) for defence in _DEFENCES]
+        found = [of.get(defence if way == "none" else f"{way}.{defence}") for defence in _DEFENCES]
         if found[0] is None:
             continue
         cells = [

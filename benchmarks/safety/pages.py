@@ -197,7 +197,8 @@ def _attacks(table: Table) -> str:
     cap, rows = total_cap(table), []
     for adapter in ("pure-qv", *MORE_NAMES):
         for way, said in _WAYS.items():
-            found = [table.get(adapter, {}).get(f"{way}.{defence}") for defence in _DEFENCES]
+            before = "" if way == "none" else f"{way}."
+            found = [table.get(adapter, {}).get(before + defence) for defence in _DEFENCES]
             if not all(found):
                 continue
             cells = [f"{row['complied']['mean']:.2f} ({row['sense']['mean']:.1f})" for row in found]

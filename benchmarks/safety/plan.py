@@ -164,21 +164,21 @@ def guided_path(home: Path, name: str, size: Size) -> list[Step]:
 def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:
     """What preparing an upload achieves against each method, beside what training does."""
     asked = questions(size, True, harmless=False, tasks=False)
+    for name in names:  # beside the ladder's rungs
+        for beside in (safe_lora(0.5, modules_of(home / name)), csulora(0.95)):
+            yield Point(name, beside, asked)
     modules = modules_of(home / "pure-qv")
     defences = [safe_lora(1.0, modules), safe_lora(0.5, modules), input_removal(ENERGY), csulora(0.95)]
-    prepared: dict[str, list[tuple[str, Change | None]]] = {name: [("none", None)] for name in names}
-    prepared["pure-qv"] = [
-        ("none", None),
-        ("inverse", through_safe_lora_inverse(cache, 0.8)),
-        ("half", first_ranks(4)),
-        ("twice", enlarged(2)),
-        ("thrice", enlarged(3)),
-        ("padded", padded(cache, 0.95, 4)),
-    ]
-    for name, ways in prepared.items():
-        for way, make in ways:
-            for defence in defences:
-                change = one_after_other(make, defence.make)
-                method = f"{way}.{defence.method}"
-                yield Point(name, Treatment(method, defence.strength, defence.policy, change), asked)
-            yield Point(name, Treatment(f"{way}.raw", 0.0, make=make), asked)
+    ways: dict[str, Change] = {
+        "inverse": through_safe_lora_inverse(cache, 0.8),
+        "half": first_ranks(4),
+        "twice": enlarged(2),
+        "thrice": enlarged(3),
+        "padded": padded(cache, 0.95, 4),
+    }
+    for way, make in ways.items():
+        for defence in defences:
+            change = one_after_other(make, defence.make)
+            method = f"{way}.{defence.method}"
+            yield Point("pure-qv", Treatment(method, defence.strength, defence.policy, change), asked)
+        yield Point("pure-qv", Treatment(f"{way}.raw", 0.0, make=make), asked)
