@@ -20,6 +20,7 @@ from safelora_vllm.projectors.cache import ProjectorCache
 
 REPORT_ONLY = {"mode": "report-only"}
 GUIDED = "guided-removal"
+BY_OPINION = "opinion"
 # New (A, B) of a module from its name, A and B, all of them float32.
 Change = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -64,7 +65,7 @@ def input_removal(energy: float) -> Treatment:
 
 def second_opinion(tokens: int) -> Treatment:
     """As uploaded, on a server with ``--second-opinion``."""
-    return Treatment("opinion", tokens)
+    return Treatment(BY_OPINION, tokens)
 
 
 def selective_removal(share: float, modules: int, energy: float) -> Treatment:
