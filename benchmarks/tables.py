@@ -121,17 +121,22 @@ def hot_load() -> str:
 
 def exam_cost() -> str:
     """What others feel of exams in a server."""
-    gaps, rows = load("exam_cost")["gaps"], []
+    found = load("exam_cost")
+    gaps, rows = found["gaps"], []
     for point in ("p50", "p99", "longest"):
-        row = gaps[f"processor {point}"]
+        row = gaps[f"gap {point}"]
         ratios = [row["loads_over_quiet"][exam] for exam in ("off", "enforce")]
         rows.append([point, *(number(of, 1) for of in [*ratios, row["enforce_over_off"]])])
     heads = [
-        "gap of another client, processor time",
+        "gap of another client",
         "loads / quiet, `--exam off`",
         "loads / quiet, `--exam enforce`",
     ]
-    return markdown([*heads, "during loads, `enforce` / `off`"], rows)
+    compared = markdown([*heads, "during loads, `enforce` / `off`"], rows)
+    exams = [found["seconds"][f"exam, {where}"]["enforce"] for where in ("alone", "stream")]
+    times = [f"{number(min(of), 1)} to {number(max(of), 1)}" for of in exams]
+    heads = ["s of one exam, which passes on the first rung", "alone", "beside the stream"]
+    return f"{compared}\n\n{markdown(heads, [['', *times]])}"
 
 
 def exam_steps() -> str:
