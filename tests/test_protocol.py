@@ -85,7 +85,7 @@ def test_a_configuration_arrives_with_all_settings() -> None:
     )  # fmt: skip
     assert not [f for f in dataclasses.fields(settings) if getattr(settings, f.name) == f.default]
     for config in (
-        GateConfig("x", "m", settings, "cuda:0", "bfloat16", 8, 0),
+        GateConfig("x", "m", settings, "cuda:0", "bfloat16", 8, ("q_proj", "o_proj"), 0),
         GateConfig("x", "m", settings),
     ):
         assert decode_config(encode(config)) == config

@@ -72,10 +72,12 @@ SERVER: dict[str, Any] = {
     "exam_languages": "en", "second_opinion": 0,
 }  # fmt: skip
 GATE: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "max_rank": 512, "niceness": 10,
+    "device": "cpu", "dtype": "float32", "max_rank": 512, "target_modules": (),
+    "niceness": 10,
 }  # fmt: skip
 LIMITS = {
     "config_bytes": 1024**2, "weights_bytes": 2 * GIB, "header_bytes": 8 * 1024**2, "max_rank": 512,
+    "target_modules": (),
 }  # fmt: skip
 
 
