@@ -14,7 +14,6 @@ from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS, Method
 from safelora_vllm.methods.selection import Interval, Selection, by_number, by_threshold
 
-METHOD_NAMES = tuple(METHODS)
 SELECTIONS = ("threshold", "number", "all", "none")
 MODES = ("enforce", "report-only")
 _FORMER_MODES = {"audit": "report-only"}  # the former word → today's

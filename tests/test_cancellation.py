@@ -15,7 +15,8 @@ from torch import Tensor
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.gate.admit import GateSettings
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.corpus.cancelling import forged, opposite_ends
@@ -26,7 +27,7 @@ Q1 = "model.layers.1.self_attn.q_proj"
 POLICIES = {
     "threshold": Policy(method="safe-lora", threshold=0.4),
     "number": Policy(method="safe-lora", select="number", number=99),
-    **{method: Policy(method=method, select="all", energy=0.8) for method in METHOD_NAMES},
+    **{method: Policy(method=method, select="all", energy=0.8) for method in METHODS},
 }
 
 

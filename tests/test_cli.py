@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from safelora_vllm import __version__
 from safelora_vllm.cli.main import main
-from safelora_vllm.policy import METHOD_NAMES
+from safelora_vllm.methods import METHODS
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests.tiny import Draft, Pair, module_shapes
 
@@ -179,7 +179,7 @@ def test_project_does_not_touch_an_existing_folder(run: Run, tmp_path: Path) -> 
         ("--method", "none"), ("--select", "some"), ("--mode", "off"), ("--threshold", "x"),
         ("--threshold", "2"), ("--threshold", "nan"), ("--number", "-1"), ("--number", "1.5"),
         ("--energy", "1.5"), ("--max-relative-norm", "-1"), ("--max-relative-norm", "inf"),
-        *(("--method", name, "--energy", "0.99") for name in METHOD_NAMES if name != "safe-lora"),
+        *(("--method", name, "--energy", "0.99") for name in METHODS if name != "safe-lora"),
         ("--unknown",), ("--thresh", "0.3"),
         ("--device", "nonsense"), ("--device", "cuda:99"),
     ],

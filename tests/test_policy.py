@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.selection import Interval
-from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
+from safelora_vllm.policy import Policy, stored_values
 
 _SIMILARITIES = st.dictionaries(
     st.text("abc.", min_size=1, max_size=4), st.none() | st.floats(-1, 1), min_size=1, max_size=20
@@ -33,7 +33,7 @@ def test_the_defaults() -> None:
         "mode": "enforce",
         "opinion": False,
     }
-    assert {method for method in METHOD_NAMES if Policy(method=method).select != "all"} == {"safe-lora"}
+    assert {method for method in METHODS if Policy(method=method).select != "all"} == {"safe-lora"}
     assert Policy(method="input-removal", select="threshold").select == "threshold"
     assert Policy().enforcing and not Policy(mode="report-only").enforcing
 
@@ -117,28 +117,28 @@ def test_values_with_effect_pass() -> None:
         {"energy": 0.3},
         {"select": "number", "number": 5},
         {"select": "none", "max_total_norm": 0.1, "opinion": True},
-        *({"method": method, "energy": 0.9} for method in METHOD_NAMES if method != "safe-lora"),
+        *({"method": method, "energy": 0.9} for method in METHODS if method != "safe-lora"),
     ):
         Policy.from_mapping(values).check_effective(values)
 
 
 def test_energy_has_an_effect_on_all_methods_but_one() -> None:
-    assert {m for m in METHOD_NAMES if not Policy(method=m).has_effect("energy")} == {"safe-lora"}
-    assert all(Policy(method=method).has_effect("max_relative_norm") for method in METHOD_NAMES)
+    assert {m for m in METHODS if not Policy(method=m).has_effect("energy")} == {"safe-lora"}
+    assert all(Policy(method=method).has_effect("max_relative_norm") for method in METHODS)
 
 
 # One field apart, as (method, select, field, the laxer value, the stricter value).
 _LAXER = [
     *[
         (method, select, cap, 0.6, 0.5)
-        for method in METHOD_NAMES
+        for method in METHODS
         for select in ("threshold", "number", "all")
         for cap in ("max_relative_norm", "max_total_norm")
     ],
     *[("input-removal", select, "energy", 0.2, 0.3) for select in ("threshold", "number", "all")],
-    *[(method, "threshold", "threshold", 0.3, 0.4) for method in METHOD_NAMES],
-    *[(method, "number", "number", 9, 10) for method in METHOD_NAMES],
-    *[(method, "all", "mode", "report-only", "enforce") for method in METHOD_NAMES],
+    *[(method, "threshold", "threshold", 0.3, 0.4) for method in METHODS],
+    *[(method, "number", "number", 9, 10) for method in METHODS],
+    *[(method, "all", "mode", "report-only", "enforce") for method in METHODS],
 ]
 
 
@@ -156,7 +156,7 @@ def test_one_laxer_field_makes_a_policy_less_strict(
     assert not lax.with_values({**rest, field: laxer}).at_least_as_strict(strict)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_number_and_a_threshold_cannot_be_compared(method: str) -> None:
     number, threshold = (
         Policy(method=method, select=select, number=99, threshold=1.0) for select in ("number", "threshold")
@@ -189,16 +189,16 @@ def test_every_policy_is_as_strict_as_one_that_only_reports() -> None:
     assert not audit.at_least_as_strict(Policy())
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_policy_is_as_strict_as_itself_and_stricter_than_a_choice_of_modules(method: str) -> None:
     everything, some = Policy(method=method, select="all"), Policy(method=method, select="number")
     assert everything.at_least_as_strict(everything) and everything.at_least_as_strict(some)
     assert not some.at_least_as_strict(everything)
-    for other in set(METHOD_NAMES) - {method}:
+    for other in set(METHODS) - {method}:
         assert not everything.at_least_as_strict(Policy(method=other, select="all"))
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("select", ["all", "threshold", "number"])
 def test_every_policy_is_stricter_than_one_that_projects_nothing(method: str, select: str) -> None:
     """Whatever its method is. Caps and a second opinion count as ever, and what is stricter stays."""

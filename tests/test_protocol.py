@@ -30,7 +30,8 @@ from safelora_vllm.gate.protocol import (
     decode_config,
     encode,
 )
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import Policy
 from safelora_vllm.report import ModuleReport, Report
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.tenants.quotas import Allowance
@@ -55,7 +56,7 @@ ANSWERS: list[Any] = [
     Judgement(ACCEPTED, "k" * 64, 10, "r" * 64),
     Judgement(REFUSED, None, 0, "r" * 64),
     Metrics("# HELP x\nx 1\n"),
-    *(GateState("p", Policy(method), "r", "/store", 1, 0.25) for method in METHOD_NAMES),
+    *(GateState("p", Policy(method), "r", "/store", 1, 0.25) for method in METHODS),
 ]
 STATE = encode(ANSWERS[-1])
 

@@ -15,8 +15,8 @@ import torch
 
 from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.gate.admit import Admission, GateSettings, admit
-from safelora_vllm.methods import lowrank
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS, lowrank
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests.refusing import judge
@@ -69,7 +69,7 @@ def test_a_rescaled_adapter_is_refused_or_treated_like_the_original(
 
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_is_served_does_not_depend_on_how_the_author_split_it(
     method: str, dtype: torch.dtype, power: int, build_cache: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from safelora_vllm.integration.launch import (
     _takes_most_memory,
     cpu_kv_cache_bytes,
 )
-from safelora_vllm.policy import METHOD_NAMES
+from safelora_vllm.methods import METHODS
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 
@@ -90,7 +90,7 @@ def test_rules_that_cannot_hold(cache: ProjectorCache, tmp_path: Path) -> None:
     def check(**policy: object) -> None:
         _check_rules(cache, ServerSettings(str(cache.folder), str(tmp_path / "store"), policy))
 
-    for method in set(METHOD_NAMES) - {"safe-lora"}:
+    for method in set(METHODS) - {"safe-lora"}:
         check(method=method, energy=0.9)
         with pytest.raises(PolicyError, match=r"Build it again with a `max_energy` of 0\.9999"):
             check(method=method, energy=0.9999)
