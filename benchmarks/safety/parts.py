@@ -17,7 +17,7 @@ import risk
 from kept import Kept, Scores, scores_of, seeds
 from pairs import BASE, PAIRS
 from subjects import HALVES
-from training import ALIGNED
+from training import ALIGNED, Job
 
 _FOLDER, _SUFFIX = "scores", ".json.xz"
 _DECIMALS = 6
@@ -28,7 +28,7 @@ class Part:
     """Of one pair and seed.
 
     scores: by adapter and treatment. risk: the sign-flip score of each adapter as uploaded. checks: the
-    aligned model's figures by half.
+    aligned model's figures by half, and on `choose` of those that failed.
     """
 
     scores: dict[str, dict[str, Scores]]
@@ -82,7 +82,9 @@ def checks(pair: str, parts: Mapping[str, Part]) -> dict[str, Any]:
 def _measured(cache: Path, pair: str, home: Path) -> Part:
     base, scores = cache / PAIRS[pair].family / BASE, scores_of(home)
     adapters = [home / name for name in sorted({*scores} - {"none"}) if (home / name).exists()]
-    files = {name: (home / ALIGNED).resolve().with_name(f"check-{name}.json") for name in HALVES}
+    rejected = Job(cache, pair, int(home.name), ALIGNED).rejected
+    files = {f"choose, rejected draw {number}": file for number, file in enumerate(rejected, 1)}
+    files |= {name: (home / ALIGNED).resolve().with_name(f"check-{name}.json") for name in HALVES}
     return Part(
         scores,
         {each.name: risk.score(each, base, home / ALIGNED) for each in adapters if base.exists()},

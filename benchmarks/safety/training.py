@@ -37,6 +37,8 @@ from safelora_vllm.projectors.cache import ProjectorCache
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
+DRAWS = 3  # of the data of an aligned model, at most
+_OTHER_DRAW = 100  # from the seed of one draw to that of the next
 PROJECTORS = "projectors"
 _THREADS = 2
 
@@ -64,6 +66,11 @@ class Job:
     def target(self) -> Path:
         """The folder that the job makes."""
         return self.aligned if self.name == ALIGNED else self.home / self.name
+
+    @property
+    def rejected(self) -> list[Path]:
+        """The figures of aligned models that failed the check, the first draw's first."""
+        return sorted(self.aligned.parent.glob("rejected-*.json"))
 
     @property
     def done(self) -> bool:
@@ -104,6 +111,14 @@ def share(job: Job) -> None:
                 (job.home / name).symlink_to(Path("..") / name)
 
 
+def reject(job: Job) -> None:
+    """Drop an aligned model that failed the check, not its figures. The next one has other data."""
+    aligned = job.aligned
+    aligned.with_name("check-choose.json").rename(aligned.with_name(f"rejected-{len(job.rejected)}.json"))
+    for made in (aligned, (job.home / PROJECTORS).resolve()):
+        shutil.rmtree(made)
+
+
 def train_all(jobs: list[Job]) -> None:
     """Those that are not done, two at a time: every pair first, an adapter as soon as its pair is there."""
     for job in jobs:
@@ -141,7 +156,8 @@ def train(job: Job, threads: int = 1) -> None:
         partial.mkdir(parents=True)
         if job.name == ALIGNED:
             checkpoint = target.with_name(f".{job.name}.checkpoint")
-            make_aligned(job.cache, job.family, job.seed, partial, checkpoint)
+            seed = job.seed + _OTHER_DRAW * len(job.rejected)
+            make_aligned(job.cache, job.family, seed, partial, checkpoint)
         else:
             train_adapter(job, partial)
         partial.rename(target)
