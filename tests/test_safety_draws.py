@@ -1,0 +1,112 @@
+"""What the safety benchmark does with an aligned model that fails the check: training is stood in for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
+
+import check
+import parts
+import run
+import training
+from training import ALIGNED, PROJECTORS, Job
+
+Fails = Callable[[int, str], bool]  # draw, half
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds that data were drawn with: each aligned model's weights are its seed."""
+    seeds: list[int] = []
+
+    def make_aligned(_cache: Path, _pair: str, seed: int, target: Path, _checkpoint: Path) -> None:
+        seeds.append(seed)
+        (target / "model.safetensors").write_text(str(seed))
+
+    def train_all(jobs: list[Job]) -> None:
+        for job in jobs:
+            training.share(job)
+            training.train(job)
+
+    monkeypatch.setattr(training, "make_aligned", make_aligned)
+    monkeypatch.setattr(training, "build", lambda _base, _aligned, out, _options: out.mkdir())
+    monkeypatch.setattr(training, "base_of", lambda cache, family: cache / family / "base")
+    monkeypatch.setattr(run, "train_all", train_all)
+    return seeds
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fails], None]:
+    """Set which draw's models fail on which half."""
+
+    def by(fails: Fails) -> None:
+        def checked(home: Path, _pair: str, halves: list[str]) -> None:
+            aligned = (home / ALIGNED).resolve()
+            seed = int((aligned / "model.safetensors").read_text())
+            for half in halves:
+                figures = {"figures": {"asr": seed / 1000}}
+                aligned.with_name(f"check-{half}.json").write_text(json.dumps(figures))
+                if fails(seed // 100, half):
+                    raise check.UnusablePair(half)
+
+        monkeypatch.setattr(check, "checked", checked)
+
+    return by
+
+
+def checked(cache: Path, pair: str, seed: int = 2) -> Job:
+    job = Job(cache, pair, seed, ALIGNED)
+    run.train_all([job])
+    run._check(job)
+    return job
+
+
+@pytest.mark.parametrize("pair", ["smollm2", "gemma3"])
+def test_data_are_drawn_anew_until_a_model_passes(
+    pair: str, tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
+) -> None:
+    failing(lambda draw, half: draw < 2 and half == "choose")
+    job = checked(tmp_path, pair)
+    assert trained == [2, 102, 202]
+    assert (job.aligned / "model.safetensors").read_text() == "202" and (job.home / PROJECTORS).is_dir()
+    assert parts._measured(tmp_path, pair, job.home).checks == {
+        "choose, rejected draw 1": {"asr": 0.002},
+        "choose, rejected draw 2": {"asr": 0.102},
+        "choose": {"asr": 0.202},
+        "report": {"asr": 0.202},
+    }
+    run._check(job)
+    assert trained == [2, 102, 202]
+
+
+def test_it_stops_after_some_draws(
+    tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
+) -> None:
+    failing(lambda _draw, _half: True)
+    with pytest.raises(check.UnusablePair, match="choose"):
+        checked(tmp_path, "smollm2")
+    assert trained == [2, 102, 202]
+
+
+def test_nothing_is_drawn_for_the_half_that_is_published(
+    tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
+) -> None:
+    failing(lambda _draw, half: half == "report")
+    with pytest.raises(check.UnusablePair, match="report"):
+        checked(tmp_path, "smollm2")
+    assert trained == [2]
+
+
+def test_an_alignment_that_is_not_trained_is_not_drawn(
+    tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
+) -> None:
+    failing(lambda _draw, half: half == "choose")
+    with pytest.raises(check.UnusablePair):
+        checked(tmp_path, "smollm2-lora")
+    assert trained == [2]
