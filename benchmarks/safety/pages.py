@@ -157,7 +157,11 @@ def _checks(checks: Table) -> str:
                 figures = ("asr", "refuses_harmless", "refuses_tasks", "exact", "rouge1")
                 rows.append([PAIRS[pair].title, seed, half, *(f"{f[name]:.3f}" for name in figures)])
     heads = ["pair", "seed", "half", "ASR", "refuses harmless", "refuses tasks", "exact JSON", "Rouge-1"]
-    return "The aligned models alone, as `check.py` measures them.\n\n" + markdown(heads, rows)
+    told = (
+        "The aligned models alone, as `check.py` measures them. A draw that was rejected "
+        "[failed the check](README.md#the-check): nothing else is measured of it."
+    )
+    return f"{told}\n\n{markdown(heads, rows)}"
 
 
 def _pair(table: Table) -> list[str]:
