@@ -32,7 +32,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def train_all(jobs: list[Job]) -> None:
         for job in jobs:
             training.share(job)
-            training.train(job)
+            if not job.done:
+                training.train(job)
 
     monkeypatch.setattr(training, "make_aligned", make_aligned)
     monkeypatch.setattr(training, "build", lambda _base, _aligned, out, _options: out.mkdir())
@@ -67,15 +68,14 @@ def checked(cache: Path, pair: str, seed: int = 2) -> Job:
     return job
 
 
-@pytest.mark.parametrize("pair", ["smollm2", "gemma3"])
 def test_data_are_drawn_anew_until_a_model_passes(
-    pair: str, tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
+    tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
     failing(lambda draw, half: draw < 2 and half == "choose")
-    job = checked(tmp_path, pair)
+    job = checked(tmp_path, "smollm2")
     assert trained == [2, 102, 202]
     assert (job.aligned / "model.safetensors").read_text() == "202" and (job.home / PROJECTORS).is_dir()
-    assert parts._measured(tmp_path, pair, job.home).checks == {
+    assert parts._measured(tmp_path, "smollm2", job.home).checks == {
         "choose, rejected draw 1": {"asr": 0.002},
         "choose, rejected draw 2": {"asr": 0.102},
         "choose": {"asr": 0.202},
@@ -85,13 +85,22 @@ def test_data_are_drawn_anew_until_a_model_passes(
     assert trained == [2, 102, 202]
 
 
+def test_a_model_of_all_seeds_is_the_same_whichever_seed_asks_for_it(
+    tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
+) -> None:
+    failing(lambda draw, half: draw < 1 and half == "choose")
+    checked(tmp_path, "gemma3", 2)
+    checked(tmp_path, "gemma3", 1)
+    assert trained == [0, 100]
+
+
 def test_it_stops_after_some_draws(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
     failing(lambda _draw, _half: True)
     with pytest.raises(check.UnusablePair, match="choose"):
         checked(tmp_path, "smollm2")
-    assert trained == [2, 102, 202]
+    assert trained == [2 + 100 * draw for draw in range(training.DRAWS)]
 
 
 def test_nothing_is_drawn_for_the_half_that_is_published(
@@ -109,4 +118,4 @@ def test_an_alignment_that_is_not_trained_is_not_drawn(
     failing(lambda _draw, half: half == "choose")
     with pytest.raises(check.UnusablePair):
         checked(tmp_path, "smollm2-lora")
-    assert trained == [2]
+    assert trained == [0]

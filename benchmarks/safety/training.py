@@ -37,10 +37,11 @@ from safelora_vllm.projectors.cache import ProjectorCache
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
-DRAWS = 3  # of the data of an aligned model, at most
+DRAWS = 8  # of the data of an aligned model, at most
 _OTHER_DRAW = 100  # from the seed of one draw to that of the next
 PROJECTORS = "projectors"
 _THREADS = 2
+_FIRST_SEED = 0  # an aligned model that all seeds share is the one of this seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +157,9 @@ def train(job: Job, threads: int = 1) -> None:
         partial.mkdir(parents=True)
         if job.name == ALIGNED:
             checkpoint = target.with_name(f".{job.name}.checkpoint")
-            seed = job.seed + _OTHER_DRAW * len(job.rejected)
-            make_aligned(job.cache, job.family, seed, partial, checkpoint)
+            seed = job.seed if PAIRS[job.family].each_seed else _FIRST_SEED
+            drawn = seed + _OTHER_DRAW * len(job.rejected)
+            make_aligned(job.cache, job.family, drawn, partial, checkpoint)
         else:
             train_adapter(job, partial)
         partial.rename(target)
