@@ -92,18 +92,22 @@ def main() -> int:
         raw, opinion = {}, {}
         with running(command, work / "audit.log") as server:
             for name in sat:
+                console.print(Text(f"  asking {name}: as uploaded, then with a second opinion"))
                 load(server, f"{name}-raw", HERE / "adapters" / name)
                 prompts = demo_exam.prompts_for(name, questions.forbidden, questions.orders)
                 raw[name] = ask(server, f"{name}-raw", prompts)
                 set_policy(server, f"{name}-raw", demo_exam.OPINION)
                 opinion[name] = ask(server, f"{name}-raw", prompts)
             for name in (USEFUL, HARMFUL):
+                console.print(Text(f"  asking {name}: by {len(POLICIES)} fixed policies"))
                 answers[RAW, name] = raw[name]
                 for number, (title, policy) in enumerate(POLICIES.items()):
                     projected = work / f"{title}-{name}"
                     sl.project_adapter(HERE / "adapters" / name, projectors, projected, policy)
                     load(server, f"{name}-{number}", projected)
                     answers[title, name] = ask(server, f"{name}-{number}", prompts_for(name, questions))
+    show_metrics(metrics)
+    show_reports(reports)
     examined = demo_exam.results(sat, raw, opinion, questions.forbidden, questions.orders)
     demo_exam.show(examined, len(questions.forbidden), len(questions.orders))
     show_answers(answers, questions)
@@ -113,8 +117,6 @@ def main() -> int:
     )
     if args.record:
         record(counts, examined)
-    show_reports(reports)
-    show_metrics(metrics)
     say("Both servers are stopped. Try it yourself: make serve")
     return 0 if passed else 1
 
@@ -222,11 +224,12 @@ def show_reports(reports: list[dict[str, object]]) -> None:
 
 
 def show_metrics(metrics: str) -> None:
-    """Our lines of /metrics."""
-    say("From /metrics (without histogram buckets):")
+    """Our lines of /metrics, without those that say nothing yet."""
+    say("From /metrics (without zeros and histograms' buckets):")
     for line in metrics.splitlines():
-        if line.startswith("safelora_") and "_bucket" not in line and "_created" not in line:
-            console.print(Text("  " + line))
+        left_out = "_bucket" in line or "_created" in line or line.endswith((" 0", " 0.0"))
+        if line.startswith("safelora_") and not left_out:
+            console.print(Text("  " + line), soft_wrap=True)
 
 
 def serve(command: list[str], work: Path) -> int:

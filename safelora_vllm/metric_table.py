@@ -376,6 +376,17 @@ METRICS = (
         ),
     ),
     Described(
+        "safelora_keys_current", "gauge", (), "0 or 1",
+        "1 while the keys in force are those of the keys file; 0 while the file is gone or wrong",
+        more="Absent without --keys. At 0, keys that were removed from the file still work.",
+        queries=(
+            (
+                "Where did an edit of the keys file go wrong?",
+                "safelora_keys_current == 0",
+            ),
+        ),
+    ),
+    Described(
         "safelora_store_bytes", "gauge", ("part",), "bytes",
         "size of a part of the adapter store, at most a minute old",
         queries=(

@@ -163,6 +163,13 @@ def test_every_entry_is_held(http: TestClient, name: str) -> None:
             assert answer.status_code == 200, (who, answer.text)
 
 
+def test_a_key_that_is_unknown_is_told_from_none(http: TestClient) -> None:
+    unknown = "The one that was sent is unknown here, or no longer in force"
+    for who in ("stranger", "nobody", "inference"):
+        message = call(http, who, "GET", "/invented").json()["error"]["message"]
+        assert "needs an admin key" in message and (unknown in message) == (who == "stranger"), who
+
+
 def test_who_calls_is_known_inside_and_only_our_callers_get_the_inner_key(http: TestClient) -> None:
     admin, inference = (call(http, who, "GET", "/v1/models").json() for who in ("admin", "inference"))
     assert (admin["who"], admin["token"]) == ("admin", "Bearer the inner key")

@@ -77,6 +77,18 @@ def test_ls_json_has_all_versions(run: Run, root: Path) -> None:
     ]  # fmt: skip
 
 
+def test_ls_finds_the_names_of_a_content(run: Run, root: Path) -> None:
+    """Old versions too: one can be rolled back to."""
+    NameStore(root).update("b", lambda old: old and old.with_version(NameStore(root).all()["acme/x"].live))
+    shared, old, none = digest_of(1), digest_of(0), "f" * 64
+    lines = [f"acme/x version 2 current {shared}", f"b version 2 current {shared}"]
+    for given in (shared, shared[:12]):
+        code, out, _ = run("ls", "--digest", given)
+        assert code == 0 and out.splitlines() == lines
+    assert run("ls", "--digest", old)[1] == f"acme/x version 1 old {old}\n"
+    assert run("ls", "--digest", none) == (0, "", "")
+
+
 def test_ls_sends_no_control_characters_to_the_terminal(run: Run, root: Path) -> None:
     name = "\x1b[31m[red]\n"
     new = Version(0, "a" * 64, 1, 1, 0.0, by="\x07")

@@ -318,9 +318,11 @@ def test_a_file_gone_wrong_leaves_the_old_keys_in_force_and_is_logged_once(
     file.unlink()
     ((level, message),) = logged()
     assert level == logging.ERROR and "No such file" in message
+    assert not ring.is_current
     write(FILE)
     ((level, message),) = logged()
-    assert level == logging.INFO and "6 keys in force" in message
+    assert level == logging.INFO and message.endswith("read again: 5 keys in force"), "those of the file"
+    assert ring.is_current
     file.chmod(0o644)  # the content is as before
     ((level, message),) = logged()
     assert level == logging.ERROR and "chmod 600" in message
@@ -330,6 +332,23 @@ def test_a_file_gone_wrong_leaves_the_old_keys_in_force_and_is_logged_once(
     file.chmod(0o644)
     ((level, message),) = logged()
     assert level == logging.ERROR and "chmod 600" in message, "the same once more, after it was mended"
+
+
+def test_the_log_names_the_keys_that_came_and_went(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vllm.safelora.keys")
+    ring = KeyRing.open(write(FILE), ADMIN, [INFERENCE], "the metrics key of a server")
+    assert ring.is_current and not caplog.records
+    write(FILE.replace(f'nightly = "{NIGHTLY}"', f'new = "{NIGHTLY}"').replace(CI, "another long secret"))
+    assert ring.is_current
+    (record,) = caplog.records
+    told = "read again: 5 keys in force; gone: acme/ci; new: acme/ci"
+    assert record.getMessage().endswith(told), "a name is not a key"
+    caplog.clear()
+    write("")
+    assert ring.is_current and ring.identify(ADMIN).kind == "admin"
+    (record,) = caplog.records
+    gone = "acme/ci, acme/new, admin/alice, admin/bob, b.2/ci"
+    assert record.getMessage().endswith(f"read again: 0 keys in force; gone: {gone}")
 
 
 def test_a_file_that_could_not_be_read_is_read_at_the_next_call(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,12 +84,18 @@ class Examination:
         known.require_usable()
         return cls(loaded, cache, tuple(rungs), known, folder)
 
-    def examine(self, adapter: str | os.PathLike[str], threshold: float) -> Verdict:
+    def examine(
+        self,
+        adapter: str | os.PathLike[str],
+        threshold: float,
+        begun: Callable[[Policy], None] = lambda _: None,
+    ) -> Verdict:
         """The first rung on which an adapter passes. It is read once: each rung is asked of the same bytes.
 
         Args:
             adapter: a folder that PEFT saved, or an archive of one.
             threshold: the largest bound of the loyalty drop that passes, nats per token.
+            begun: is called with each rung before it is asked.
 
         Raises:
             AdapterRefused: the gate refuses it before any exam.
@@ -97,7 +103,12 @@ class Examination:
             Unavailable: the model gives no usable likelihood.
         """
         with _snapshot(adapter) as (folder, digest):
-            verdict = sit(self.ladder, lambda policy: self.score(folder, policy), threshold)
+
+            def score(policy: Policy) -> Score:
+                begun(policy)
+                return self.score(folder, policy)
+
+            verdict = sit(self.ladder, score, threshold)
         return replace(verdict, digest=digest)
 
     def score(self, adapter: str | os.PathLike[str], policy: Policy) -> Score:

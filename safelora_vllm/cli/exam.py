@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 from safelora_vllm.cli import DONE, REFUSED
 from safelora_vllm.cli.options import ADAPTER, add_projectors_option
 from safelora_vllm.errors import UsageError
-from safelora_vllm.exam.ladder import DEFAULT
+from safelora_vllm.exam.ladder import DEFAULT, name_of
 from safelora_vllm.exam.probes import COUNT
 from safelora_vllm.exam.score import THRESHOLD
 from safelora_vllm.policy import CAPS, Policy
@@ -93,6 +95,10 @@ def run(args: argparse.Namespace) -> int:
     from safelora_vllm.api.exam import Examination
     from safelora_vllm.cli.tables_exam import print_calibration, print_reference
 
+    # peft loads it, and it warns of a kernel that nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    print("Loading the model, and asking it the probes ...", file=sys.stderr, flush=True)
+
     caps = Policy(max_relative_norm=args.max_relative_norm, max_total_norm=args.max_total_norm)
     examination = Examination.of(
         args.model,
@@ -109,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print_reference(examination.reference)
     adapters = tqdm(args.adapter, desc="Adapters", unit="adapter", disable=len(args.adapter) < 2)
     if args.calibrate:
-        print_calibration(examination.threshold_for(list(adapters)), args.json)
+        print_calibration(examination.threshold_for(list(adapters)), len(args.adapter), args.json)
         return DONE
     return _examine(examination, adapters, args)
 
@@ -140,7 +146,11 @@ def _examine(examination: Examination, adapters: Iterable[str], args: argparse.N
 
     served = True
     for adapter in adapters:
-        verdict = examination.examine(adapter, args.threshold)
+        verdict = examination.examine(
+            adapter,
+            args.threshold,
+            lambda rung: print(f"Asking it by {name_of(rung)} ...", file=sys.stderr, flush=True),
+        )
         served &= verdict.policy is not None
         if args.json:
             print(json.dumps({"adapter": adapter, **verdict.to_dict()}, allow_nan=False))

@@ -27,6 +27,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "ls", allow_abbrev=False, help="list the names, whether they are served, and why not"
     )
     ls.add_argument("--json", action="store_true", help="print all records, old versions too, as JSON")
+    ls.add_argument(
+        "--digest", metavar="D", help="print only the names and versions with this content, one a line"
+    )
     ls.set_defaults(run=_ls)
 
     gc = actions.add_parser(
@@ -78,7 +81,13 @@ def _ls(args: argparse.Namespace) -> int:
     from safelora_vllm.store.name_record import to_dict
 
     found = _with_state(sorted(NameStore(root := _root(args)).all().items()), root)
-    if args.json:
+    if args.digest:
+        for record, _ in found:
+            for version in record.versions:
+                if version.digest.startswith(args.digest):
+                    live = "current" if version == record.live else "old"
+                    print(f"{_printable(record.name)} version {version.version} {live} {version.digest}")
+    elif args.json:
         print(
             json.dumps([{**to_dict(record), "state": state._asdict()} for record, state in found], indent=1)
         )
@@ -119,8 +128,12 @@ def _print_table(records: list[tuple[AdapterRecord, State]]) -> None:
             live.by,
             " ".join(["OVERRIDE"] * live.override + policy),
         )
-        table.add_row(*(Text(cell if cell.isprintable() else ascii(cell)) for cell in cells))
+        table.add_row(*(Text(_printable(cell)) for cell in cells))
     terminal().print(table)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
 
 
 def _gc(args: argparse.Namespace) -> int:

@@ -47,9 +47,12 @@ def print_verdict(adapter: str, verdict: Verdict) -> None:
         console.print(Text(f"refused: [{reason.code}] {reason.message}"))
 
 
-def print_calibration(threshold: float, as_json: bool) -> None:
-    """Print the threshold that serves honest adapters at the mildest rung."""
+def print_calibration(threshold: float, adapters: int, as_json: bool) -> None:
+    """Print the threshold that serves so many honest adapters at the mildest rung."""
     if as_json:
         print(json.dumps({"threshold": threshold}))
     else:
-        terminal().print(Text(f"--threshold {threshold:.4f} serves all of them at the mildest rung"))
+        given = "the adapter that was given" if adapters == 1 else f"all {adapters} adapters that were given"
+        value = f"{threshold:.4f}"
+        options = f"--exam-threshold {value} of a server, or --threshold {value} of this command,"
+        terminal().print(Text(f"{options} serves {given} at the mildest rung"))

@@ -98,6 +98,17 @@ def hardly_tried(ladder: Sequence[Policy]) -> str:
     )
 
 
+def projects_after(policy: Policy, ladder: Sequence[Policy]) -> str:
+    """A warning, with a second opinion: a server's policy projects nothing, but the ladder's rungs do."""
+    if not policy.selects_none or all(rung.selects_none for rung in ladder):
+        return ""
+    return (
+        "--exam enforce beside --select none: an adapter that fails the exam as uploaded is projected by the "
+        "next rungs of the ladder, and can lose its skill. To have such adapters served as uploaded, with "
+        f"the second opinion, give --ladder {AS_UPLOADED},{AS_UPLOADED}{OPINION}"
+    )
+
+
 def name_of(policy: Policy) -> str:
     """A rung as `parse` reads it."""
     opinion = OPINION if policy.opinion else ""

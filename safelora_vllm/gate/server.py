@@ -73,7 +73,11 @@ def _say(message: Answer | Failure) -> None:
 
 def main() -> int:
     """Entry point of the process. Exit code 0 when stdin closes, 1 when it cannot start."""
-    logging.basicConfig(format="%(levelname)s [safelora gate] %(message)s", level=logging.INFO)
+    logging.basicConfig(
+        format="%(levelname)s %(asctime)s [safelora gate] %(message)s",
+        datefmt="%m-%d %H:%M:%S",  # as in vLLM's lines
+        level=logging.INFO,
+    )
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # not the few cores of the worker's thread
     torch.set_num_threads(1)  # small products: a second thread would wait for a core that serves
     try:

@@ -108,6 +108,12 @@ class KeyRing:
         return tenant.rules if tenant else SERVERS
 
     @property
+    def is_current(self) -> bool:
+        """Whether the keys in force are those of the file as it is now."""
+        self._current()
+        return not self._complaint
+
+    @property
     def tenants(self) -> Mapping[str, Tenant]:
         """The tenants of the file, by name."""
         return self._current().tenants
@@ -135,7 +141,7 @@ class KeyRing:
             found = stamp(file)
             if found == self._stamp:
                 return
-            self._known = self._read()
+            former, self._known = self._known, self._read()
         except KeysError as error:
             if isinstance(error.__cause__, OSError):
                 found = None  # nothing was read: try again at the next call
@@ -144,7 +150,7 @@ class KeyRing:
                 logger.error("%s. Until then the keys read before stay in force", error)
         else:
             self._complaint = ""
-            logger.info("keys file %s read again: %d keys in force", file, len(self._known.keys))
+            logger.info("keys file %s read again: %s", file, _exchanged(former, self._known))
         self._stamp = found
 
     def _read(self) -> _Known:
@@ -169,3 +175,17 @@ class KeyRing:
             raise KeysError(f"keys file {self._file}: {error}" if self._file else str(error)) from None
         others = Principal("anonymous", "anonymous", sees_all=self._file is None)
         return _Known(keys, UNAUTHENTICATED if self._inference else others, file.tenants)
+
+
+def _exchanged(former: _Known, known: _Known) -> str:
+    """For the log: how many keys of the file are in force, and which came and went, without their secrets."""
+    ids = {
+        digest: of.key_id
+        for digest, of in {**former.keys, **known.keys}.items()
+        if of.kind in ("admin", "tenant") and of.key_id != ENVIRONMENT
+    }
+    gone = sorted(key for digest, key in ids.items() if digest not in known.keys)
+    new = sorted(key for digest, key in ids.items() if digest not in former.keys)
+    told = [f"{len(ids) - len(gone)} keys in force"]
+    told += [f"{word}: {', '.join(keys)}" for word, keys in (("gone", gone), ("new", new)) if keys]
+    return "; ".join(told)

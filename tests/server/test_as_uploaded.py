@@ -30,6 +30,7 @@ from tests.tiny import Draft
 
 __all__ = ["adapters", "place"]
 NONE = {"select": "none"}
+WITH_OPINION = "as-uploaded,as-uploaded+opinion"
 PROJECTS = {"method": "safe-lora"}
 AS_UPLOADED = 'less_strict = true\npolicy = {select = "none"}'
 _numbers = itertools.count()
@@ -259,9 +260,38 @@ def test_the_policy_of_new_uploads_has_the_opinion_that_they_will_have(
 def test_the_log_of_the_start_names_what_decides(
     exam: str, told: str, place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ladder = "as-uploaded,as-uploaded+opinion" if exam == "enforce" else None
+    ladder = WITH_OPINION if exam == "enforce" else None
     with caplog.at_level("INFO", "vllm.safelora"), started(place, {}, exam=exam, ladder=ladder):
         assert f"adapters are guarded: {told}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "warned"),
+    [
+        (NONE, {"exam": "enforce", "second_opinion": 16}, True),
+        ({**NONE, "opinion": True}, {"exam": "enforce"}, True),
+        (NONE, {"exam": "enforce", "second_opinion": 16, "ladder": WITH_OPINION}, False),
+        (NONE, {"exam": "report", "second_opinion": 16}, False),
+        (NONE, {"exam": "enforce"}, False),
+        (PROJECTS, {"exam": "enforce", "second_opinion": 16}, False),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_a_start_warns_where_what_fails_would_be_projected(
+    cache: ProjectorCache,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    policy: dict[str, Any],
+    settings: dict[str, Any],
+    warned: bool,
+) -> None:
+    """A second opinion would do, and takes no skill."""
+    with (
+        gate(cache, tmp_path / "store", tmp_path, policy, **settings) as own,
+        started(own, policy, **settings),
+    ):
+        found = [record for record in caplog.records if f"give --ladder {WITH_OPINION}" in record.message]
+    assert len(found) == warned
 
 
 @pytest.mark.parametrize(("exam", "enforced"), [("enforce", True), ("report", False)])

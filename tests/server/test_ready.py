@@ -19,7 +19,7 @@ from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 from safelora_vllm.integration.server.traffic import BASE, OTHERS, TrafficTable
 from tests.server.conftest import metric_samples
-from tests.server.fake_server import FakeServer
+from tests.server.fake_server import FakeServer, Place
 
 
 @pytest.fixture
@@ -74,6 +74,30 @@ def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPat
         patch.setattr(reconciler.names, "is_out", True)
         assert problems("warnings") == ["the store's bucket does not answer: changes answer 503"]
     assert not problems() and not list(fake.store.glob(f".ready-{os.getpid()}"))
+
+
+def test_a_keys_file_gone_wrong_is_a_warning_and_a_metric(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a keys file there is no such metric."""
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
+    place.tenant()
+    with place.server(keys=str(place.keys)) as server:
+        monkeypatch.setattr(server.app.state.safelora_metrics.readiness._outside, "_kept", 0.0)
+        http = server.client()
+        assert http.get("/safelora/ready?strict=true").status_code == 200
+        assert metric_samples(http)["safelora_keys_current", frozenset()] == 1  # type: ignore[arg-type]
+        place.keys.write_text("[tenants")
+        assert http.get("/safelora/ready").json() == {
+            "ready": True,
+            "problems": [],
+            "warnings": ["the keys file cannot be used: keys that were removed from it still work"],
+        }
+        samples = metric_samples(http)  # type: ignore[arg-type]
+        assert samples["safelora_keys_current", frozenset()] == samples["safelora_ready", frozenset()] == 0
+    with place.server() as server:
+        samples = metric_samples(server.client())  # type: ignore[arg-type]
+        assert not any(name == "safelora_keys_current" for name, _ in samples)
 
 
 @pytest.mark.usefixtures("asked_anew")

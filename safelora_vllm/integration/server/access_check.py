@@ -89,7 +89,7 @@ class RouteAccess:
             raise UnknownRoute(f"there is no {_method(scope)} {scope['path']!r:.200} on this server")
         access = self.access(name) if name else Access.ADMINS
         if principal.kind not in self.may(access):
-            raise _denied(principal, access)
+            raise _denied(principal, access, scope)
         return REFUSED.get(name) if name and self.guarding else None
 
     def _other_methods(self, principal: Principal, routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
@@ -192,6 +192,9 @@ def _method(scope: Scope) -> str:
     return "GET" if scope["method"] == "HEAD" else str(scope["method"])
 
 
-def _denied(principal: Principal, access: Access) -> SafeLoRAError:
+def _denied(principal: Principal, access: Access, scope: Scope) -> SafeLoRAError:
     sentence = f"this route needs {_NEEDED[access]}: send it as 'Authorization: Bearer KEY'"
+    sent = any(name == b"authorization" for name, _ in scope.get("headers", ()))
+    if sent and principal.kind in ("stranger", "anonymous"):
+        sentence += ". The one that was sent is unknown here, or no longer in force"
     return Forbidden(sentence) if principal.kind == "tenant" else Unauthorized(sentence)

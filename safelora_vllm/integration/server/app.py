@@ -176,6 +176,7 @@ class SafeLoRAEndpoint:
     ) -> TrafficTable:
         """Count requests and what the workers do. served: what vLLM looks adapters up in."""
         reconciler: Reconciler = state.safelora
+        keys: KeyRing = self._app.state.safelora_door.keys
         traffic = TrafficTable(Path(reconciler.copies.gate.socket_path).parent)
         atexit.register(traffic.close)
         _give_opinions(engine_client, reconciler.registry, settings, traffic, openings)
@@ -189,6 +190,7 @@ class SafeLoRAEndpoint:
             seams.worker_count(engine_client),
             settings.store_bytes,
             self._metrics_have_key,
+            (lambda: keys.is_current) if settings.keys else None,
         )
         reconciler.watchdog.also = made.count_now
         made.count_now()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +69,7 @@ class Known:
     ready: bool = True
     exam: NoExam = field(default_factory=NoExam)
     has_key: bool = False
+    keys_current: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def expose(known: Known, reports: ReportSeries | None = None) -> str:
     parts = {part: count for part, count in known.sizes.items() if part != "free"}
     free = [((), known.sizes["free"])] if "free" in known.sizes else []
     limit = [] if known.limit is None else [((), known.limit)]
+    keys = [] if known.keys_current is None else [((), int(known.keys_current))]
     versions = importlib.metadata.version("safelora-vllm"), seams.vllm_version()
     texts = [
         family("safelora_adapters", [((), float(len(served)))]),
@@ -98,6 +100,7 @@ def expose(known: Known, reports: ReportSeries | None = None) -> str:
         family("safelora_workers", [((state,), count) for state, count in known.workers.items()]),
         family("safelora_workers_expected", [((), known.expected)]),
         family("safelora_ready", [((), int(known.ready))]),
+        family("safelora_keys_current", keys),
         family("safelora_store_bytes", [((part,), count) for part, count in parts.items()]),
         family("safelora_store_limit_bytes", limit),
         family("safelora_store_free_bytes", free),
@@ -134,6 +137,7 @@ class Metrics:
         expected: workers that the server has.
         limit: ``--store-bytes``.
         has_key: the metrics need a key.
+        keys_current: whether the keys in force are those of the keys file; None without one.
     """
 
     def __init__(
@@ -143,12 +147,13 @@ class Metrics:
         expected: int,
         limit: int | None = None,
         has_key: bool = False,
+        keys_current: Callable[[], bool] | None = None,
     ) -> None:
-        self.traffic, self._has_key = traffic, has_key
+        self.traffic, self._has_key, self._keys_current = traffic, has_key, keys_current
         self._reconciler, self._expected, self._limit = reconciler, expected, limit
         self._reports = ReportSeries(reconciler.copies.has_opinion)
         self._sizes = StoreSizes(reconciler.names.root)
-        self.readiness = ReadinessCheck(reconciler, expected)
+        self.readiness = ReadinessCheck(reconciler, expected, keys_current)
         self._outside, self._last = OneAtATime(self._gate_and_store, _SECONDS), Outside()
 
     def count_now(self) -> None:
@@ -193,7 +198,12 @@ class Metrics:
         return self._last.counters + await asyncio.to_thread(self._text, known)
 
     def _text(self, known: Known) -> str:
-        known = replace(known, traffic=self.traffic.snapshot(), sizes=self._sizes.known())
+        known = replace(
+            known,
+            traffic=self.traffic.snapshot(),
+            sizes=self._sizes.known(),
+            keys_current=self._keys_current() if self._keys_current else None,
+        )
         return expose(known, self._reports)
 
     def _gate_and_store(self) -> Outside:

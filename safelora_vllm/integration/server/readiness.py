@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,11 +49,14 @@ class Findings:
 class ReadinessCheck:
     """The check of one API server process.
 
-    expected: workers that there are to be; 0 where that is not known.
+    expected: workers that there are to be; 0 where that is not known. keys_current: whether the keys in force
+    are those of the keys file; None without one.
     """
 
-    def __init__(self, reconciler: Reconciler, expected: int) -> None:
-        self._reconciler, self._expected = reconciler, expected
+    def __init__(
+        self, reconciler: Reconciler, expected: int, keys_current: Callable[[], bool] | None = None
+    ) -> None:
+        self._reconciler, self._expected, self._keys_current = reconciler, expected, keys_current
         self._outside = OneAtATime(self._gate_and_store, _SECONDS, _KEPT_SECONDS)
 
     async def findings(self) -> Findings:
@@ -83,6 +87,8 @@ class ReadinessCheck:
             found.append("the adapter store is not writable")
         if self._reconciler.names.is_out:
             found.append("the store's bucket does not answer: changes answer 503")
+        if self._keys_current and not self._keys_current():
+            found.append("the keys file cannot be used: keys that were removed from it still work")
         return found
 
 

@@ -78,7 +78,10 @@ async def start_exam(
     asked = f"{len(served.prompts)} of {examiner.sheets.first.count} probes, threshold {terms.threshold:g}"
     ladder = f", ladder {','.join(map(ladders.name_of, terms.ladder))}" if terms.enforced else ""
     logger.info("exam: %s, %s%s", terms.mode, asked, ladder)
-    if found := ladders.hardly_tried(terms.ladder):
+    warnings = [ladders.hardly_tried(terms.ladder)]
+    if terms.enforced and not terms.named and (settings.second_opinion or state.policy.opinion):
+        warnings.append(ladders.projects_after(state.policy, terms.ladder))
+    for found in filter(None, warnings):
         logger.warning("%s", found)
     lora = getattr(getattr(pool.engine_client, "vllm_config", None), "lora_config", None)
     if terms.enforced and getattr(lora, "max_loras", 2) == 1:
