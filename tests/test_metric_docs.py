@@ -99,7 +99,7 @@ def families(cache: ProjectorCache, tmp_path: Path) -> list[Metric]:
     known = Known(
         entries, WORKERS, 2, {"acme": Kept(1, 5)}, traffic.snapshot(), pools,
         {**dict.fromkeys(PARTS, 1), "free": 1}, 1, 0, dict.fromkeys(FAILURES, 0),
-        exam=Examining(), has_key=True,
+        exam=Examining(), has_key=True, keys_current=True,
     )  # fmt: skip
     return [*registry.collect(), *text_string_to_metric_families(expose(known))]
 
