@@ -46,6 +46,16 @@ def test_modules_are_for_admins_or_for_all(
     assert seen == {who: one if who in mine else None for who in seen}  # what is shared tells of others
     own = 14 if told == "full" else 0
     assert counts == [own, 14, own, own, own, own, 14]
+    figures = [answer.json()["figures"] for answer in reports]
+    assert [bool(found) for found in figures] == [bool(count) for count in counts]
+    for found, answer in zip(figures, reports, strict=True):
+        modules = answer.json()["modules"]
+        assert not found or found == {
+            "modules": 14,
+            "projected": sum(module["decision"] == "projected" for module in modules),
+            "least_retained": min(module["retained"] for module in modules),
+            "total_norm": answer.json()["total_norm"],
+        }
     assert all(answer.json()["total_norm"] > 0 for answer in reports)
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from safelora_vllm.errors import Reason
 from safelora_vllm.integration.server.registry import Entry, State, why_unavailable
+from safelora_vllm.integration.server.schemas import Figures
 from safelora_vllm.integration.server.views import Views
 from safelora_vllm.integration.server.visibility import visible
 from safelora_vllm.policy import Policy
@@ -24,15 +25,6 @@ class CallerInfo(BaseModel):
     kind: Kind
     key: str = Field(description="id of the key; not secret")
     tenant: str | None
-
-
-class Figures(BaseModel):
-    """What the gate did to the version that is served, over all of its modules."""
-
-    modules: int
-    projected: int
-    least_retained: float | None = Field(description="of all modules; null where every delta is zero")
-    total_norm: float
 
 
 class Verdict(BaseModel):

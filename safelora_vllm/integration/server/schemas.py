@@ -195,9 +195,19 @@ class ExamState(BaseModel):
     )
 
 
-class AdapterReport(AdapterSummary):
-    """The same, module by module."""
+class Figures(BaseModel):
+    """What the gate did to the version that is served, over all of its modules."""
 
+    modules: int
+    projected: int
+    least_retained: float | None = Field(description="of all modules; null where every delta is zero")
+    total_norm: float
+
+
+class AdapterReport(AdapterSummary):
+    """The same, with figures, module by module too."""
+
+    figures: Figures | None = Field(description="null for tenants where the operator keeps module figures")
     exam: ExamInfo | None = Field(description="null where it was not examined")
     traffic: TrafficInfo | None = Field(
         description="for admins and the adapter's tenant; null before the first request"

@@ -53,9 +53,11 @@ class Views:
     def report(self, who: Principal, entry: Entry) -> dict[str, Any]:
         """The body of `AdapterReport` for a caller, of an adapter that is served."""
         name, shown = entry.name, self.reconciler.copies.shown(entry.current().report)
-        found = report_of(entry, shown, self.shows_figures(who))
+        shows = self.shows_figures(who)
+        found = report_of(entry, shown, shows)
+        figures = entry.current().figures if shows else None
         traffic = _traffic_info(self.traffic(name)) if who.may_manage(name) else None
-        return {**found, "traffic": traffic, "exam": self._exam_info(who, entry)}
+        return {**found, "figures": figures, "traffic": traffic, "exam": self._exam_info(who, entry)}
 
     def shows_figures(self, who: Principal) -> bool:
         """Whether a caller is shown the figures of modules."""
