@@ -370,7 +370,7 @@ METRICS = (
         "1 where GET /safelora/ready?strict=true answers 200",
         queries=(
             (
-                "On which servers are workers, gate or store out of order?",
+                "On which servers are workers, gate, store or keys file out of order?",
                 "safelora_ready == 0",
             ),
         ),

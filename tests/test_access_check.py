@@ -170,6 +170,21 @@ def test_a_key_that_is_unknown_is_told_from_none(http: TestClient) -> None:
         assert "needs an admin key" in message and (unknown in message) == (who == "stranger"), who
 
 
+@pytest.mark.parametrize("sent", ["Basic bm9ib2R5OnB3", KEYS["stranger"], "Bearer", ""])
+def test_what_is_no_bearers_key_is_none(http: TestClient, sent: str) -> None:
+    message = http.get("/invented", headers={"Authorization": sent}).json()["error"]["message"]
+    assert "needs an admin key" in message and "unknown here" not in message
+
+
+def test_without_inference_keys_an_unknown_key_is_told_too() -> None:
+    app = application(Route("/invented", lambda _: JSONResponse({})))
+    app.state.safelora_door = dataclasses.replace(app.state.safelora_door, keys=KeyRing.open(None, ADMIN, []))
+    with TestClient(app) as http:
+        for who in ("stranger", "nobody"):
+            message = call(http, who, "GET", "/invented").json()["error"]["message"]
+            assert "needs an admin key" in message and ("unknown here" in message) == (who == "stranger")
+
+
 def test_who_calls_is_known_inside_and_only_our_callers_get_the_inner_key(http: TestClient) -> None:
     admin, inference = (call(http, who, "GET", "/v1/models").json() for who in ("admin", "inference"))
     assert (admin["who"], admin["token"]) == ("admin", "Bearer the inner key")

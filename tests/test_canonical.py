@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safelora_vllm.cli.main import main
 from safelora_vllm.gate.admit import GateSettings, admit
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.store import PublishedStore
 from tests import reference
@@ -112,7 +113,7 @@ def formula(method: str, v: Tensor, a: Tensor, b: Tensor, energy: float) -> Tens
     return reference.truncated(reference.damped(v, a, b, energy), a.shape[0])
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_projected_it_answers_like_the_merged_formula(
     method: str, pair: Pair, cache: ProjectorCache, tmp_path: Path
 ) -> None:

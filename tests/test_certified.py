@@ -16,10 +16,10 @@ from torch import Tensor
 
 from safelora_vllm.adapters.read import Limits, RawAdapter, read_adapter
 from safelora_vllm.gate.admit import GateSettings, evaluate
-from safelora_vllm.methods import certified
+from safelora_vllm.methods import METHODS, certified
 from safelora_vllm.methods.reads import parts_read
 from safelora_vllm.methods.selection import Interval
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import Parts, ProjectorCache, Spectrum
 from tests import reference
 from tests.module_delta import ModuleDelta
@@ -190,7 +190,7 @@ def upload(tmp_path: Path) -> RawAdapter:
 
 
 @pytest.mark.parametrize("loaded", [True, False])
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_policy_reads_its_parts_and_no_others(
     method: str, loaded: bool, cache: ProjectorCache, upload: RawAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

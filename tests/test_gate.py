@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from safelora_vllm.adapters.read import WEIGHTS, Limits
 from safelora_vllm.errors import StoreUnavailable
 from safelora_vllm.gate.admit import Admission, GateSettings, admit
-from safelora_vllm.policy import CAPS, METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import CAPS, Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.report import Report
 from safelora_vllm.store import PublishedStore, RawStore
@@ -368,7 +369,7 @@ def test_reports_on_disk_are_plain_json(
     zero = Draft(tensors={name: torch.zeros_like(tensor) for name, tensor in lora().items()})
     for index, folder in enumerate((adapter, zero.write(tmp_path / "zero"))):
         for policy in (
-            *(Policy(method=method, energy=0.8) for method in METHOD_NAMES),
+            *(Policy(method=method, energy=0.8) for method in METHODS),
             Policy(method="safe-lora", mode="report-only"),
         ):
             out = published(admit(folder, str(index), GateSettings(cache, policy), store))

@@ -36,7 +36,8 @@ from safelora_vllm.gate.client import GateClient
 from safelora_vllm.gate.protocol import GateConfig, GateState, Judgement, decode_answer, encode
 from safelora_vllm.gate.server import _MAX_LINE
 from safelora_vllm.gate.supervisor import GateProcess
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.methods import METHODS
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from safelora_vllm.settings import ServerSettings
 from safelora_vllm.store import PublishedStore, RawStore
@@ -286,7 +287,7 @@ def test_bad_settings_end_the_start_with_the_cause(config: GateConfig, pair: Pai
         ({"projectors": str(tmp_path)}, ProjectorCacheError, "no projector cache in"),
         *(
             ({"policy": {"method": method, "energy": 0.99}}, PolicyError, "`energy` 0.99 is above")
-            for method in METHOD_NAMES
+            for method in METHODS
             if method != "safe-lora"
         ),
         ({"policy": {"unknown": 1}}, PolicyError, "are not valid fields of a policy"),

@@ -23,7 +23,7 @@ from safelora_vllm.exam.ladder import parse
 from safelora_vllm.methods import METHODS, judge, lowrank
 from safelora_vllm.methods.judge import JudgedModule, grouped
 from safelora_vllm.methods.reads import parts_read
-from safelora_vllm.policy import METHOD_NAMES, Policy
+from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 from tests import reference
 from tests.module_delta import ModuleDelta
@@ -36,7 +36,7 @@ Q0 = "model.layers.0.self_attn.q_proj"
 _SAME = 1e-6
 POLICIES = [
     Policy(method=method, select=select, threshold=0.4, number=6, energy=0.6, mode=mode)
-    for method in METHOD_NAMES
+    for method in METHODS
     for select in ("all", "threshold", "number")
     for mode in ("enforce", "report-only")
 ]
@@ -143,7 +143,7 @@ def test_a_delta_of_zero_among_others_stays_as_it_is(policy: Policy, cache: Proj
             assert reference.ratio(whole[0] - whole[1], whole[1]) < _SAME  # the group is another one
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_module_that_is_not_finite_spoils_no_other(bad: float, method: str, cache: ProjectorCache) -> None:
     weights, policy = adapter(), Policy(method=method, select="all", energy=0.6)

@@ -11,10 +11,10 @@ import pytest
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.selection import Interval
-from safelora_vllm.policy import METHOD_NAMES, Policy, stored_values
+from safelora_vllm.policy import Policy, stored_values
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_another_method_leaves_caps_mode_and_choices_as_they_are(method: str) -> None:
     own = {
         "threshold": 0.5,
@@ -23,11 +23,11 @@ def test_another_method_leaves_caps_mode_and_choices_as_they_are(method: str) ->
         "max_total_norm": 0.25,
         "mode": "report-only",
     }
-    for before in METHOD_NAMES:
+    for before in METHODS:
         assert Policy(method=before, **own).with_values({"method": method}) == Policy(method=method, **own)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_all_are_all_modules_with_a_delta_whatever_number_and_threshold_are(method: str) -> None:
     modules = {f"m{n:02}": Interval(n / 20, 0.1) for n in range(20)}
     everything = Policy(method=method, select="all", number=3, threshold=0.2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,8 +74,13 @@ def test_data_are_drawn_anew_until_a_model_passes(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
     failing(lambda draw, half: draw < 2 and half == "choose")
+    home = tmp_path / "smollm2" / "2"
+    for made in ("mixed-10-qv", "scores/none", "thin-projectors"):
+        (home / made).mkdir(parents=True)
     job = checked(tmp_path, "smollm2")
     assert trained == [2, 102, 202]
+    folders = {path.name for path in home.iterdir() if path.is_dir()}
+    assert folders == {ALIGNED, PROJECTORS}, "nothing is left that was made of another model"
     assert (job.aligned / "model.safetensors").read_text() == "202" and (job.home / PROJECTORS).is_dir()
     assert parts._measured(tmp_path, "smollm2", job.home).checks == {
         "choose, rejected draw 1": {"asr": 0.002},
@@ -89,9 +96,50 @@ def test_a_model_of_all_seeds_is_the_same_whichever_seed_asks_for_it(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
     failing(lambda draw, half: draw < 1 and half == "choose")
+    adapters = [tmp_path / "gemma3" / seed / "mixed-10-qv" for seed in ("0", "2")]
+    for folder in (*adapters, base := tmp_path / "gemma3" / "base"):
+        folder.mkdir(parents=True)
     checked(tmp_path, "gemma3", 2)
     checked(tmp_path, "gemma3", 1)
     assert trained == [0, 100]
+    assert base.exists() and not any(folder.exists() for folder in adapters)
+
+
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
+    stop: int,
+    tmp_path: Path,
+    trained: list[int],
+    failing: Callable[[Fails], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At each step of it: the same model is made again, or found again, and rejected once."""
+    failing(lambda draw, half: draw < 1 and half == "choose")
+    (tmp_path / "smollm2" / "2" / "mixed-10-qv").mkdir(parents=True)
+    steps = iter(range(1, 100))
+
+    class Killed(BaseException):
+        pass
+
+    def counted(act: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **more: Any) -> Any:
+            if next(steps) == stop:
+                raise Killed
+            return act(*args, **more)
+
+        return step
+
+    job = Job(tmp_path, "smollm2", 2, ALIGNED)
+    run.train_all([job])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        with pytest.raises(Killed):
+            run._check(job)
+    checked(tmp_path, "smollm2")
+    assert trained in ([2, 102], [2, 2, 102])
+    assert [json.loads(file.read_text())["figures"]["asr"] for file in job.rejected] == [0.002]
+    assert not (job.home / "mixed-10-qv").exists()
 
 
 def test_it_stops_after_some_draws(

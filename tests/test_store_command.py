@@ -86,7 +86,19 @@ def test_ls_finds_the_names_of_a_content(run: Run, root: Path) -> None:
         code, out, _ = run("ls", "--digest", given)
         assert code == 0 and out.splitlines() == lines
     assert run("ls", "--digest", old)[1] == f"acme/x version 1 old {old}\n"
-    assert run("ls", "--digest", none) == (0, "", "")
+    code, out, err = run("ls", "--digest", none)
+    assert (code, out) == (0, "") and f"no name has a version with the content {none}" in err
+
+
+@pytest.mark.parametrize("given", ["", "abc", "A" * 64, "sha256:" + "a" * 64, "a" * 65, "9b6d18e2…"])
+def test_what_is_no_digest_is_an_error_and_not_an_empty_list(given: str, run: Run) -> None:
+    code, out, err = run("ls", "--digest", given)
+    assert code == 2 and not out and "expected 8 to 64 of the digits" in err
+
+
+def test_ls_prints_json_or_a_digests_names(run: Run) -> None:
+    code, out, err = run("ls", "--json", "--digest", "a" * 64)
+    assert code == 2 and not out and "not allowed with" in err
 
 
 def test_ls_sends_no_control_characters_to_the_terminal(run: Run, root: Path) -> None:

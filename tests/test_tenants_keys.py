@@ -341,8 +341,8 @@ def test_the_log_names_the_keys_that_came_and_went(write: Write, caplog: pytest.
     write(FILE.replace(f'nightly = "{NIGHTLY}"', f'new = "{NIGHTLY}"').replace(CI, "another long secret"))
     assert ring.is_current
     (record,) = caplog.records
-    told = "read again: 5 keys in force; gone: acme/ci; new: acme/ci"
-    assert record.getMessage().endswith(told), "a name is not a key"
+    told = "read again: 5 keys in force; gone: acme/ci, acme/nightly; new: acme/ci, acme/new"
+    assert record.getMessage().endswith(told), "the secret of nightly has another name"
     caplog.clear()
     write("")
     assert ring.is_current and ring.identify(ADMIN).kind == "admin"

@@ -25,10 +25,11 @@ from safelora_vllm.errors import PolicyError, ProjectorCacheError, UsageError
 from safelora_vllm.gate.admit import GateSettings, evaluate
 from safelora_vllm.gate.protocol import Admit, Ensure, GateConfig
 from safelora_vllm.gate.service import GateService
+from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.judge import judge
 from safelora_vllm.methods.reads import parts_read, truncation
 from safelora_vllm.methods.safe_lora import norm_kept
-from safelora_vllm.policy import METHOD_NAMES, SELECTIONS, Policy
+from safelora_vllm.policy import SELECTIONS, Policy
 from safelora_vllm.projectors import build as build_module
 from safelora_vllm.projectors.build import MAX_ENERGY, BuildOptions, build
 from safelora_vllm.projectors.cache import Parts, ProjectorCache
@@ -44,7 +45,7 @@ ENERGIES = (0.1, 0.4, FULL)
 SERVED: list[dict[str, Any]] = [
     {}, {"energy": 0.9}, {"method": "csulora"}, {"method": "csulora", "energy": 0.3}, {"mode": "report-only"},
 ]  # fmt: skip
-EVERY = [Policy(method=method, select=select) for method in METHOD_NAMES for select in SELECTIONS[:-1]]
+EVERY = [Policy(method=method, select=select) for method in METHODS for select in SELECTIONS[:-1]]
 # C_k B is a float32 product of float32 bases, and what is served is float32: each errs by a few 2⁻²⁴.
 ROUNDING = 1e-6
 each_policy = pytest.mark.parametrize("policy", EVERY, ids=lambda p: f"{p.method}-{p.select}")

@@ -35,7 +35,11 @@ Ask = Callable[[Sequence[str], int], list[str]]
 
 
 class UnusablePair(Exception):
-    """An aligned model refuses what it should answer, or answers what it should refuse."""
+    """An aligned model refuses what it should answer, or answers what it should refuse. faults: in words."""
+
+    def __init__(self, message: str, faults: str = "") -> None:
+        super().__init__(message)
+        self.faults = faults
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,15 @@ def measure(prompts: Prompts, ask: Ask) -> Figures:
 
 def require_usable(pair: str, figures: dict[Part, Figures]) -> None:
     """Raise UnusablePair with all figures when a half has a fault."""
-    faults = [f"{half}: {fault}" for half, found in figures.items() for fault in found.faults()]
-    if faults:
-        measured = "; ".join(f"{half}: {_line(found)}" for half, found in figures.items())
+    faults = [f"{half}: {fault}" for half, of in figures.items() for fault in of.faults()]
+    if found := "; ".join(faults):
+        measured = "; ".join(f"{half}: {_line(of)}" for half, of in figures.items())
         raise UnusablePair(
-            f"{pair} is not a usable pair: {'; '.join(faults)}. Measured: {measured}. "
+            f"{pair} is not a usable pair: {found}. Measured: {measured}. "
             "Expected an aligned model that answers tasks and harmless prompts and refuses harmful-sounding "
-            "ones. Train it on other data (examples/training/alignment.py), delete its folder in the cache, "
-            "and start again."
+            "ones. Change its data (examples/training/alignment.py), delete the pair's folder in the "
+            "cache, and start again.",
+            found,
         )
 
 

@@ -176,7 +176,7 @@ def _check(job: Job) -> None:
         except check.UnusablePair as error:
             if PAIRS[job.family].lora or len(job.rejected) + 1 >= DRAWS:
                 raise
-            print(f"{error}\nIts data are drawn anew.", file=sys.stderr)
+            print(f"{label} {error.faults}. Its data are drawn anew", file=sys.stderr)
             reject(job)
             train_all([job])
     check.checked(job.home, label, HALVES)

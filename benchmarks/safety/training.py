@@ -113,11 +113,18 @@ def share(job: Job) -> None:
 
 
 def reject(job: Job) -> None:
-    """Drop an aligned model that failed the check, not its figures. The next one has other data."""
+    """Drop an aligned model that failed the check, and what was made of it. The next one has other data.
+
+    Its figures stay, and are renamed last: a run that is stopped before makes the same model again.
+    """
     aligned = job.aligned
+    homes = [job.home] if PAIRS[job.family].each_seed else job.home.parent.glob("[0-9]*")
+    for made in [made for home in homes for made in home.iterdir() if made.is_dir()]:
+        if not made.is_symlink() and made != aligned:
+            shutil.rmtree(made)
+    shutil.rmtree((job.home / PROJECTORS).resolve(), ignore_errors=True)
+    aligned.rename(aligned.with_name(f".{ALIGNED}"))
     aligned.with_name("check-choose.json").rename(aligned.with_name(f"rejected-{len(job.rejected)}.json"))
-    for made in (aligned, (job.home / PROJECTORS).resolve()):
-        shutil.rmtree(made)
 
 
 def train_all(jobs: list[Job]) -> None:
@@ -149,7 +156,10 @@ def train_all(jobs: list[Job]) -> None:
 def train(job: Job, threads: int = 1) -> None:
     """One model with its projectors, or one adapter; a folder appears when it is whole."""
     torch.set_num_threads(threads)
-    torch.manual_seed(job.seed)
+    seed = job.seed
+    if job.name == ALIGNED:
+        seed = (seed if PAIRS[job.family].each_seed else _FIRST_SEED) + _OTHER_DRAW * len(job.rejected)
+    torch.manual_seed(seed)
     target = job.target
     if not target.exists():
         partial = target.with_name(f".{job.name}")
@@ -157,9 +167,7 @@ def train(job: Job, threads: int = 1) -> None:
         partial.mkdir(parents=True)
         if job.name == ALIGNED:
             checkpoint = target.with_name(f".{job.name}.checkpoint")
-            seed = job.seed if PAIRS[job.family].each_seed else _FIRST_SEED
-            drawn = seed + _OTHER_DRAW * len(job.rejected)
-            make_aligned(job.cache, job.family, drawn, partial, checkpoint)
+            make_aligned(job.cache, job.family, seed, partial, checkpoint)
         else:
             train_adapter(job, partial)
         partial.rename(target)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from safelora_vllm.store.housekeeping import Collected
     from safelora_vllm.store.serving import State
 
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """``store`` with its own commands: ls, gc, verify, rm, preview."""
@@ -26,9 +30,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     ls = actions.add_parser(
         "ls", allow_abbrev=False, help="list the names, whether they are served, and why not"
     )
-    ls.add_argument("--json", action="store_true", help="print all records, old versions too, as JSON")
-    ls.add_argument(
-        "--digest", metavar="D", help="print only the names and versions with this content, one a line"
+    how = ls.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print all records, old versions too, as JSON")
+    how.add_argument(
+        "--digest",
+        metavar="D",
+        help="print only the names and versions with this content, one a line; its first 8 digits will do",
     )
     ls.set_defaults(run=_ls)
 
@@ -81,12 +88,8 @@ def _ls(args: argparse.Namespace) -> int:
     from safelora_vllm.store.name_record import to_dict
 
     found = _with_state(sorted(NameStore(root := _root(args)).all().items()), root)
-    if args.digest:
-        for record, _ in found:
-            for version in record.versions:
-                if version.digest.startswith(args.digest):
-                    live = "current" if version == record.live else "old"
-                    print(f"{_printable(record.name)} version {version.version} {live} {version.digest}")
+    if args.digest is not None:
+        _print_versions(args.digest, [record for record, _ in found])
     elif args.json:
         print(
             json.dumps([{**to_dict(record), "state": state._asdict()} for record, state in found], indent=1)
@@ -94,6 +97,20 @@ def _ls(args: argparse.Namespace) -> int:
     else:
         _print_table(found)
     return 0
+
+
+def _print_versions(digest: str, records: list[AdapterRecord]) -> None:
+    """Those with a content."""
+    if not _DIGEST.fullmatch(digest):
+        raise UsageError(f"--digest {digest!r:.80}: expected 8 to 64 of the digits 0-9 and a-f")
+    versions = [
+        (of, version) for of in records for version in of.versions if version.digest.startswith(digest)
+    ]
+    for of, version in versions:
+        live = "current" if version == of.live else "old"
+        print(f"{_printable(of.name)} version {version.version} {live} {version.digest}")
+    if not versions:
+        print(f"no name has a version with the content {digest}", file=sys.stderr)
 
 
 def _with_state(records: list[tuple[str, AdapterRecord]], root: Path) -> list[tuple[AdapterRecord, State]]:

@@ -179,13 +179,18 @@ class KeyRing:
 
 def _exchanged(former: _Known, known: _Known) -> str:
     """For the log: how many keys of the file are in force, and which came and went, without their secrets."""
-    ids = {
-        digest: of.key_id
-        for digest, of in {**former.keys, **known.keys}.items()
+    before, now = _of_file(former), _of_file(known)
+    told = [f"{len(now)} keys in force"]
+    for word, keys in (("gone", before - now), ("new", now - before)):
+        if keys:
+            told.append(f"{word}: {', '.join(sorted(key_id for _, key_id in keys))}")
+    return "; ".join(told)
+
+
+def _of_file(known: _Known) -> set[tuple[bytes, str]]:
+    """Digest and id of each key: one that has another id now is another's."""
+    return {
+        (digest, of.key_id)
+        for digest, of in known.keys.items()
         if of.kind in ("admin", "tenant") and of.key_id != ENVIRONMENT
     }
-    gone = sorted(key for digest, key in ids.items() if digest not in known.keys)
-    new = sorted(key for digest, key in ids.items() if digest not in former.keys)
-    told = [f"{len(ids) - len(gone)} keys in force"]
-    told += [f"{word}: {', '.join(keys)}" for word, keys in (("gone", gone), ("new", new)) if keys]
-    return "; ".join(told)

@@ -271,6 +271,7 @@ def test_the_log_of_the_start_names_what_decides(
         (NONE, {"exam": "enforce", "second_opinion": 16}, True),
         ({**NONE, "opinion": True}, {"exam": "enforce"}, True),
         (NONE, {"exam": "enforce", "second_opinion": 16, "ladder": WITH_OPINION}, False),
+        (NONE, {"exam": "enforce", "second_opinion": 16, "ladder": "as-uploaded,safe-lora"}, False),
         (NONE, {"exam": "report", "second_opinion": 16}, False),
         (NONE, {"exam": "enforce"}, False),
         (PROJECTS, {"exam": "enforce", "second_opinion": 16}, False),

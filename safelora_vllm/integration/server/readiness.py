@@ -1,4 +1,4 @@
-"""Whether a server is to get traffic: every worker guarded. And what else is out of order: gate and store."""
+"""Whether a server is to get traffic: every worker guarded. What else is out of order: gate, store, keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Readiness(BaseModel):
 
 @dataclass(frozen=True)
 class Findings:
-    """problems: why this server should get no traffic. warnings: why its adapters cannot be changed."""
+    """problems: why this server should get no traffic. warnings: what else is out of order."""
 
     problems: list[str]
     warnings: list[str]
