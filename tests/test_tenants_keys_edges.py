@@ -131,5 +131,5 @@ def test_what_becomes_of_an_edited_file_is_logged_in_full(
     assert [record.getMessage() for record in caplog.records] == [
         f"keys file {file}: the file has unknown entries ['user']; known are admin, tenants. "
         "Until then the keys read before stay in force",
-        f"keys file {file} read again: 2 keys in force",
+        f"keys file {file} read again: 2 keys in force; new: admin/b",
     ]
