@@ -61,7 +61,7 @@ class OverviewItem(BaseModel):
     second_opinion: bool = Field(description="its requests are also given to the aligned model")
     exam: Verdict | None = Field(description="null where what is served was not examined")
     figures: Figures | None = Field(
-        description="null while it is not served, and for tenants where the operator keeps module figures"
+        description="null while it is not served, and with --tenant-reports summary for all but admins"
     )
 
 

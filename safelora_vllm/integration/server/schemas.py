@@ -207,7 +207,7 @@ class Figures(BaseModel):
 class AdapterReport(AdapterSummary):
     """The same, with figures, module by module too."""
 
-    figures: Figures | None = Field(description="null for tenants where the operator keeps module figures")
+    figures: Figures | None = Field(description="null with --tenant-reports summary, for all but admins")
     exam: ExamInfo | None = Field(description="null where it was not examined")
     traffic: TrafficInfo | None = Field(
         description="for admins and the adapter's tenant; null before the first request"
