@@ -164,10 +164,10 @@ def test_every_entry_is_held(http: TestClient, name: str) -> None:
 
 
 def test_a_key_that_is_unknown_is_told_from_none(http: TestClient) -> None:
-    unknown = "The one that was sent is unknown here, or no longer in force"
+    unknown = "'Authorization: Bearer KEY'. The one that was sent is unknown here, or no longer in force"
     for who in ("stranger", "nobody", "inference"):
         message = call(http, who, "GET", "/invented").json()["error"]["message"]
-        assert "needs an admin key" in message and (unknown in message) == (who == "stranger"), who
+        assert "needs an admin key" in message and message.endswith(unknown) == (who == "stranger"), who
 
 
 @pytest.mark.parametrize("sent", ["Basic bm9ib2R5OnB3", KEYS["stranger"], "Bearer", ""])
@@ -183,6 +183,24 @@ def test_without_inference_keys_an_unknown_key_is_told_too() -> None:
         for who in ("stranger", "nobody"):
             message = call(http, who, "GET", "/invented").json()["error"]["message"]
             assert "needs an admin key" in message and ("unknown here" in message) == (who == "stranger")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "expected"),
+    [
+        ("inference", "/v1/models", True),
+        ("admin", "/v1/models", True),
+        ("metrics", "/v1/models", False),
+        ("inference", "/metrics", False),
+        ("admin", "/v1/audit", False),
+        ("inference", "/nowhere", False),
+    ],
+)
+def test_who_uses_models(kind: Any, path: str, expected: bool) -> None:
+    routes = application().router.routes
+    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+    access = RouteAccess(private_metrics=True)
+    assert access.uses_models(Principal(kind, kind), routes, scope) is expected
 
 
 def test_who_calls_is_known_inside_and_only_our_callers_get_the_inner_key(http: TestClient) -> None:

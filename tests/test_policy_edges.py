@@ -11,7 +11,7 @@ import pytest
 from safelora_vllm.errors import PolicyError
 from safelora_vllm.methods import METHODS
 from safelora_vllm.methods.selection import Interval
-from safelora_vllm.policy import Policy, stored_values
+from safelora_vllm.policy import Policy, chooses, stored_values
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,3 +86,22 @@ def test_all_methods_are_named_whose_default_a_field_needs(monkeypatch: pytest.M
 )
 def test_stored_values_change_in_their_mode_only(stored: dict[str, Any], todays: dict[str, Any]) -> None:
     assert stored_values(stored) == todays and stored_values(stored) is not stored
+
+
+def test_caps_and_an_opinion_choose_nothing_of_what_is_projected() -> None:
+    beside = {"max_relative_norm": 0.5, "max_total_norm": 0.1, "opinion": True}
+    assert not chooses({}) and not chooses(beside)
+    for values in ({"method": "safe-lora"}, {"energy": 0.2}, {"select": "none"}, {"mode": "enforce"}):
+        assert chooses(values) and chooses({**beside, **values})
+
+
+@pytest.mark.parametrize("values", [{"method": "input-removal"}, {"energy": 0.4}])
+def test_who_says_how_to_project_has_it_done(values: dict[str, Any]) -> None:
+    """Of a policy that projects nothing: the method's own selection, not ``none``."""
+    nothing = Policy(select="none", max_total_norm=0.1)
+    assert nothing.with_values(values) == Policy(**values, max_total_norm=0.1)
+    assert nothing.with_values({"max_total_norm": 0.2}) == Policy(select="none", max_total_norm=0.2)
+    projecting = Policy(method="safe-lora", select="number", number=3)
+    assert (
+        projecting.with_values(values if "energy" in values else {"method": "safe-lora"}).select == "number"
+    )

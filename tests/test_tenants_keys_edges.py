@@ -133,3 +133,8 @@ def test_what_becomes_of_an_edited_file_is_logged_in_full(
         "Until then the keys read before stay in force",
         f"keys file {file} read again: 2 keys in force; new: admin/b",
     ]
+
+
+def test_an_examples_secret_in_vllms_api_key_is_refused_by_its_option() -> None:
+    with pytest.raises(KeysError, match=r"^a key of vLLM's --api-key is an example's secret"):
+        KeyRing.open(None, SECRET, ["replace-this-key-of-an-example"])

@@ -36,7 +36,7 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 COPY = ROOT / ".cache" / "mutants"
 WANTED = 95.0  # percent, over all modules
 _PACKAGE = "safelora_vllm"
-_COPIED = (_PACKAGE, "tests", "pyproject.toml")
+_COPIED = (_PACKAGE, "tests", "docs", "pyproject.toml")
 _COLUMNS = ("mutants", "killed", "timed out", "survived", "equivalent", "not run")
 _OUTCOMES = {"killed": "killed", "timeout": "timed out", "not checked": "not run"}  # anything else: survived
 # A mutant may take (seconds of its tests + 1) * timeout_multiplier. Its process is forked from one that ran
@@ -169,6 +169,7 @@ def run(module: str, tests: Sequence[str], processes: int, deadline: float) -> b
     (folder / "mutants").mkdir(parents=True)  # Python ignores a folder that is not there when it starts
     for name in (_PACKAGE, "tests"):
         (folder / name).symlink_to(COPY / "tree" / name)
+    (folder / "mutants" / "docs").symlink_to(COPY / "tree" / "docs")  # some tests read examples there
     files = sorted(str(file.relative_to(ROOT)) for name in tests for file in (ROOT / "tests").glob(name))
     options = _OPTIONS.format(package=_PACKAGE, module=module, tests=files)
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + options)

@@ -194,8 +194,9 @@ def _method(scope: Scope) -> str:
 
 def _denied(principal: Principal, access: Access, scope: Scope) -> SafeLoRAError:
     sentence = f"this route needs {_NEEDED[access]}: send it as 'Authorization: Bearer KEY'"
-    headers = scope.get("headers", ())
-    sent = any(name == b"authorization" and value[:7].lower() == b"bearer " for name, value in headers)
+    sent = any(
+        name == b"authorization" and value[:7].lower() == b"bearer " for name, value in scope["headers"]
+    )
     if sent and principal.kind in ("stranger", "anonymous"):
         sentence += ". The one that was sent is unknown here, or no longer in force"
     return Forbidden(sentence) if principal.kind == "tenant" else Unauthorized(sentence)
