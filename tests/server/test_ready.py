@@ -18,7 +18,7 @@ from safelora_vllm.integration.server import accounting, readiness
 from safelora_vllm.integration.server.accounting import counted
 from safelora_vllm.integration.server.one_at_a_time import OneAtATime
 from safelora_vllm.integration.server.traffic import BASE, OTHERS, TrafficTable
-from tests.server.conftest import metric_samples
+from tests.server.conftest import samples_of
 from tests.server.fake_server import FakeServer, Place
 
 
@@ -33,7 +33,7 @@ def test_a_server_is_ready(fake: FakeServer, query: str) -> None:
     """Without a key: probes have none."""
     answer = fake.client().get(f"/safelora/ready{query}")
     assert (answer.status_code, answer.json()) == (200, {"ready": True, "problems": [], "warnings": []})
-    samples = metric_samples(fake.client())  # type: ignore[arg-type]  # a client of the same methods
+    samples = samples_of(fake.client().get("/metrics").text)
     assert samples["safelora_ready", frozenset()] == 1
     assert samples["safelora_workers", frozenset({("state", "guarded")})] == 1
 
@@ -48,7 +48,7 @@ def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPat
         assert answer.status_code == (503 if answer.json()["problems"] else 200)
         both = answer.json()["problems"] + answer.json()["warnings"]
         assert (strict.status_code, strict.json()["problems"]) == (503 if both else 200, both)
-        samples = metric_samples(fake.client())  # type: ignore[arg-type]
+        samples = samples_of(fake.client().get("/metrics").text)
         assert samples["safelora_ready", frozenset()] == (not both), "alerts are of both"
         assert (found == "warnings") is not bool(answer.json()["problems"]) or not both
         return list(answer.json()[found])
@@ -86,17 +86,17 @@ def test_a_keys_file_gone_wrong_is_a_warning_and_a_metric(
         monkeypatch.setattr(server.app.state.safelora_metrics.readiness._outside, "_kept", 0.0)
         http = server.client()
         assert http.get("/safelora/ready?strict=true").status_code == 200
-        assert metric_samples(http)["safelora_keys_current", frozenset()] == 1  # type: ignore[arg-type]
+        assert samples_of(http.get("/metrics").text)["safelora_keys_current", frozenset()] == 1
         place.keys.write_text("[tenants")
         assert http.get("/safelora/ready").json() == {
             "ready": True,
             "problems": [],
             "warnings": ["the keys file cannot be used: keys that were removed from it still work"],
         }
-        samples = metric_samples(http)  # type: ignore[arg-type]
+        samples = samples_of(http.get("/metrics").text)
         assert samples["safelora_keys_current", frozenset()] == samples["safelora_ready", frozenset()] == 0
     with place.server() as server:
-        samples = metric_samples(server.client())  # type: ignore[arg-type]
+        samples = samples_of(server.client().get("/metrics").text)
         assert not any(name == "safelora_keys_current" for name, _ in samples)
 
 
@@ -160,7 +160,7 @@ def test_an_output_that_cannot_be_counted_ends_no_request(
     table, given = TrafficTable(tmp_path), [object(), object()]
 
     async def use() -> None:
-        assert [output async for output in counted(_outputs(*given), "a", True, table)] == given  # type: ignore[arg-type]
+        assert [output async for output in counted(_outputs(*given), "a", True, table)] == given
 
     accounting._say_once.cache_clear()
     for _ in range(3):
