@@ -10,26 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
 
 import check
+import pairs
 import parts
 import run
 import training
 from training import ALIGNED, PROJECTORS, Job
 
-Fails = Callable[[int, str], bool]  # draw, half
+Fails = Callable[[int, float, str], bool]  # draw, strength, half
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds that data were drawn with: each aligned model's weights are its seed."""
+    """The seeds that data were drawn with: each aligned model's weights are its seed and its strength."""
     seeds: list[int] = []
 
     def make_aligned(_cache: Path, _pair: str, seed: int, target: Path, _checkpoint: Path) -> None:
         seeds.append(seed)
         (target / "model.safetensors").write_text(str(seed))
+
+    def at_strength(_base: Path, trained: Path, strength: float, target: Path) -> None:
+        seed = (trained / "model.safetensors").read_text()
+        (target / "model.safetensors").write_text(f"{seed} {strength}")
 
     def train_all(jobs: list[Job]) -> None:
         for job in jobs:
@@ -38,6 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 training.train(job)
 
     monkeypatch.setattr(training, "make_aligned", make_aligned)
+    monkeypatch.setattr(training, "at_strength", at_strength)
     monkeypatch.setattr(training, "build", lambda _base, _aligned, out, _options: out.mkdir())
     monkeypatch.setattr(training, "base_of", lambda cache, family: cache / family / "base")
     monkeypatch.setattr(run, "train_all", train_all)
@@ -46,16 +54,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fails], None]:
-    """Set which draw's models fail on which half."""
+    """Set which draw's models fail at which strength on which half."""
 
     def by(fails: Fails) -> None:
         def checked(home: Path, _pair: str, halves: list[str]) -> None:
             aligned = (home / ALIGNED).resolve()
-            seed = int((aligned / "model.safetensors").read_text())
+            seed, strength = map(float, (aligned / "model.safetensors").read_text().split())
             for half in halves:
-                figures = {"figures": {"asr": seed / 1000}}
-                aligned.with_name(f"check-{half}.json").write_text(json.dumps(figures))
-                if fails(seed // 100, half):
+                figures = {"figures": {"asr": round(seed / 1000 + strength, 3)}}
+                check.check_of(aligned, half).write_text(json.dumps(figures))
+                if fails(seed // 100, strength, half):
                     raise check.UnusablePair(half)
 
         monkeypatch.setattr(check, "checked", checked)
@@ -70,32 +78,34 @@ def checked(cache: Path, pair: str, seed: int = 2) -> Job:
     return job
 
 
-def test_data_are_drawn_anew_until_a_model_passes(
+def test_strengths_are_tried_before_data_are_drawn_anew(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda draw, half: draw < 2 and half == "choose")
+    failing(lambda draw, strength, half: draw < 1 or (strength == 1.0 and half == "report"))
     home = tmp_path / "smollm2" / "2"
     for made in ("mixed-10-qv", "scores/none", "thin-projectors"):
         (home / made).mkdir(parents=True)
     job = checked(tmp_path, "smollm2")
-    assert trained == [2, 102, 202]
+    assert trained == [2, 102]
     folders = {path.name for path in home.iterdir() if path.is_dir()}
-    assert folders == {ALIGNED, PROJECTORS}, "nothing is left that was made of another model"
-    assert (job.aligned / "model.safetensors").read_text() == "202" and (job.home / PROJECTORS).is_dir()
+    assert folders == {ALIGNED, PROJECTORS, "trained-1"}, "nothing is left that was made of another model"
+    assert (job.aligned / "model.safetensors").read_text() == "102 0.9" and (job.home / PROJECTORS).is_dir()
     assert parts._measured(tmp_path, "smollm2", job.home).checks == {
-        "choose, rejected draw 1": {"asr": 0.002},
-        "choose, rejected draw 2": {"asr": 0.102},
-        "choose": {"asr": 0.202},
-        "report": {"asr": 0.202},
+        "choose, draw 1, rejected 1": {"asr": 1.002, "strength": 1.0},
+        "choose, draw 1, rejected 2": {"asr": 0.902, "strength": 0.9},
+        "choose, draw 1, rejected 3": {"asr": 1.152, "strength": 1.15},
+        "report, draw 2, rejected 1": {"asr": 1.102, "strength": 1.0},
+        "choose": {"asr": 1.002, "strength": 0.9},
+        "report": {"asr": 1.002, "strength": 0.9},
     }
     run._check(job)
-    assert trained == [2, 102, 202]
+    assert trained == [2, 102]
 
 
 def test_a_model_of_all_seeds_is_the_same_whichever_seed_asks_for_it(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda draw, half: draw < 1 and half == "choose")
+    failing(lambda draw, strength, _half: draw < 1 or strength == 1.0)
     adapters = [tmp_path / "gemma3" / seed / "mixed-10-qv" for seed in ("0", "2")]
     for folder in (*adapters, base := tmp_path / "gemma3" / "base"):
         folder.mkdir(parents=True)
@@ -105,7 +115,7 @@ def test_a_model_of_all_seeds_is_the_same_whichever_seed_asks_for_it(
     assert base.exists() and not any(folder.exists() for folder in adapters)
 
 
-@pytest.mark.parametrize("stop", range(1, 5))
+@pytest.mark.parametrize("stop", range(1, 6))
 def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
     stop: int,
     tmp_path: Path,
@@ -114,7 +124,7 @@ def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At each step of it: the same model is made again, or found again, and rejected once."""
-    failing(lambda draw, half: draw < 1 and half == "choose")
+    failing(lambda _draw, strength, half: strength == 1.0 and half == "report")
     (tmp_path / "smollm2" / "2" / "mixed-10-qv").mkdir(parents=True)
     steps = iter(range(1, 100))
 
@@ -134,36 +144,44 @@ def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
         patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
         with pytest.raises(Killed):
             run._check(job)
     checked(tmp_path, "smollm2")
-    assert trained in ([2, 102], [2, 2, 102])
-    assert [json.loads(file.read_text())["figures"]["asr"] for file in job.rejected] == [0.002]
+    assert trained == [2]
+    assert [json.loads(file.read_text())["figures"]["asr"] for file in job.rejected] == [1.002]
+    assert [file.name for file in job.rejected] == ["rejected-00-report.json"] and job.strength == 0.9
     assert not (job.home / "mixed-10-qv").exists()
 
 
 def test_it_stops_after_some_draws(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda _draw, _half: True)
+    failing(lambda _draw, _strength, _half: True)
     with pytest.raises(check.UnusablePair, match="choose"):
         checked(tmp_path, "smollm2")
     assert trained == [2 + 100 * draw for draw in range(training.DRAWS)]
+    names = [file.name for file in Job(tmp_path, "smollm2", 2, ALIGNED).rejected]
+    assert names == [f"rejected-{number:02}-choose.json" for number in range(11)]
 
 
-def test_nothing_is_drawn_for_the_half_that_is_published(
+def test_an_alignment_that_is_not_trained_is_tried_once(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda _draw, half: half == "report")
-    with pytest.raises(check.UnusablePair, match="report"):
-        checked(tmp_path, "smollm2")
-    assert trained == [2]
-
-
-def test_an_alignment_that_is_not_trained_is_not_drawn(
-    tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
-) -> None:
-    failing(lambda _draw, half: half == "choose")
+    failing(lambda _draw, _strength, half: half == "choose")
     with pytest.raises(check.UnusablePair):
         checked(tmp_path, "smollm2-lora")
-    assert trained == [0]
+    assert trained == [0] and not Job(tmp_path, "smollm2-lora", 2, ALIGNED).rejected
+
+
+def test_a_strength_is_a_share_of_what_training_changed(tmp_path: Path) -> None:
+    for name, weight in (("base", 1.0), ("trained", 3.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        save_file({"w": torch.tensor([weight, 1.0]).bfloat16()}, tmp_path / name / "model.safetensors")
+    for strength, weight in ((0.5, 2.0), (1.0, 3.0), (1.5, 4.0)):
+        (target := tmp_path / str(strength)).mkdir()
+        pairs.at_strength(tmp_path / "base", tmp_path / "trained", strength, target)
+        made = load_file(target / "model.safetensors")["w"]
+        assert made.tolist() == [weight, 1.0] and made.dtype == torch.bfloat16
+        assert (target / "config.json").read_text() == "trained"

@@ -170,7 +170,7 @@ def checked(home: Path, pair: str, halves: Sequence[Part]) -> dict[Part, Figures
     for half in halves:
         prompts = Prompts.of(half)
         of = hashlib.sha256((weights + repr(prompts)).encode()).hexdigest()
-        file = aligned.with_name(f"check-{half}.json")
+        file = check_of(aligned, half)
         kept = json.loads(file.read_text()) if file.exists() else {}
         if kept.get("of") != of:
             ask, answers = _recorded(asking(aligned))
@@ -179,6 +179,11 @@ def checked(home: Path, pair: str, halves: Sequence[Part]) -> dict[Part, Figures
         found[half] = Figures(**kept["figures"])
         require_usable(pair, found)
     return found
+
+
+def check_of(aligned: Path, half: Part) -> Path:
+    """The file of an aligned model's figures on one half."""
+    return aligned.with_name(f"check-{half}.json")
 
 
 def _recorded(ask: Ask) -> tuple[Ask, dict[str, str]]:

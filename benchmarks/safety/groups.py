@@ -8,11 +8,16 @@ another's. So it takes runs of the model with the adapter, as an exam does, and 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "training"))
+
+from fitting import FAST_BFLOAT16
 from inputs import written
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -117,15 +122,17 @@ class _Adapted(Model):
     def __init__(self, aligned: Path, adapter: Path, cache: ProjectorCache, probes: Sequence[str]) -> None:
         super().__init__(aligned)
         self._cache, self._probes = cache, list(probes)
-        self._answers: list[Tokens] = [answer for answer, _ in self.answer(self._probes, _TOKENS)]
-        self._before = self.likelihoods(self._probes, self._answers)
+        with _fast():
+            self._answers: list[Tokens] = [answer for answer, _ in self.answer(self._probes, _TOKENS)]
+            self._before = self.likelihoods(self._probes, self._answers)
         self._model = self._peft.PeftModel.from_pretrained(self._aligned, adapter).eval()
         self._layers = _lora_layers(self._model)
         self._uploaded = {name: _a(layer).clone() for name, layer in self._layers.items()}
         count = self._model.config.num_hidden_layers
         self._groups = {name: group_of(name, count) for name in self._layers}
-        self._texts = torch.cat(written(self._model, self._tokenizer, _TEXTS))
-        self._said = self._log_probabilities()
+        with _fast():
+            self._texts = torch.cat(written(self._model, self._tokenizer, _TEXTS))
+            self._said = self._log_probabilities()
 
     @property
     def groups(self) -> list[str]:
@@ -137,15 +144,21 @@ class _Adapted(Model):
         for name, layer in self._layers.items():
             energy = energies[self._groups[name]]
             _a(layer).copy_(removed(self._uploaded[name], self._cache.projector(name), energy))
-        score = Score.of(self._before, self.likelihoods(self._probes, self._answers))
-        now = self._log_probabilities()
+        with _fast():
+            score = Score.of(self._before, self.likelihoods(self._probes, self._answers))
+            now = self._log_probabilities()
         departure = (self._said.exp() * (self._said - now)).sum(-1).mean()
         return Weighed(score, float(departure))
 
     @torch.inference_mode()
     def _log_probabilities(self) -> Tensor:
         """Of every token at every place of the texts, shape (texts, places, tokens)."""
-        return torch.cat([self._model(text[None]).logits.log_softmax(-1) for text in self._texts])
+        return torch.cat([self._model(text[None]).logits.float().log_softmax(-1) for text in self._texts])
+
+
+def _fast() -> torch.autocast:
+    """As the server asks: projections, outside of it, stay in float32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16)
 
 
 def _lora_layers(adapted: nn.Module) -> dict[str, LoraLayer]:

@@ -26,6 +26,7 @@ import scoring
 from asking import Asker, Question, Said
 from data import Example, orders
 from dialogues import dialogues
+from fitting import FAST_BFLOAT16
 from instructions import SPLITS
 from prompts import Prompt, forbidden, harmless
 from servers import Server, running
@@ -40,8 +41,9 @@ from safelora_vllm.gate.admit import GateSettings
 from safelora_vllm.policy import Policy
 from safelora_vllm.projectors.cache import ProjectorCache
 
-# In float32 answers do not depend on what else is in a batch, and a CPU without AVX-512 is faster.
-_OPTIONS = ["--dtype=float32", "--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
+# As the models are stored, and as they are served. Where a CPU is slow at it, float32.
+_DTYPE = "bfloat16" if FAST_BFLOAT16 else "float32"
+_OPTIONS = [f"--dtype={_DTYPE}", "--max-loras=2", "--max-cpu-loras=8", "--max-num-seqs=256"]
 # What a cap would refuse is counted, not refused.
 _OPTIONS += ["--max-relative-norm=1e9", "--max-total-norm=1e9"]
 _T = TypeVar("_T")
@@ -137,7 +139,7 @@ class Seed:
     ) -> dict[str, list[float]]:
         """What was asked already, where everything was the same that the scores are of."""
         file = self._scores_in / adapter / f"{treatment}.json"
-        digest = hashlib.sha256(of.encode()).hexdigest()
+        digest = hashlib.sha256((_DTYPE + of).encode()).hexdigest()
         if file.exists():
             kept = json.loads(file.read_text())
             if kept["of"] == digest:

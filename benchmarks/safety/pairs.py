@@ -104,6 +104,20 @@ def make_aligned(cache: Path, name: str, seed: int, target: Path, checkpoint: Pa
     model.to(STORAGE_DTYPE).save_pretrained(target)
 
 
+def at_strength(base: Path, trained: Path, strength: float, target: Path) -> None:
+    """Write base + strength · (trained − base) to ``target``, an empty folder."""
+    for source in trained.iterdir():
+        if source.name != WEIGHTS or strength == 1.0:
+            shutil.copy(source, target / source.name)
+    if strength != 1.0:
+        before, after = load_file(base / WEIGHTS), load_file(trained / WEIGHTS)
+        mixed = {
+            name: torch.lerp(before[name].float(), weight.float(), strength).to(weight.dtype)
+            for name, weight in after.items()
+        }
+        save_file(mixed, target / WEIGHTS, metadata={"format": "pt"})
+
+
 def _rounded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights as they would be stored, which the model has from now on."""
     with torch.no_grad():

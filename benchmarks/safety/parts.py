@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import risk
+from check import check_of
 from kept import Kept, Scores, scores_of, seeds
 from pairs import BASE, PAIRS
 from subjects import HALVES
-from training import ALIGNED, Job
+from training import ALIGNED, STRENGTHS, Job
 
 _FOLDER, _SUFFIX = "scores", ".json.xz"
 _DECIMALS = 6
@@ -82,14 +83,26 @@ def checks(pair: str, parts: Mapping[str, Part]) -> dict[str, Any]:
 def _measured(cache: Path, pair: str, home: Path) -> Part:
     base, scores = cache / PAIRS[pair].family / BASE, scores_of(home)
     adapters = [home / name for name in sorted({*scores} - {"none"}) if (home / name).exists()]
-    rejected = Job(cache, pair, int(home.name), ALIGNED).rejected
-    files = {f"choose, rejected draw {number}": file for number, file in enumerate(rejected, 1)}
-    files |= {name: (home / ALIGNED).resolve().with_name(f"check-{name}.json") for name in HALVES}
     return Part(
         scores,
         {each.name: risk.score(each, base, home / ALIGNED) for each in adapters if base.exists()},
-        {name: json.loads(file.read_text())["figures"] for name, file in files.items() if file.exists()},
+        _checked(Job(cache, pair, int(home.name), ALIGNED)),
     )
+
+
+def _checked(job: Job) -> dict[str, Any]:
+    """The figures of every aligned model that was tried, and how much of its training it has."""
+    found = {}
+    for number, file in enumerate(job.rejected):
+        half = file.stem.rpartition("-")[2]
+        draw, tried = divmod(number, len(STRENGTHS))
+        found[f"{half}, draw {draw + 1}, rejected {tried + 1}"] = (file, STRENGTHS[tried])
+    found |= {half: (check_of(job.aligned, half), job.strength) for half in HALVES}
+    return {
+        name: json.loads(file.read_text())["figures"] | {"strength": strength}
+        for name, (file, strength) in found.items()
+        if file.exists()
+    }
 
 
 def _rounded(data: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import KINDS
+from adapters import KINDS, NAMES
 from groups import Step, path_of
 from inputs import TEXTS, inputs_of
 from measure import Questions
@@ -38,13 +38,14 @@ from treatments import (
     through_safe_lora_inverse,
 )
 
+from safelora_vllm.exam.reference import ANSWER_TOKENS
 from safelora_vllm.projectors.cache import ProjectorCache
 
 SEEDS = [0, 1, 2]
 ENERGY = 0.2  # input removal's, as the server's default has it
 WEAKER = 0.1
 _BOTH = 0.25  # share of modules that both rules treat
-OPINION = 16  # tokens, as many as an exam looks at
+OPINION = ANSWER_TOKENS  # as many as a server waits for
 LADDER_ENERGIES = (0.05, 0.1, 0.2, 0.4, 0.8, 0.95)
 GUIDED_TO = (0.3, 0.1, 0.02)  # bounds of the loyalty drop, nats per token: the last is an exam's
 CURVES = ("pure-qv", "mixed-10-qv", "benign-qv")
@@ -101,7 +102,8 @@ def points(
         modules = modules_of(home / name)
         full = questions(size, chosen, tasks=useful)
         less = questions(size, chosen, harmless=False, tasks=useful)
-        yield from (Point(name, each, full) for each in (RAW, input_removal(ENERGY)))
+        whole = [RAW, input_removal(ENERGY), *([second_opinion(OPINION)] if name in NAMES else [])]
+        yield from (Point(name, each, full) for each in whole)
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
         rest = []
         if chosen and name in CURVES:
@@ -112,13 +114,6 @@ def points(
         if size is SMOKE:  # one strength of each method
             rungs, rest = rungs[-1:], list({each.method: each for each in rest}.values())
         yield from (Point(name, each, less) for each in (*rungs, *rest))
-
-
-def opinions(adapters: list[str], size: Size, chosen: bool) -> Iterator[Point]:
-    """What is asked of a server with ``--second-opinion``: each adapter as uploaded."""
-    for name in adapters:
-        asked = questions(size, chosen, tasks=KINDS[name.rpartition("-")[0]].useful)
-        yield Point(name, second_opinion(OPINION), asked)
 
 
 def _compared(modules: int, cache: ProjectorCache) -> list[Treatment]:

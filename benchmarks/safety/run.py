@@ -34,20 +34,18 @@ from pairs import PAIRS
 from plan import (
     CURVES,
     FULL,
-    OPINION,
     SEEDS,
     SMOKE,
     Point,
     Size,
     attacks,
     guided_path,
-    opinions,
     points,
     questions,
 )
 from subjects import HALVES
 from tqdm import tqdm
-from training import ALIGNED, CACHE, DRAWS, Job, folder, reject, train_all
+from training import ALIGNED, CACHE, Job, folder, reject, train_all
 
 _ROOT = Path(__file__).resolve().parents[2]
 # Where a smoke run takes a seed's parts from: what the demo has, so that nothing is trained.
@@ -123,8 +121,8 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
     """Train everything that is missing, then ask about it, a server for each seed.
 
     Raises check.UnusablePair before an adapter of the pair is trained, if an aligned model refuses tasks or
-    harmless prompts, or answers harmful ones: on the first half, so do all that its data were drawn for. A
-    smoke run shows only that the parts fit, and does not check.
+    harmless prompts, or answers harmful ones, and so do all that were tried in its place. A smoke run shows
+    only that the parts fit, and does not check.
     """
     for pair in dict.fromkeys(part.pair for part in parts):
         jobs = [
@@ -156,30 +154,22 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
                 more = [name for name in MORE_NAMES if name in part.adapters]
                 todo += attacks(home, served.projectors, more, size)
             _ask(served, home, todo, f"{part.pair} {part.seed}")
-        if size is SMOKE:
-            continue
-        with (
-            _timed(cache, f"second opinions, {part.pair} {part.seed}"),
-            serving(home, more=[*lora, f"--second-opinion={OPINION}"]) as served,
-        ):
-            names = [name for name in part.adapters if name in NAMES]
-            _ask(served, home, list(opinions(names, size, part.chosen)), f"{part.pair} {part.seed}, opinions")
 
 
 def _check(job: Job) -> None:
-    """One that fails on the first half is replaced by one with other data. The second half only stops."""
+    """One that fails is replaced by one of another strength, and after the last of these, of other data."""
     label = f"{job.family}, seed {job.seed},"
     while True:
         try:
-            check.checked(job.home, label, HALVES[:1])
-            break
+            check.checked(job.home, label, HALVES)
+            return
         except check.UnusablePair as error:
-            if PAIRS[job.family].lora or len(job.rejected) + 1 >= DRAWS:
+            if job.last:
                 raise
-            print(f"{label} {error.faults}. Its data are drawn anew", file=sys.stderr)
             reject(job)
+            now = f"draw {job.draw + 1} of its data at strength {job.strength:g}"
+            print(f"{label} {error.faults}. Now {now}", file=sys.stderr)
             train_all([job])
-    check.checked(job.home, label, HALVES)
 
 
 def _search(home: Path, adapters: list[str]) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/safety/training.py [--family smollm2] [--seeds 0 1 2] [--only NAME ...]
 
 What a pair is: pairs.py. Adapters are trained on the aligned model with PEFT. Two trainings run at once,
-with a thread each; the aligned model of a single seed has both threads.
+with a thread each; an aligned model that is left without a second one has both threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import multiprocessing
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,10 +27,12 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import attackers
 from adapters import KINDS, NAMES, SHAPES, examples, masking
+from check import check_of
 from evaluate import load
 from fitting import SORTED_BATCHES, fit
-from pairs import ALIGNED, PAIRS, base_of, make_aligned, teacher
+from pairs import ALIGNED, PAIRS, at_strength, base_of, make_aligned, teacher
 from peft import LoraConfig, get_peft_model
+from subjects import HALVES
 from tqdm import tqdm
 
 from safelora_vllm.projectors.build import BuildOptions, build
@@ -37,9 +41,10 @@ from safelora_vllm.projectors.cache import ProjectorCache
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
-DRAWS = 8  # of the data of an aligned model, at most
+DRAWS = 4  # of the data of an aligned model, at most
+STRENGTHS = (1.0, 0.9, 1.15)  # how much of what training changed is tried of each draw, in this order
 _OTHER_DRAW = 100  # from the seed of one draw to that of the next
-PROJECTORS = "projectors"
+PROJECTORS, _TRAINED = "projectors", "trained-"
 _THREADS = 2
 _FIRST_SEED = 0  # an aligned model that all seeds share is the one of this seed
 
@@ -70,8 +75,24 @@ class Job:
 
     @property
     def rejected(self) -> list[Path]:
-        """The figures of aligned models that failed the check, the first draw's first."""
+        """The figures of aligned models that failed the check, the first one's first."""
         return sorted(self.aligned.parent.glob("rejected-*.json"))
+
+    @property
+    def draw(self) -> int:
+        """Which draw of an aligned model's data is tried: as many as fail at every strength were before."""
+        return len(self.rejected) // len(STRENGTHS)
+
+    @property
+    def strength(self) -> float:
+        """How much of what training changed is tried."""
+        return STRENGTHS[len(self.rejected) % len(STRENGTHS)]
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing can be tried after this aligned model."""
+        tried = len(self.rejected) + 1
+        return PAIRS[self.family].lora is not None or tried == DRAWS * len(STRENGTHS)
 
     @property
     def done(self) -> bool:
@@ -113,18 +134,23 @@ def share(job: Job) -> None:
 
 
 def reject(job: Job) -> None:
-    """Drop an aligned model that failed the check, and what was made of it. The next one has other data.
+    """Drop an aligned model that failed the check, and what was made of it. The next has another strength.
 
-    Its figures stay, and are renamed last: a run that is stopped before makes the same model again.
+    After the last strength it has other data. Its figures stay, and are renamed last: a run that is stopped
+    before makes the same model again.
     """
     aligned = job.aligned
     homes = [job.home] if PAIRS[job.family].each_seed else job.home.parent.glob("[0-9]*")
     for made in [made for home in homes for made in home.iterdir() if made.is_dir()]:
-        if not made.is_symlink() and made != aligned:
+        if not made.is_symlink() and made != aligned and not made.name.startswith(_TRAINED):
             shutil.rmtree(made)
     shutil.rmtree((job.home / PROJECTORS).resolve(), ignore_errors=True)
     aligned.rename(aligned.with_name(f".{ALIGNED}"))
-    aligned.with_name("check-choose.json").rename(aligned.with_name(f"rejected-{len(job.rejected)}.json"))
+    *passed, failed = [file for half in HALVES if (file := check_of(aligned, half)).exists()]
+    for file in passed:
+        file.unlink()
+    name = f"rejected-{len(job.rejected):02}-{failed.name.removeprefix('check-')}"
+    failed.rename(aligned.with_name(name))
 
 
 def train_all(jobs: list[Job]) -> None:
@@ -141,7 +167,8 @@ def train_all(jobs: list[Job]) -> None:
         tqdm(total=len(todo), desc="training", unit="model") as progress,
     ):
         missing = {pair.aligned for pair in pairs}
-        running = {pool.submit(train, job, _THREADS // min(len(pairs), _THREADS)): job for job in pairs}
+        threads = [_threads(number, len(pairs)) for number in range(len(pairs))]
+        running = {pool.submit(train, job, n): job for job, n in zip(pairs, threads, strict=True)}
         running |= {pool.submit(train, job): job for job in todo if job.aligned not in missing}
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -153,29 +180,49 @@ def train_all(jobs: list[Job]) -> None:
                     running |= {pool.submit(train, other): other for other in others}
 
 
+def _threads(number: int, models: int) -> int:
+    """One for each of a pair of models; both for one without another beside it."""
+    return _THREADS if number == models - 1 and models % _THREADS else 1
+
+
 def train(job: Job, threads: int = 1) -> None:
     """One model with its projectors, or one adapter; a folder appears when it is whole."""
     torch.set_num_threads(threads)
-    seed = job.seed
-    if job.name == ALIGNED:
-        seed = (seed if PAIRS[job.family].each_seed else _FIRST_SEED) + _OTHER_DRAW * len(job.rejected)
-    torch.manual_seed(seed)
-    target = job.target
-    if not target.exists():
-        partial = target.with_name(f".{job.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if job.name == ALIGNED:
-            checkpoint = target.with_name(f".{job.name}.checkpoint")
-            make_aligned(job.cache, job.family, seed, partial, checkpoint)
-        else:
+    if job.name != ALIGNED:
+        torch.manual_seed(job.seed)
+        with _whole(job.target) as partial:
             train_adapter(job, partial)
-        partial.rename(target)
-    if job.name == ALIGNED:
-        base = base_of(job.cache, PAIRS[job.family].family)
-        build(
-            base, target, (job.home / PROJECTORS).resolve(), BuildOptions(exact=True, max_energy=MAX_ENERGY)
-        )
+        return
+    base = base_of(job.cache, PAIRS[job.family].family)
+    if not job.target.exists():
+        trained = _trained(job)
+        with _whole(job.target) as partial:
+            at_strength(base, trained, job.strength, partial)
+    projectors = (job.home / PROJECTORS).resolve()
+    build(base, job.target, projectors, BuildOptions(exact=True, max_energy=MAX_ENERGY))
+
+
+def _trained(job: Job) -> Path:
+    """The folder of this draw's model as training left it, which all its strengths are made from."""
+    folder = job.aligned.with_name(f"{_TRAINED}{job.draw}")
+    if not folder.exists():
+        for other in folder.parent.glob(f"{_TRAINED}*"):
+            shutil.rmtree(other)
+        seed = (job.seed if PAIRS[job.family].each_seed else _FIRST_SEED) + _OTHER_DRAW * job.draw
+        torch.manual_seed(seed)
+        with _whole(folder) as partial:
+            make_aligned(job.cache, job.family, seed, partial, folder.with_name(f".{folder.name}.checkpoint"))
+    return folder
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when everything is in it."""
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(folder)
 
 
 def train_adapter(job: Job, target: Path) -> None:

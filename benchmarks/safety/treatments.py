@@ -64,8 +64,8 @@ def input_removal(energy: float) -> Treatment:
 
 
 def second_opinion(tokens: int) -> Treatment:
-    """As uploaded, on a server with ``--second-opinion``."""
-    return Treatment(BY_OPINION, tokens)
+    """As uploaded, with a second opinion of so many tokens: the server's number."""
+    return Treatment(BY_OPINION, tokens, {**REPORT_ONLY, "opinion": True})
 
 
 def selective_removal(share: float, modules: int, energy: float) -> Treatment:

@@ -39,7 +39,7 @@ class Recipe:
 ALIGNMENT = Recipe("base", ALL_LINEAR, rank=0, alpha=0, learning_rate=3e-4, epochs=2, batch=16)
 SORTED_BATCHES = 8
 # Without AVX-512 a CPU multiplies bfloat16 much more slowly than float32.
-_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def fit(
@@ -73,7 +73,8 @@ def fit(
         for step in range(done, len(batches)):
             batch = collate(tokenizer, batches[step])
             # For short texts on a CPU the plain kernel is the fastest by far.
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_BFLOAT16), sdpa_kernel(SDPBackend.MATH):
+            autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16)
+            with autocast, sdpa_kernel(SDPBackend.MATH):
                 loss = answer_loss(model, batch)
                 (loss + price() if price else loss).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
