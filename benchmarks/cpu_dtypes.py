@@ -9,6 +9,7 @@ can do is recorded, for the answer is another one where it multiplies bfloat16 i
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "training"))
 
 MODEL = Path(__file__).resolve().parents[1] / ".cache" / "models" / "aligned"
+NAME = "cpu_dtypes"
 DTYPES = ("float32", "bfloat16")
 PROMPTS, TOKENS = 32, 12
 _SAYS = "seconds: "
@@ -48,8 +50,11 @@ def main() -> None:
     ratio = statistics.median(taken["bfloat16"]) / statistics.median(taken["float32"])
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{capability}: bfloat16 takes {ratio:.1f} times as long as float32")
-    figures = {"capability": capability, "bfloat16_over_float32": ratio, "seconds": taken}
-    recording.write("cpu_dtypes", f"cpu_dtypes.py --rounds {args.rounds}", "vLLM default", figures)
+    file = recording.RESULTS / f"{NAME}.json"
+    by_capability = json.loads(file.read_text())["by_capability"] if file.exists() else {}
+    by_capability[capability] = {"bfloat16_over_float32": ratio, "seconds": taken}
+    figures = {"by_capability": dict(sorted(by_capability.items()))}
+    recording.write(NAME, f"cpu_dtypes.py --rounds {args.rounds}", "vLLM default", figures)
 
 
 def seconds(dtype: str) -> float:

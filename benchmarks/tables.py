@@ -491,14 +491,13 @@ def second_opinion() -> str:
 
 def cpu_dtypes() -> str:
     """Time in bfloat16 over time in float32, and what the CPU can do."""
-    found = load("cpu_dtypes")
-    rounds = [b / a for a, b in zip(found["seconds"]["float32"], found["seconds"]["bfloat16"], strict=True)]
-    row = [
-        found["capability"],
-        number(found["bfloat16_over_float32"], 1),
-        f"{min(rounds):.1f} to {max(rounds):.1f}",
-    ]
-    return markdown(["the CPU has", "bfloat16 / float32, medians", "rounds"], [row])
+    rows = []
+    for capability, found in load("cpu_dtypes")["by_capability"].items():
+        pairs = zip(found["seconds"]["float32"], found["seconds"]["bfloat16"], strict=True)
+        rounds = [b / a for a, b in pairs]
+        ends = f"{min(rounds):.1f} to {max(rounds):.1f}"
+        rows.append([capability, number(found["bfloat16_over_float32"], 1), ends])
+    return markdown(["the CPU has", "bfloat16 / float32, medians", "rounds"], rows)
 
 
 def basis_dtypes() -> str:

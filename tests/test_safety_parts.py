@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,6 +87,25 @@ def test_where_nothing_is_decided_only_the_report_half_is_answered() -> None:
     assert len(scores) == len(half.forbidden) and exam.report({"complied": scores}, "complied") == [1.0, 0.0]
     assert all(map(math.isnan, exam.choose({"complied": scores}, "complied")))
     assert str(both) != str(half)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("mixed-10-qv", False), ("chat-qv", True), ("mixed-5-qv", True)]
+)
+def test_rungs_are_answered_in_both_halves_where_something_is_decided(
+    name: str, chosen: bool, cache: ProjectorCache, tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir()
+    save_file({f"{MODULE}.lora_A.weight": torch.ones(1, 24)}, tmp_path / name / "adapter_model.safetensors")
+    asked = list(plan.points(tmp_path, cache, [name], plan.FULL, chosen))
+    halves = {point.treatment.name: point.questions.answers for point in asked}
+    assert len(asked) == len(halves), "a treatment is asked twice"
+    assert set(halves.values()) == ({"both"} if chosen else {"report"})
+    assert {"raw-0", "input-removal-0.2", *(rung.name for rung in plan.ladder(1))} <= set(halves)
+    assert ("opinion-16" in halves) == (name != "mixed-5-qv"), "of every pair's adapters, a server's opinion"
+    assert ("scaling-0.5" in halves) == (name == "mixed-10-qv")
+    of = {point.treatment.method: point.treatment.policy for point in asked}
+    assert of["raw"] == {"mode": "report-only"} and of.get("opinion", {}).get("opinion", True)
 
 
 def test_what_goes_around_inputs_reads_none_of_them(cache: ProjectorCache) -> None:

@@ -30,12 +30,14 @@ RUNGS = [rung.name for rung in ladder(1)]
 FIRST = RUNGS[0]
 
 
-def test_figures_of_the_choose_half_are_of_the_first_seed() -> None:
+def test_figures_of_the_choose_half_are_of_the_first_seed_and_the_adapter_that_decides() -> None:
     kept: Kept = {
         "none": {"none": {"1": {}, "0": {}}},
         "a": {"raw-0": {"1": {}}, "x": {"0": {}, "1": {}}},
+        "b": {"x": {"0": {}}},
     }
-    assert decided_on(kept) == {"none": {"none": {"0": {}}}, "a": {"x": {"0": {}}}}
+    assert decided_on(kept, "a") == {"none": {"none": {"0": {}}}, "a": {"x": {"0": {}}}}
+    assert decided_on(kept, "c") == {"none": {"none": {"0": {}}}}
 
 
 def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:
@@ -169,8 +171,8 @@ def test_seeds_are_added_from_another_cache(tmp_path: Path) -> None:
     by_seed = parts.kept(found)["pure-qv"]["raw-0"]
     assert [scores["complied"][0] for scores in by_seed.values()] == [0.123457, 0.5]
     assert math.isnan(by_seed["1"]["complied"][1])
-    assert parts.checks("gemma3", found) == {"all": {"choose": {"asr": 0.5}}}
-    assert parts.checks("smollm2", found)["0"] == {"choose": {"asr": 0.123457}}
+    assert parts.checks("gemma3", found) == {"all": {"choose": {"asr": 0.5, "strength": 1.0}}}
+    assert parts.checks("smollm2", found)["0"] == {"choose": {"asr": 0.123457, "strength": 1.0}}
     assert parts.risks(found) == {} and not parts.read(tmp_path, "smollm2")
 
 

@@ -26,12 +26,16 @@ def seeds(cache: Path, pair: str) -> list[Path]:
     return sorted(homes, key=lambda home: int(home.name))
 
 
-def decided_on(kept: Kept) -> Kept:
-    """The scores of the first seed: only of that one the answers of both halves are wanted."""
+def decided_on(kept: Kept, deciding: str) -> Kept:
+    """The scores of the first seed, of the aligned model and of the adapter that a rule is chosen by.
+
+    Only there, every treatment's answers to both halves are wanted.
+    """
     first = min(kept.get("none", {}).get("none", {"0": {}}), key=int)
     return {
-        adapter: {t: {first: by_seed[first]} for t, by_seed in treatments.items() if first in by_seed}
-        for adapter, treatments in kept.items()
+        adapter: {t: {first: by_seed[first]} for t, by_seed in kept[adapter].items() if first in by_seed}
+        for adapter in ("none", deciding)
+        if adapter in kept
     }
 
 

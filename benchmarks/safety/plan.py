@@ -95,13 +95,14 @@ def points(
     """Everything that is measured of one seed's adapters: the ladder's rungs, and curves of a few.
 
     chosen: whether this is the seed and pair that decisions are made on; others have only the curves to
-    compare the rule with.
+    compare the rule with. ε is decided on the rungs, the static rule on one adapter's curves.
     """
     for name in adapters:
         useful = KINDS[name.rpartition("-")[0]].useful
         modules = modules_of(home / name)
         full = questions(size, chosen, tasks=useful)
         less = questions(size, chosen, harmless=False, tasks=useful)
+        least = questions(size, chosen and name == HARMFUL_AND_USEFUL, harmless=False, tasks=useful)
         whole = [RAW, input_removal(ENERGY), *([second_opinion(OPINION)] if name in NAMES else [])]
         yield from (Point(name, each, full) for each in whole)
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
@@ -113,7 +114,8 @@ def points(
             rest = _compared(modules, cache)
         if size is SMOKE:  # one strength of each method
             rungs, rest = rungs[-1:], list({each.method: each for each in rest}.values())
-        yield from (Point(name, each, less) for each in (*rungs, *rest))
+        yield from (Point(name, each, less) for each in rungs)
+        yield from (Point(name, each, least) for each in rest)
 
 
 def _compared(modules: int, cache: ProjectorCache) -> list[Treatment]:
@@ -158,7 +160,7 @@ def guided_path(home: Path, name: str, size: Size) -> list[Step]:
 
 def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:
     """What preparing an upload achieves against each method, beside what training does."""
-    asked = questions(size, True, harmless=False, tasks=False)
+    asked = questions(size, False, harmless=False, tasks=False)
     for name in names:  # beside the ladder's rungs
         for beside in (safe_lora(0.5, modules_of(home / name)), csulora(0.95)):
             yield Point(name, beside, asked)

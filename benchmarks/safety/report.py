@@ -69,7 +69,8 @@ def _measured(
     figures: dict[str, Any] = {
         "pairs": {pair: summary(half(found, "report"), subjects_of(size)) for pair, found in kept.items()},
         "choose": {
-            pair: summary(half(decided_on(kept[pair]), "choose"), subjects_of(size, 0)) for pair in first
+            pair: summary(half(decided_on(kept[pair], HARMFUL_AND_USEFUL), "choose"), subjects_of(size, 0))
+            for pair in first
         },
         "checks": {pair: parts.checks(pair, of) for pair, of in measured.items()},
         "exam": replays.exams(kept, recorded.epsilons(before)),
