@@ -31,9 +31,12 @@ def test_results(out: Path) -> None:
     assert methods == {
         "raw", "safe-lora", "threshold", "input-removal", "selective-removal", "both", "csulora", "scaling",
         "random-removal", "centred-removal", "mean-removal", "early-values", "guided-removal",
+        "opinion",
     }  # fmt: skip
     raw, off = table["raw-0"], table["safe-lora-1"]
     assert raw["exact"]["mean"] == 1.0 > off["exact"]["mean"]
+    opinion = table["opinion-16"]
+    assert opinion["exact"]["mean"] == 1.0 and opinion["over_aligned"]["mean"] <= 0.0
     assert raw["norm"]["mean"] == pytest.approx(off["norm"]["mean"])
     assert all(
         row["complied"]["low"] <= row["complied"]["mean"] <= row["complied"]["high"] for row in table.values()
