@@ -25,7 +25,13 @@ from tests.server.fake_server import FakeServer, Place
 @pytest.fixture
 def asked_anew(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """No answer is kept."""
-    monkeypatch.setattr(fake.app.state.safelora_metrics.readiness._outside, "_kept", 0.0)
+    look_anew(fake, monkeypatch)
+
+
+def look_anew(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = server.app.state.safelora_metrics.readiness
+    for look in (ready._outside, ready._keys):
+        monkeypatch.setattr(look, "_kept", 0.0)
 
 
 @pytest.mark.parametrize("query", ["", "?strict=true"])
@@ -83,7 +89,7 @@ def test_a_keys_file_gone_wrong_is_a_warning_and_a_metric(
     monkeypatch.setenv("VLLM_PLUGINS", "safelora")
     place.tenant()
     with place.server(keys=str(place.keys)) as server:
-        monkeypatch.setattr(server.app.state.safelora_metrics.readiness._outside, "_kept", 0.0)
+        look_anew(server, monkeypatch)
         http = server.client()
         assert http.get("/safelora/ready?strict=true").status_code == 200
         assert samples_of(http.get("/metrics").text)["safelora_keys_current", frozenset()] == 1
@@ -95,6 +101,12 @@ def test_a_keys_file_gone_wrong_is_a_warning_and_a_metric(
         }
         samples = samples_of(http.get("/metrics").text)
         assert samples["safelora_keys_current", frozenset()] == samples["safelora_ready", frozenset()] == 0
+        goes_on, check = threading.Event(), server.app.state.safelora_metrics.readiness
+        monkeypatch.setattr(check._outside, "_seconds", 0.2)
+        monkeypatch.setattr(readiness, "_writable", lambda _: goes_on.wait(30))
+        first, second = http.get("/safelora/ready").json()["warnings"]
+        goes_on.set()
+        assert (first, second[:30]) == (readiness.SILENT, "the keys file cannot be used: "), "both are said"
     with place.server() as server:
         samples = samples_of(server.client().get("/metrics").text)
         assert not any(name == "safelora_keys_current" for name, _ in samples)

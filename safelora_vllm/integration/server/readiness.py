@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _GATE_SECONDS, _SECONDS, _KEPT_SECONDS = 5.0, 6.0, 1.0
 SILENT = "the gate or the store does not answer"
+_SILENT_KEYS = "the keys file cannot be looked at: its disk does not answer"
 
 
 class Readiness(BaseModel):
@@ -58,14 +60,12 @@ class ReadinessCheck:
     ) -> None:
         self._reconciler, self._expected, self._keys_current = reconciler, expected, keys_current
         self._outside = OneAtATime(self._gate_and_store, _SECONDS, _KEPT_SECONDS)
+        self._keys = OneAtATime(self._keys_file, _SECONDS, _KEPT_SECONDS)
 
     async def findings(self) -> Findings:
-        """What is out of order. Waits at most 6 s for the gate and for the store's disk."""
-        try:
-            warnings = await self._outside.answer()
-        except TimeoutError:
-            warnings = [SILENT]
-        return Findings(self._workers(), warnings)
+        """What is out of order. Waits at most 6 s for the gate and for the disks of store and keys file."""
+        outside, keys = await asyncio.gather(_found(self._outside, SILENT), _found(self._keys, _SILENT_KEYS))
+        return Findings(self._workers(), [*outside, *keys])
 
     def _workers(self) -> list[str]:
         workers = self._reconciler.watchdog.workers
@@ -87,9 +87,20 @@ class ReadinessCheck:
             found.append("the adapter store is not writable")
         if self._reconciler.names.is_out:
             found.append("the store's bucket does not answer: changes answer 503")
-        if self._keys_current and not self._keys_current():
-            found.append("the keys file cannot be used: keys that were removed from it still work")
         return found
+
+    def _keys_file(self) -> list[str]:
+        """Apart from the gate: one that hangs hides nothing of the keys."""
+        if self._keys_current is None or self._keys_current():
+            return []
+        return ["the keys file cannot be used: keys that were removed from it still work"]
+
+
+async def _found(look: OneAtATime[list[str]], silent: str) -> list[str]:
+    try:
+        return await look.answer()
+    except TimeoutError:
+        return [silent]
 
 
 def _writable(root: Path) -> bool:
