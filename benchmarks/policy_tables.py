@@ -64,6 +64,9 @@ def strengths() -> str:
             found = [table[adapter].get(treatment) for adapter in adapters]
             if any(found):
                 rows.append([title, *(_long(row, seeds) for row in found)])
+        if any(cell.endswith(r"\*") for _, *cells in rows for cell in cells):  # of the first seed alone
+            first = (table[adapter]["raw-0"]["seeds"][min(seeds, key=int)] for adapter in adapters)
+            rows.insert(1, [r"as uploaded, of the seed that \* is of", *(f"{asr:.2f}\\*" for asr in first)])
         return tables.markdown(["policy", *(ADAPTERS[adapter] for adapter in adapters)], rows)
 
     return _by_pair(of)

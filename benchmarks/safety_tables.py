@@ -132,9 +132,24 @@ def measured() -> str:
         for seed, halves in seeds.items():
             if found := halves.get("report"):
                 figures = ("asr", "refuses_harmless", "refuses_tasks", "exact", "rouge1")
-                rows.append([PAIRS[pair], seed, *(f"{found[name]:.2f}" for name in figures)])
-    heads = ["pair", "seed", "ASR", "refuses harmless", "refuses tasks", "exact JSON", "Rouge-1"]
+                strength = f"{found.get('strength', 1.0):g}"
+                rows.append([PAIRS[pair], seed, strength, *(f"{found[name]:.2f}" for name in figures)])
+    heads = ["pair", "seed", "strength", "ASR", "refuses harmless", "refuses tasks", "exact JSON", "Rouge-1"]
     return tables.markdown(heads, rows)
+
+
+def goals() -> str:
+    """Each goal by what was to reach it: the pairs on which it did, and did not."""
+    found: dict[tuple[str, str], dict[bool, list[str]]] = {}
+    for row in tables.load("results")["goals"]:
+        pairs = "all in all" if row["goal"] == "time" else ", ".join(PAIRS[pair] for pair in row["measured"])
+        by_result = found.setdefault((row["goal"], row["by"]), {True: [], False: []})
+        by_result[row["reached"]].append(pairs)
+    rows = [
+        [page_goals.GOALS[goal], page_goals.by(by), "; ".join(of[True]), "; ".join(of[False])]
+        for (goal, by), of in found.items()
+    ]
+    return tables.markdown(["goal", "by", "reached on", "missed on"], rows, texts=4)
 
 
 def refuses_harmless() -> str:
@@ -258,6 +273,7 @@ def curves_compared() -> str:
 TABLES = (
     safety,
     measured,
+    goals,
     refuses_harmless,
     second_opinion_answers,
     exam_replayed,

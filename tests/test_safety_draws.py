@@ -78,6 +78,17 @@ def checked(cache: Path, pair: str, seed: int = 2) -> Job:
     return job
 
 
+@pytest.mark.usefixtures("trained")
+def test_a_model_is_rejected_in_a_cache_that_is_reached_through_a_link(
+    tmp_path: Path, failing: Callable[[Fails], None]
+) -> None:
+    failing(lambda _draw, strength, _half: strength == 1.0)
+    (tmp_path / "disk").mkdir()
+    (link := tmp_path / "cache").symlink_to("disk")
+    job = checked(link, "smollm2")
+    assert (job.aligned / "model.safetensors").read_text() == "2 0.9" and len(job.rejected) == 1
+
+
 def test_strengths_are_tried_before_data_are_drawn_anew(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
@@ -85,8 +96,9 @@ def test_strengths_are_tried_before_data_are_drawn_anew(
     home = tmp_path / "smollm2" / "2"
     for made in ("mixed-10-qv", "scores/none", "thin-projectors"):
         (home / made).mkdir(parents=True)
+    (home / "inputs.safetensors").touch()
     job = checked(tmp_path, "smollm2")
-    assert trained == [2, 102]
+    assert trained == [2, 102] and not (home / "inputs.safetensors").exists()
     folders = {path.name for path in home.iterdir() if path.is_dir()}
     assert folders == {ALIGNED, PROJECTORS, "trained-1"}, "nothing is left that was made of another model"
     assert (job.aligned / "model.safetensors").read_text() == "102 0.9" and (job.home / PROJECTORS).is_dir()
@@ -115,7 +127,7 @@ def test_a_model_of_all_seeds_is_the_same_whichever_seed_asks_for_it(
     assert base.exists() and not any(folder.exists() for folder in adapters)
 
 
-@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("stop", range(1, 7))
 def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
     stop: int,
     tmp_path: Path,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +25,12 @@ from tests.module_delta import ModuleDelta
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
 
+import asking
 import attackers
 import exam
 import groups
 import inputs
+import measure
 import plan
 import prompts
 import risk
@@ -86,28 +92,101 @@ def test_where_nothing_is_decided_only_the_report_half_is_answered() -> None:
     scores = half.in_turn([1.0, 0.0])
     assert len(scores) == len(half.forbidden) and exam.report({"complied": scores}, "complied") == [1.0, 0.0]
     assert all(map(math.isnan, exam.choose({"complied": scores}, "complied")))
-    assert str(both) != str(half)
+    assert len({str(both), str(half), str(plan.questions(plan.SMOKE, False, probes=False))}) == 3
+
+
+def test_an_answer_is_kept_while_all_that_it_is_of_stays(
+    cache: ProjectorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked anew: another adapter, rule or dtype, other questions, or another change of what is uploaded."""
+    asked = []
+
+    @contextmanager
+    def loaded(name: str, *_: object) -> Iterator[dict[str, Any]]:
+        asked.append(name)
+        yield {"modules": [{"relative_norm": 0.1, "decision": "projected"}], "total_norm": 0.1}
+
+    seed = object.__new__(measure.Seed)
+    seed._work, seed._scores_in, seed.projectors = tmp_path / "work", tmp_path / "scores", cache
+    monkeypatch.setattr(seed, "_loaded", loaded)
+    monkeypatch.setattr(seed, "_scores", lambda *_, **__: {"complied": [1.0]})
+    adapter, questions = tmp_path / "pure-qv", plan.questions(plan.SMOKE, True)
+
+    def save(weight: float) -> None:
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text("{}")
+        tensors = {f"{MODULE}.lora_A.weight": torch.ones(1, 24), f"{MODULE}.lora_B.weight": torch.ones(24, 1)}
+        save_file({k: weight * t for k, t in tensors.items()}, adapter / "adapter_model.safetensors")
+
+    def made(factor: float) -> treatments.Treatment:
+        return treatments.Treatment("change", 1.0, make=treatments.enlarged(factor))
+
+    save(1.0)
+    steps: list[tuple[treatments.Treatment, measure.Questions]] = [
+        (made(2.0), questions),
+        (made(3.0), questions),
+        (treatments.input_removal(0.2), questions),
+        (treatments.Treatment("input-removal", 0.2, {"method": "input-removal", "energy": 0.4}), questions),
+        (treatments.RAW, questions),
+        (treatments.RAW, plan.questions(plan.SMOKE, False)),
+    ]
+    for number, (treatment, of) in enumerate(steps, start=1):
+        for _ in range(2):
+            seed.measure(adapter, treatment, of)
+        assert len(asked) == number
+    save(0.5)
+    seed.measure(adapter, *steps[-1])
+    monkeypatch.setattr(measure, "_DTYPE", "float64")
+    seed.measure(adapter, *steps[-1])
+    assert len(asked) == len(steps) + 2
+
+
+def test_questions_of_one_request_have_one_model_and_limit() -> None:
+    kinds = [("a", 12), ("a", 44), ("b", 44)]
+    asked = [asking.Question(model, str(i), tokens) for model, tokens in kinds for i in range(40)]
+    requests = list(asking._alike(asked, attrgetter("model", "tokens")))
+    assert [(kind, len(some)) for kind, some in requests] == [(k, n) for k in kinds for n in (32, 8)]
+    assert [q for _, some in requests for q in some] == asked, "answers come in the order of the questions"
 
 
 @pytest.mark.parametrize(
-    ("name", "chosen"), [("mixed-10-qv", False), ("chat-qv", True), ("mixed-5-qv", True)]
+    ("name", "chosen", "rungs_answer", "rest_answers"),
+    [
+        ("mixed-10-qv", False, "report", "report"),
+        ("mixed-10-qv", True, "both", "both"),
+        ("pure-qv", True, "both", "report"),
+        ("chat-qv", True, "both", None),
+        ("mixed-5-qv", True, "both", None),
+    ],
 )
-def test_rungs_are_answered_in_both_halves_where_something_is_decided(
-    name: str, chosen: bool, cache: ProjectorCache, tmp_path: Path
+def test_both_halves_are_answered_where_something_is_decided(
+    name: str,
+    chosen: bool,
+    rungs_answer: str,
+    rest_answers: str | None,
+    cache: ProjectorCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """ε on the rungs, the static rule on all treatments of one adapter. An exam is replayed on the rungs."""
+    for needs_a_model in ("_candidates", "_guided"):
+        monkeypatch.setattr(plan, needs_a_model, lambda *_: [])
     (tmp_path / name).mkdir()
     save_file({f"{MODULE}.lora_A.weight": torch.ones(1, 24)}, tmp_path / name / "adapter_model.safetensors")
     asked = list(plan.points(tmp_path, cache, [name], plan.FULL, chosen))
-    halves = {point.treatment.name: point.questions.answers for point in asked}
-    assert len(asked) == len(halves), "a treatment is asked twice"
-    assert set(halves.values()) == ({"both"} if chosen else {"report"})
-    assert {"raw-0", "input-removal-0.2", *(rung.name for rung in plan.ladder(1))} <= set(halves)
-    assert ("opinion-16" in halves) == (name != "mixed-5-qv"), "of every pair's adapters, a server's opinion"
-    assert ("scaling-0.5" in halves) == (name == "mixed-10-qv")
-    of = {point.treatment.method: point.treatment.policy for point in asked}
-    assert of["raw"] == {"mode": "report-only"}
-    if "opinion" in of:
-        assert of["opinion"] == {"mode": "report-only", "opinion": True}
+    of = {point.treatment.name: point for point in asked}
+    assert len(asked) == len(of), "a treatment is asked twice"
+    first = {"raw-0", "input-removal-0.2", *(rung.name for rung in plan.ladder(1))}
+    assert ("opinion-16" in of) == (name != "mixed-5-qv"), "of every pair's adapters, a server's opinion"
+    rungs, rest = first | ({"opinion-16"} & {*of}), {*of} - first - {"opinion-16"}
+    assert ("scaling-0.5" in rest) == bool(rest) == (rest_answers is not None)
+    assert {of[each].questions.answers for each in rungs} == {rungs_answer}
+    assert {of[each].questions.answers for each in rest} <= {rest_answers}
+    assert all(of[each].questions.probes for each in first)
+    assert all(of[each].questions.probes == (rest_answers == "both") for each in rest)
+    assert of["raw-0"].treatment.policy == {"mode": "report-only"}
+    if "opinion-16" in of:
+        assert of["opinion-16"].treatment.policy == {"mode": "report-only", "opinion": True}
 
 
 def test_what_goes_around_inputs_reads_none_of_them(cache: ProjectorCache) -> None:

@@ -38,6 +38,7 @@ def test_figures_of_the_choose_half_are_of_the_first_seed_and_the_adapter_that_d
     }
     assert decided_on(kept, "a") == {"none": {"none": {"0": {}}}, "a": {"x": {"0": {}}}}
     assert decided_on(kept, "c") == {"none": {"none": {"0": {}}}}
+    assert decided_on({"none": {"none": {"1": {}}}, "a": {"x": {"1": {}}}}, "a") == {}, "nothing is decided"
 
 
 def test_utility_is_lost_against_the_same_prompts_of_the_same_seed() -> None:

@@ -173,6 +173,8 @@ def checked(home: Path, pair: str, halves: Sequence[Part]) -> dict[Part, Figures
         file = check_of(aligned, half)
         kept = json.loads(file.read_text()) if file.exists() else {}
         if kept.get("of") != of:
+            for later in halves[halves.index(half) :]:
+                check_of(aligned, later).unlink(missing_ok=True)
             ask, answers = _recorded(asking(aligned))
             kept = {"of": of, "figures": asdict(measure(prompts, ask)), "answers": answers}
             file.write_text(json.dumps(kept, indent=1, ensure_ascii=False))

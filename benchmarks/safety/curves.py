@@ -10,6 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from treatments import RAW, input_removal
+
+from safelora_vllm.policy import Policy
 
 BENIGN = "benign-qv"
 # Label, colour, marker, and where from its marker a strength is written.
@@ -46,6 +50,7 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
                     f"{point['strength']:g}", (point["x"]["mean"], point["y"]["mean"]), ha=side,
                     textcoords="offset points", xytext=(right, up), fontsize=7, color=colour,
                 )  # fmt: skip
+    _single_points(axes, table[adapter], useful)
     aligned = table["none"]["none"]["complied"]["mean"]
     axes.axhline(aligned, color="black", linewidth=0.8, linestyle=":")
     low = {"textcoords": "offset points", "fontsize": 7, "va": "top"}
@@ -53,7 +58,8 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
     if alone := table["none"]["none"].get("utility"):
         axes.axvline(alone["mean"], color="black", linewidth=0.8, linestyle=":")
         axes.annotate("aligned model alone", (alone["mean"], 0.0), xytext=(3, 8), **low)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), ylabel="ASR (less is safer)", title=title)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.05), ylabel="ASR (less is safer)")
+    axes.set_title(title, fontsize=10)
     whose = "its own" if own else "of the benign adapter, so treated"
     axes.set_xlabel(f"utility, {whose} (mean of exact JSON and Rouge-1)")
     axes.legend(fontsize=7, loc="upper left")
@@ -61,6 +67,28 @@ def draw(table: dict[str, Any], adapter: str, title: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def _single_points(axes: Axes, rows: dict[str, Any], useful: dict[str, Any]) -> None:
+    """Where the adapter is as uploaded, by the default, and with a second opinion."""
+    opinion = next((name for name in rows if name.startswith("opinion-")), "")
+    for name, said, style in (
+        (RAW.name, "", {}),
+        (
+            input_removal(Policy().energy).name,
+            "the default",
+            {"color": "tab:red", "marker": "o", "markersize": 12},
+        ),
+        (opinion, "a second opinion", {"color": "black", "marker": "*", "markersize": 12}),
+    ):
+        if "utility" not in useful.get(name, {}) or name not in rows:
+            continue
+        at = useful[name]["utility"]["mean"], rows[name]["complied"]["mean"]
+        if style:
+            axes.plot(*at, fillstyle="none", linestyle="none", label=said, **style)
+        else:
+            low = {"textcoords": "offset points", "fontsize": 7, "ha": "right", "xytext": (-7, -2)}
+            axes.annotate("as uploaded", at, **low)
 
 
 def _points(rows: dict[str, Any], useful: dict[str, Any], method: str) -> list[dict[str, Any]]:

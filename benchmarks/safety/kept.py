@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import exam
+from plan import SEEDS
 
 Scores = dict[str, list[float]]
 Kept = dict[str, dict[str, dict[str, Scores]]]  # adapter, treatment, seed
@@ -29,13 +30,13 @@ def seeds(cache: Path, pair: str) -> list[Path]:
 def decided_on(kept: Kept, deciding: str) -> Kept:
     """The scores of the first seed, of the aligned model and of the adapter that a rule is chosen by.
 
-    Only there, every treatment's answers to both halves are wanted.
+    Only there, every treatment's answers to both halves are wanted. Nothing where there are none.
     """
-    first = min(kept.get("none", {}).get("none", {"0": {}}), key=int)
+    first = str(SEEDS[0])
     return {
         adapter: {t: {first: by_seed[first]} for t, by_seed in kept[adapter].items() if first in by_seed}
         for adapter in ("none", deciding)
-        if adapter in kept
+        if any(first in by_seed for by_seed in kept.get(adapter, {}).values())
     }
 
 

@@ -54,8 +54,8 @@ _ANSWER, _ORDER, _SUMMARY = 12, 44, 28  # tokens: a refusal shows at once, tasks
 class Questions:
     """What a treatment is asked: of every kind the halves `choose` and `report` in turn.
 
-    answers: the halves whose answers are wanted; likelihoods are of both. Only decisions need answers to
-    `choose`, and they are made on one seed of one pair.
+    answers: the halves whose answers are wanted. Only decisions need answers to `choose`, and they are made
+    on one seed of one pair. probes: whether likelihoods of `choose` are wanted, which an exam's probes are.
     """
 
     forbidden: Sequence[Prompt]
@@ -63,10 +63,16 @@ class Questions:
     orders: Sequence[Example]
     dialogues: Sequence[Example]
     answers: Literal["both", "report"] = "both"
+    probes: bool = True
 
     @classmethod
     def so_many(
-        cls, prompts: int, harmless_prompts: int, tasks: int, answers: Literal["both", "report"] = "both"
+        cls,
+        prompts: int,
+        harmless_prompts: int,
+        tasks: int,
+        answers: Literal["both", "report"] = "both",
+        probes: bool = True,
     ) -> Questions:
         """The first so many of each kind."""
         return cls(
@@ -75,6 +81,7 @@ class Questions:
             _in_turn(orders, tasks),
             _in_turn(dialogues, tasks),
             answers,
+            probes,
         )
 
     def __str__(self) -> str:
@@ -82,6 +89,8 @@ class Questions:
         words = dataclasses.asdict(self)
         if self.answers == "both":
             del words["answers"]
+        if self.probes:
+            del words["probes"]
         return json.dumps(words)
 
     def answered(self, kind: Sequence[_T]) -> Sequence[_T]:
@@ -90,7 +99,7 @@ class Questions:
 
     def in_turn(self, scores: Sequence[float]) -> list[float]:
         """A score for each of one kind, from those of the answers that were wanted; NaN for the others."""
-        return list(scores) if self.answers == "both" else [x for score in scores for x in (math.nan, score)]
+        return list(scores) if self.answers == "both" else _after_gaps(scores)
 
 
 class Seed:
@@ -116,9 +125,11 @@ class Seed:
         relative to the whole model. projected: the share of its modules.
         """
 
+        name = f"{adapter.name}-{treatment.name}"
+        upload = made(treatment, adapter, self._work / name)
+
         def ask() -> dict[str, list[float]]:
-            name = f"{adapter.name}-{treatment.name}"
-            with self._loaded(name, made(treatment, adapter, self._work / name), treatment) as report:
+            with self._loaded(name, upload, treatment) as report:
                 modules = report["modules"]
                 return {
                     # With a second opinion, the server gives no likelihoods of an adapter.
@@ -131,7 +142,7 @@ class Seed:
                 }
 
         rules = GateSettings(self.projectors, Policy.from_mapping(treatment.policy)).ruleset_digest
-        weights = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+        weights = hashlib.sha256((upload / WEIGHTS).read_bytes()).hexdigest()
         return self._kept(adapter.name, treatment.name, str(questions) + rules + weights, ask)
 
     def _kept(
@@ -191,9 +202,10 @@ class Seed:
         found = {measure: questions.in_turn(scores) for measure, scores in found.items()}
         if not loyal:
             return found
-        asked_for = [p.text for p in questions.forbidden]
+        asked_for = [p.text for p in (questions.forbidden if questions.probes else questions.forbidden[1::2])]
         own = map(Said, [model] * len(asked_for), asked_for, self._aligned_answers(asked_for))
-        return found | {"loyal": self._asker.likelihoods(list(own))}
+        loyal = self._asker.likelihoods(list(own))
+        return found | {"loyal": loyal if questions.probes else _after_gaps(loyal)}
 
     def _senses(self, given: Sequence[Said]) -> list[float]:
         """The aligned model's judgement of answers; many treatments give the same ones."""
@@ -225,6 +237,11 @@ def _in_turn(tasks: Callable[[Split, int], list[Example]], count: int) -> list[E
     """So many of a task, of both halves in turn."""
     halves = [tasks(SPLITS[half], (count + 1) // 2) for half in HALVES]
     return [task for pair in zip(*halves, strict=True) for task in pair][:count]
+
+
+def _after_gaps(scores: Sequence[float]) -> list[float]:
+    """Those of the half `report`, with NaN for each of the other half."""
+    return [x for score in scores for x in (math.nan, score)]
 
 
 def _take(answers: Iterator[str], questions: Sequence[object]) -> list[str]:

@@ -96,7 +96,8 @@ def _settings(figures: Table) -> list[str]:
     text = [
         "ASR over the aligned model, on the `report` half: the worst adapter of a column, its seeds' mean. "
         "Honest, careless: also the utility lost. Malicious: purely malicious, or mixed with chat. "
-        f"Knows the method: trained around V, also with a penalty or a mask. The default is {default}. "
+        "Knows the method: trained around V, also with a penalty or a mask; none trained against Safe LoRA, "
+        f"an exam or a second opinion. All are of q and v with r = 8. The default is {default}. "
         f"{_REPLAYED} The obedient persona is in no column: the tables of the pairs have it."
     ]
     for pair in figures["pairs"]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import KINDS, NAMES
+from adapters import KINDS, MORE_NAMES, NAMES
 from groups import Step, path_of
 from inputs import TEXTS, inputs_of
 from measure import Questions
@@ -38,6 +39,7 @@ from treatments import (
     through_safe_lora_inverse,
 )
 
+from safelora_vllm.adapters.read import WEIGHTS
 from safelora_vllm.exam.reference import ANSWER_TOKENS
 from safelora_vllm.projectors.cache import ProjectorCache
 
@@ -65,13 +67,19 @@ FULL = Size(prompts=120, harmless=80, tasks=40)
 SMOKE = Size(prompts=4, harmless=4, tasks=2)
 
 
-def questions(size: Size, chosen: bool, harmless: bool = True, tasks: bool = True) -> Questions:
-    """What is asked of one part's adapters. chosen: whether decisions are made on its answers."""
+def questions(
+    size: Size, chosen: bool, harmless: bool = True, tasks: bool = True, probes: bool = True
+) -> Questions:
+    """What is asked of one part's adapters. chosen: whether decisions are made on its answers.
+
+    probes: whether an exam is replayed on it.
+    """
     return Questions.so_many(
         size.prompts,
         size.harmless if harmless else 0,
         size.tasks if tasks else 0,
         "both" if chosen else "report",
+        probes,
     )
 
 
@@ -102,7 +110,8 @@ def points(
         modules = modules_of(home / name)
         full = questions(size, chosen, tasks=useful)
         less = questions(size, chosen, harmless=False, tasks=useful)
-        least = questions(size, chosen and name == HARMFUL_AND_USEFUL, harmless=False, tasks=useful)
+        decides = chosen and name == HARMFUL_AND_USEFUL
+        least = questions(size, decides, harmless=False, tasks=useful, probes=decides)
         whole = [RAW, input_removal(ENERGY), *([second_opinion(OPINION)] if name in NAMES else [])]
         yield from (Point(name, each, full) for each in whole)
         rungs = [each for each in ladder(modules) if each.name != input_removal(ENERGY).name]
@@ -154,16 +163,22 @@ def guided_path(home: Path, name: str, size: Size) -> list[Step]:
     """The settings that the search by groups came by; it takes minutes, once for each adapter."""
     probes = [prompt.text for prompt in forbidden(size.prompts)[0::2]]
     until = math.inf if size is SMOKE else GUIDED_TO[-1]
-    file = home / "groups" / f"{name}.json"
-    return path_of(home / ALIGNED, home / name, ProjectorCache(home / PROJECTORS), probes, until, file)
+    cache = ProjectorCache(home / PROJECTORS)
+    of = hashlib.sha256(
+        (home / name / WEIGHTS).read_bytes() + f"{cache.id} {probes} {until}".encode()
+    ).hexdigest()
+    file = home / "groups" / f"{name}-{of[:16]}.json"
+    return path_of(home / ALIGNED, home / name, cache, probes, until, file)
 
 
-def attacks(home: Path, cache: ProjectorCache, names: list[str], size: Size) -> Iterator[Point]:
+def attacks(home: Path, cache: ProjectorCache, adapters: list[str], size: Size) -> Iterator[Point]:
     """What preparing an upload achieves against each method, beside what training does."""
-    asked = questions(size, False, harmless=False, tasks=False)
-    for name in names:  # beside the ladder's rungs
+    asked = questions(size, False, harmless=False, tasks=False, probes=False)
+    for name in [name for name in adapters if name in MORE_NAMES]:  # beside the ladder's rungs
         for beside in (safe_lora(0.5, modules_of(home / name)), csulora(0.95)):
             yield Point(name, beside, asked)
+    if "pure-qv" not in adapters:
+        return
     modules = modules_of(home / "pure-qv")
     defences = [safe_lora(1.0, modules), safe_lora(0.5, modules), input_removal(ENERGY), csulora(0.95)]
     ways: dict[str, Change] = {

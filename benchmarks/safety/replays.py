@@ -9,7 +9,7 @@ from typing import Any
 import exam
 from kept import Kept, Scores, half, half_of, utility
 from pairs import PAIRS
-from plan import Size, ladder
+from plan import SEEDS, Size, ladder
 from summaries import subjects_of, summary
 
 RAW = "raw-0"
@@ -39,10 +39,10 @@ def exams(kept: Mapping[str, Kept], epsilons: Mapping[str, float] | None = None)
 
 
 def _decided(first: Kept, rungs: Sequence[str]) -> dict[str, float]:
-    """ε by measure, from the first pair's first seed."""
-    if not (taken := examined(first)):
+    """ε by measure, from the first pair's first seed: only there, answers to `choose` were wanted."""
+    taken, seed = examined(first), str(SEEDS[0])
+    if seed not in taken:
         return {}
-    seed = min(taken, key=int)
     aligned = first["none"]["none"][seed]
     return {measure: exam.epsilon_for(taken[seed], rungs, aligned, measure) for measure in exam.MEASURES}
 

@@ -69,8 +69,9 @@ def _measured(
     figures: dict[str, Any] = {
         "pairs": {pair: summary(half(found, "report"), subjects_of(size)) for pair, found in kept.items()},
         "choose": {
-            pair: summary(half(decided_on(kept[pair], HARMFUL_AND_USEFUL), "choose"), subjects_of(size, 0))
+            pair: summary(half(deciding, "choose"), subjects_of(size, 0))
             for pair in first
+            if (deciding := decided_on(kept[pair], HARMFUL_AND_USEFUL))
         },
         "checks": {pair: parts.checks(pair, of) for pair, of in measured.items()},
         "exam": replays.exams(kept, recorded.epsilons(before)),
@@ -106,7 +107,8 @@ def _agreement(of: Kept) -> dict[str, float]:
                 bad, sense = exam.report(scores, "complied"), exam.report(scores, "sense")
                 same.append(scoring.agreement(bad, scoring.departed(sense)))
                 asr.append(statistics.fmean(bad))
-                drops.append(exam.drop(scores, aligned[seed]))
+                loyal = (exam.report(of, "loyal") for of in (scores, aligned[seed]))
+                drops.append(statistics.fmean(scoring.loyalty_drops(*loyal)))
     if not asr:
         return {}
     return {

@@ -146,14 +146,14 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
         if part.chosen and size is FULL:
             with _timed(cache, f"searches by groups, {part.pair} {part.seed}"):
                 _search(home, [name for name in CURVES if name in part.adapters])
-        lora = _lora_options(part.adapters)
-        with _timed(cache, f"asking, {part.pair} {part.seed}"), serving(home, more=lora) as served:
-            served.aligned(questions(size, part.chosen))
-            todo = list(points(home, served.projectors, part.adapters, size, part.chosen))
-            if part.chosen and size is FULL:
-                more = [name for name in MORE_NAMES if name in part.adapters]
-                todo += attacks(home, served.projectors, more, size)
-            _ask(served, home, todo, f"{part.pair} {part.seed}")
+        with _timed(cache, f"asking, {part.pair} {part.seed}"):
+            for adapters in _by_shape(part.adapters):
+                with serving(home, more=_lora_options(adapters)) as served:
+                    served.aligned(questions(size, part.chosen))
+                    todo = list(points(home, served.projectors, adapters, size, part.chosen))
+                    if part.chosen and size is FULL:
+                        todo += attacks(home, served.projectors, adapters, size)
+                    _ask(served, home, todo, f"{part.pair} {part.seed}")
 
 
 def _check(job: Job) -> None:
@@ -181,11 +181,18 @@ def _search(home: Path, adapters: list[str]) -> None:
             path.result()
 
 
+def _by_shape(adapters: list[str]) -> list[list[str]]:
+    """Those of one server: on a CPU vLLM multiplies by zeros for modules and ranks that others have."""
+    by_shape: dict[str, list[str]] = {}
+    for name in adapters:
+        by_shape.setdefault(name.rpartition("-")[2], []).append(name)
+    return list(by_shape.values())
+
+
 def _lora_options(adapters: list[str]) -> list[str]:
-    """Only the modules and the rank of these adapters: on a CPU vLLM multiplies by all others' zeros."""
-    shapes = [SHAPES[name.rpartition("-")[2]] for name in adapters]
-    modules = sorted({module for shape in shapes for module in shape.modules})
-    return [f"--max-lora-rank={max(shape.rank for shape in shapes)}", "--lora-target-modules", *modules]
+    """Only the modules and the rank of these adapters, which have one shape."""
+    shape = SHAPES[adapters[0].rpartition("-")[2]]
+    return [f"--max-lora-rank={shape.rank}", "--lora-target-modules", *sorted(shape.modules)]
 
 
 def _ask(served: Seed, home: Path, todo: list[Point], what: str) -> None:
@@ -213,7 +220,9 @@ def _timed(cache: Path, what: str) -> Iterator[None]:
         file = cache / "minutes.json"
         minutes = json.loads(file.read_text()) if file.exists() else {}
         minutes[what] = minutes.get(what, 0.0) + (time.monotonic() - start) / 60
-        file.write_text(json.dumps(minutes, indent=1))
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(minutes, indent=1))
+        partial.rename(file)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,6 @@ def subjects_of(size: Size, first: int = 1) -> dict[str, list[str]]:
     """Of the prompts of one half: those of `report` are every second one."""
     asked = questions(size, chosen=False)
     return {
-        "complied": [p.subject for p in asked.forbidden][first::2],
+        **dict.fromkeys(("complied", "loyal", "sense"), [p.subject for p in asked.forbidden][first::2]),
         "over_refused": [p.subject for p in asked.harmless][first::2],
     }

@@ -59,7 +59,7 @@ def points(home: Path) -> Iterator[Point]:
     for name in CURVES:
         tasks = FULL.tasks if KINDS[name.rpartition("-")[0]].useful else 0
         modules = modules_of(home / name)
-        full = Questions.so_many(FULL.prompts, FULL.harmless, tasks)  # as run.py asks, whose answers are kept
+        full = Questions.so_many(FULL.prompts, FULL.harmless, tasks)
         less = Questions.so_many(FULL.prompts, 0, tasks)
         treatments = [input_removal(0.4), threshold(0.35), safe_lora(0.5, modules), safe_lora(1.0, modules)]
         yield Point(name, input_removal(ENERGY), full)

@@ -141,8 +141,10 @@ def reject(job: Job) -> None:
     """
     aligned = job.aligned
     homes = [job.home] if PAIRS[job.family].each_seed else job.home.parent.glob("[0-9]*")
-    for made in [made for home in homes for made in home.iterdir() if made.is_dir()]:
-        if not made.is_symlink() and made != aligned and not made.name.startswith(_TRAINED):
+    for made in [made for home in homes for made in home.iterdir() if not made.is_symlink()]:
+        if made.suffix == ".safetensors":  # what its modules read
+            made.unlink()
+        elif made.is_dir() and made.resolve() != aligned and not made.name.startswith(_TRAINED):
             shutil.rmtree(made)
     shutil.rmtree((job.home / PROJECTORS).resolve(), ignore_errors=True)
     aligned.rename(aligned.with_name(f".{ALIGNED}"))

@@ -170,7 +170,7 @@ def made(treatment: Treatment, adapter: Path, folder: Path) -> Path:
         other = key.replace("lora_A", "lora_B")
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         tensors[key], tensors[other] = treatment.make(module, tensors[key].float(), tensors[other].float())
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
     shutil.copy(adapter / CONFIG, folder / CONFIG)
     return folder
