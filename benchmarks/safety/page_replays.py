@@ -21,9 +21,8 @@ _FIRST = {"as uploaded": "As uploaded, then a second opinion",
 _SERVERS = """Each adapter was uploaded to a guarded server of `--exam enforce` with the ladder
 `as-uploaded,as-uploaded+opinion`, the default threshold and the built-in probes, by `server_exam.py`. Each
 pair and seed had a server and a secret of its own. What fails is served with a second opinion. ASR less that
-of the aligned model, and utility, are those that were measured of an adapter served so. Adapters of (b) and
-(c) are of an earlier training here than elsewhere on this page. Of a backdoor, and of
-an attacker who learned all public probes:
+of the aligned model, and utility, are those that were measured of an adapter served so. Of a backdoor, and
+of an attacker who learned all public probes:
 [docs/benchmarks.md](../../docs/benchmarks.md#an-attacker-who-learned-the-public-probes)."""
 _OPINION = (
     "Where the aligned model refuses a prompt, its refusal is served. Replayed from the stored answers."
