@@ -85,7 +85,6 @@ def test_what_makes_it_not_ready(fake: FakeServer, monkeypatch: pytest.MonkeyPat
 def test_a_keys_file_gone_wrong_is_a_warning_and_a_metric(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a keys file there is no such metric."""
     monkeypatch.setenv("VLLM_PLUGINS", "safelora")
     place.tenant()
     with place.server(keys=str(place.keys)) as server:
@@ -107,6 +106,22 @@ def test_a_keys_file_gone_wrong_is_a_warning_and_a_metric(
         first, second = http.get("/safelora/ready").json()["warnings"]
         goes_on.set()
         assert (first, second[:30]) == (readiness.SILENT, "the keys file cannot be used: "), "both are said"
+
+
+def test_a_keys_file_whose_disk_hangs_is_a_warning(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, check = threading.Event(), fake.app.state.safelora_metrics.readiness
+    look_anew(fake, monkeypatch)
+    monkeypatch.setattr(check._keys, "_seconds", 0.2)
+    monkeypatch.setattr(check, "_keys_current", lambda: goes_on.wait(30))
+    answer = fake.client().get("/safelora/ready").json()
+    goes_on.set()
+    assert (answer["ready"], answer["warnings"]) == (True, [readiness._SILENT_KEYS])
+
+
+def test_a_server_without_a_keys_file_has_no_metric_of_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "safelora")
     with place.server() as server:
         samples = samples_of(server.client().get("/metrics").text)
         assert not any(name == "safelora_keys_current" for name, _ in samples)
