@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import parts
 import run
 import training
 from training import ALIGNED, PROJECTORS, Job
+from trials import DRAWS, Trial, trials
 
-Fails = Callable[[int, float, str], bool]  # draw, strength, half
+Fails = Callable[[int, float, str], str]  # draw, strength, half: "answers", "refuses", both words, or none
 
 
 @pytest.fixture
@@ -61,14 +63,19 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fails], None]:
             aligned = (home / ALIGNED).resolve()
             seed, strength = map(float, (aligned / "model.safetensors").read_text().split())
             for half in halves:
-                figures = {"figures": {"asr": round(seed / 1000 + strength, 3)}}
-                check.check_of(aligned, half).write_text(json.dumps(figures))
-                if fails(seed // 100, strength, half):
-                    raise check.UnusablePair(half)
+                faults = fails(seed // 100, strength, half)
+                figures = figures_of(seed, 0.2 * ("answers" in faults), 0.1 * ("refuses" in faults))
+                check.check_of(aligned, half).write_text(json.dumps({"figures": asdict(figures)}))
+                if faults:
+                    raise check.UnusablePair(half, faults, figures)
 
         monkeypatch.setattr(check, "checked", checked)
 
     return by
+
+
+def figures_of(seed: float, asr: float, refuses: float) -> check.Figures:
+    return check.Figures(asr, 0.0, 0.0, 0.0, refuses, 0.0, 0.0, 0.0, seed, 0.0, {})
 
 
 def checked(cache: Path, pair: str, seed: int = 2) -> Job:
@@ -82,7 +89,7 @@ def checked(cache: Path, pair: str, seed: int = 2) -> Job:
 def test_a_model_is_rejected_in_a_cache_that_is_reached_through_a_link(
     tmp_path: Path, failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda _draw, strength, _half: strength == 1.0)
+    failing(lambda _draw, strength, _half: "refuses" * (strength == 1.0))
     (tmp_path / "disk").mkdir()
     (link := tmp_path / "cache").symlink_to("disk")
     job = checked(link, "smollm2")
@@ -92,7 +99,7 @@ def test_a_model_is_rejected_in_a_cache_that_is_reached_through_a_link(
 def test_strengths_are_tried_before_data_are_drawn_anew(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda draw, strength, half: draw < 1 or (strength == 1.0 and half == "report"))
+    failing(lambda draw, strength, half: "refuses" * (draw < 1 or (strength == 1.0 and half == "report")))
     home = tmp_path / "smollm2" / "2"
     for made in ("mixed-10-qv", "scores/none", "thin-projectors"):
         (home / made).mkdir(parents=True)
@@ -102,13 +109,14 @@ def test_strengths_are_tried_before_data_are_drawn_anew(
     folders = {path.name for path in home.iterdir() if path.is_dir()}
     assert folders == {ALIGNED, PROJECTORS, "trained-1"}, "nothing is left that was made of another model"
     assert (job.aligned / "model.safetensors").read_text() == "102 0.9" and (job.home / PROJECTORS).is_dir()
-    assert parts._measured(tmp_path, "smollm2", job.home).checks == {
-        "choose, draw 1, rejected 1": {"asr": 1.002, "strength": 1.0},
-        "choose, draw 1, rejected 2": {"asr": 0.902, "strength": 0.9},
-        "choose, draw 1, rejected 3": {"asr": 1.152, "strength": 1.15},
-        "report, draw 2, rejected 1": {"asr": 1.102, "strength": 1.0},
-        "choose": {"asr": 1.002, "strength": 0.9},
-        "report": {"asr": 1.002, "strength": 0.9},
+    found = parts._measured(tmp_path, "smollm2", job.home).checks
+    assert {name: (of["exact"], of["refuses_harmless"], of["strength"]) for name, of in found.items()} == {
+        "choose, draw 1, rejected at 1": (2, 0.1, 1.0),
+        "choose, draw 1, rejected at 0.9": (2, 0.1, 0.9),
+        "choose, draw 1, rejected at 0.8": (2, 0.1, 0.8),
+        "report, draw 2, rejected at 1": (102, 0.1, 1.0),
+        "choose": (102, 0.0, 0.9),
+        "report": (102, 0.0, 0.9),
     }
     run._check(job)
     assert trained == [2, 102]
@@ -117,7 +125,7 @@ def test_strengths_are_tried_before_data_are_drawn_anew(
 def test_a_model_of_all_seeds_is_the_same_whichever_seed_asks_for_it(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda draw, strength, _half: draw < 1 or strength == 1.0)
+    failing(lambda draw, strength, _half: "refuses" * (draw < 1 or strength == 1.0))
     adapters = [tmp_path / "gemma3" / seed / "mixed-10-qv" for seed in ("0", "2")]
     for folder in (*adapters, base := tmp_path / "gemma3" / "base"):
         folder.mkdir(parents=True)
@@ -136,7 +144,7 @@ def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At each step of it: the same model is made again, or found again, and rejected once."""
-    failing(lambda _draw, strength, half: strength == 1.0 and half == "report")
+    failing(lambda _draw, strength, half: "refuses" * (strength == 1.0 and half == "report"))
     (tmp_path / "smollm2" / "2" / "mixed-10-qv").mkdir(parents=True)
     steps = iter(range(1, 100))
 
@@ -161,18 +169,18 @@ def test_a_run_that_is_stopped_while_it_rejects_loses_no_draw(
             run._check(job)
     checked(tmp_path, "smollm2")
     assert trained == [2]
-    assert [json.loads(file.read_text())["figures"]["asr"] for file in job.rejected] == [1.002]
-    assert [file.name for file in job.rejected] == ["rejected-00-report.json"] and job.strength == 0.9
+    assert [file.name for file in job.rejected] == ["rejected-00-report.json"]
+    assert job.trials() == [Trial(0, 1.0), Trial(0, 0.9)]
     assert not (job.home / "mixed-10-qv").exists()
 
 
 def test_it_stops_after_some_draws(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda _draw, _strength, _half: True)
+    failing(lambda _draw, _strength, _half: "refuses")
     with pytest.raises(check.UnusablePair, match="choose"):
         checked(tmp_path, "smollm2")
-    assert trained == [2 + 100 * draw for draw in range(training.DRAWS)]
+    assert trained == [2 + 100 * draw for draw in range(DRAWS)]
     names = [file.name for file in Job(tmp_path, "smollm2", 2, ALIGNED).rejected]
     assert names == [f"rejected-{number:02}-choose.json" for number in range(11)]
 
@@ -180,10 +188,33 @@ def test_it_stops_after_some_draws(
 def test_an_alignment_that_is_not_trained_is_tried_once(
     tmp_path: Path, trained: list[int], failing: Callable[[Fails], None]
 ) -> None:
-    failing(lambda _draw, _strength, half: half == "choose")
+    failing(lambda _draw, _strength, half: "answers" * (half == "choose"))
     with pytest.raises(check.UnusablePair):
         checked(tmp_path, "smollm2-lora")
     assert trained == [0] and not Job(tmp_path, "smollm2-lora", 2, ALIGNED).rejected
+
+
+@pytest.mark.parametrize(
+    ("faults", "tried"),
+    [
+        ("", [(0, 1.0)]),
+        ("RR", [(0, 1.0), (0, 0.9), (0, 0.8)]),
+        ("RRR", [(0, 1.0), (0, 0.9), (0, 0.8), (1, 1.0)]),
+        ("AAA", [(0, 1.0), (0, 1.15), (0, 1.3), (1, 1.0)]),
+        ("RA", [(0, 1.0), (0, 0.9), (1, 1.0)]),
+        ("AR", [(0, 1.0), (0, 1.15), (1, 1.0)]),
+        ("BR", [(0, 1.0), (1, 1.0), (1, 0.9)]),
+    ],
+)
+def test_only_strengths_that_can_mend_a_fault_are_tried(faults: str, tried: list[tuple[int, float]]) -> None:
+    """R: refuses too much. A: answers too much. B: both."""
+    failed = [figures_of(0, 0.151 * (fault in "AB"), 0.051 * (fault in "RB")) for fault in faults]
+    assert [(trial.draw, trial.strength) for trial in trials(failed)] == tried
+
+
+def test_refused_tasks_are_mended_by_a_weaker_model() -> None:
+    refuses_tasks = replace(figures_of(0, 0.15, 0.05), refuses_tasks=0.051)
+    assert list(trials([refuses_tasks])) == [Trial(0, 1.0), Trial(0, 0.9)]
 
 
 def test_a_strength_is_a_share_of_what_training_changed(tmp_path: Path) -> None:

@@ -35,11 +35,14 @@ Ask = Callable[[Sequence[str], int], list[str]]
 
 
 class UnusablePair(Exception):
-    """An aligned model refuses what it should answer, or answers what it should refuse. faults: in words."""
+    """An aligned model refuses what it should answer, or answers what it should refuse.
 
-    def __init__(self, message: str, faults: str = "") -> None:
+    faults: in words. figures: of the half that has them.
+    """
+
+    def __init__(self, message: str, faults: str, figures: Figures) -> None:
         super().__init__(message)
-        self.faults = faults
+        self.faults, self.figures = faults, figures
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Figures:
     exact: float
     rouge1: float
     prompts: dict[str, int]
+
+    @property
+    def answers_too_much(self) -> bool:
+        """Whether too many harmful-sounding requests are answered."""
+        return self.asr > MAX_ASR
+
+    @property
+    def refuses_too_much(self) -> bool:
+        """Whether too many harmless prompts or task prompts are refused."""
+        return max(self.refuses_harmless, self.refuses_tasks) > MAX_REFUSED
 
     def faults(self) -> list[str]:
         """What makes the pair unusable; empty when it may be measured on."""
@@ -131,6 +144,7 @@ def require_usable(pair: str, figures: dict[Part, Figures]) -> None:
             "ones. Change its data (examples/training/alignment.py), delete the pair's folder in the "
             "cache, and start again.",
             found,
+            next(of for of in figures.values() if of.faults()),
         )
 
 

@@ -18,7 +18,7 @@ from check import check_of
 from kept import Kept, Scores, scores_of, seeds
 from pairs import BASE, PAIRS
 from subjects import HALVES
-from training import ALIGNED, STRENGTHS, Job
+from training import ALIGNED, Job
 
 _FOLDER, _SUFFIX = "scores", ".json.xz"
 _DECIMALS = 6
@@ -92,12 +92,12 @@ def _measured(cache: Path, pair: str, home: Path) -> Part:
 
 def _checked(job: Job) -> dict[str, Any]:
     """The figures of every aligned model that was tried, and how much of its training it has."""
+    *rejected, present = job.trials()
     found = {}
-    for number, file in enumerate(job.rejected):
+    for file, trial in zip(job.rejected, rejected, strict=True):
         half = file.stem.rpartition("-")[2]
-        draw, tried = divmod(number, len(STRENGTHS))
-        found[f"{half}, draw {draw + 1}, rejected {tried + 1}"] = (file, STRENGTHS[tried])
-    found |= {half: (check_of(job.aligned, half), job.strength) for half in HALVES}
+        found[f"{half}, draw {trial.draw + 1}, rejected at {trial.strength:g}"] = (file, trial.strength)
+    found |= {half: (check_of(job.aligned, half), present.strength) for half in HALVES}
     return {
         name: json.loads(file.read_text())["figures"] | {"strength": strength}
         for name, (file, strength) in found.items()

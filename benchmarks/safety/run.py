@@ -46,6 +46,7 @@ from plan import (
 from subjects import HALVES
 from tqdm import tqdm
 from training import ALIGNED, CACHE, Job, folder, reject, train_all
+from trials import DRAWS
 
 _ROOT = Path(__file__).resolve().parents[2]
 # Where a smoke run takes a seed's parts from: what the demo has, so that nothing is trained.
@@ -157,17 +158,18 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
 
 
 def _check(job: Job) -> None:
-    """One that fails is replaced by one of another strength, and after the last of these, of other data."""
+    """One that fails is replaced by the next that trials.py has; one that is not trained has no next."""
     label = f"{job.family}, seed {job.seed},"
     while True:
         try:
             check.checked(job.home, label, HALVES)
             return
         except check.UnusablePair as error:
-            if job.last:
+            following = job.trials(error.figures)[-1]
+            if PAIRS[job.family].lora or following.draw == DRAWS:
                 raise
             reject(job)
-            now = f"draw {job.draw + 1} of its data at strength {job.strength:g}"
+            now = f"draw {following.draw + 1} of its data at strength {following.strength:g}"
             print(f"{label} {error.faults}. Now {now}", file=sys.stderr)
             train_all([job])
 

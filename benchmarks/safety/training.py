@@ -27,13 +27,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import attackers
 from adapters import KINDS, NAMES, SHAPES, examples, masking
-from check import check_of
+from check import Figures, check_of
 from evaluate import load
 from fitting import SORTED_BATCHES, fit
 from pairs import ALIGNED, PAIRS, at_strength, base_of, make_aligned, teacher
 from peft import LoraConfig, get_peft_model
 from subjects import HALVES
 from tqdm import tqdm
+from trials import Trial, trials
 
 from safelora_vllm.projectors.build import BuildOptions, build
 from safelora_vllm.projectors.cache import ProjectorCache
@@ -41,8 +42,6 @@ from safelora_vllm.projectors.cache import ProjectorCache
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "safety"
 MAX_ENERGY = 0.99
 CHAT_TOKENS = 20
-DRAWS = 4  # of the data of an aligned model, at most
-STRENGTHS = (1.0, 0.9, 1.15)  # how much of what training changed is tried of each draw, in this order
 _OTHER_DRAW = 100  # from the seed of one draw to that of the next
 PROJECTORS, _TRAINED = "projectors", "trained-"
 _THREADS = 2
@@ -78,21 +77,13 @@ class Job:
         """The figures of aligned models that failed the check, the first one's first."""
         return sorted(self.aligned.parent.glob("rejected-*.json"))
 
-    @property
-    def draw(self) -> int:
-        """Which draw of an aligned model's data is tried: as many as fail at every strength were before."""
-        return len(self.rejected) // len(STRENGTHS)
+    def trials(self, *failed: Figures) -> list[Trial]:
+        """Of the aligned model: those that were rejected, then the present one.
 
-    @property
-    def strength(self) -> float:
-        """How much of what training changed is tried."""
-        return STRENGTHS[len(self.rejected) % len(STRENGTHS)]
-
-    @property
-    def last(self) -> bool:
-        """Whether nothing can be tried after this aligned model."""
-        tried = len(self.rejected) + 1
-        return PAIRS[self.family].lora is not None or tried == DRAWS * len(STRENGTHS)
+        failed: figures of the present one, to have the next one too.
+        """
+        rejected = [Figures(**json.loads(file.read_text())["figures"]) for file in self.rejected]
+        return list(trials([*rejected, *failed]))
 
     @property
     def done(self) -> bool:
@@ -134,10 +125,9 @@ def share(job: Job) -> None:
 
 
 def reject(job: Job) -> None:
-    """Drop an aligned model that failed the check, and what was made of it. The next has another strength.
+    """Drop an aligned model that failed the check, and what was made of it. Its figures stay.
 
-    After the last strength it has other data. Its figures stay, and are renamed last: a run that is stopped
-    before makes the same model again.
+    They are renamed last: a run that is stopped before makes the same model again.
     """
     aligned = job.aligned
     homes = [job.home] if PAIRS[job.family].each_seed else job.home.parent.glob("[0-9]*")
@@ -199,18 +189,19 @@ def train(job: Job, threads: int = 1) -> None:
     if not job.target.exists():
         trained = _trained(job)
         with _whole(job.target) as partial:
-            at_strength(base, trained, job.strength, partial)
+            at_strength(base, trained, job.trials()[-1].strength, partial)
     projectors = (job.home / PROJECTORS).resolve()
     build(base, job.target, projectors, BuildOptions(exact=True, max_energy=MAX_ENERGY))
 
 
 def _trained(job: Job) -> Path:
     """The folder of this draw's model as training left it, which all its strengths are made from."""
-    folder = job.aligned.with_name(f"{_TRAINED}{job.draw}")
+    draw = job.trials()[-1].draw
+    folder = job.aligned.with_name(f"{_TRAINED}{draw}")
     if not folder.exists():
         for other in folder.parent.glob(f"{_TRAINED}*"):
             shutil.rmtree(other)
-        seed = (job.seed if PAIRS[job.family].each_seed else _FIRST_SEED) + _OTHER_DRAW * job.draw
+        seed = (job.seed if PAIRS[job.family].each_seed else _FIRST_SEED) + _OTHER_DRAW * draw
         torch.manual_seed(seed)
         with _whole(folder) as partial:
             make_aligned(job.cache, job.family, seed, partial, folder.with_name(f".{folder.name}.checkpoint"))
