@@ -47,7 +47,8 @@ def write(cache: Path, pairs: Sequence[str], size: Size, out: Path) -> Path:
             title = f"{PAIRS[pair].title}: {pages.title(adapter)}"
             curves.draw(table, adapter, title, out / f"{pair}-{adapter}.png")
     if figures["where"]:
-        why.draw(figures["where"], {name: pages.title(name) for name in why.ADAPTERS}, out / "why.png")
+        titles = {name: pages.title(name) for name in why.ADAPTERS}
+        why.draw(figures["where"], PAIRS[next(iter(PAIRS))].title, titles, out / "why.png")
     recording.write("results", "safety/run.py", "vLLM default", figures, out)
     return write_page(figures, out)
 

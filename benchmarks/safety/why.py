@@ -98,10 +98,11 @@ def measure(homes: list[Path]) -> dict[str, dict[str, float]]:
     }
 
 
-def draw(found: dict[str, dict[str, float]], titles: dict[str, str], path: Path) -> None:
-    """Both halves of TEXT."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), dpi=110)
-    colours = {"forbidden": "tab:red", "harmless": "tab:green", "orders": "tab:blue", "difference": "black"}
+def draw(found: dict[str, dict[str, float]], pair: str, titles: dict[str, str], path: Path) -> None:
+    """Both halves of TEXT. Their colours can be told apart by everybody."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=110)
+    figure.suptitle(pair, fontsize=10)
+    colours = {"forbidden": "#d55e00", "harmless": "#009e73", "orders": "#0072b2", "difference": "black"}
     for offset, (kind, colour) in enumerate(colours.items()):
         heights = [found[""][f"{part} {kind}"] for part in ("q_proj", "o_proj", "down_proj")]
         left.bar(
@@ -113,7 +114,7 @@ def draw(found: dict[str, dict[str, float]], titles: dict[str, str], path: Path)
     left.legend(fontsize=7, ncols=2, loc="upper right")
     adapters = [name for name in ADAPTERS if name in found]
     labels = [titles[name].partition(",")[0] for name in adapters]
-    right.barh(labels, [found[name]["read"] for name in adapters], color="tab:red", height=0.6)
+    right.barh(labels, [found[name]["read"] for name in adapters], color="#64748b", height=0.6)
     expected = statistics.fmean(found[name]["random"] for name in adapters)
     right.axvline(expected, color="black", linewidth=0.9, linestyle=":", label="random adapter")
     right.set_ylim(len(adapters) + 0.3, -0.6)  # the first on top, room for the legend below
