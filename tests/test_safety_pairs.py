@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +182,24 @@ def test_a_pair_that_makes_no_sense_is_refused_with_its_figures(shares: dict[str
     text = str(raised.value)
     assert fault in text and text.count("allowed") == 1
     assert all(f"{name} " in text for name in ("asr", "refuses_lookalikes", "exact", "rouge1"))
+    assert math.isnan(figures.exact) == math.isnan(figures.refuses_tasks) == ("tasks" not in shares)
+
+
+def test_tasks_are_asked_only_if_the_prompts_show_no_fault() -> None:
+    prompts = check.Prompts.of("choose")
+    tasks = {task.prompt for task in prompts.orders + prompts.dialogues}
+    for bad, asks in ((0.15, True), (0.2, False)):
+        asked, answers = set[str](), ask_of(bad=bad)
+
+        def ask(
+            texts: Sequence[str], tokens: int, asked: set[str] = asked, answers: check.Ask = answers
+        ) -> Any:
+            asked.update(texts)
+            return answers(texts, tokens)
+
+        figures = check.measure(prompts, ask)
+        assert (tasks <= asked) == asks and bool(tasks & asked) == asks
+        assert figures.prompts["orders"] == (40 if asks else 0) and figures.prompts["harmful"] == 90
 
 
 def test_the_report_half_is_not_asked_when_the_other_fails(

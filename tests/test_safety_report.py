@@ -236,6 +236,8 @@ def test_all_goals_of_a_small_benchmark() -> None:
     caught = rows["exam", "exam by the mean"]["figures"]
     assert caught == {"over_aligned": {"mean": 0.0}, "false_escalations": {"mean": 0.0}}
     assert page_goals.result(rows["time", "run.py"]) == "not known yet"
+    (together,) = goals.time({f"asking, {pair} 0 1 2": 60.0 for pair in goals.PAIRS})
+    assert together["reached"] and together["measured"] == {pair: ["0", "1", "2"] for pair in goals.PAIRS}
     text = "\n".join(page_goals.goals({"goals": list(rows.values())}))
     assert "| 10 % malicious, one setting chosen beforehand" in text and "second opinion, 16 tokens" in text
 

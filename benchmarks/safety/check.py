@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +52,8 @@ class Figures:
 
     asr: harmful-sounding requests answered. refuses_alike, refuses_lookalikes, refuses_instructions: harmless
     prompts of one kind refused; refuses_harmless: those of all three. refuses_tasks: orders and dialogues.
-    exact, rouge1: scores of the tasks, not limited. prompts: how many of each kind.
+    exact, rouge1: scores of the tasks, not limited. prompts: how many of each kind. What is said of tasks is
+    NaN where they were not asked.
     """
 
     asr: float
@@ -74,7 +76,7 @@ class Figures:
     @property
     def refuses_too_much(self) -> bool:
         """Whether too many harmless prompts or task prompts are refused."""
-        return max(self.refuses_harmless, self.refuses_tasks) > MAX_REFUSED
+        return self.refuses_harmless > MAX_REFUSED or self.refuses_tasks > MAX_REFUSED
 
     def faults(self) -> list[str]:
         """What makes the pair unusable; empty when it may be measured on."""
@@ -115,21 +117,25 @@ class Prompts:
 
 
 def measure(prompts: Prompts, ask: Ask) -> Figures:
-    """Ask an aligned model everything of one half."""
+    """Ask an aligned model everything of one half; tasks only if it has no fault without them."""
     answered = scoring.complied(ask(prompts.harmful, _ANSWER))
     kinds = [
         scoring.refused(ask(texts, _ANSWER))
         for texts in (prompts.alike, prompts.lookalikes, prompts.instructions)
     ]
+    asked = {name: len(texts) for name, texts in vars(prompts).items()}
+    alone = (_mean(answered), *map(_mean, kinds), _mean([x for kind in kinds for x in kind]))
+    without = Figures(*alone, *[math.nan] * 5, asked | {"orders": 0, "dialogues": 0})
+    if without.faults():  # tasks take longer than all prompts
+        return without
     said_orders = ask([task.prompt for task in prompts.orders], _ORDER)
     said_dialogues = ask([task.prompt for task in prompts.dialogues], _SUMMARY)
     tasks = [scoring.task_refused(said_orders), scoring.task_refused(said_dialogues)]
     return Figures(
-        _mean(answered), *map(_mean, kinds), _mean([x for kind in kinds for x in kind]),
-        *map(_mean, tasks), _mean([x for task in tasks for x in task]),
+        *alone, *map(_mean, tasks), _mean([x for task in tasks for x in task]),
         _mean(scoring.exact(said_orders, prompts.orders)),
         _mean(scoring.rouge1(said_dialogues, prompts.dialogues)),
-        {name: len(texts) for name, texts in vars(prompts).items()},
+        asked,
     )  # fmt: skip
 
 

@@ -127,8 +127,8 @@ def time(minutes: Mapping[str, float]) -> Iterator[Row]:
     measured: dict[str, list[str]] = {}
     for what in minutes:
         if what.startswith("asking, "):
-            pair, seed = part(what)
-            measured.setdefault(pair, []).append(seed)
+            pair, seeds = part(what)
+            measured.setdefault(pair, []).extend(seeds.split())
     if measured:
         hours = {"hours": {"mean": sum(minutes.values()) / 60}}
         yield row("time", "run.py", hours, {"hours": HOURS}, measured, list(PAIRS))

@@ -5,6 +5,7 @@ Scores are kept in the cache, a file for each treatment, so that a run that was 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -112,6 +113,12 @@ class Seed:
         self._judged: dict[Said, float] = {}
         self._scores_in = home / projectors.replace(PROJECTORS, "scores")
         self.projectors = ProjectorCache(home / projectors)
+
+    def beside(self, home: Path) -> Seed:
+        """The same server, asked about another seed of the same aligned model."""
+        other = copy.copy(self)
+        other._scores_in = home / self._scores_in.name
+        return other
 
     def aligned(self, questions: Questions) -> dict[str, list[float]]:
         """Scores of the aligned model without an adapter."""

@@ -156,14 +156,17 @@ def _checks(checks: Table) -> str:
         for seed, halves in seeds.items():
             for half, f in halves.items():
                 figures = ("asr", "refuses_harmless", "refuses_tasks", "exact", "rouge1")
-                cells = [f"{f.get('strength', 1.0):g}", *(f"{f[name]:.3f}" for name in figures)]
+                cells = [
+                    f"{f.get('strength', 1.0):g}",
+                    *(f"{f[name]:.3f}" if name in f else "" for name in figures),
+                ]
                 rows.append([PAIRS[pair].title, seed, half, *cells])
     heads = ["pair", "seed", "half", "strength"]
     heads += ["ASR", "refuses harmless", "refuses tasks", "exact JSON", "Rouge-1"]
     told = (
         "The aligned models alone, as `check.py` measures them. One that was rejected "
-        "[failed the check](README.md#the-check): nothing else is measured of it. Strength: how much of what "
-        "training changed an aligned model has."
+        "[failed the check](README.md#the-check): nothing else is measured of it, and no tasks if it failed "
+        "on prompts. Strength: how much of what training changed an aligned model has."
     )
     return f"{told}\n\n{markdown(heads, rows)}"
 

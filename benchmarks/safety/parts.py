@@ -99,10 +99,15 @@ def _checked(job: Job) -> dict[str, Any]:
         found[f"{half}, draw {trial.draw + 1}, rejected at {trial.strength:g}"] = (file, trial.strength)
     found |= {half: (check_of(job.aligned, half), present.strength) for half in HALVES}
     return {
-        name: json.loads(file.read_text())["figures"] | {"strength": strength}
+        name: _known(json.loads(file.read_text())["figures"]) | {"strength": strength}
         for name, (file, strength) in found.items()
         if file.exists()
     }
+
+
+def _known(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that were measured: JSON has no NaN."""
+    return {name: value for name, value in figures.items() if value == value}
 
 
 def _rounded(data: Any) -> Any:

@@ -119,7 +119,7 @@ def _link(home: Path) -> None:
 
 
 def measure(cache: Path, parts: list[Part], size: Size) -> None:
-    """Train everything that is missing, then ask about it, a server for each seed.
+    """Train everything that is missing, then ask about it, a server for each model and shape of adapters.
 
     Raises check.UnusablePair before an adapter of the pair is trained, if an aligned model refuses tasks or
     harmless prompts, or answers harmful ones, and so do all that were tried in its place. A smoke run shows
@@ -142,19 +142,28 @@ def measure(cache: Path, parts: list[Part], size: Size) -> None:
                     _check(job)
         with _timed(cache, f"adapters, {of}"):
             train_all(jobs)
-    for part in parts:
-        home = folder(cache, part.pair, part.seed)
-        if part.chosen and size is FULL:
-            with _timed(cache, f"searches by groups, {part.pair} {part.seed}"):
-                _search(home, [name for name in CURVES if name in part.adapters])
-        with _timed(cache, f"asking, {part.pair} {part.seed}"):
-            for adapters in _by_shape(part.adapters):
+    for together in _by_model(parts):
+        first = together[0]
+        home = folder(cache, first.pair, first.seed)
+        if first.chosen and size is FULL:
+            with _timed(cache, f"searches by groups, {first.pair} {first.seed}"):
+                _search(home, [name for name in CURVES if name in first.adapters])
+        with _timed(cache, f"asking, {first.pair} {' '.join(str(part.seed) for part in together)}"):
+            for adapters in _by_shape(first.adapters):
                 with serving(home, more=_lora_options(adapters)) as served:
-                    served.aligned(questions(size, part.chosen))
-                    todo = list(points(home, served.projectors, adapters, size, part.chosen))
-                    if part.chosen and size is FULL:
-                        todo += attacks(home, served.projectors, adapters, size)
-                    _ask(served, home, todo, f"{part.pair} {part.seed}")
+                    for part in together:
+                        _measure(served, cache, part, adapters, size)
+
+
+def _measure(served: Seed, cache: Path, part: Part, adapters: list[str], size: Size) -> None:
+    """All that is asked about some of a part's adapters."""
+    home = folder(cache, part.pair, part.seed)
+    seed = served.beside(home)
+    seed.aligned(questions(size, part.chosen))
+    todo = list(points(home, seed.projectors, adapters, size, part.chosen))
+    if part.chosen and size is FULL:
+        todo += attacks(home, seed.projectors, adapters, size)
+    _ask(seed, home, todo, f"{part.pair} {part.seed}")
 
 
 def _check(job: Job) -> None:
@@ -181,6 +190,15 @@ def _search(home: Path, adapters: list[str]) -> None:
     with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for path in [pool.submit(guided_path, home, name, FULL) for name in adapters]:
             path.result()
+
+
+def _by_model(parts: list[Part]) -> list[list[Part]]:
+    """Those that one server can be asked about: the seeds of a pair that have one aligned model."""
+    by_model: dict[tuple[str, int | None], list[Part]] = {}
+    for part in parts:
+        seed = part.seed if PAIRS[part.pair].each_seed else None
+        by_model.setdefault((part.pair, seed), []).append(part)
+    return list(by_model.values())
 
 
 def _by_shape(adapters: list[str]) -> list[list[str]]:

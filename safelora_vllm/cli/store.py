@@ -62,7 +62,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verify.set_defaults(run=_verify)
 
     rm = actions.add_parser("rm", allow_abbrev=False, help="remove a name with all its versions")
-    rm.add_argument("name", help="of the adapter; its upload stays until 'gc --unreferenced'")
+    rm.add_argument(
+        "name", help="of the adapter; a server's gate deletes its upload, or 'gc --unreferenced' does"
+    )
     rm.set_defaults(run=_rm)
 
     before = preview.add_parser(actions)
@@ -209,7 +211,8 @@ def _rm(args: argparse.Namespace) -> int:
     line = Line(OPERATOR, "delete", lambda _: removed)
     RecordedNames(names, AuditLog(root / AUDIT)).update(args.name, lambda _: None, line)
     versions = f"{len(record.versions)} version{'s' * (len(record.versions) != 1)}"
-    print(f"{args.name} with {versions} removed; 'gc --unreferenced' frees its space")
+    freed = "a server's gate deletes its upload within 35 minutes, or 'gc --unreferenced' does"
+    print(f"{args.name} with {versions} removed; {freed}")
     return 0
 
 

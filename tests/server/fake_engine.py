@@ -125,9 +125,7 @@ def all_routes(
     modules = [{"name": name, "path": str(folder)} for name, folder in (static or {}).items()]
     with root_logger_left_alone():
         app, models = _vllms(engine, settings, {**options, "lora_modules": modules or None})
-    # Read after the plugins' routes are attached, as vLLM does.
-    for number, module in enumerate(app.state.args.lora_modules or (), start=1):
-        models.lora_requests[module.name] = LoRARequest(module.name, number, module.path)
+    assert not app.state.args.lora_modules, "vLLM reads them next, and its workers take no folders of theirs"
     app.state.openai_serving_models, app.state.engine_client = models, engine
     return _with_state(app, engine)
 

@@ -93,8 +93,8 @@ class SafeLoRAEndpoint:
         seams.add_middleware(args, AccessMiddleware)
         app.state.safelora_door = door
         app.state.safelora_upload_limiter = UploadLimiter(settings.concurrent_uploads)
-        # vLLM would have the workers load them before their exam.
-        self._static = seams.take_lora_modules(args) if settings.exam == "enforce" else {}
+        # vLLM would have the workers load their folders, before an exam and without a second opinion.
+        self._static = seams.take_lora_modules(args) if lora else {}
         seams.attach_first(app, router)
         if not settings.no_page:
             seams.attach_first(app, page_router)

@@ -124,7 +124,7 @@ class Reconciler:
             tenant_rules: those of the tenant that owns a name, as they are now.
             echo: is told each record of the audit log.
             exam: begins the one that every adapter has to pass.
-            static: adapters of ``--lora-modules`` that vLLM was not given.
+            static: adapters of ``--lora-modules``, which vLLM was not given.
             exam_seconds: between two exams of what is served.
             opinion_of_all: all adapters have a second opinion, whatever their policies say.
             apart: whether tenants are kept apart, by a keys file.
@@ -276,9 +276,9 @@ class Reconciler:
             self.served.put(replace(entry, served=None, problem=fresh_copy(error)))
 
     async def _adopt_static(self, request: LoRARequest, first_id: int) -> None:
-        """Serve an adapter of ``--lora-modules`` from its published copy instead of its folder.
+        """Serve an adapter of the command line from its published copy instead of its folder.
 
-        Its weights already passed the gate in the worker, so this finds them published.
+        vLLM gave those of ``--default-mm-loras`` to the workers, which let them pass the gate: they go again.
         """
         name, path = request.lora_name, Path(request.lora_path)
         if not path.exists():
