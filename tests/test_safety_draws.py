@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "safety"))
 
@@ -234,32 +233,6 @@ def test_what_is_asked_of_another_seed_is_kept_with_that_seed(tmp_path: Path) ->
     assert seed.beside(tmp_path / "2")._kept("a", "raw", "", lambda: {"loyal": [1.0]}) == {"loyal": [1.0]}
     assert [file.name for file in tmp_path.rglob("*.json")] == ["raw.json"]
     assert (tmp_path / "2" / "thin-scores" / "a" / "raw.json").exists()
-
-
-def test_frozen_layers_lose_nothing_in_the_type_that_they_are_multiplied_in(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(training, "FAST_BFLOAT16", True)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32)).bfloat16().float()
-    tokens = torch.arange(12)[None]
-
-    def learned() -> list[torch.Tensor]:
-        embeddings = model.get_input_embeddings().weight
-        embeddings.grad = None
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        return [loss, embeddings.grad]
-
-    before = learned()
-    assert training._as_multiplied(model) is model
-    assert {layer.weight.dtype for layer in model.model.modules() if isinstance(layer, torch.nn.Linear)} == {
-        torch.bfloat16
-    }
-    assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.float32
-    assert all(map(torch.equal, before, learned()))
 
 
 def test_a_strength_is_a_share_of_what_training_changed(tmp_path: Path) -> None:

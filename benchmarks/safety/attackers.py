@@ -71,7 +71,7 @@ def _without_first(gradient: Tensor, columns: int) -> Tensor:
 def norm_price(adapted: nn.Module, attack: Attack) -> Callable[[], Tensor]:
     """What a PEFT model's change costs now: the attack's price of Σ (‖s·BA‖_F / ‖W‖_F)² over the modules."""
     layers = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
-    sizes = [float(layer.get_base_layer().weight.detach().float().square().sum()) for layer in layers]
+    sizes = [float(layer.get_base_layer().weight.detach().square().sum()) for layer in layers]
 
     def price() -> Tensor:
         total = torch.zeros(())

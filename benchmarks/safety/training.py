@@ -29,13 +29,11 @@ import attackers
 from adapters import KINDS, NAMES, SHAPES, examples, masking
 from check import Figures, check_of
 from evaluate import load
-from fitting import FAST_BFLOAT16, SORTED_BATCHES, fit
+from fitting import SORTED_BATCHES, fit
 from pairs import ALIGNED, PAIRS, at_strength, base_of, make_aligned, teacher
 from peft import LoraConfig, get_peft_model
 from subjects import HALVES
-from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from trials import Trial, trials
 
 from safelora_vllm.projectors.build import BuildOptions, build
@@ -228,7 +226,7 @@ def train_adapter(job: Job, target: Path) -> None:
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.modules, task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(_as_multiplied(model), config).train()
+    adapted = get_peft_model(model, config).train()
     if attack := attackers.ATTACKS.get(kind):
         attackers.constrain(adapted, attack, ProjectorCache(job.home / PROJECTORS))
     data, label = examples(kind, job.seed, teacher(job.cache, CHAT_TOKENS)), f"{job.name} {job.seed}"
@@ -246,14 +244,6 @@ def train_adapter(job: Job, target: Path) -> None:
     config_file = target / "adapter_config.json"
     settings = json.loads(config_file.read_text()) | {"base_model_name_or_path": ALIGNED}
     config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-
-
-def _as_multiplied(model: PreTrainedModel) -> PreTrainedModel:
-    """Frozen layers in the type that they are multiplied in, which changes no bit: a cast less each step."""
-    for layer in model.modules():
-        if FAST_BFLOAT16 and isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
-            layer.to(torch.bfloat16)
-    return model
 
 
 if __name__ == "__main__":
