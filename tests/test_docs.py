@@ -33,6 +33,7 @@ VLLMS = {
     "--load-format", "--revision", "--disable-log-stats", "--log-config-file", "--otlp-traces-endpoint",
     "--disable-fastapi-docs", "--disable-log-requests", "--chat-template", "--enable-prefix-caching",
     "--lora-dtype", "--skip-tokenizer-init", "--kv-transfer-config", "--default-chat-template-kwargs",
+    "--quantization", "--kv-cache-dtype", "--logprobs-mode", "--hf-overrides",
 }  # fmt: skip
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"`([^`\n]+)`")
