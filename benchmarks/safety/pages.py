@@ -261,7 +261,7 @@ def _minutes(minutes: Table) -> str:
     rows = [[what, f"{took:.0f}"] for what, took in minutes.items()]
     total = f"{sum(minutes.values()):.0f}"
     note = (
-        "On two CPU cores; raw figures of one machine. Each part has the time of its latest measurement, over "
-        "all runs of `run.py` that it took: the sum is not of one run. What was trained apart took more."
+        "On two CPU cores; raw figures of one machine. Each part has the time of its latest measurement, "
+        "over all runs of `run.py` that it took: the sum is not of one run. What was trained apart took more."
     )
     return f"{note}\n\n" + markdown(["part", "minutes"], [*rows, ["all", total]])
